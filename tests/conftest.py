@@ -1,0 +1,30 @@
+"""What all tests share: no network, reproducible property tests, the reference models."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Set before anything imports huggingface_hub, which reads it once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "tfb", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("tfb")
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder with the reference models, adapters and data; skips the test where there is none."""
+    configured = os.environ.get("TFB_SHARED")
+    folder = Path(configured) if configured else REPOSITORY.parent / "shared"
+    if not (folder / "data").is_dir():
+        where = "TFB_SHARED" if configured else "the folder 'shared' beside the repository"
+        pytest.skip(f"reference models and data not found: {where} has no folder 'data'")
+    return folder

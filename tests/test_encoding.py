@@ -1,0 +1,302 @@
+"""Encoding of rows: label tokens, special tokens, merges at the boundary, padding, batches."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from tfb.batching import NO_LABEL, EncodedRows, batches
+from tfb.encoding import encode_choices, encode_texts
+from tfb.rows import Row, RowError, read_rows
+
+LETTERS = tuple("ABCDEFGHIJ")
+
+
+def special(template: str) -> processors.TemplateProcessing:
+    return processors.TemplateProcessing(
+        single=template, special_tokens=[("<s>", 1), ("</s>", 2), ("[CLS]", 1), ("[SEP]", 2)]
+    )
+
+
+def marked_bpe(template: str = "<s> $A") -> Any:
+    """SentencePiece-like, as Llama 2: '▁' for a space; ' B' is one token, ' A' is two."""
+    pieces = ["<unk>", "<s>", "</s>", "▁", *"ABCTopic:?xyz", "▁B", "▁T", "zA"]
+    backend = Tokenizer(
+        models.BPE(
+            vocab={piece: i for i, piece in enumerate(pieces)},
+            merges=[("▁", "B"), ("▁", "T"), ("z", "A")],
+            unk_token="<unk>",
+        )
+    )
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    backend.post_processor = special(template)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def byte_bpe() -> Any:
+    """Byte-level, as GPT-2 and Llama 3: 'Ġ' for a space, ' A' is one token, no special tokens."""
+    pieces = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("Ġ", "A"), ("Ġ", "B"), ("Ġ", "C"), (":", "Ċ")]
+    vocabulary = {piece: i for i, piece in enumerate([*pieces, *("".join(m) for m in merges)])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=20)
+
+
+def word_level() -> Any:
+    """BERT-like: words, [CLS] and [SEP], segment ids."""
+    words = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", *"ABC", "book", "a", "table", "Topic"]
+    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = special("[CLS] $A [SEP]")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+def row(prompt: str, *choices: str, label: int | None = None, id: str = "r") -> Row:
+    return Row(id=id, prompt=prompt, choices=choices, label=label, source="f.jsonl:12")
+
+
+def names(tokenizer: Any, ids: Any) -> list[str]:
+    return [str(token) for token in tokenizer.convert_ids_to_tokens(list(ids))]
+
+
+def encode_one(tokenizer: Any, prompt: str, *choices: str, **options: Any) -> tuple[str, list[str]]:
+    encoded = encode_choices([row(prompt, *choices)], tokenizer, **options)
+    assert encoded.label_ids is not None
+    prompt_tokens = names(tokenizer, encoded.input_ids[0])
+    return " ".join(prompt_tokens), names(tokenizer, encoded.label_ids[0])
+
+
+def test_space_goes_between_prompt_and_choice() -> None:
+    """' B' is one token and 'A' follows a bare space mark: both are read right after 'Topic'."""
+    tokenizer = marked_bpe()
+    expected = ("<s> ▁T o p i c", ["A", "▁B"])
+    assert encode_one(tokenizer, "Topic", "A", "B") == expected
+    assert encode_one(tokenizer, "Topic", " A", " B") == expected
+    assert encode_one(tokenizer, "Topic ", "A", "B") == expected  # the space moves to the choices
+    assert encode_one(tokenizer, "Topic", "A", "B", separator="")[1] == ["A", "B"]
+
+
+def test_byte_level_space_and_newline() -> None:
+    tokenizer = byte_bpe()
+    assert encode_one(tokenizer, "x:", "A", "B") == ("x :", ["ĠA", "ĠB"])
+    assert encode_one(tokenizer, "x: ", "A", "B") == ("x :", ["ĠA", "ĠB"])
+    assert encode_one(tokenizer, "x:\n", "A", "B") == ("x :Ċ", ["A", "B"])  # a prefix as it is
+
+
+@pytest.mark.parametrize("template", ["$A", "<s> $A", "$A </s>", "<s> $A </s>"])
+def test_special_tokens(template: str) -> None:
+    """BOS stays, EOS goes: the model is to continue the prompt."""
+    bos = ["<s>"] if template.startswith("<s>") else []
+    prompt, choices = encode_one(marked_bpe(template), "Topic", "A", "B")
+    assert prompt.split() == [*bos, *["▁T", "o", "p", "i", "c"]]
+    assert choices == ["A", "▁B"]
+
+
+def test_whitespace_moves_for_the_whole_row_only() -> None:
+    """One choice that merges moves the space of its row; other rows are left alone."""
+    rows = [row("Topic ", "A", "C", id="1"), row("Topic ", "A", "B", id="2")]
+    encoded = encode_choices(rows, marked_bpe())
+    assert len(encoded.input_ids[0]) == len(encoded.input_ids[1]) + 1
+
+
+def choice_error(tokenizer: Any, prompt: str, *choices: str, **options: Any) -> str:
+    with pytest.raises(RowError, match=r"^f\.jsonl:12 \(id 'r'\): ") as caught:
+        encode_one(tokenizer, prompt, *choices, **options)
+    return str(caught.value)
+
+
+def test_merging_prompt() -> None:
+    message = choice_error(marked_bpe(), "xyz", "A", "B", separator="")
+    assert "merges" in message and "end the prompt differently" in message
+
+
+def test_choice_of_several_tokens() -> None:
+    message = choice_error(marked_bpe(), "Topic", "A", "Toy")
+    assert "'Toy' is 3 tokens" in message and "single tokens" in message
+
+
+def test_choices_that_collide() -> None:
+    message = choice_error(marked_bpe(), "Topic", "A", " A")
+    assert "'A' and ' A' are the same token" in message and "use choices" in message
+
+
+def test_unknown_choice() -> None:
+    assert "does not know the choice 'Q'" in choice_error(marked_bpe(), "Topic", "A", "Q")
+
+
+def test_long_prompt_is_never_cut() -> None:
+    assert len(encode_choices([row("x" * 8, "A", "B")], byte_bpe(), max_length=8).input_ids[0]) == 8
+    message = choice_error(byte_bpe(), "x" * 9, "A", "B", max_length=8)
+    assert "9 tokens, but the model takes 8" in message
+    message = choice_error(byte_bpe(), "x" * 21, "A", "B")  # the tokenizer's own limit
+    assert "21 tokens, but the model takes 20" in message
+
+
+def test_rows_of_the_wrong_kind() -> None:
+    text = Row(id="r", text="book a table", source="f.jsonl:12")
+    with pytest.raises(RowError, match="this is a text row; use rows with 'prompt'"):
+        encode_choices([text], byte_bpe())
+    with pytest.raises(RowError, match="this is a choice row; use rows with 'text'"):
+        encode_texts([row("x", "A", "B")], word_level(), num_labels=2)
+    with pytest.raises(RowError, match="empty"):
+        encode_choices([row("", "A", "B")], byte_bpe())
+    for encode in (encode_choices, lambda r, t: encode_texts(r, t, num_labels=2)):
+        with pytest.raises(RowError, match="no rows"):
+            encode([], byte_bpe())
+
+
+def test_texts() -> None:
+    tokenizer = word_level()
+    rows = [Row("1", text="book a table", label=2), Row("2", text="book", label=None)]
+    encoded = encode_texts(rows, tokenizer, num_labels=3)
+    assert names(tokenizer, encoded.input_ids[0]) == ["[CLS]", "book", "a", "table", "[SEP]"]
+    assert encoded.labels == [2, None] and encoded.label_ids is None and encoded.choices is None
+    assert encoded.token_type_ids == [[0] * 5, [0] * 3]
+    with pytest.raises(RowError, match=r"label 2 is outside the model's 2 classes; .* 0 to 1"):
+        encode_texts(rows, tokenizer, num_labels=2)
+    with pytest.raises(RowError, match="5 tokens, but the model takes 4"):
+        encode_texts(rows, tokenizer, num_labels=3, max_length=4)
+    with pytest.raises(ValueError, match="num_labels"):
+        encode_texts(rows, tokenizer, num_labels=1)
+    (batch,) = batches(encoded, batch_size=2, pad_token_id=3, padding_side="right")
+    assert batch.input_ids.tolist() == [[1, 7, 8, 9, 2], [1, 7, 2, 3, 3]]
+    assert batch.model_inputs().keys() == {"input_ids", "attention_mask", "token_type_ids"}
+    assert batch.labels is not None and batch.labels.tolist() == [2, NO_LABEL]
+    assert batch.label_ids is None
+
+
+def test_batch_of_choices() -> None:
+    rows = [
+        row("xyz", "A", "B", label=1, id="1"),
+        row("x", "A", "B", "C", id="2"),
+        row("xyzx", "A", "B", label=0, id="3"),
+    ]
+    encoded = encode_choices(rows, byte_bpe())
+    first, second = batches(encoded, batch_size=8, pad_token_id=0)
+    assert first.indices.tolist() == [0, 2] and second.indices.tolist() == [1]
+    assert first.attention_mask.tolist() == [[0, 1, 1, 1], [1, 1, 1, 1]]
+    assert first.position_ids.tolist() == [[0, 0, 1, 2], [0, 1, 2, 3]]
+    assert first.input_ids[0, 1:].tolist() == encoded.input_ids[0]
+    assert first.label_ids is not None and first.label_ids.shape == (2, 2)
+    assert first.labels is not None and first.labels.tolist() == [1, 0]
+    assert second.label_ids is not None and second.label_ids.shape == (1, 3)
+    assert second.labels is None and len(second) == 1
+    (longest, *_) = batches(encoded, batch_size=1, pad_token_id=0, sort_by_length=True)
+    assert longest.indices.tolist() == [2]
+    assert longest.to("cpu").input_ids.equal(longest.input_ids)
+
+
+def test_batch_arguments() -> None:
+    encoded = encode_choices([row("x", "A", "B")], byte_bpe())
+    with pytest.raises(ValueError, match="batch_size"):
+        batches(encoded, batch_size=0, pad_token_id=0)
+    with pytest.raises(ValueError, match="padding_side"):
+        batches(encoded, batch_size=1, pad_token_id=0, padding_side="top")
+
+
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 9), st.integers(2, 4)), min_size=1, max_size=20),
+    batch_size=st.integers(1, 6),
+    side=st.sampled_from(["left", "right"]),
+    sort=st.booleans(),
+)
+def test_batches_hold_every_row_once(
+    shapes: list[tuple[int, int]], batch_size: int, side: str, sort: bool
+) -> None:
+    encoded = EncodedRows(
+        ids=[str(i) for i in range(len(shapes))],
+        input_ids=[[100 * i + t for t in range(1, n + 1)] for i, (n, _) in enumerate(shapes)],
+        label_ids=[tuple(range(k)) for _, k in shapes],
+        labels=[0] * len(shapes),
+        choices=[LETTERS[:k] for _, k in shapes],
+    )
+    seen: list[int] = []
+    for batch in batches(
+        encoded, batch_size=batch_size, pad_token_id=0, padding_side=side, sort_by_length=sort
+    ):
+        assert 1 <= len(batch) <= batch_size
+        assert batch.attention_mask.sum(-1).max() == batch.input_ids.shape[1]
+        for ids, mask, index in zip(
+            batch.input_ids, batch.attention_mask, batch.indices.tolist(), strict=True
+        ):
+            assert ids[mask.bool()].tolist() == encoded.input_ids[index]
+            assert mask[-1 if side == "left" else 0] == 1
+            seen.append(index)
+    assert sorted(seen) == list(range(len(shapes)))
+
+
+def test_subset_and_content_hash() -> None:
+    rows = [row("x", "A", "B", label=i, id=str(i)) for i in range(2)]
+    encoded = encode_choices(rows, byte_bpe())
+    again = encode_choices(rows, byte_bpe())
+    assert encoded.content_hash == again.content_hash and len(encoded.content_hash) == 64
+    assert encoded.subset(range(2)).content_hash == encoded.content_hash
+    swapped = encoded.subset([1, 0])
+    assert swapped.ids == ["1", "0"] and swapped.labels == [1, 0] and len(swapped) == 2
+    changed = [
+        swapped,
+        encoded.subset([0]),
+        replace(encoded, labels=[0, 0]),
+        replace(encoded, ids=["0", "2"]),
+        replace(encoded, input_ids=[[1], [2]]),
+        replace(encoded, label_ids=[(1, 2), (3, 4)]),
+    ]
+    assert len({e.content_hash for e in [encoded, *changed]}) == 1 + len(changed)
+
+
+# --- the reference model --------------------------------------------------------------------------
+
+
+def test_reference_label_tokens(shared: Path) -> None:
+    """The label token is the last of 'Topic A': bare for most letters, '▁B' where that exists."""
+    tokenizer = AutoTokenizer.from_pretrained(shared / "models" / "stories260K")
+    rows = read_rows(shared / "data" / "clinc-domain" / "test.jsonl")
+    encoded = encode_choices(rows, tokenizer)
+    expected = tuple(tokenizer(f"Topic {letter}")["input_ids"][-1] for letter in LETTERS)
+    assert encoded.label_ids == [expected] * 4500
+    assert expected == (447, 368, 457, 455, 459, 453, 463, 320, 359, 454)
+    assert encoded.input_ids[:50] == tokenizer([r.prompt for r in rows[:50]])["input_ids"]
+
+
+def test_reference_accuracy_and_nll(shared: Path) -> None:
+    """The published figures of the deterministic adapter, with plain transformers and PEFT."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder = shared / "models" / "stories260K"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(folder),
+        shared / "adapters" / "stories260K-clinc-domain",
+    ).eval()
+    rows = read_rows(shared / "data" / "clinc-domain" / "validation.jsonl", limit=1500)
+    encoded = encode_choices(rows, tokenizer, max_length=model.config.max_position_embeddings)
+    log_probs = torch.empty(1500, 10)
+    for batch in batches(encoded, batch_size=100, pad_token_id=0, sort_by_length=True):
+        assert batch.label_ids is not None
+        with torch.inference_mode():
+            logits = model(**batch.model_inputs(), position_ids=batch.position_ids).logits[:, -1]
+        log_probs[batch.indices] = logits.gather(-1, batch.label_ids).log_softmax(-1)
+    labels = torch.tensor([label for label in encoded.labels if label is not None])
+    accuracy = (log_probs.argmax(-1) == labels).double().mean().item()
+    assert accuracy == pytest.approx(0.7627, abs=1e-3)
+    assert torch.nn.functional.nll_loss(log_probs, labels).item() == pytest.approx(0.8803, abs=1e-3)

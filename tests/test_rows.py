@@ -1,0 +1,195 @@
+"""Reading of task rows: the two shapes, and an error that names place and remedy for all else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tfb.rows import Row, RowError, iter_rows, parse_row, read_rows
+
+CHOICE: dict[str, Any] = {"id": "q1", "prompt": "2+2?", "choices": ["A", "B"], "label": 1}
+TEXT: dict[str, Any] = {"id": "t1", "text": "book a table", "label": 3}
+
+
+def write(path: Path, *rows: Any) -> Path:
+    """A JSONL file; strings and bytes are written as they stand."""
+    lines = [row if isinstance(row, str | bytes) else json.dumps(row) for row in rows]
+    path.write_bytes(b"".join((x if isinstance(x, bytes) else x.encode()) + b"\n" for x in lines))
+    return path
+
+
+def test_both_shapes(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", CHOICE, "", {**TEXT, "id": 7})
+    first, second = read_rows(file)
+    assert first == Row("q1", "2+2?", ("A", "B"), None, 1, f"{file}:1")
+    assert second == Row("7", None, None, "book a table", 3, f"{file}:3")
+    assert first.is_choice and not second.is_choice
+
+
+@pytest.mark.parametrize(("label", "index"), [(0, 0), (1, 1), ("A", 0), ("B", 1), (None, None)])
+def test_label_is_an_index_or_a_choice(label: Any, index: int | None) -> None:
+    assert parse_row(json.dumps({**CHOICE, "label": label})).label == index
+
+
+def test_label_may_be_absent() -> None:
+    assert parse_row('{"id": 1, "prompt": "p", "choices": ["A", "B"]}').label is None
+    assert parse_row('{"id": 1, "text": "p"}').label is None
+
+
+def test_line_ends_inside_strings_and_byte_order_mark(tmp_path: Path) -> None:
+    row = json.dumps({"id": "1", "text": "a\u2028b\x85c"}, ensure_ascii=False)
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + row.encode() + b"\r\n")
+    assert read_rows(file)[0].text == "a\u2028b\x85c"
+
+
+def test_several_files_and_limit(tmp_path: Path) -> None:
+    a = write(tmp_path / "a.jsonl", {"id": 1, "text": "x"}, {"id": 2, "text": "y"})
+    b = write(tmp_path / "b.jsonl", {"id": 3, "text": "z"}, "not json")
+    assert [row.id for row in read_rows([str(a), b], limit=3)] == ["1", "2", "3"]
+    assert [row.id for row in read_rows(a, limit=9)] == ["1", "2"]
+    with pytest.raises(RowError, match=r"b\.jsonl:2: not valid JSON"):
+        read_rows([a, b])
+    with pytest.raises(ValueError, match="limit must be at least 1"):
+        read_rows(a, limit=0)
+
+
+def test_streams(tmp_path: Path) -> None:
+    stream = iter_rows(write(tmp_path / "a.jsonl", TEXT, "not json"))
+    assert next(stream).id == "t1"
+    with pytest.raises(RowError, match=":2"):
+        next(stream)
+
+
+BAD_LINES = [
+    ('{"id": 1', "not valid JSON .* at column", "one complete JSON object"),
+    ("[" * 100_000, "not usable JSON", "plain JSON object"),
+    ('{"id": %s, "text": "x"}' % ("9" * 5000), "not usable JSON", "plain JSON object"),
+    (b'{"id": 1, "text": "\xff"}', "not UTF-8", "save the file as UTF-8"),
+    ("[1]", "expected a JSON object, found a list", "write {"),
+    ("3", "expected a JSON object, found the number 3", "write {"),
+    ("null", "expected a JSON object, found null", "write {"),
+    ({"id": 1}, "no task", "add 'prompt' and 'choices', or add 'text'"),
+    ({"text": "x"}, "missing column 'id'", "add it"),
+    ({"id": 1, "choices": ["A", "B"]}, "missing column 'prompt'", "add it"),
+    ({"id": 1, "prompt": "x"}, "missing column 'choices'", "add it"),
+    ({**TEXT, "prompt": "x"}, "'text' together with", "keep 'text'"),
+    (
+        {**CHOICE, "answer": 1},
+        "unknown column 'answer'",
+        "allowed here: id, prompt, choices, label",
+    ),
+    ({**TEXT, "a": 1, "b": 2}, "unknown columns 'a', 'b'", "allowed here: id, text, label"),
+    ('{"id": 1, "id": 2, "text": "x"}', "'id' stands twice in one object", "keep one"),
+    ({**TEXT, "id": 1.5}, "'id' is the number 1.5", "a string or an integer"),
+    ({**TEXT, "id": True}, "'id' is a boolean", "a string or an integer"),
+    ({**TEXT, "id": " "}, "'id' is empty", "write some text"),
+    ({**TEXT, "text": ["x"]}, "'text' is a list", "make it a string"),
+    ({**TEXT, "text": "\n"}, "'text' is empty", "write some text"),
+    ('{"id": 1, "text": "\\ud800"}', "half of a surrogate pair", "proper Unicode"),
+    ({**TEXT, "label": "sports"}, "the label 'sports' is a string", "index of the class"),
+    ({**CHOICE, "prompt": None}, "'prompt' is null", "make it a string"),
+    ({**CHOICE, "prompt": "  "}, "'prompt' is empty", "write some text"),
+    ({**CHOICE, "choices": "AB"}, "'choices' is a string", "list of strings"),
+    ({**CHOICE, "choices": ["A"]}, "'choices' holds 1", "at least two"),
+    ({**CHOICE, "choices": []}, "'choices' holds 0", "at least two"),
+    ({**CHOICE, "choices": ["A", 2]}, "a choice is the number 2", "make it a string"),
+    ({**CHOICE, "choices": ["A", ""]}, "a choice is empty", "write some text"),
+    ({**CHOICE, "choices": ["A", "B", "A"]}, "choices stand twice: 'A'", "make them differ"),
+    ({**CHOICE, "label": 2}, "the label 2 is outside the 2 choices", "an index from 0 to 1"),
+    ({**CHOICE, "label": -1}, "the label -1 is negative", "count from 0"),
+    ({**CHOICE, "label": "C"}, "the label 'C' is none of the choices", "or its index"),
+    ({**CHOICE, "label": 1.0}, "'label' is the number 1.0", "an integer index"),
+    ({**CHOICE, "label": True}, "'label' is a boolean", "an integer index"),
+    ({**CHOICE, "label": [1]}, "'label' is a list", "an integer index"),
+]
+
+
+@pytest.mark.parametrize(("bad", "fault", "remedy"), BAD_LINES, ids=range(len(BAD_LINES)))
+def test_bad_line(tmp_path: Path, bad: Any, fault: str, remedy: str) -> None:
+    file = write(tmp_path / "rows.jsonl", {"id": "fine", "text": "x"}, bad)
+    with pytest.raises(RowError, match=fault) as caught:
+        read_rows(file)
+    assert str(caught.value).startswith(f"{file}:2: ")
+    assert remedy in str(caught.value)
+
+
+def test_duplicate_ids_name_both_places(tmp_path: Path) -> None:
+    a = write(tmp_path / "a.jsonl", {"id": "x", "text": "1"}, {"id": 5, "text": "2"})
+    b = write(tmp_path / "b.jsonl", {"id": "5", "text": "3"})
+    with pytest.raises(RowError, match=r"b\.jsonl:1: the id '5' was already used at .*a\.jsonl:2"):
+        read_rows([a, b])
+
+
+def test_missing_empty_and_folder(tmp_path: Path) -> None:
+    good = write(tmp_path / "good.jsonl", TEXT)
+    with pytest.raises(RowError, match=r"no\.jsonl: there is no such file"):
+        iter_rows([good, tmp_path / "no.jsonl"])  # before the first row is read
+    with pytest.raises(RowError, match="this is a folder; name the JSONL files"):
+        iter_rows(tmp_path)
+    with pytest.raises(RowError, match=r"empty\.jsonl: the file holds no rows"):
+        read_rows([good, write(tmp_path / "empty.jsonl", "", "  ")])
+    with pytest.raises(RowError, match="no input files"):
+        read_rows([])
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+COLUMNS = st.sampled_from(["id", "prompt", "choices", "text", "label", "other"])
+ROWS = st.dictionaries(COLUMNS, JSON_VALUES | st.just(["A", "B"]), max_size=5)
+
+
+def parses_or_row_error(line: str | bytes) -> None:
+    try:
+        row = parse_row(line, "f:1")
+    except RowError as error:
+        assert str(error).startswith("f:1: ") and ";" in str(error)
+    else:
+        assert row.id and ((row.text is None) != (row.prompt is None))
+        row.id.encode()  # what is accepted can be written again
+
+
+@given(st.binary(max_size=60) | st.text(max_size=60))
+def test_fuzz_arbitrary_lines(line: str | bytes) -> None:
+    parses_or_row_error(line)
+
+
+@given(JSON_VALUES | ROWS)
+def test_fuzz_json_values(value: Any) -> None:
+    parses_or_row_error(json.dumps(value))
+
+
+@given(st.data())
+def test_fuzz_broken_rows(data: st.DataObject) -> None:
+    """A good line with a piece cut out and another put in."""
+    line = json.dumps(data.draw(st.sampled_from([CHOICE, TEXT])))
+    start = data.draw(st.integers(0, len(line)))
+    end = data.draw(st.integers(start, len(line)))
+    parses_or_row_error(line[:start] + data.draw(st.text(max_size=4)) + line[end:])
+
+
+@given(st.data())
+def test_fuzz_cut_lines_are_row_errors(data: st.DataObject) -> None:
+    line = json.dumps(data.draw(st.sampled_from([CHOICE, TEXT])))
+    with pytest.raises(RowError):
+        parse_row(line[: data.draw(st.integers(0, len(line) - 1))])
+
+
+def test_reference_files(shared: Path) -> None:
+    folder = shared / "data" / "clinc-domain"
+    counts = {"anchor": 500, "validation": 3000, "test": 4500, "oos": 1000}
+    for name, count in counts.items():
+        rows = read_rows(folder / f"{name}.jsonl")
+        assert len(rows) == count
+        assert all((row.label is None) == (name == "oos") for row in rows)
+        assert all(row.choices == tuple("ABCDEFGHIJ") for row in rows)

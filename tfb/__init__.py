@@ -1,0 +1,73 @@
+"""Training-Free Bayesianization of LoRA adapters (TFB, arXiv 2412.05723).
+
+    bayes = tfb.bayesianize(peft_model)
+    fit = tfb.fit_sigma(bayes, anchors)
+    pred = bayes.predict(batch)
+
+Names are resolved on first use, so that importing tfb costs nothing and ``BayesLoRALinear`` needs
+neither PEFT nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tfb.adapters import load_adapter, load_base
+    from tfb.anchor import AnchorSet
+    from tfb.artifact import ArtifactError, load
+    from tfb.convert import bayesianize
+    from tfb.draws import Draws
+    from tfb.engine import BayesianModel
+    from tfb.linear import BayesLoRALinear
+    from tfb.posterior import AdapterError, LowRankPosterior
+    from tfb.predictive import Predictive
+    from tfb.search import SearchError, SigmaFit, fit_sigma
+    from tfb.selection import last_layers
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AdapterError": "posterior",
+    "AnchorSet": "anchor",
+    "ArtifactError": "artifact",
+    "BayesLoRALinear": "linear",
+    "BayesianModel": "engine",
+    "Draws": "draws",
+    "LowRankPosterior": "posterior",
+    "Predictive": "predictive",
+    "SearchError": "search",
+    "SigmaFit": "search",
+    "bayesianize": "convert",
+    "fit_sigma": "search",
+    "last_layers": "selection",
+    "load": "artifact",
+    "load_adapter": "adapters",
+    "load_base": "adapters",
+}
+
+__all__ = [
+    "AdapterError",
+    "AnchorSet",
+    "ArtifactError",
+    "BayesLoRALinear",
+    "BayesianModel",
+    "Draws",
+    "LowRankPosterior",
+    "Predictive",
+    "SearchError",
+    "SigmaFit",
+    "bayesianize",
+    "fit_sigma",
+    "last_layers",
+    "load",
+    "load_adapter",
+    "load_base",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tfb' has no attribute {name!r}")
+    return getattr(import_module(f"tfb.{_HOMES[name]}"), name)

@@ -1,0 +1,5 @@
+"""``python -m tfb``."""
+
+from tfb.cli import main
+
+main()

@@ -1,0 +1,167 @@
+"""Loading and saving of LoRA adapters through PEFT, strictly.
+
+PEFT loads a checkpoint whose keys it does not know as a silent no-op; here that is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+from torch import nn
+
+from tfb.posterior import AdapterError
+
+TASKS = ("CAUSAL_LM", "SEQ_CLS")
+
+
+def adapter_config(folder: str | Path) -> dict[str, Any]:
+    """adapter_config.json of an adapter folder or hub name, through PEFT."""
+    config = PeftConfig.from_pretrained(str(folder))
+    return dict(config.to_dict())
+
+
+def adapter_tensor_shapes(folder: Path) -> dict[str, list[int]]:
+    """Tensor names and shapes of a local adapter, without loading it."""
+    path = folder / "adapter_model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        return {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+
+
+def load_adapter(base_model: nn.Module, adapter: str | Path, name: str = "default") -> nn.Module:
+    """Load a LoRA adapter onto a base model, strictly.
+
+    PEFT loads a checkpoint whose keys it does not know as a silent no-op; here missing and
+    unexpected keys are errors.
+
+    Args:
+        base_model: a transformers model; changed in place by PEFT.
+        adapter: a local folder (its adapter_model.safetensors is read, never a pickle) or a hub
+            name. name: the adapter's name in the model.
+
+    Returns:
+        The ``peft.PeftModel`` in eval mode.
+
+    Raises:
+        AdapterError: no adapter there, no safetensors, or keys or shapes that do not fit.
+    """
+    folder = local_folder(adapter, ["adapter_config.json", "adapter_model.safetensors"])
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / file).is_file():
+            raise AdapterError(
+                f"{adapter}: no {file}; expected a PEFT adapter folder (pickled adapter_model.bin "
+                "files are not read: convert them to safetensors with PEFT)"
+            )
+    try:
+        json.loads((folder / "adapter_config.json").read_text())
+    except ValueError as error:
+        raise AdapterError(f"{adapter}: adapter_config.json is not JSON: {error}") from error
+    stored = adapter_tensor_shapes(folder)
+    try:
+        with warnings.catch_warnings():
+            # Missing keys are errors below; PEFT would only warn.
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            model = PeftModel.from_pretrained(base_model, str(folder), adapter_name=name)
+    except (RuntimeError, ValueError) as error:  # sizes (torch), target modules (PEFT)
+        raise AdapterError(f"{adapter}: does not fit the base model: {error}") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's advice on saving embeddings; nothing is saved here
+        plain = set(_keys(model, name, embeddings=False))
+        allowed = plain | set(_keys(model, name, embeddings=True))
+    missing, unexpected = sorted(plain - set(stored)), sorted(set(stored) - allowed)
+    if missing or unexpected:
+        lines = [
+            f"{label} ({len(keys)}): {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}"
+            for label, keys in (("missing", missing), ("unexpected", unexpected))
+            if keys
+        ]
+        raise AdapterError(
+            f"{adapter}: its keys do not fit the base model, so parts of it would be ignored.\n  "
+            + "\n  ".join(lines)
+            + "\nUse the base model that the adapter was trained on, or rename the keys."
+        )
+    model.eval()
+    return model
+
+
+def load_base(name: str | Path, adapter: str | Path) -> nn.Module:
+    """The base model of an adapter, in float32 on CPU or its own dtype on a GPU, in eval mode.
+
+    The adapter's task_type decides the class; a SEQ_CLS head gets the adapter's number of labels.
+
+    Raises:
+        AdapterError: an unsupported task, or no head weights in a SEQ_CLS adapter.
+    """
+    import transformers
+
+    folder = local_folder(adapter, ["adapter_config.json", "adapter_model.safetensors"])
+    task = str(adapter_config(folder).get("task_type"))
+    if task == "CAUSAL_LM":
+        return transformers.AutoModelForCausalLM.from_pretrained(str(name)).eval()
+    if task != "SEQ_CLS":
+        raise AdapterError(f"{adapter}: task_type {task}; supported: {', '.join(TASKS)}")
+    heads = [
+        shape[0]
+        for key, shape in adapter_tensor_shapes(folder).items()
+        if "lora_" not in key and key.endswith(("score.weight", "classifier.weight",
+                                                "out_proj.weight"))
+    ]  # fmt: skip
+    if not heads:
+        raise AdapterError(
+            f"{adapter}: a SEQ_CLS adapter without its head (modules_to_save); the labels' number "
+            "and weights are unknown"
+        )
+    return transformers.AutoModelForSequenceClassification.from_pretrained(
+        str(name), num_labels=heads[-1]
+    ).eval()
+
+
+def local_folder(name: str | Path, patterns: list[str]) -> Path:
+    """A local folder as it is; a hub name through huggingface_hub's cache.
+
+    Raises:
+        AdapterError: neither a folder nor a reachable hub repository.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=patterns))
+    except Exception as error:
+        raise AdapterError(
+            f"{name}: not a folder here, and not to be had from the hub ({type(error).__name__})"
+        ) from error
+
+
+def _keys(model: nn.Module, adapter: str, *, embeddings: bool) -> list[str]:
+    return list(
+        get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=embeddings)
+    )
+
+
+def save_adapter(
+    model: nn.Module, adapter: str, folder: Path, *, source: Path | None = None
+) -> None:
+    """The adapter as an ordinary PEFT folder (safetensors).
+
+    With ``source``, the folder it was loaded from, its files are copied as they are.
+    """
+    if source is not None:
+        for file in ("adapter_config.json", "adapter_model.safetensors", "README.md"):
+            if (source / file).is_file():
+                shutil.copyfile(source / file, folder / file)
+        return
+    assert isinstance(model, PeftModel)
+    model.save_pretrained(str(folder), selected_adapters=[adapter], safe_serialization=True)
+    nested = folder / adapter  # PEFT puts adapters not called "default" in a subfolder
+    if adapter != "default" and nested.is_dir():
+        for path in nested.iterdir():
+            path.rename(folder / path.name)
+        nested.rmdir()

@@ -1,0 +1,377 @@
+"""The command line: ``tfb demo | fit | evaluate | score | report`` (also ``python -m tfb``).
+
+Each command checks its inputs and its output folder before any long work. To add a command: a
+function below, its work in a module of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+app = typer.Typer(
+    help="Training-Free Bayesianization of LoRA adapters: calibrated probabilities, no training.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+out = Console(width=None if sys.stdout.isatty() else 120)
+
+Model = Annotated[str, typer.Option("--model", help="base model: folder or hub name")]
+Draws = Annotated[int, typer.Option(help="posterior draws (antithetic pairs: an even number)")]
+Mode = Annotated[str, typer.Option(help="how draws reach the model: full")]
+BatchSize = Annotated[int, typer.Option(help="rows in a batch")]
+Limit = Annotated[int | None, typer.Option(help="use only the first rows")]
+
+
+def main() -> NoReturn:
+    """Entry point: a user's mistake ends in one clear line and exit code 1, not a traceback."""
+    try:
+        app()
+    except (ValueError, OSError, ImportError, NotImplementedError) as error:
+        if os.environ.get("TFB_TRACEBACK"):
+            raise
+        Console(stderr=True).print(f"[bold red]error[/]: {error}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+    sys.exit(0)
+
+
+@contextmanager
+def progress_bar(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, so that stdout stays clean; yields ``advance(n)``."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda n: bar.advance(task, n)
+
+
+def _tokenizer(model: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model)
+
+
+def _quiet() -> None:
+    """One message each from us; the libraries' own progress and advice stay out of the way."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def _check_draws(draws: int) -> None:
+    if draws < 2 or draws % 2:
+        raise ValueError(f"--draws {draws}: expected a positive even number (antithetic pairs)")
+
+
+def _load_artifact(model: str, artifact: Path, tokenizer: Any) -> Any:
+    import tfb
+
+    bayes = tfb.load(model, artifact)
+    _set_padding(bayes, tokenizer)
+    return bayes
+
+
+def _set_padding(bayes: Any, tokenizer: Any) -> None:
+    # A SEQ_CLS head finds a row's last token by the padding id of the configuration.
+    if bayes.base.config.pad_token_id is None:
+        bayes.base.config.pad_token_id = tokenizer.pad_token_id
+
+
+@app.command()
+def fit(
+    model: Model,
+    adapter: Annotated[str, typer.Option(help="PEFT LoRA adapter: folder or hub name")],
+    anchors: Annotated[Path, typer.Option(help="anchor rows, JSONL")],
+    output: Annotated[Path, typer.Option("--out", help="new folder for the artifact")],
+    metric: Annotated[str, typer.Option(help="nll, accuracy, pseudo_nll, embedding_norm")] = "nll",
+    objective: Annotated[str, typer.Option(help="max_variance, min_nll, gvi")] = "max_variance",
+    tolerance: Annotated[float, typer.Option(help="accepted relative degradation")] = 0.003,
+    absolute: Annotated[bool, typer.Option(help="tolerance in the loss's own units")] = False,
+    search: Annotated[str, typer.Option(help="grid or bisection")] = "grid",
+    compat: Annotated[str | None, typer.Option(help="reference: the authors' rule")] = None,
+    mode: Mode = "full",
+    draws: Draws = 10,
+    limit: Limit = None,
+    seed: Annotated[int, typer.Option(help="seed of the noise")] = 0,
+    batch_size: BatchSize = 50,
+) -> None:
+    """Search sigma on anchor rows and write the artifact."""
+    from tfb.adapters import load_adapter, load_base, local_folder
+    from tfb.artifact import check_output_folder
+    from tfb.convert import bayesianize
+    from tfb.engine import check_mode
+    from tfb.rows import read_rows
+    from tfb.scoring import encode
+    from tfb.search import fit_sigma
+
+    _quiet()
+    check_output_folder(output)
+    check_mode(mode)
+    _check_draws(draws)
+    rows = read_rows(anchors, limit=limit)
+    tokenizer = _tokenizer(model)
+    bayes = bayesianize(load_adapter(load_base(model, adapter), adapter), seed=seed)
+    bayes.source = local_folder(adapter, ["adapter_config.json", "adapter_model.safetensors"])
+    _set_padding(bayes, tokenizer)
+    encoded = encode(bayes, rows, tokenizer)
+    with progress_bar("searching sigma (rows x draws)", None) as advance:
+        found = fit_sigma(
+            bayes,
+            encoded,
+            metric,
+            tolerance,
+            search,
+            objective=objective,
+            relative=not absolute,
+            draws=draws,
+            batch_size=batch_size,
+            compat=compat,
+            progress=advance,
+        )
+    bayes.save(output, fit=found, anchors=str(anchors.name))
+    print_fit(found)
+    out.print(f"artifact: {output}")
+
+
+def print_fit(found: Any) -> None:
+    """The curve and the answer."""
+    table = Table(title=f"{found.metric} on {found.anchors} anchors")
+    for heading in ("sigma", "loss", "change", "± anchors", "± draws"):
+        table.add_column(heading, justify="right")
+    for p in found.curve:
+        change = p.loss - found.baseline
+        table.add_row(
+            f"{p.sigma:.5g}", f"{p.loss:.4f}", f"{change:+.4f}", f"{p.standard_error:.4f}",
+            f"{p.draw_standard_error:.4f}",
+        )  # fmt: skip
+    out.print(table)
+    kl = "" if found.kl is None else f", KL {found.kl:.4g} nats"
+    lam = "" if found.implied_lambda is None else f", implied lambda {found.implied_lambda:.3g}"
+    out.print(
+        f"sigma = {found.sigma:.6g} ({found.objective}; {found.stopped}; "
+        f"{found.passes:g} passes{kl}{lam})", soft_wrap=True
+    )  # fmt: skip
+    for note in found.notes:
+        out.print(f"note: {note}", soft_wrap=True)
+
+
+def evaluations(
+    bayes: Any,
+    encoded: Any,
+    *,
+    dataset: str,
+    draws: int,
+    batch_size: int,
+    pad: int,
+    temperature: float | None = None,
+    sigmas: dict[str, float] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Any]:
+    """Deterministic, optionally temperature-scaled, and TFB evaluations of labelled rows.
+
+    ``sigmas``: a name for each sigma to sample at; default {"tfb": bayes.sigma}.
+    """
+    import torch
+
+    from tfb.draws import Draws as PosteriorDraws
+    from tfb.metrics import Evaluation, apply_temperature
+    from tfb.scoring import predict_rows
+
+    common: dict[str, Any] = {"batch_size": batch_size, "pad_token_id": pad, "progress": progress}
+    mean = predict_rows(bayes, encoded, PosteriorDraws.mean(), **common)
+    labels = torch.tensor([-1 if y is None else y for y in encoded.labels])
+    known = None if bool((labels < 0).any()) else labels
+    found = [Evaluation("deterministic", dataset, mean.probs, known, total=mean.total)]
+    if temperature is not None:
+        scaled = apply_temperature(mean.probs.clamp_min(1e-30).log(), temperature)
+        found.append(Evaluation("temperature-scaled", dataset, scaled, known))
+    for name, sigma in (sigmas or {"tfb": bayes.sigma}).items():
+        chosen = PosteriorDraws.antithetic(draws, sigma, seed=bayes.seed)
+        p = predict_rows(bayes, encoded, chosen, **common)
+        found.append(
+            Evaluation(name, dataset, p.probs, known, total=p.total, aleatoric=p.aleatoric,
+                       epistemic=p.epistemic)
+        )  # fmt: skip
+    return found
+
+
+def print_metrics(found: list[Any]) -> None:
+    """One table: a row for each evaluation."""
+    from tfb.metrics import evaluate as measure
+
+    table = Table()
+    for heading in ("data", "method", "accuracy %", "NLL", "ECE %", "Brier", "conf-acc %",
+                    "flipped %"):  # fmt: skip
+        table.add_column(heading, justify="left" if heading in ("data", "method") else "right")
+    for e in found:
+        reference = next(f for f in found if f.dataset == e.dataset).probs.argmax(-1)
+        m = measure(e.probs, e.labels, reference_predictions=reference)
+        table.add_row(
+            e.dataset, e.name, f"{100 * m.accuracy:.2f}", f"{m.nll:.4f}", f"{100 * m.ece:.2f}",
+            f"{m.brier:.4f}", f"{100 * m.miscalibration:+.2f}", f"{100 * (m.flip_ratio or 0):.2f}",
+        )  # fmt: skip
+    out.print(table)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    artifact: Annotated[Path, typer.Option(help="folder written by tfb fit")],
+    data: Annotated[Path, typer.Option(help="labelled rows, JSONL")],
+    sigma: Annotated[float | None, typer.Option(help="use this sigma instead")] = None,
+    mode: Mode = "full",
+    draws: Draws = 10,
+    limit: Limit = None,
+    batch_size: BatchSize = 50,
+    json_out: Annotated[Path | None, typer.Option("--json", help="also write the figures")] = None,
+) -> None:
+    """Accuracy, NLL, ECE and Brier of the deterministic adapter and of TFB."""
+    from tfb.engine import check_mode
+    from tfb.metrics import evaluate as measure
+    from tfb.rows import read_rows
+    from tfb.scoring import encode, pad_token
+
+    _quiet()
+    check_mode(mode)
+    _check_draws(draws)
+    if sigma is not None and not 0 <= sigma < float("inf"):
+        raise ValueError(f"--sigma {sigma}: expected a finite number >= 0")
+    if json_out is not None and json_out.exists():
+        raise ValueError(f"--json {json_out} exists already; choose another name")
+    rows = read_rows(data, limit=limit)
+    if unlabelled := [r.source for r in rows if r.label is None]:
+        raise ValueError(f"{unlabelled[0]}: no label; evaluate needs one on every row")
+    tokenizer = _tokenizer(model)
+    bayes = _load_artifact(model, artifact, tokenizer)
+    if sigma is not None:
+        bayes.sigma = sigma
+    encoded = encode(bayes, rows, tokenizer)
+    with progress_bar("evaluating", 2 * len(rows)) as advance:
+        found = evaluations(
+            bayes, encoded, dataset=data.stem, draws=draws, batch_size=batch_size,
+            pad=pad_token(bayes, tokenizer), progress=advance,
+        )  # fmt: skip
+    print_metrics(found)
+    if json_out is not None:
+        reference = found[0].probs.argmax(-1)
+        figures = {
+            e.name: measure(e.probs, e.labels, reference_predictions=reference).to_dict()
+            for e in found
+        }
+        write_json(json_out, {"data": str(data.name), "sigma": bayes.sigma, "draws": draws,
+                              "mode": mode, "metrics": figures})  # fmt: skip
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomically."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+@app.command()
+def score(
+    model: Model,
+    artifact: Annotated[Path, typer.Option(help="folder written by tfb fit")],
+    inputs: Annotated[list[Path], typer.Option("--input", help="rows, JSONL; repeatable")],
+    output: Annotated[Path, typer.Option(help="new folder for predictions.jsonl / .parquet")],
+    file_format: Annotated[str, typer.Option("--format", help="jsonl or parquet")] = "jsonl",
+    mode: Mode = "full",
+    draws: Draws = 10,
+    limit: Limit = None,
+    batch_size: BatchSize = 50,
+    per_draw: Annotated[bool, typer.Option(help="keep every draw's probabilities")] = False,
+) -> None:
+    """Predictions and uncertainties of rows, streamed to a file."""
+    from tfb.artifact import check_output_folder
+    from tfb.engine import check_mode
+    from tfb.rows import iter_rows
+    from tfb.scoring import FORMATS, write_results
+    from tfb.scoring import score as stream
+
+    _quiet()
+    check_mode(mode)
+    _check_draws(draws)
+    check_output_folder(output)
+    if file_format not in FORMATS:
+        raise ValueError(f"--format {file_format}: expected one of {', '.join(FORMATS)}")
+    rows = iter_rows(inputs, limit=limit)
+    tokenizer = _tokenizer(model)
+    bayes = _load_artifact(model, artifact, tokenizer)
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / f"predictions.{file_format}"
+    with progress_bar("scoring", None) as advance:
+
+        def counted() -> Iterator[dict[str, Any]]:
+            for result in stream(
+                rows, bayes, tokenizer, draws=draws, batch_size=batch_size, per_draw=per_draw
+            ):
+                advance(1)
+                yield result
+
+        count = write_results(counted(), path, file_format)
+    out.print(f"{count} rows: {path}")
+
+
+@app.command()
+def report(
+    model: Model,
+    artifact: Annotated[Path, typer.Option(help="folder written by tfb fit")],
+    data: Annotated[list[Path], typer.Option(help="labelled rows, JSONL; repeatable")],
+    output: Annotated[Path, typer.Option(help="new folder for the pictures and the page")],
+    draws: Draws = 10,
+    limit: Limit = None,
+    batch_size: BatchSize = 50,
+) -> None:
+    """Pictures and one HTML page: reliability, the sigma curve, uncertainties."""
+    from tfb.artifact import check_output_folder, read_sidecar
+    from tfb.report import write_report
+    from tfb.rows import read_rows
+    from tfb.scoring import encode, pad_token
+
+    _quiet()
+    _check_draws(draws)
+    check_output_folder(output)
+    fitted = read_sidecar(artifact).get("fit")
+    tables = {path: read_rows(path, limit=limit) for path in data}
+    if missing := [r.source for rows in tables.values() for r in rows if r.label is None]:
+        raise ValueError(f"{missing[0]}: no label; report needs one on every row")
+    tokenizer = _tokenizer(model)
+    bayes = _load_artifact(model, artifact, tokenizer)
+    found = []
+    for path, rows in tables.items():
+        encoded = encode(bayes, rows, tokenizer)
+        with progress_bar(path.name, 2 * len(rows)) as advance:
+            found += evaluations(
+                bayes, encoded, dataset=path.stem, draws=draws, batch_size=batch_size,
+                pad=pad_token(bayes, tokenizer), progress=advance,
+            )  # fmt: skip
+    print_metrics(found)
+    page = write_report(output, found, fitted, title=f"{artifact.name}: sigma = {bayes.sigma:.4g}")
+    out.print(f"report: {page}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path | None, typer.Option(help="folder for pictures and page")] = None,
+    draws: Draws = 10,
+) -> None:
+    """The whole way on an embedded model: fit sigma, compare, draw the pictures."""
+    from tfb.demo import run
+
+    _quiet()
+    _check_draws(draws)
+    run(output, draws=draws)

@@ -1,0 +1,223 @@
+"""The PEFT bridge: what tfb knows of PEFT's layers is here; adapter files are in tfb.adapters.
+
+``bayesianize`` puts a :class:`BayesVariant` into each LoRA layer's variant slot
+(``module.lora_variant[adapter]``). PEFT consults the slot in forward, merge and unmerge, so
+disable_adapter, several adapters and merge_and_unload (which merges the mean) keep their meaning.
+Layers of PEFT that do not consult it, or whose slot is taken, are refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import LoraVariant
+from torch import Tensor, nn
+
+from tfb.adapters import TASKS
+from tfb.draws import stable_layer_id
+from tfb.engine import BayesianModel, SamplingState, sampling_state
+from tfb.linear import LowRankSampler
+from tfb.posterior import AdapterError, LowRankPosterior
+from tfb.selection import LastLayers, LayerPredicate, select_layers
+
+# LoRA layer classes whose forward consults the variant slot (read in peft 0.18 - 0.21).
+SUPPORTED_LAYERS = frozenset(
+    {"Linear", "Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear"}
+)
+
+
+class BayesVariant(LoraVariant):
+    """A LoRA layer's update, drawn from its posterior while its model is sampling."""
+
+    def __init__(self, owner: int, sampler: LowRankSampler) -> None:
+        self.owner = owner
+        self.sampler = sampler
+
+    # PEFT declares these static; an instance serves as well and can hold the sampler.
+    def forward(  # type: ignore[override]
+        self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
+    ) -> Tensor:
+        x = module.lora_dropout[active_adapter](x)
+        A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        scaling = module.scaling[active_adapter]
+        state = sampling_state(self.owner)
+        if state is None:
+            return result + B(A(x)) * scaling  # PEFT's own arithmetic, to the bit
+        y = self._sample(x, result, state)
+        return y if B.bias is None else y + (B.bias * scaling).to(y.dtype)
+
+    def _sample(self, x: Tensor, result: Tensor, state: SamplingState) -> Tensor:
+        S = len(state.draws)
+        if not state.rows or x.shape[0] % state.rows or x.dim() < 2:
+            raise RuntimeError(
+                f"{self.sampler.posterior.name}: got an input of shape {list(x.shape)} while "
+                f"sampling {S} draws of {state.rows // S} rows; the layer was called outside the "
+                "model's forward pass, or the model routes or reshapes rows. Exclude the layer "
+                "with layers="
+            )
+        n, m = x.shape[-1], result.shape[-1]
+        y = self.sampler(x.reshape(S, -1, n), result.reshape(S, -1, m), state.draws)
+        return y.view(result.shape)
+
+    def _delta(self, module: Any, active_adapter: str, like: Tensor) -> Tensor:
+        delta: Tensor = module.get_delta_weight(active_adapter)
+        return delta.to(like.dtype)
+
+    def merge_safe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
+        return orig_weight + self._delta(module, active_adapter, orig_weight)
+
+    def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> None:  # type: ignore[override]
+        orig_weight.data += self._delta(module, active_adapter, orig_weight)
+
+    def unmerge(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
+        return orig_weight - self._delta(module, active_adapter, orig_weight)
+
+
+# --- bayesianize --------------------------------------------------------------------------------
+
+
+def bayesianize(
+    peft_model: nn.Module,
+    adapter: str = "default",
+    layers: str | LayerPredicate | LastLayers | None = None,
+    seed: int = 0,
+    *,
+    posteriors: dict[str, LowRankPosterior] | None = None,
+) -> BayesianModel:
+    """Give a PEFT LoRA model's adapter a posterior, in place (TFB, section 3).
+
+    Outside ``bayes.sampling`` the model computes what it did before, bit for bit.
+
+    Args:
+        peft_model: a ``peft.PeftModel`` for CAUSAL_LM or SEQ_CLS with a trained LoRA adapter.
+        adapter: its name.
+        layers: which adapted modules get noise; see :func:`tfb.selection.select_layers`. The
+            others stay deterministic.
+        seed: default seed of the draws.
+        posteriors: saved factors by module name (an artifact's); default: computed here.
+
+    Returns:
+        The model's :class:`BayesianModel`; ``sigma`` is None until it is fitted or set.
+
+    Raises:
+        AdapterError: no such adapter, not LoRA, an unsupported kind of layer or LoRA variant
+            (named), an untrained, merged, damaged or already Bayesianized adapter.
+        ValueError: ``layers`` selects nothing.
+    """
+    task = _check_adapter(peft_model, adapter)
+    assert isinstance(peft_model, PeftModel)  # _check_adapter said so
+    base = peft_model.get_base_model()
+    adapted = _adapted_modules(base, adapter)
+    names = select_layers(list(adapted), layers)
+    problems = [p for name in names if (p := _refusal(name, adapted[name], adapter))]
+    if problems:
+        shown = "\n  ".join(problems[:8]) + (
+            f"\n  ... and {len(problems) - 8} more" if len(problems) > 8 else ""
+        )
+        raise AdapterError(
+            f"adapter {adapter!r} cannot be Bayesianized:\n  {shown}\nModules that should stay "
+            "deterministic can be excluded with layers="
+        )
+    _check_layer_ids(names)
+    if posteriors is not None and set(posteriors) != set(names):
+        odd = sorted(set(posteriors) ^ set(names))
+        raise AdapterError(f"saved posterior and adapter differ in modules: {', '.join(odd[:8])}")
+    samplers = {
+        name: LowRankSampler(
+            posteriors[name] if posteriors else _posterior(name, adapted[name], adapter)
+        )
+        for name in names
+    }
+    bayes = BayesianModel(peft_model, adapter, samplers, task=task, seed=seed)
+    for name, sampler in samplers.items():
+        adapted[name].lora_variant[adapter] = BayesVariant(bayes.owner, sampler)
+    return bayes
+
+
+def detach(bayes: BayesianModel) -> None:
+    """Take our variants out of the model again."""
+    for name in bayes.samplers:
+        slot = bayes.base.get_submodule(name).lora_variant
+        variant = slot.get(bayes.adapter)  # type: ignore[operator, union-attr]
+        if isinstance(variant, BayesVariant) and variant.owner == bayes.owner:
+            del slot[bayes.adapter]  # type: ignore[union-attr, operator]
+
+
+def _check_adapter(model: nn.Module, adapter: str) -> str:
+    if not isinstance(model, PeftModel):
+        raise AdapterError(
+            f"expected a peft.PeftModel, got {type(model).__name__}; load the adapter with "
+            "PeftModel.from_pretrained or tfb.load_adapter, or use tfb.BayesLoRALinear directly"
+        )
+    if adapter not in model.peft_config:
+        raise AdapterError(f"no adapter {adapter!r}; the model has: {', '.join(model.peft_config)}")
+    config = model.peft_config[adapter]
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind != "LORA":
+        raise AdapterError(f"adapter {adapter!r} is {kind}; only LORA adapters have this posterior")
+    task = str(getattr(config.task_type, "value", config.task_type))
+    if task not in TASKS:
+        raise AdapterError(
+            f"adapter {adapter!r} has task_type {task}; supported: {', '.join(TASKS)} (set it in "
+            "the adapter's LoraConfig)"
+        )
+    return task
+
+
+def _adapted_modules(base: nn.Module, adapter: str) -> dict[str, Any]:
+    """Every module of ``base`` that carries weights of ``adapter``, by qualified name."""
+    found = {}
+    for name, module in base.named_modules():
+        if isinstance(module, LoraLayer) and any(
+            adapter in getattr(module, slot, {})
+            for slot in ("lora_A", "lora_embedding_A", "lora_magnitude_vector")
+        ):
+            found[name] = module
+    if not found:
+        raise AdapterError(f"adapter {adapter!r} touches no module of this model")
+    return found
+
+
+def _refusal(name: str, module: Any, adapter: str) -> str | None:
+    """Why this module cannot be sampled, or None."""
+    kind = type(module).__name__
+    if kind not in SUPPORTED_LAYERS:
+        return (
+            f"{name}: LoRA on {kind} is not supported (PEFT's {kind} does not offer the hook, or "
+            "it is not a linear map of activations)"
+        )
+    if "experts" in name.split("."):
+        return f"{name}: mixture-of-experts layers see routed rows, which sampling cannot follow"
+    held = module.lora_variant.get(adapter)
+    if isinstance(held, BayesVariant):
+        return f"{name}: already Bayesianized; call remove() on the first BayesianModel"
+    if held is not None:
+        return f"{name}: LoRA variant {type(held).__name__} is not plain LoRA"
+    if module.use_dora.get(adapter, False):
+        return f"{name}: DoRA is not plain LoRA"
+    if module.merged:
+        return f"{name}: the adapter is merged into the base; call unmerge_adapter() first"
+    return None
+
+
+def _check_layer_ids(names: Sequence[str]) -> None:
+    seen: dict[int, str] = {}
+    for name in names:
+        other = seen.setdefault(stable_layer_id(name), name)
+        if other != name:
+            raise AdapterError(
+                f"modules {other!r} and {name!r} have the same 32-bit noise identity; exclude one "
+                "with layers="
+            )
+
+
+def _posterior(name: str, module: Any, adapter: str) -> LowRankPosterior:
+    A, B = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+    if A.is_meta or B.is_meta:
+        raise AdapterError(f"{name}: weights are on the meta device; load them first")
+    return LowRankPosterior.from_lora(
+        A, B, module.scaling[adapter], name=name, layer_id=stable_layer_id(name)
+    )

@@ -1,0 +1,191 @@
+"""Posterior draws: pairs (sigma, stream) with a seed and a kind of noise.
+
+A negative sigma flips the noise, so an antithetic pair is (+sigma, q), (-sigma, q); a sigma grid
+is the same streams under several sigma (common random numbers). sigma = 0 is the deterministic
+adapter, exactly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from tfb_kernels.ops import NOISE_KINDS
+
+
+def stable_layer_id(name: str) -> int:
+    """The unsigned 32-bit noise identity of a module's qualified name (BLAKE2s, 4 bytes)."""
+    return int.from_bytes(hashlib.blake2s(name.encode(), digest_size=4).digest(), "little")
+
+
+@dataclass(frozen=True)
+class Draws:
+    """S posterior draws; immutable, hashable, independent of any model.
+
+    Attributes:
+        sigmas: S noise scales in the paper's pre-scaling units; any sign.
+        streams: S noise streams, unsigned 32-bit; equal streams share their noise.
+        seed: 64 bits.
+        noise: "weight" (one weight sample for all tokens) or "token" (independent per token).
+
+    Raises:
+        ValueError: no draws, lengths that differ, non-finite sigma, stream or seed out of range.
+    """
+
+    sigmas: tuple[float, ...]
+    streams: tuple[int, ...]
+    seed: int = 0
+    noise: str = "weight"
+
+    def __post_init__(self) -> None:
+        if not self.sigmas or len(self.sigmas) != len(self.streams):
+            raise ValueError(
+                f"draws: need S >= 1 sigmas and as many streams, got {len(self.sigmas)} and "
+                f"{len(self.streams)}"
+            )
+        for sigma in self.sigmas:
+            if not math.isfinite(sigma):
+                raise ValueError(f"draws: sigma={sigma} is not finite")
+        for stream in self.streams:
+            if not 0 <= stream < 1 << 32:
+                raise ValueError(f"draws: stream {stream} is not an unsigned 32-bit number")
+        if not -(1 << 63) <= self.seed < 1 << 63:
+            raise ValueError(f"draws: seed={self.seed} does not fit a signed 64-bit number")
+        if self.noise not in NOISE_KINDS:
+            raise ValueError(f"draws: noise={self.noise!r}, expected {' or '.join(NOISE_KINDS)}")
+
+    # --- constructors ---------------------------------------------------------------------------
+
+    @classmethod
+    def mean(cls) -> Draws:
+        """One draw at sigma = 0: the deterministic adapter."""
+        return cls((0.0,), (0,))
+
+    @classmethod
+    def iid(
+        cls, n: int, sigma: float, *, seed: int = 0, noise: str = "weight", first_stream: int = 0
+    ) -> Draws:
+        """n independent draws at ``sigma``."""
+        _check_count(n)
+        _check_sigma(sigma)
+        return cls((float(sigma),) * n, tuple(range(first_stream, first_stream + n)), seed, noise)
+
+    @classmethod
+    def antithetic(
+        cls, n: int, sigma: float, *, seed: int = 0, noise: str = "weight", first_stream: int = 0
+    ) -> Draws:
+        """n / 2 pairs (+sigma, q), (-sigma, q): the default, since a pair cancels the linear term
+        of the noise in averaged probabilities (DESIGN.md has the measurement)."""
+        _check_count(n)
+        if n % 2:
+            raise ValueError(
+                f"draws={n}: antithetic draws come in pairs, use {n + 1} or Draws.iid({n}, ...)"
+            )
+        _check_sigma(sigma)
+        pairs = range(first_stream, first_stream + n // 2)
+        return cls(
+            (float(sigma), -float(sigma)) * (n // 2),
+            tuple(q for q in pairs for _ in (0, 1)),
+            seed,
+            noise,
+        )
+
+    @classmethod
+    def grid(
+        cls,
+        sigmas: Sequence[float],
+        n: int,
+        *,
+        antithetic: bool = True,
+        seed: int = 0,
+        noise: str = "weight",
+        first_stream: int = 0,
+    ) -> Draws:
+        """n draws at each of several sigmas, on common streams.
+
+        Stream-major, so that all draws of a stream stand side by side: draw number
+        ``q * (G * k) + g * k + sign`` with k = 2 (antithetic) or 1, stream q, sigma g. A sigma of
+        0 in the grid is allowed (its n draws are then all the deterministic adapter).
+        """
+        if not sigmas:
+            raise ValueError("draws: the sigma grid is empty")
+        for sigma in sigmas:
+            _check_sigma(sigma)
+        make = cls.antithetic if antithetic else cls.iid
+        one = make(n, 1.0, seed=seed, noise=noise, first_stream=first_stream)
+        k = 2 if antithetic else 1
+        cells = [
+            (sigma * one.sigmas[q * k + sign], one.streams[q * k])
+            for q in range(n // k)
+            for sigma in sigmas
+            for sign in range(k)
+        ]
+        return cls(tuple(c[0] for c in cells), tuple(c[1] for c in cells), seed, noise)
+
+    # --- views ----------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self.sigmas)
+
+    def __getitem__(self, index: slice) -> Draws:
+        """A contiguous part, for running S draws in chunks with identical results."""
+        return replace(self, sigmas=self.sigmas[index], streams=self.streams[index])
+
+    @cached_property
+    def distinct_streams(self) -> tuple[int, ...]:
+        """The Q streams without repeats, in order of first use."""
+        return tuple(dict.fromkeys(self.streams))
+
+    @cached_property
+    def units(self) -> tuple[tuple[int, ...], ...]:
+        """Draw numbers grouped by stream: the independent units of a Monte-Carlo average.
+
+        The two draws of an antithetic pair are dependent, so a standard error counts the pair
+        once.
+        """
+        groups: dict[int, list[int]] = {q: [] for q in self.distinct_streams}
+        for s, q in enumerate(self.streams):
+            groups[q].append(s)
+        return tuple(tuple(g) for g in groups.values())
+
+    def tensors(self, device: torch.device | str = "cpu") -> DrawTensors:
+        """The draws as tensors on ``device``; made once for each device and kept."""
+        cache: dict[torch.device, DrawTensors] = self.__dict__.setdefault("_tensors", {})
+        device = torch.device(device)
+        if device not in cache:
+            order = {q: i for i, q in enumerate(self.distinct_streams)}
+            cache[device] = DrawTensors(
+                sigmas=torch.tensor(self.sigmas, dtype=torch.float64, device=device),
+                streams=torch.tensor(self.distinct_streams, dtype=torch.int64, device=device),
+                stream_index=torch.tensor([order[q] for q in self.streams], device=device),
+                seed=torch.tensor(self.seed, dtype=torch.int64, device=device),
+            )
+        return cache[device]
+
+
+@dataclass(frozen=True)
+class DrawTensors:
+    """sigmas [S] float64, distinct streams [Q], stream_index [S], seed (0-d), on one device."""
+
+    sigmas: Tensor
+    streams: Tensor
+    stream_index: Tensor
+    seed: Tensor
+
+
+def _check_count(n: int) -> None:
+    if n < 1:
+        raise ValueError(f"draws={n}: at least one draw is needed")
+
+
+def _check_sigma(sigma: float) -> None:
+    if not (math.isfinite(sigma) and sigma >= 0):
+        raise ValueError(
+            f"sigma={sigma}: expected a finite number >= 0 (Draws(...) itself takes signed ones)"
+        )

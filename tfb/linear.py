@@ -1,0 +1,136 @@
+"""``BayesLoRALinear``: a linear layer whose low-rank update is drawn from its posterior.
+
+Usable alone, with no PEFT and no transformers. The PEFT bridge (:mod:`tfb.convert`) applies the
+same :class:`LowRankSampler` inside PEFT's own layers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tfb.draws import Draws
+from tfb.posterior import LowRankPosterior
+from tfb_kernels import bayes_lora_linear, gaussian_noise
+
+
+class LowRankSampler:
+    """Applies draws of one layer's posterior, keeping what does not change between batches.
+
+    Holds copies of the factors on each device that asked for them, and the noise of the last
+    draws used ("pool", [Q, r, n] float32), so that fixed draws generate their noise once and not
+    once per batch.
+    """
+
+    def __init__(self, posterior: LowRankPosterior) -> None:
+        self.posterior = posterior
+        self._factors: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+        # (key, noise) as one object, so that a thread never pairs a key with another's noise.
+        self._pool: tuple[tuple[object, ...], Tensor] | None = None
+
+    def __call__(self, x: Tensor, base: Tensor, draws: Draws) -> Tensor:
+        """x [T, n] or [S, T, n], base likewise with m -> samples [S, T, m] in base's dtype."""
+        A, B, inv_d = self.factors(x.device)
+        t = draws.tensors(x.device)
+        return bayes_lora_linear(
+            x,
+            base,
+            A,
+            B,
+            inv_d,
+            t.sigmas,
+            t.streams,
+            stream_index=t.stream_index,
+            seed=t.seed,
+            layer_id=self.posterior.layer_id,
+            scaling=self.posterior.scaling,
+            noise=draws.noise,
+            pool=self.pool(draws, x.device) if draws.noise == "weight" else None,
+        )
+
+    def factors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """(A', B', 1/d) on ``device``."""
+        if device not in self._factors:
+            p = self.posterior
+            self._factors[device] = (p.A.to(device), p.B.to(device), p.inv_d.to(device))
+        return self._factors[device]
+
+    def pool(self, draws: Draws, device: torch.device) -> Tensor:
+        """E [Q, r, n] of these draws, generated on first use and kept until other draws come."""
+        key = (draws.seed, draws.distinct_streams, device)
+        kept = self._pool
+        if kept is None or kept[0] != key:
+            t = draws.tensors(device)
+            E = gaussian_noise(t.seed, self.posterior.layer_id, t.streams, *self.posterior.A.shape)
+            self._pool = kept = (key, E)
+        return kept[1]
+
+    def release(self) -> None:
+        """Forget device copies and noise; both come back on the next use."""
+        self._factors.clear()
+        self._pool = None
+
+
+class BayesLoRALinear(nn.Module):
+    """A frozen linear layer plus a Bayesian low-rank update.
+
+    ``layer(x)`` is the deterministic adapter, ``layer(x, draws)`` S posterior samples.
+    """
+
+    def __init__(self, base: nn.Module, posterior: LowRankPosterior) -> None:
+        """``base`` maps [..., n] to [..., m] (an nn.Linear, a quantized linear, Conv1D...)."""
+        super().__init__()
+        self.base = base
+        self.sampler = LowRankSampler(posterior)
+
+    @classmethod
+    def from_weights(
+        cls, base: nn.Module, A: Tensor, B: Tensor, scaling: float, layer_id: int = 0
+    ) -> BayesLoRALinear:
+        """From LoRA's A [r, n], B [m, r] and scaling (alpha / r).
+
+        ``layer_id`` (unsigned 32 bits) names the layer's noise: give every layer of a model its
+        own, for example :func:`tfb.draws.stable_layer_id` of its name.
+
+        Raises:
+            AdapterError: weights that do not fit each other or the base, NaN or Inf, B = 0.
+        """
+        posterior = LowRankPosterior.from_lora(A, B, scaling, layer_id=layer_id)
+        for size, attribute in (
+            (posterior.in_features, "in_features"),
+            (posterior.out_features, "out_features"),
+        ):
+            expected = getattr(base, attribute, size)
+            if expected != size:
+                raise ValueError(f"base.{attribute} is {expected}, but A and B imply {size}")
+        return cls(base, posterior)
+
+    @property
+    def posterior(self) -> LowRankPosterior:
+        return self.sampler.posterior
+
+    def forward(self, x: Tensor, draws: Draws | None = None) -> Tensor:
+        """Deterministic, or S samples.
+
+        Args:
+            x: without draws [..., n]; with draws [T, n], shared by all (the base layer then runs
+                once), or [S, T, n], one input for each draw.
+            draws: the posterior draws, or None for the mean.
+
+        Returns:
+            [..., m], or [S, T, m] with draws.
+
+        Raises:
+            ValueError: x has another number of dimensions, or S inputs do not match S draws.
+        """
+        base = self.base(x)
+        if draws is not None:
+            return self.sampler(x, base, draws)
+        A, B, _ = self.sampler.factors(x.device)
+        dtype = torch.promote_types(x.dtype, A.dtype)
+        update = (x.to(dtype) @ A.to(dtype).mT) @ B.to(dtype).mT
+        return (base + self.posterior.scaling * update).to(base.dtype)
+
+    def extra_repr(self) -> str:
+        p = self.posterior
+        return f"rank={p.rank}, scaling={p.scaling:g}, layer_id={p.layer_id}"

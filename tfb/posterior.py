@@ -1,0 +1,181 @@
+"""The low-rank isotropic Gaussian posterior of one adapted layer (TFB, section 3 and Theorem 4.1).
+
+LoRA's update is dW = s B A. With the SVD B = U diag(d) V^T,
+
+    B' = U diag(d) [m, r],   A' = V^T A [r, n],   B' A' = B A exactly,
+
+and independent noise of standard deviation sigma / d_i on row i of A' makes dW Gaussian with
+covariance s^2 sigma^2 (U U^T (x) I_n): the d_i cancel. Directions that B does not span (d_i
+negligible) carry no adapter and get no noise.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tfb.draws import Draws
+from tfb_kernels import gaussian_noise
+
+
+class AdapterError(ValueError):
+    """An adapter that cannot be Bayesianized; the message names the module and the remedy."""
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankPosterior:
+    """Frozen SVD factors of one layer; SAVED with an artifact, since SVD signs are not portable.
+
+    Attributes:
+        name: the module's qualified name in the base model, e.g. "model.layers.0.mlp.up_proj".
+        layer_id: the 32-bit noise identity of the layer (:func:`tfb.draws.stable_layer_id`).
+        A: A' [r, n]. B: B' [m, r]. Both float32, or float64 for a float64 adapter.
+        d: [r] float64, singular values of B, descending; 0 where B is rank-deficient.
+        scaling: LoRA's scaling s (alpha / r, or alpha / sqrt(r) for rsLoRA).
+    """
+
+    name: str
+    layer_id: int
+    A: Tensor
+    B: Tensor
+    d: Tensor
+    scaling: float
+
+    @classmethod
+    def from_lora(
+        cls, A: Tensor, B: Tensor, scaling: float, *, name: str = "", layer_id: int = 0
+    ) -> LowRankPosterior:
+        """Reparameterize LoRA's B [m, r] and A [r, n]; all SVD work is done in float64 on the CPU.
+
+        Signs are canonical: the entry of largest magnitude in each column of U is positive.
+
+        Raises:
+            AdapterError: shapes that do not chain, NaN or Inf weights, or B = 0 (untrained).
+        """
+        where = f"adapter of {name!r}" if name else "adapter"
+        if A.dim() != 2 or B.dim() != 2 or B.shape[1] != A.shape[0] or 0 in (*A.shape, *B.shape):
+            raise AdapterError(
+                f"{where}: expected A [r, n] and B [m, r], got {list(A.shape)} and {list(B.shape)}"
+            )
+        dtype = torch.float64 if A.dtype == torch.float64 else torch.float32
+        A64, B64 = (t.detach().to("cpu", torch.float64) for t in (A, B))
+        for label, t in (("A", A64), ("B", B64)):
+            if not bool(t.isfinite().all()):
+                raise AdapterError(
+                    f"{where}: lora_{label} holds NaN or Inf; the checkpoint is damaged or its "
+                    "training diverged, use another one"
+                )
+        m, r = B64.shape
+        # For m < r the full V completes a basis of R^r, so that A' keeps LoRA's shape.
+        U, d, Vh = torch.linalg.svd(B64, full_matrices=m < r)
+        if float(d[0]) == 0.0:
+            raise AdapterError(
+                f"{where}: lora_B is zero, so the adapter does nothing and has no posterior; it "
+                "was never trained, or its weights were not loaded (check the checkpoint's keys)"
+            )
+        sign = torch.sign(U.gather(0, U.abs().argmax(0, keepdim=True)))
+        Vh[: d.numel()] *= sign.mT
+        d = torch.cat([d, d.new_zeros(r - d.numel())])
+        d = torch.where(d <= _rank_tolerance(B64, B.dtype, float(d[0])), torch.zeros_like(d), d)
+        return cls(
+            name=name,
+            layer_id=layer_id,
+            A=(Vh @ A64).to(dtype),
+            B=(B64 @ Vh.mT).to(dtype),  # = U diag(d), also where d was set to zero
+            d=d,
+            scaling=float(scaling),
+        )
+
+    @property
+    def rank(self) -> int:
+        """r, LoRA's rank."""
+        return self.A.shape[0]
+
+    @property
+    def effective_rank(self) -> int:
+        """Directions that carry noise: the number of d_i > 0."""
+        return int((self.d > 0).sum())
+
+    @property
+    def in_features(self) -> int:
+        return self.A.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.B.shape[0]
+
+    @property
+    def inv_d(self) -> Tensor:
+        """[r] float64: 1 / d_i, and 0 where d_i is 0."""
+        return torch.where(self.d > 0, 1.0 / self.d, torch.zeros_like(self.d))
+
+    def mean(self) -> Tensor:
+        """E[dW] = s B' A' [m, n] float64."""
+        return self.scaling * (self.B.double() @ self.A.double())
+
+    def column_covariance(self, sigma: float) -> Tensor:
+        """s^2 sigma^2 U U^T [m, m] float64: the covariance of each column of dW (Theorem 4.1).
+
+        Columns are independent, so cov(vec dW) = column_covariance (x) I_n.
+        """
+        U = self.B.double() * self.inv_d
+        return (self.scaling * sigma) ** 2 * (U @ U.mT)
+
+    def sample(self, sigma: float, stream: int, seed: int = 0) -> Tensor:
+        """One sampled dW [m, n] float64: exactly the draw (sigma, stream) of weight noise."""
+        draws = Draws((sigma,), (stream,), seed=seed)
+        E = gaussian_noise(draws.seed, self.layer_id, draws.streams, *self.A.shape)[0].double()
+        noisy = self.A.double() + sigma * self.inv_d[:, None] * E
+        return self.scaling * (self.B.double() @ noisy)
+
+    def mean_square(self) -> float:
+        """Sum over noisy rows of (d_i A'_ij)^2, in the units of sigma squared."""
+        return float(((self.d[:, None] * self.A.double()) ** 2).sum())
+
+    def kl(self, sigma: float, prior_sigma: float) -> float:
+        """KL(q || p) in nats, for the prior p: A'_ij ~ N(0, (prior_sigma / d_i)^2).
+
+        The prior is the same low-rank isotropic family centred on the base model, as in BLoB and
+        Theorem 4.2. In units of sigma every noisy entry contributes
+        log(sigma_p / sigma) + (sigma^2 + (d_i A'_ij)^2) / (2 sigma_p^2) - 1/2.
+
+        Raises:
+            ValueError: sigma or prior_sigma not positive.
+        """
+        if not (sigma > 0 and prior_sigma > 0):
+            raise ValueError(f"KL needs sigma > 0 and prior_sigma > 0, got {sigma}, {prior_sigma}")
+        entries = self.effective_rank * self.in_features
+        ratio = sigma / prior_sigma
+        return entries * (ratio * ratio / 2 - 0.5 - math.log(ratio)) + self.mean_square() / (
+            2 * prior_sigma**2
+        )
+
+
+def _rank_tolerance(B: Tensor, stored: torch.dtype, d_max: float) -> float:
+    """Singular values of B [m, r] at or below this are rounding, not signal.
+
+    Two sources: the float64 SVD itself, max(m, r) eps d_max; and B having been stored in a lower
+    precision, a perturbation of independent entries of about eps |b_ij| whose largest singular
+    value is near eps rms(b) (sqrt(m) + sqrt(r)). The common rule max(m, r) eps(stored) d_max
+    would silence a whole bfloat16 adapter of width 4096.
+    """
+    m, r = B.shape
+    rms = float(B.norm()) / (m * r) ** 0.5
+    stored_eps = 0.0 if stored == torch.float64 else torch.finfo(stored).eps
+    return max(
+        max(m, r) * torch.finfo(torch.float64).eps * d_max,
+        stored_eps * rms * (m**0.5 + r**0.5),
+    )
+
+
+def default_prior_sigma(posteriors: list[LowRankPosterior]) -> float:
+    """The prior_sigma that minimises the summed KL's mean term: the adapter's own scale.
+
+    sigma_p^2 = sum (d_i A'_ij)^2 / number of noisy entries (empirical Bayes, one number for the
+    model). A prior of this width neither forbids the adapter nor leaves it unconstrained.
+    """
+    entries = sum(p.effective_rank * p.in_features for p in posteriors)
+    return math.sqrt(sum(p.mean_square() for p in posteriors) / entries)

@@ -1,0 +1,97 @@
+"""The posterior predictive: probabilities averaged over draws, and what the draws disagree on.
+
+Probabilities are averaged, then logged; logits are never averaged (DESIGN.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from tfb.draws import Draws
+
+
+@dataclass(frozen=True, eq=False)
+class Predictive:
+    """Predictions for B rows over K classes from S draws. Entropies are in nats.
+
+    Attributes:
+        probs: [B, K], the mean over draws; float32 (float64 for float64 logits).
+        total: [B], entropy of ``probs``.
+        aleatoric: [B], mean over draws of each draw's entropy (expected entropy).
+        agreement: [B], share of draws whose own argmax is the mean's argmax.
+        standard_error: [B, K], Monte-Carlo standard error of ``probs``: independent streams are
+            the units, so an antithetic pair counts once. NaN with a single unit (unknown).
+        draw_probs: [S, B, K] if it was asked for, else None.
+        draws: the draws behind it.
+    """
+
+    probs: Tensor
+    total: Tensor
+    aleatoric: Tensor
+    agreement: Tensor
+    standard_error: Tensor
+    draws: Draws
+    draw_probs: Tensor | None = None
+
+    @classmethod
+    def from_logits(cls, logits: Tensor, draws: Draws, *, keep_draws: bool = False) -> Predictive:
+        """From logits [S, B, K] in the order of ``draws``; softmax in float32 at least.
+
+        Raises:
+            ValueError: another number of draws than ``draws`` holds.
+        """
+        if logits.dim() != 3 or logits.shape[0] != len(draws):
+            raise ValueError(f"logits: expected [S={len(draws)}, B, K], got {list(logits.shape)}")
+        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        return cls.from_probs(logits.to(dtype).softmax(-1), draws, keep_draws=keep_draws)
+
+    @classmethod
+    def from_probs(cls, p: Tensor, draws: Draws, *, keep_draws: bool = False) -> Predictive:
+        """From each draw's probabilities [S, B, K]."""
+        probs = p.mean(0)
+        prediction = probs.argmax(-1)
+        return cls(
+            probs=probs,
+            total=torch.special.entr(probs).sum(-1),
+            aleatoric=torch.special.entr(p).sum(-1).mean(0),
+            agreement=(p.argmax(-1) == prediction).to(p.dtype).mean(0),
+            standard_error=_standard_error(p, draws),
+            draws=draws,
+            draw_probs=p if keep_draws else None,
+        )
+
+    @cached_property
+    def prediction(self) -> Tensor:
+        """[B] int64, argmax of ``probs``."""
+        return self.probs.argmax(-1)
+
+    @cached_property
+    def confidence(self) -> Tensor:
+        """[B], the largest of ``probs``."""
+        return self.probs.amax(-1)
+
+    @cached_property
+    def epistemic(self) -> Tensor:
+        """[B], mutual information between label and weights: total - aleatoric, at least 0.
+
+        By Jensen it is never negative; the clamp only removes rounding.
+        """
+        return (self.total - self.aleatoric).clamp_min(0.0)
+
+
+def _standard_error(p: Tensor, draws: Draws) -> Tensor:
+    """[B, K] from p [S, B, K]: standard deviation of unit means / sqrt(number of units)."""
+    units = draws.units
+    if len({len(u) for u in units}) > 1:
+        # Unequal units (streams repeated unevenly): no simple unbiased estimate.
+        return torch.full_like(p[0], float("nan"))
+    means = p[torch.tensor(units, device=p.device)].mean(1)  # [U, B, K]
+    if len(units) == 1:
+        # A single draw at sigma = 0 is the exact answer, not an estimate.
+        exact = all(s == 0.0 for s in draws.sigmas)
+        return torch.full_like(p[0], 0.0 if exact else float("nan"))
+    return means.std(0) / len(units) ** 0.5

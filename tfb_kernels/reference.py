@@ -1,0 +1,91 @@
+"""The oracle of ``bayes_lora_linear``, and the path that CPUs take.
+
+    y_s = base + scaling * B' (A' x + (sigma_s / d) o e_s),   e_s = E_{q(s)} x  (weight noise)
+                                                              e_s = |x| Xi_{q(s)} (token noise)
+
+Plain torch, no loop over draws. sigma / d is applied to r numbers after the dot product, never
+to the r x n noise (DESIGN.md): one rounding less, and sigma stays out of everything upstream.
+
+Dimensions: S draws, Q distinct streams, T tokens, n in_features, m out_features, r rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tfb_kernels.noise import token_noise, weight_noise
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64 input, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def distinct_streams(streams: Tensor) -> tuple[Tensor, Tensor]:
+    """(streams without repeats [Q], index [S] into them)."""
+    unique, index = torch.unique(streams, sorted=True, return_inverse=True)
+    return unique, index
+
+
+def bayes_lora_linear_reference(
+    x: Tensor,
+    base: Tensor,
+    A: Tensor,
+    B: Tensor,
+    inv_d: Tensor,
+    sigmas: Tensor,
+    streams: Tensor,
+    stream_index: Tensor | None,
+    seed: Tensor,
+    layer_id: int,
+    scaling: float,
+    noise: str,
+    pool: Tensor | None,
+) -> Tensor:
+    """Shapes and meaning as in :func:`tfb_kernels.bayes_lora_linear`, whose checks came before."""
+    if stream_index is None:
+        streams, stream_index = distinct_streams(streams)
+    dtype = compute_dtype(x.dtype)
+    x_, A_, B_ = x.to(dtype), A.to(dtype), B.to(dtype)
+    gain = sigmas.to(dtype)[:, None] * inv_d.to(dtype)  # [S, r]: sigma_s / d_i
+
+    if noise == "weight":
+        if pool is None:
+            pool = weight_noise(seed, layer_id, streams, A.shape[0], A.shape[1])
+        z0, e = _project(x_, A_, pool.to(dtype), stream_index)
+    else:
+        xi = token_noise(seed, layer_id, streams, x.shape[-2], A.shape[0]).to(dtype)
+        z0 = x_ @ A_.mT
+        e = torch.linalg.vector_norm(x_, dim=-1, keepdim=True) * xi[stream_index]
+    z = z0 + gain[:, None, :] * e  # [S, T, r]
+
+    base_ = base.to(dtype)
+    # One pass over the outputs: base is read (once for shared x, by broadcasting) and S outputs
+    # are written, with the product added on the way.
+    y = torch.baddbmm(
+        base_.expand(len(sigmas), *base_.shape[-2:]),
+        z,
+        B_.mT.expand(len(sigmas), *B_.mT.shape),
+        alpha=scaling,
+    )
+    return y.to(base.dtype)
+
+
+def _project(x: Tensor, A: Tensor, E: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """(A'x, E_{q(s)} x) in one pass over x: [T, r] or [S, T, r], and [S, T, r]."""
+    r = A.shape[0]
+    if x.dim() == 2:
+        stacked = torch.cat([A, E.flatten(0, 1)])  # [(1 + Q) r, n]
+        z = (x @ stacked.mT).unflatten(-1, (1 + len(E), r))
+        return z[:, 0], z[:, 1:].transpose(0, 1)[index]
+    stacked = torch.cat([A.expand(len(E), -1, -1), E], dim=1)  # [Q, 2r, n]
+    S, T, n = x.shape
+    Q = len(E)
+    if S % Q == 0 and bool((index.view(Q, -1) == torch.arange(Q, device=x.device)[:, None]).all()):
+        # Draws of one stream stand side by side (antithetic pairs, sigma grids): each stream's
+        # factors multiply all of its draws at once, and nothing is gathered.
+        z = torch.bmm(x.reshape(Q, S // Q * T, n), stacked.mT).view(S, T, 2 * r)
+    else:
+        z = torch.bmm(x, stacked[index].mT)
+    return z[..., :r], z[..., r:]
