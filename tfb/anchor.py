@@ -137,12 +137,17 @@ class AnchorLoss:
         seed: int,
         noise: str = "weight",
         progress: Callable[[int], None] | None = None,
+        additive_floor: bool = False,
     ) -> None:
-        """``progress`` is called with the rows finished (rows x draws) after each pass."""
+        """``progress`` is called with the rows finished (rows x draws) after each pass.
+
+        ``additive_floor``: the loss is -log(p + floor), as in the authors' scripts, where
+        -log(max(p, floor)) is the default.
+        """
         anchors.check(metric)
         self.bayes, self.anchors, self.metric = bayes, anchors, metric
         self.n, self.seed, self.noise = draws, seed, noise
-        self.progress = progress
+        self.progress, self.additive_floor = progress, additive_floor
         self.passes = 0.0  # whole-set forward passes, one for each draw
         self._mean = self._deterministic()
 
@@ -231,4 +236,7 @@ class AnchorLoss:
         if self.metric == "accuracy":
             return (out.argmax(-1) != target).double()
         index = target.expand(out.shape[:-1])[..., None]
-        return -out.gather(-1, index)[..., 0].clamp_min(PROBABILITY_FLOOR).log()
+        p = out.gather(-1, index)[..., 0]
+        if self.additive_floor:
+            return -(p + PROBABILITY_FLOOR).log()
+        return -p.clamp_min(PROBABILITY_FLOOR).log()

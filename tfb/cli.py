@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,6 +68,8 @@ def _quiet() -> None:
     """One message each from us; the libraries' own progress and advice stay out of the way."""
     import transformers
 
+    # PEFT asks transformers for an old name whenever it wraps a model; users can do nothing.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
@@ -299,7 +302,7 @@ def score(
     from tfb.artifact import check_output_folder
     from tfb.engine import check_mode
     from tfb.rows import iter_rows
-    from tfb.scoring import FORMATS, write_results
+    from tfb.scoring import FORMATS, check_rows, write_results
     from tfb.scoring import score as stream
 
     _quiet()
@@ -308,12 +311,14 @@ def score(
     check_output_folder(output)
     if file_format not in FORMATS:
         raise ValueError(f"--format {file_format}: expected one of {', '.join(FORMATS)}")
-    rows = iter_rows(inputs, limit=limit)
+    rows = iter_rows(inputs, limit=limit)  # missing files are found before the model is loaded
     tokenizer = _tokenizer(model)
     bayes = _load_artifact(model, artifact, tokenizer)
+    total = check_rows(rows, bayes, tokenizer)
+    rows = iter_rows(inputs, limit=limit)
     output.mkdir(parents=True, exist_ok=True)
     path = output / f"predictions.{file_format}"
-    with progress_bar("scoring", None) as advance:
+    with progress_bar("scoring", total) as advance:
 
         def counted() -> Iterator[dict[str, Any]]:
             for result in stream(

@@ -140,10 +140,10 @@ def bayesianize(
 def detach(bayes: BayesianModel) -> None:
     """Take our variants out of the model again."""
     for name in bayes.samplers:
-        slot = bayes.base.get_submodule(name).lora_variant
-        variant = slot.get(bayes.adapter)  # type: ignore[operator, union-attr]
+        layer: Any = bayes.base.get_submodule(name)
+        variant = layer.lora_variant.get(bayes.adapter)
         if isinstance(variant, BayesVariant) and variant.owner == bayes.owner:
-            del slot[bayes.adapter]  # type: ignore[union-attr, operator]
+            del layer.lora_variant[bayes.adapter]
 
 
 def _check_adapter(model: nn.Module, adapter: str) -> str:

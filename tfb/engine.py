@@ -26,6 +26,8 @@ from tfb.posterior import LowRankPosterior
 from tfb.predictive import Predictive
 
 MODES = ("full",)
+# Arguments of a forward pass that run over positions, not rows; never repeated for the draws.
+SHARED_ARGUMENTS = frozenset({"cache_position", "logits_to_keep"})
 Batch = Mapping[str, Any]
 
 _STATES: ContextVar[Mapping[int, SamplingState]] = ContextVar("tfb_sampling")
@@ -36,11 +38,13 @@ class SamplingState:
     """The active draws of one model, and the forward pass under way if there is one.
 
     Attributes:
+        base: the base model that is sampled.
         draws: S draws.
         rows: S * B while a pass runs, else 0.
         entrance: the module whose call fanned the batch out.
     """
 
+    base: nn.Module
     draws: Draws
     rows: int = 0
     entrance: nn.Module | None = None
@@ -113,10 +117,15 @@ class BayesianModel:
 
         Raises:
             ValueError: the adapter is not the active one, is disabled or merged: the draws would
-                have no effect.
+                have no effect; or another adapter of the same model is being sampled.
         """
         self._check_active()
-        token = self._set(SamplingState(draws))
+        for owner, state in _STATES.get({}).items():
+            if owner != self.owner and state.base is self.base:
+                raise ValueError(
+                    "another adapter of this model is being sampled; leave its sampling() first"
+                )
+        token = self._set(SamplingState(self.base, draws))
         try:
             yield self
         finally:
@@ -165,14 +174,14 @@ class BayesianModel:
                 return value.repeat(S, *([1] * (value.dim() - 1)))
             return value
 
-        kwargs = {k: fan_out(v) for k, v in kwargs.items()}
+        kwargs = {k: v if k in SHARED_ARGUMENTS else fan_out(v) for k, v in kwargs.items()}
         return tuple(fan_out(a) for a in args), kwargs
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook: the module that fanned the batch out ends the pass, also on an error."""
         state = sampling_state(self.owner)
         if state is not None and state.entrance is module:
-            self._set(SamplingState(state.draws))
+            self._set(replace(state, rows=0, entrance=None))
 
     def _set(self, state: SamplingState) -> Token[Mapping[int, SamplingState]]:
         return _STATES.set({**_STATES.get({}), self.owner: state})

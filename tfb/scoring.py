@@ -67,6 +67,22 @@ def encode(bayes: BayesianModel, rows: Sequence[Row], tokenizer: Any) -> Encoded
     )
 
 
+def check_rows(rows: Iterable[Row], bayes: BayesianModel, tokenizer: Any) -> int:
+    """Encode every row and keep none; their number.
+
+    Tokenizing costs little beside S forward passes, and a bad row at the end of a long file is
+    found before the first of them.
+
+    Raises:
+        RowError: the first row that cannot be read or encoded.
+    """
+    stream, count = iter(rows), 0
+    while window := list(islice(stream, WINDOW)):
+        encode(bayes, window, tokenizer)
+        count += len(window)
+    return count
+
+
 def predict_rows(
     bayes: BayesianModel,
     encoded: EncodedRows,

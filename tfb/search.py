@@ -32,6 +32,8 @@ SEARCHES = ("grid", "bisection")
 NLL_FLOOR = 0.01  # nats: below this a relative tolerance on the NLL is ill-conditioned
 MAX_EXTENSIONS = 4
 SIGMA_LIMITS = (1e-8, 1e4)
+DEFAULT_BOUNDS = (1e-3, 0.1)
+REFERENCE_BOUNDS = (1e-3, 0.015)  # the published runs: low is fixed, high is --bayes-beta
 
 
 class SearchError(ValueError):
@@ -124,7 +126,7 @@ def fit_sigma(
     relative: bool = True,
     two_sided: bool | None = None,
     draws: int = 10,
-    bounds: tuple[float, float] = (1e-3, 0.1),
+    bounds: tuple[float, float] | None = None,
     points: int = 8,
     resolution: float = 0.01,
     steps: int = 12,
@@ -146,7 +148,8 @@ def fit_sigma(
             with a floor of 0.01 nats under a relative NLL, or absolute in the loss's units.
         search: "grid" or "bisection" (max_variance only). draws: antithetic draws per sigma.
         objective: see the head of this file. two_sided: also count an improved loss as change.
-        bounds: the first range of sigma, extended by itself. points: grid size. resolution:
+        bounds: the first range of sigma, default (0.001, 0.1), extended by itself (compat: the
+            scripts' fixed range, default (0.001, 0.015)). points: grid size. resolution:
             relative width at which refinement stops. steps: most bisection steps.
         prior_sigma: the prior's scale for KL; default: the adapter's own scale
             (:func:`tfb.posterior.default_prior_sigma`). kl_weight: lambda of gvi, default 1 / N.
@@ -161,6 +164,8 @@ def fit_sigma(
         ValueError: arguments out of range, empty, unlabelled or one-class anchors.
         SearchError: nothing brackets the tolerance between 1e-8 and 1e4.
     """
+    if bounds is None:
+        bounds = REFERENCE_BOUNDS if compat == "reference" else DEFAULT_BOUNDS
     _check_arguments(metric, tolerance, search, objective, draws, bounds, points, compat)
     pad = getattr(bayes.base.config, "pad_token_id", None) or 0
     anchor_set = AnchorSet.of(anchors, pad_token_id=pad, batch_size=batch_size)
@@ -168,9 +173,9 @@ def fit_sigma(
     if compat == "reference":
         loss = AnchorLoss(
             bayes, anchor_set, "pseudo_nll", draws=draws, seed=seed, noise="token",
-            progress=progress,
+            progress=progress, additive_floor=True,
         )  # fmt: skip
-        fit = reference_rule(loss, bayes, tolerance=tolerance, upper=bounds[1])
+        fit = reference_rule(loss, bayes, tolerance=tolerance, lower=bounds[0], upper=bounds[1])
         bayes.sigma = fit.sigma
         return fit
     loss = AnchorLoss(bayes, anchor_set, metric, draws=draws, seed=seed, progress=progress)
@@ -474,8 +479,8 @@ def reference_rule(
     bayes: BayesianModel,
     *,
     tolerance: float,
+    lower: float,
     upper: float,
-    lower: float = 1e-3,
     steps: int = 5,
 ) -> SigmaFit:
     """The bisection of the authors' scripts, mistakes included; for differential tests.
