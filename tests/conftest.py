@@ -9,7 +9,12 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
+
+# Read once too, when Triton is imported: without a GPU its kernels are interpreted.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 settings.register_profile(
     "tfb", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]

@@ -12,25 +12,67 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from safetensors import safe_open
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from tfb.posterior import AdapterError
 
 TASKS = ("CAUSAL_LM", "SEQ_CLS")
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Names of the last linear layer of transformers' classifiers. DistilBERT's "pre_classifier" and
+# RoBERTa's "classifier.dense" come before it and have hidden_size rows.
+_HEADS = ("score", "classifier", "out_proj")
 
 
 def adapter_config(folder: str | Path) -> dict[str, Any]:
-    """adapter_config.json of an adapter folder or hub name, through PEFT."""
-    config = PeftConfig.from_pretrained(str(folder))
+    """adapter_config.json of an adapter folder or hub name, through PEFT.
+
+    Raises:
+        AdapterError: not a configuration that PEFT understands.
+    """
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (KeyError, TypeError, ValueError) as error:  # PEFT does not check before it reads
+        raise AdapterError(
+            f"{folder}: {CONFIG} is not a PEFT configuration ({type(error).__name__}: {error})"
+        ) from error
     return dict(config.to_dict())
 
 
 def adapter_tensor_shapes(folder: Path) -> dict[str, list[int]]:
-    """Tensor names and shapes of a local adapter, without loading it."""
-    path = folder / "adapter_model.safetensors"
-    with safe_open(path, framework="pt") as file:
-        return {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    """Tensor names and shapes of a local adapter, without loading it.
+
+    Raises:
+        AdapterError: the file is damaged.
+    """
+    path = folder / WEIGHTS
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = file.keys()
+            return {key: list(file.get_slice(key).get_shape()) for key in keys}
+    except SafetensorError as error:
+        raise AdapterError(f"{path}: damaged, not a safetensors file: {error}") from error
+
+
+def adapter_folder(adapter: str | Path) -> Path:
+    """The local folder of an adapter, with both of its files there.
+
+    Raises:
+        AdapterError: no adapter there, no safetensors, a configuration that is not JSON.
+    """
+    folder = local_folder(adapter, [CONFIG, WEIGHTS])
+    for file in (CONFIG, WEIGHTS):
+        if not (folder / file).is_file():
+            raise AdapterError(
+                f"{adapter}: no {file}; expected a PEFT adapter folder (pickled adapter_model.bin "
+                "files are not read: convert them to safetensors with PEFT)"
+            )
+    try:
+        json.loads((folder / CONFIG).read_text())
+    except ValueError as error:
+        raise AdapterError(f"{adapter}: {CONFIG} is not JSON: {error}") from error
+    return folder
 
 
 def load_adapter(base_model: nn.Module, adapter: str | Path, name: str = "default") -> nn.Module:
@@ -40,7 +82,7 @@ def load_adapter(base_model: nn.Module, adapter: str | Path, name: str = "defaul
     unexpected keys are errors.
 
     Args:
-        base_model: a transformers model; changed in place by PEFT.
+        base_model: a transformers model; changed in place by PEFT, also where this fails.
         adapter: a local folder (its adapter_model.safetensors is read, never a pickle) or a hub
             name. name: the adapter's name in the model.
 
@@ -48,26 +90,24 @@ def load_adapter(base_model: nn.Module, adapter: str | Path, name: str = "defaul
         The ``peft.PeftModel`` in eval mode.
 
     Raises:
-        AdapterError: no adapter there, no safetensors, or keys or shapes that do not fit.
+        AdapterError: no adapter there, no safetensors, keys or shapes that do not fit, or a base
+            that carries an adapter already.
     """
-    folder = local_folder(adapter, ["adapter_config.json", "adapter_model.safetensors"])
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / file).is_file():
-            raise AdapterError(
-                f"{adapter}: no {file}; expected a PEFT adapter folder (pickled adapter_model.bin "
-                "files are not read: convert them to safetensors with PEFT)"
-            )
-    try:
-        json.loads((folder / "adapter_config.json").read_text())
-    except ValueError as error:
-        raise AdapterError(f"{adapter}: adapter_config.json is not JSON: {error}") from error
+    folder = adapter_folder(adapter)
+    adapter_config(folder)
     stored = adapter_tensor_shapes(folder)
+    # PEFT would put both into one model: same names overwrite, others act together.
+    if any(isinstance(module, BaseTunerLayer) for module in base_model.modules()):
+        raise AdapterError(
+            f"{adapter}: the base model carries an adapter already (an earlier load, finished or "
+            "not); load a fresh base model, or add a second adapter with PeftModel.load_adapter"
+        )
     try:
         with warnings.catch_warnings():
             # Missing keys are errors below; PEFT would only warn.
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
             model = PeftModel.from_pretrained(base_model, str(folder), adapter_name=name)
-    except (RuntimeError, ValueError) as error:  # sizes (torch), target modules (PEFT)
+    except (RuntimeError, TypeError, ValueError) as error:  # sizes (torch), settings (PEFT)
         raise AdapterError(f"{adapter}: does not fit the base model: {error}") from error
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's advice on saving embeddings; nothing is saved here
@@ -95,11 +135,12 @@ def load_base(name: str | Path, adapter: str | Path) -> nn.Module:
     The adapter's task_type decides the class; a SEQ_CLS head gets the adapter's number of labels.
 
     Raises:
-        AdapterError: an unsupported task, or no head weights in a SEQ_CLS adapter.
+        AdapterError: no adapter there, an unsupported task, or no head weights in a SEQ_CLS
+            adapter.
     """
     import transformers
 
-    folder = local_folder(adapter, ["adapter_config.json", "adapter_model.safetensors"])
+    folder = adapter_folder(adapter)
     task = str(adapter_config(folder).get("task_type"))
     if task == "CAUSAL_LM":
         return transformers.AutoModelForCausalLM.from_pretrained(str(name)).eval()
@@ -108,9 +149,8 @@ def load_base(name: str | Path, adapter: str | Path) -> nn.Module:
     heads = [
         shape[0]
         for key, shape in adapter_tensor_shapes(folder).items()
-        if "lora_" not in key and key.endswith(("score.weight", "classifier.weight",
-                                                "out_proj.weight"))
-    ]  # fmt: skip
+        if "lora_" not in key and key.split(".")[-2:] in [[head, "weight"] for head in _HEADS]
+    ]
     if not heads:
         raise AdapterError(
             f"{adapter}: a SEQ_CLS adapter without its head (modules_to_save); the labels' number "
@@ -154,9 +194,10 @@ def save_adapter(
     With ``source``, the folder it was loaded from, its files are copied as they are.
     """
     if source is not None:
-        for file in ("adapter_config.json", "adapter_model.safetensors", "README.md"):
-            if (source / file).is_file():
-                shutil.copyfile(source / file, folder / file)
+        shutil.copyfile(source / CONFIG, folder / CONFIG)
+        shutil.copyfile(source / WEIGHTS, folder / WEIGHTS)
+        if (source / "README.md").is_file():
+            shutil.copyfile(source / "README.md", folder / "README.md")
         return
     assert isinstance(model, PeftModel)
     model.save_pretrained(str(folder), selected_adapters=[adapter], safe_serialization=True)

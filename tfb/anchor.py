@@ -66,8 +66,10 @@ class AnchorSet:
             sha = hashlib.sha256()
             for batch in made:
                 for key in sorted(batch):
-                    if isinstance(batch[key], Tensor):
-                        sha.update(key.encode() + batch[key].cpu().numpy().tobytes())
+                    if isinstance(value := batch[key], Tensor):
+                        # Shape and type too: the same bytes as other rows are other content.
+                        sha.update(f"{key} {list(value.shape)} {value.dtype} ".encode())
+                        sha.update(value.cpu().flatten().view(torch.uint8).numpy().tobytes())
             digest = sha.hexdigest()
         if not made:
             raise ValueError("anchors: empty; a search needs rows to measure a loss on")
@@ -101,9 +103,9 @@ class AnchorSet:
                 "or embedding_norm"
             )
         # Class index alone tells nothing when each row has its own choices.
-        ids = [b.get("label_ids") for b in self.batches]
-        common = all(i is None or i.dim() == 1 or bool((i == i[0]).all()) for i in ids)
-        if common and len(self.labels.unique()) == 1:
+        ids = [b["label_ids"] for b in self.batches if b.get("label_ids") is not None]
+        choices = {tuple(row) for i in ids for row in i.reshape(-1, i.shape[-1]).tolist()}
+        if len(choices) <= 1 and len(self.labels.unique()) == 1:
             raise ValueError(
                 f"anchors: all {len(self)} rows have label {int(self.labels[0])}; a loss on one "
                 "class says nothing about calibration, add rows of other classes"
@@ -214,12 +216,13 @@ class AnchorLoss:
         """Each draw's probabilities [S, B, K], or hidden-state norms [S, B], in float64 on CPU."""
         inputs = {k: v for k, v in batch.items() if k not in ("labels", "label_ids")}
         if self.metric == "embedding_norm":
-            return self.bayes.hidden_norms(inputs, draws).double().cpu()
-        logits = self.bayes.logits(inputs, draws, batch.get("label_ids"))
-        p = logits.double().softmax(-1).cpu()
-        if not bool(p.isfinite().all()):
+            out = self.bayes.hidden_norms(inputs, draws).double().cpu()
+        else:
+            logits = self.bayes.logits(inputs, draws, batch.get("label_ids"))
+            out = logits.double().softmax(-1).cpu()
+        if not bool(out.isfinite().all()):
             raise ValueError("anchors: the model returned NaN or Inf; check weights and inputs")
-        return p
+        return out
 
     def _losses(self, out: Tensor, start: int, stop: int) -> Tensor:
         """[..., N'] losses from averaged outputs [..., N', K] of rows start..stop."""

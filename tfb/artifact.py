@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -33,6 +34,17 @@ from tfb_kernels import NOISE_VERSION
 
 FORMAT_VERSION = 1
 SIDECAR, FACTORS, ADAPTER = "tfb.json", "tfb.safetensors", "adapter_model.safetensors"
+# What a sidecar must hold to be read, with the types that JSON gives.
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "sigma": (int, float),
+    "seed": int,
+    "mode": str,
+    "task": str,
+    "layers": dict,
+    "adapter_sha256": str,
+    "factors_sha256": str,
+    "base": dict,
+}
 _FINGERPRINT_PARAMETERS = 16
 _FINGERPRINT_ELEMENTS = 4096
 _FINGERPRINT_RTOL = 1e-3  # lets a base be loaded in another dtype, not another set of weights
@@ -64,10 +76,14 @@ def save(
 
     Raises:
         ArtifactError: the folder holds something, or sigma is not set.
+        ValueError: the model no longer carries the posterior, or carries it merged.
     """
     path = check_output_folder(folder)
     if bayes.sigma is None:
         raise ArtifactError("sigma is not set: run tfb.fit_sigma or assign bayes.sigma first")
+    if not (math.isfinite(bayes.sigma) and bayes.sigma >= 0):
+        raise ArtifactError(f"sigma={bayes.sigma}: expected a finite number >= 0")
+    bayes.check_attached()
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
@@ -85,6 +101,7 @@ def save(
             "task": bayes.task,
             "layers": {name: p.scaling for name, p in bayes.posteriors.items()},
             "adapter_sha256": _sha256(staging / ADAPTER),
+            "factors_sha256": _sha256(staging / FACTORS),
             "base": base_fingerprint(bayes.base),
             "fit": None if fit is None else fit.to_dict(),
             "extra": extra,
@@ -114,6 +131,8 @@ def read_sidecar(folder: str | Path) -> dict[str, Any]:
         data: dict[str, Any] = json.loads(path.read_text())
     except ValueError as error:
         raise ArtifactError(f"{path}: not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ArtifactError(f"{path}: damaged, not a JSON object")
     for key, ours in (("format_version", FORMAT_VERSION), ("noise_version", NOISE_VERSION)):
         if data.get(key) != ours:
             raise ArtifactError(
@@ -121,6 +140,11 @@ def read_sidecar(folder: str | Path) -> dict[str, Any]:
                 "again with this version, or use the version that wrote it "
                 f"({data.get('versions', {}).get('tfb', 'unknown')})"
             )
+    bad = [key for key, types in _FIELDS.items() if not isinstance(data.get(key), types)]
+    if not bad and not (math.isfinite(data["sigma"]) and data["sigma"] >= 0):
+        bad = ["sigma"]
+    if bad:
+        raise ArtifactError(f"{path}: damaged, no usable {', '.join(bad)}; fit again")
     return data
 
 
@@ -137,11 +161,11 @@ def load(base_model: nn.Module | str | Path, folder: str | Path) -> BayesianMode
     """
     folder = Path(folder)
     sidecar = read_sidecar(folder)
-    for file in (FACTORS, ADAPTER):
+    for file, digest in ((ADAPTER, "adapter_sha256"), (FACTORS, "factors_sha256")):
         if not (folder / file).is_file():
             raise ArtifactError(f"{folder}: {file} is missing")
-    if _sha256(folder / ADAPTER) != sidecar["adapter_sha256"]:
-        raise ArtifactError(f"{folder}: {ADAPTER} has changed since the fit; fit again")
+        if _sha256(folder / file) != sidecar[digest]:
+            raise ArtifactError(f"{folder}: {file} has changed since the fit; fit again")
     check_mode(sidecar["mode"])
     if not isinstance(base_model, nn.Module):
         base_model = load_base(base_model, folder)

@@ -17,6 +17,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -42,7 +43,9 @@ def main() -> NoReturn:
     except (ValueError, OSError, ImportError, NotImplementedError) as error:
         if os.environ.get("TFB_TRACEBACK"):
             raise
-        Console(stderr=True).print(f"[bold red]error[/]: {error}", highlight=False, soft_wrap=True)
+        # Escaped: a message may hold brackets ("tfb[report]", a file's name) that rich would eat.
+        message = f"[bold red]error[/]: {escape(str(error))}"
+        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
         sys.exit(1)
     sys.exit(0)
 
@@ -61,7 +64,15 @@ def progress_bar(label: str, total: int | None) -> Iterator[Callable[[int], None
 def _tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(model)
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        # transformers explains itself over several lines, and not always by the model's name.
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"--model {model}: no tokenizer can be loaded from it; name a local folder with one, "
+            f"or a hub model ({reason})"
+        ) from error
 
 
 def _quiet() -> None:
@@ -77,6 +88,21 @@ def _quiet() -> None:
 def _check_draws(draws: int) -> None:
     if draws < 2 or draws % 2:
         raise ValueError(f"--draws {draws}: expected a positive even number (antithetic pairs)")
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"--batch-size {batch_size}: expected at least 1")
+
+
+def _early_config(model: str, task: str) -> Any:
+    """The base model's configuration, if rows can be checked by it before weights are loaded.
+
+    None for a classification head: its number of classes comes with the adapter's weights.
+    """
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(model) if task == "CAUSAL_LM" else None
 
 
 def _load_artifact(model: str, artifact: Path, tokenizer: Any) -> Any:
@@ -112,22 +138,30 @@ def fit(
     batch_size: BatchSize = 50,
 ) -> None:
     """Search sigma on anchor rows and write the artifact."""
-    from tfb.adapters import load_adapter, load_base, local_folder
+    from tfb.adapters import adapter_config, load_adapter, load_base, local_folder
+    from tfb.anchor import AnchorSet
     from tfb.artifact import check_output_folder
     from tfb.convert import bayesianize
     from tfb.engine import check_mode
     from tfb.rows import read_rows
-    from tfb.scoring import encode
-    from tfb.search import fit_sigma
+    from tfb.scoring import encode, encode_rows
+    from tfb.search import check_arguments, fit_sigma
 
     _quiet()
     check_output_folder(output)
     check_mode(mode)
     _check_draws(draws)
+    _check_batch_size(batch_size)
+    check_arguments(metric, tolerance, search, objective, draws, compat=compat)
     rows = read_rows(anchors, limit=limit)
+    source = local_folder(adapter, ["adapter_config.json", "adapter_model.safetensors"])
     tokenizer = _tokenizer(model)
+    task = str(adapter_config(source).get("task_type"))
+    if (config := _early_config(model, task)) is not None:
+        early = encode_rows(rows, tokenizer, task, config)
+        AnchorSet.of(early).check("pseudo_nll" if compat else metric)
     bayes = bayesianize(load_adapter(load_base(model, adapter), adapter), seed=seed)
-    bayes.source = local_folder(adapter, ["adapter_config.json", "adapter_model.safetensors"])
+    bayes.source = source
     _set_padding(bayes, tokenizer)
     encoded = encode(bayes, rows, tokenizer)
     with progress_bar("searching sigma (rows x draws)", None) as advance:
@@ -146,7 +180,7 @@ def fit(
         )
     bayes.save(output, fit=found, anchors=str(anchors.name))
     print_fit(found)
-    out.print(f"artifact: {output}")
+    out.print(f"artifact: {output}", markup=False, soft_wrap=True)
 
 
 def print_fit(found: Any) -> None:
@@ -165,10 +199,10 @@ def print_fit(found: Any) -> None:
     lam = "" if found.implied_lambda is None else f", implied lambda {found.implied_lambda:.3g}"
     out.print(
         f"sigma = {found.sigma:.6g} ({found.objective}; {found.stopped}; "
-        f"{found.passes:g} passes{kl}{lam})", soft_wrap=True
+        f"{found.passes:g} passes{kl}{lam})", markup=False, soft_wrap=True
     )  # fmt: skip
     for note in found.notes:
-        out.print(f"note: {note}", soft_wrap=True)
+        out.print(f"note: {note}", markup=False, soft_wrap=True)
 
 
 def evaluations(
@@ -242,14 +276,16 @@ def evaluate(
     json_out: Annotated[Path | None, typer.Option("--json", help="also write the figures")] = None,
 ) -> None:
     """Accuracy, NLL, ECE and Brier of the deterministic adapter and of TFB."""
+    from tfb.artifact import read_sidecar
     from tfb.engine import check_mode
     from tfb.metrics import evaluate as measure
     from tfb.rows import read_rows
-    from tfb.scoring import encode, pad_token
+    from tfb.scoring import encode, encode_rows, pad_token
 
     _quiet()
     check_mode(mode)
     _check_draws(draws)
+    _check_batch_size(batch_size)
     if sigma is not None and not 0 <= sigma < float("inf"):
         raise ValueError(f"--sigma {sigma}: expected a finite number >= 0")
     if json_out is not None and json_out.exists():
@@ -257,7 +293,10 @@ def evaluate(
     rows = read_rows(data, limit=limit)
     if unlabelled := [r.source for r in rows if r.label is None]:
         raise ValueError(f"{unlabelled[0]}: no label; evaluate needs one on every row")
+    task = str(read_sidecar(artifact)["task"])
     tokenizer = _tokenizer(model)
+    if (config := _early_config(model, task)) is not None:
+        encode_rows(rows, tokenizer, task, config)
     bayes = _load_artifact(model, artifact, tokenizer)
     if sigma is not None:
         bayes.sigma = sigma
@@ -279,7 +318,8 @@ def evaluate(
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Atomically."""
+    """Atomically, in a folder that is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_text(json.dumps(value, indent=2) + "\n")
     os.replace(temporary, path)
@@ -299,7 +339,7 @@ def score(
     per_draw: Annotated[bool, typer.Option(help="keep every draw's probabilities")] = False,
 ) -> None:
     """Predictions and uncertainties of rows, streamed to a file."""
-    from tfb.artifact import check_output_folder
+    from tfb.artifact import check_output_folder, read_sidecar
     from tfb.engine import check_mode
     from tfb.rows import iter_rows
     from tfb.scoring import FORMATS, check_rows, write_results
@@ -308,13 +348,18 @@ def score(
     _quiet()
     check_mode(mode)
     _check_draws(draws)
+    _check_batch_size(batch_size)
     check_output_folder(output)
     if file_format not in FORMATS:
         raise ValueError(f"--format {file_format}: expected one of {', '.join(FORMATS)}")
-    rows = iter_rows(inputs, limit=limit)  # missing files are found before the model is loaded
+    rows = iter_rows(inputs, limit=limit)
+    task = str(read_sidecar(artifact)["task"])
     tokenizer = _tokenizer(model)
+    config = _early_config(model, task)
+    total = None if config is None else check_rows(rows, tokenizer, task, config)
     bayes = _load_artifact(model, artifact, tokenizer)
-    total = check_rows(rows, bayes, tokenizer)
+    if total is None:
+        total = check_rows(rows, tokenizer, task, bayes.base.config)
     rows = iter_rows(inputs, limit=limit)
     output.mkdir(parents=True, exist_ok=True)
     path = output / f"predictions.{file_format}"
@@ -328,7 +373,7 @@ def score(
                 yield result
 
         count = write_results(counted(), path, file_format)
-    out.print(f"{count} rows: {path}")
+    out.print(f"{count} rows: {path}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -342,19 +387,27 @@ def report(
     batch_size: BatchSize = 50,
 ) -> None:
     """Pictures and one HTML page: reliability, the sigma curve, uncertainties."""
-    from tfb.artifact import check_output_folder, read_sidecar
-    from tfb.report import write_report
+    from tfb.artifact import read_sidecar
+    from tfb.report import check_report_folder, write_report
     from tfb.rows import read_rows
-    from tfb.scoring import encode, pad_token
+    from tfb.scoring import encode, encode_rows, pad_token
 
     _quiet()
     _check_draws(draws)
-    check_output_folder(output)
-    fitted = read_sidecar(artifact).get("fit")
+    _check_batch_size(batch_size)
+    check_report_folder(output)
+    sidecar = read_sidecar(artifact)
+    task, fitted = str(sidecar["task"]), sidecar.get("fit")
+    names = [path.stem for path in data]
+    if twice := sorted({n for n in names if names.count(n) > 1}):
+        raise ValueError(f"--data: two files are called {twice[0]!r}; rename one")
     tables = {path: read_rows(path, limit=limit) for path in data}
     if missing := [r.source for rows in tables.values() for r in rows if r.label is None]:
         raise ValueError(f"{missing[0]}: no label; report needs one on every row")
     tokenizer = _tokenizer(model)
+    if (config := _early_config(model, task)) is not None:
+        for rows in tables.values():
+            encode_rows(rows, tokenizer, task, config)
     bayes = _load_artifact(model, artifact, tokenizer)
     found = []
     for path, rows in tables.items():
@@ -366,7 +419,7 @@ def report(
             )  # fmt: skip
     print_metrics(found)
     page = write_report(output, found, fitted, title=f"{artifact.name}: sigma = {bayes.sigma:.4g}")
-    out.print(f"report: {page}")
+    out.print(f"report: {page}", markup=False, soft_wrap=True)
 
 
 @app.command()

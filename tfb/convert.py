@@ -46,10 +46,12 @@ class BayesVariant(LoraVariant):
         state = sampling_state(self.owner)
         if state is None:
             return result + B(A(x)) * scaling  # PEFT's own arithmetic, to the bit
-        y = self._sample(x, result, state)
-        return y if B.bias is None else y + (B.bias * scaling).to(y.dtype)
+        bias = None if B.bias is None else B.bias * scaling
+        return self._sample(x, result, state, bias)
 
-    def _sample(self, x: Tensor, result: Tensor, state: SamplingState) -> Tensor:
+    def _sample(
+        self, x: Tensor, result: Tensor, state: SamplingState, bias: Tensor | None
+    ) -> Tensor:
         S = len(state.draws)
         if not state.rows or x.shape[0] % state.rows or x.dim() < 2:
             raise RuntimeError(
@@ -59,7 +61,14 @@ class BayesVariant(LoraVariant):
                 "with layers="
             )
         n, m = x.shape[-1], result.shape[-1]
-        y = self.sampler(x.reshape(S, -1, n), result.reshape(S, -1, m), state.draws)
+        y = self.sampler(
+            x.reshape(S, -1, n),
+            result.reshape(S, -1, m),
+            state.draws,
+            bias=bias,
+            # PEFT made this tensor for us: unless autograd still needs it, it is ours to change.
+            inplace=not result.requires_grad and result.is_contiguous(),
+        )
         return y.view(result.shape)
 
     def _delta(self, module: Any, active_adapter: str, like: Tensor) -> Tensor:
@@ -70,7 +79,8 @@ class BayesVariant(LoraVariant):
         return orig_weight + self._delta(module, active_adapter, orig_weight)
 
     def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> None:  # type: ignore[override]
-        orig_weight.data += self._delta(module, active_adapter, orig_weight)
+        # As PEFT does: added in the delta's precision, rounded to the weight's once.
+        orig_weight.data += module.get_delta_weight(active_adapter)
 
     def unmerge(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
         return orig_weight - self._delta(module, active_adapter, orig_weight)

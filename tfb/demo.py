@@ -24,13 +24,13 @@ def run(folder: Path | None, *, draws: int) -> None:
     from tfb import digits
     from tfb.draws import Draws
     from tfb.metrics import fit_temperature
-    from tfb.report import write_report
+    from tfb.report import check_report_folder, write_report
     from tfb.rows import Row
     from tfb.scoring import encode, pad_token, predict_rows
 
     started = time.perf_counter()
     replace = folder is None
-    folder = Path("demo_out") if folder is None else folder
+    folder = check_report_folder("demo_out" if folder is None else folder, overwrite=replace)
     from transformers import AutoTokenizer
 
     base, adapter = ASSETS / "base", ASSETS / "adapter"
@@ -102,7 +102,7 @@ def verdict(found: list[Any]) -> list[str]:
                 f"{word} {', '.join(labels[k] for k in keys)}"
                 for word, keys in (("improves", helped), ("worsens", hurt))
                 if keys
-            ]
+            ] or ["changes nothing"]
             lines.append(f"{dataset}: {name} {' and '.join(parts)} against the plain adapter.")
         best = {k: min(m, key=lambda n: getattr(m[n], k)) for k in ("nll", "ece")}
         lines.append(f"{dataset}: lowest NLL {best['nll']}, lowest ECE {best['ece']}.")

@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from tfb_kernels.ops import NOISE_KINDS
+from tfb_kernels.ops import NOISE_KINDS, common_run
 
 
 def stable_layer_id(name: str) -> int:
@@ -154,29 +154,41 @@ class Draws:
             groups[q].append(s)
         return tuple(tuple(g) for g in groups.values())
 
+    def unit_tensor(self, device: torch.device | str = "cpu") -> Tensor | None:
+        """``units`` as [U, D] int64 on ``device``, or None where streams repeat unevenly."""
+        if len({len(u) for u in self.units}) > 1:
+            return None
+        return torch.tensor(self.units, dtype=torch.int64, device=device)
+
     def tensors(self, device: torch.device | str = "cpu") -> DrawTensors:
         """The draws as tensors on ``device``; made once for each device and kept."""
         cache: dict[torch.device, DrawTensors] = self.__dict__.setdefault("_tensors", {})
         device = torch.device(device)
         if device not in cache:
             order = {q: i for i, q in enumerate(self.distinct_streams)}
+            index = [order[q] for q in self.streams]
             cache[device] = DrawTensors(
                 sigmas=torch.tensor(self.sigmas, dtype=torch.float64, device=device),
                 streams=torch.tensor(self.distinct_streams, dtype=torch.int64, device=device),
-                stream_index=torch.tensor([order[q] for q in self.streams], device=device),
+                stream_index=torch.tensor(index, dtype=torch.int64, device=device),
                 seed=torch.tensor(self.seed, dtype=torch.int64, device=device),
+                draws_per_stream=common_run(index),
             )
         return cache[device]
 
 
 @dataclass(frozen=True)
 class DrawTensors:
-    """sigmas [S] float64, distinct streams [Q], stream_index [S], seed (0-d), on one device."""
+    """sigmas [S] float64, distinct streams [Q], stream_index [S], seed (0-d), on one device.
+
+    draws_per_stream: k if the draws come stream by stream, k of each; else 1.
+    """
 
     sigmas: Tensor
     streams: Tensor
     stream_index: Tensor
     seed: Tensor
+    draws_per_stream: int
 
 
 def _check_count(n: int) -> None:

@@ -24,6 +24,7 @@ from tfb.draws import Draws
 from tfb.linear import LowRankSampler
 from tfb.posterior import LowRankPosterior
 from tfb.predictive import Predictive
+from tfb_kernels.ops import select_columns
 
 MODES = ("full",)
 # Arguments of a forward pass that run over positions, not rows; never repeated for the draws.
@@ -116,8 +117,8 @@ class BayesianModel:
         """Within this context ``bayes.model(**batch)`` runs all draws: outputs are [S * B, ...].
 
         Raises:
-            ValueError: the adapter is not the active one, is disabled or merged: the draws would
-                have no effect; or another adapter of the same model is being sampled.
+            ValueError: the adapter is not the active one, is disabled, merged or gone: the draws
+                would have no effect; or another adapter of the same model is being sampled.
         """
         self._check_active()
         for owner, state in _STATES.get({}).items():
@@ -139,22 +140,40 @@ class BayesianModel:
                 f"adapter {self.adapter!r} is not active (active: {', '.join(active)}); call "
                 f"bayes.model.set_adapter({self.adapter!r}) first"
             )
+        self.check_attached()
         for name in self.samplers:
-            layer = self.base.get_submodule(name)
+            if getattr(self.base.get_submodule(name), "disable_adapters", False):
+                raise ValueError("the adapter is disabled (disable_adapter): nothing to sample")
+
+    def check_attached(self) -> None:
+        """The base model still carries this posterior, unmerged.
+
+        Raises:
+            ValueError: it does not.
+        """
+        for name in self.samplers:
+            layer: Any = self.base.get_submodule(name)
+            variant = getattr(layer, "lora_variant", {}).get(self.adapter)
+            if getattr(variant, "owner", None) != self.owner:
+                raise ValueError(
+                    f"{name}: does not carry this posterior any more (remove(), "
+                    "merge_and_unload(), delete_adapter(), or a copy of the model): bayesianize "
+                    "the model that is to be sampled"
+                )
             if getattr(layer, "merged", False):
                 raise ValueError(
-                    f"{name}: the adapter is merged into the base weight, so nothing can be "
-                    "sampled; call bayes.model.unmerge_adapter() first"
+                    f"{name}: the adapter is merged into the base weight; call "
+                    "bayes.model.unmerge_adapter() first"
                 )
-            if getattr(layer, "disable_adapters", False):
-                raise ValueError("the adapter is disabled (disable_adapter): nothing to sample")
 
     def _enter(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Forward pre-hook: repeat the batch S times, draw-major."""
         state = sampling_state(self.owner)
-        if state is None or state.rows:
+        # A pass under way that meets its entrance again was interrupted: a KeyboardInterrupt
+        # passes by torch's hooks, so _leave never saw it.
+        if state is None or (state.rows and state.entrance is not module):
             return None
         if kwargs.get("past_key_values") is not None:
             raise NotImplementedError(
@@ -326,8 +345,8 @@ def align(batch: Batch, side: str, device: torch.device) -> dict[str, Any]:
     depend on it. position_ids are moved along with the tokens.
 
     Raises:
-        ValueError: no input_ids [B, T], a mask of another shape, holes inside a row's mask, an
-            empty row.
+        ValueError: no input_ids [B, T], no rows, a mask of another shape, holes inside a row's
+            mask, an empty row.
     """
     ids = batch.get("input_ids")
     if not isinstance(ids, Tensor) or ids.dim() != 2:
@@ -341,6 +360,8 @@ def align(batch: Batch, side: str, device: torch.device) -> dict[str, Any]:
         raise ValueError(
             f"batch: attention_mask {list(mask.shape)} does not match input_ids {list(ids.shape)}"
         )
+    if ids.shape[0] == 0:
+        raise ValueError("batch: has no rows")
     T = ids.shape[1]
     mask = mask.long()
     length = mask.sum(-1)
@@ -364,15 +385,10 @@ def align(batch: Batch, side: str, device: torch.device) -> dict[str, Any]:
 
 def _select_labels(logits: Tensor, label_ids: Tensor) -> Tensor:
     """Columns [K] or [B, K] of logits [S, B, V]."""
-    ids = label_ids.to(logits.device, torch.int64)
-    S, B, V = logits.shape
-    if ids.dim() not in (1, 2) or (ids.dim() == 2 and ids.shape[0] != B) or ids.numel() == 0:
-        raise ValueError(f"label_ids: expected [K] or [{B}, K], got {list(ids.shape)}")
-    if bool(((ids < 0) | (ids >= V)).any()):
+    V = logits.shape[-1]
+    if bool(((label_ids < 0) | (label_ids >= V)).any()):
         raise ValueError(f"label_ids: outside the vocabulary of {V}")
-    if ids.dim() == 1:
-        return logits[..., ids]
-    return logits.gather(-1, ids.expand(S, *ids.shape))
+    return select_columns(logits, label_ids)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tfb.draws import Draws
-from tfb.posterior import LowRankPosterior
+from tfb.posterior import AdapterError, LowRankPosterior
 from tfb_kernels import bayes_lora_linear, gaussian_noise
 
 
@@ -18,8 +18,8 @@ class LowRankSampler:
     """Applies draws of one layer's posterior, keeping what does not change between batches.
 
     Holds copies of the factors on each device that asked for them, and the noise of the last
-    draws used ("pool", [Q, r, n] float32), so that fixed draws generate their noise once and not
-    once per batch.
+    draws used ("pool", [Q, r, n] float32, on a CPU), so that fixed draws generate their noise once
+    and not once per batch.
     """
 
     def __init__(self, posterior: LowRankPosterior) -> None:
@@ -28,8 +28,19 @@ class LowRankSampler:
         # (key, noise) as one object, so that a thread never pairs a key with another's noise.
         self._pool: tuple[tuple[object, ...], Tensor] | None = None
 
-    def __call__(self, x: Tensor, base: Tensor, draws: Draws) -> Tensor:
-        """x [T, n] or [S, T, n], base likewise with m -> samples [S, T, m] in base's dtype."""
+    def __call__(
+        self,
+        x: Tensor,
+        base: Tensor,
+        draws: Draws,
+        *,
+        bias: Tensor | None = None,
+        inplace: bool = False,
+    ) -> Tensor:
+        """x [T, n] or [S, T, n], base likewise with m -> samples [S, T, m] in base's dtype.
+
+        bias: [m], added to every draw. inplace: write into ``base`` (per-draw x).
+        """
         A, B, inv_d = self.factors(x.device)
         t = draws.tensors(x.device)
         return bayes_lora_linear(
@@ -41,11 +52,19 @@ class LowRankSampler:
             t.sigmas,
             t.streams,
             stream_index=t.stream_index,
+            draws_per_stream=t.draws_per_stream,
             seed=t.seed,
             layer_id=self.posterior.layer_id,
             scaling=self.posterior.scaling,
             noise=draws.noise,
-            pool=self.pool(draws, x.device) if draws.noise == "weight" else None,
+            # A CPU generates fixed noise once; a GPU makes it again faster than it reads it back.
+            pool=(
+                self.pool(draws, x.device)
+                if draws.noise == "weight" and x.device.type == "cpu"
+                else None
+            ),
+            bias=bias,
+            inplace=inplace,
         )
 
     def factors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,7 +121,7 @@ class BayesLoRALinear(nn.Module):
         ):
             expected = getattr(base, attribute, size)
             if expected != size:
-                raise ValueError(f"base.{attribute} is {expected}, but A and B imply {size}")
+                raise AdapterError(f"base.{attribute} is {expected}, but A and B imply {size}")
         return cls(base, posterior)
 
     @property

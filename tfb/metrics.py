@@ -18,6 +18,7 @@ from torchmetrics.functional.classification import (
 )
 
 NLL_PROBABILITY_FLOOR = 1e-12  # a probability of 0 on the label costs 27.6 nats, not infinity
+BELOW_ONE = 1 - 2.0**-24  # the float32 before 1
 LOG_TEMPERATURE_BOUNDS = (math.log(0.01), math.log(100.0))
 
 
@@ -114,13 +115,16 @@ def evaluate(
         )
     accuracy = float(multiclass_accuracy(p, labels, num_classes=p.shape[1], average="micro"))
     confidence = p.amax(-1)
+    # torchmetrics puts a confidence of exactly 1 into a bin of its own, beyond the last, and takes
+    # a softmax of everything if rounding left one probability above 1: stay one ulp below.
+    below_one = p.clamp_max(BELOW_ONE)
     return Metrics(
         rows=N,
         accuracy=accuracy,
         nll=float(-p.gather(1, labels[:, None]).clamp_min(NLL_PROBABILITY_FLOOR).log().mean()),
         ece=float(
             multiclass_calibration_error(
-                p, labels, num_classes=p.shape[1], n_bins=n_bins, norm="l1"
+                below_one, labels, num_classes=p.shape[1], n_bins=n_bins, norm="l1"
             )
         ),
         brier=float((p - torch.nn.functional.one_hot(labels, p.shape[1])).square().sum(-1).mean()),
@@ -135,12 +139,13 @@ def evaluate(
 
 
 def reliability(probs: Tensor, labels: Tensor, n_bins: int = 15) -> ReliabilityBins:
-    """The reliability diagram behind the ECE: bins (edge_m, edge_m+1] as in torchmetrics."""
+    """The reliability diagram behind the ECE: bins [edge_m, edge_m+1), the last one closed."""
     _check(probs, labels)
     confidence, prediction = probs.double().max(-1)
     correct = (prediction == labels).double()
     edges = torch.linspace(0, 1, n_bins + 1, dtype=torch.float32)
-    index = (torch.bucketize(confidence, edges.double(), right=True) - 1).clamp(0, n_bins - 1)
+    # In float32, as torchmetrics has it: a confidence of 0.6 belongs to the bin that starts there.
+    index = (torch.bucketize(confidence.float(), edges, right=True) - 1).clamp(0, n_bins - 1)
     counts = torch.zeros(n_bins, dtype=torch.int64).index_add_(0, index, torch.ones_like(index))
     total = counts.clamp_min(1).double()
 
@@ -155,7 +160,11 @@ def fit_temperature(log_probs: Tensor, labels: Tensor) -> float:
 
     Args:
         log_probs: [N, K] log-probabilities or logits. labels: [N].
+
+    Raises:
+        ValueError: empty input, NaN or Inf, labels out of range, shapes.
     """
+    _check(log_probs.softmax(-1), labels)
     scores = log_probs.double()
 
     def nll(log_t: float) -> float:
@@ -175,10 +184,10 @@ def apply_temperature(log_probs: Tensor, temperature: float) -> Tensor:
 
 
 def _check(probs: Tensor, labels: Tensor) -> None:
-    if probs.dim() != 2 or labels.shape != probs.shape[:1] or probs.numel() == 0:
+    if probs.dim() != 2 or labels.shape != probs.shape[:1] or not len(probs) or probs.shape[1] < 2:
         raise ValueError(
-            f"expected probs [N, K] and labels [N], N and K at least 1, got {list(probs.shape)} "
-            f"and {list(labels.shape)}"
+            f"expected probs [N, K] and labels [N], N at least 1 and K at least 2, got "
+            f"{list(probs.shape)} and {list(labels.shape)}"
         )
     if not bool(probs.isfinite().all()):
         raise ValueError("probs: hold NaN or Inf; check the model's outputs")

@@ -172,10 +172,11 @@ def _rank_tolerance(B: Tensor, stored: torch.dtype, d_max: float) -> float:
 
 
 def default_prior_sigma(posteriors: list[LowRankPosterior]) -> float:
-    """The prior_sigma that minimises the summed KL's mean term: the adapter's own scale.
+    """The prior_sigma under which the adapter itself is most likely: the adapter's own scale.
 
-    sigma_p^2 = sum (d_i A'_ij)^2 / number of noisy entries (empirical Bayes, one number for the
-    model). A prior of this width neither forbids the adapter nor leaves it unconstrained.
+    It minimises the summed KL as sigma goes to 0, where sum (d_i A'_ij)^2 / number of noisy entries
+    = sigma_p^2 (empirical Bayes, one number for the model). A prior of this width neither forbids
+    the adapter nor leaves it unconstrained.
     """
     entries = sum(p.effective_rank * p.in_features for p in posteriors)
     return math.sqrt(sum(p.mean_square() for p in posteriors) / entries)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from tfb.draws import Draws
+from tfb_kernels import predictive_reduction
+from tfb_kernels.reference import unit_standard_error
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,12 +48,29 @@ class Predictive:
         """
         if logits.dim() != 3 or logits.shape[0] != len(draws):
             raise ValueError(f"logits: expected [S={len(draws)}, B, K], got {list(logits.shape)}")
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        return cls.from_probs(logits.to(dtype).softmax(-1), draws, keep_draws=keep_draws)
+        units = draws.unit_tensor(logits.device)
+        if keep_draws or units is None:
+            dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+            return cls.from_probs(logits.to(dtype).softmax(-1), draws, keep_draws=keep_draws)
+        probs, total, aleatoric, choices, error = predictive_reduction(logits, units)
+        return cls(
+            probs=probs,
+            total=total,
+            aleatoric=aleatoric,
+            agreement=(choices == probs.argmax(-1)).to(probs.dtype).mean(0),
+            standard_error=_exact_or(error, draws),
+            draws=draws,
+        )
 
     @classmethod
     def from_probs(cls, p: Tensor, draws: Draws, *, keep_draws: bool = False) -> Predictive:
-        """From each draw's probabilities [S, B, K]."""
+        """From each draw's probabilities [S, B, K], in the order of ``draws``.
+
+        Raises:
+            ValueError: another number of draws than ``draws`` holds.
+        """
+        if p.dim() != 3 or p.shape[0] != len(draws):
+            raise ValueError(f"p: expected [S={len(draws)}, B, K], got {list(p.shape)}")
         probs = p.mean(0)
         prediction = probs.argmax(-1)
         return cls(
@@ -85,13 +104,12 @@ class Predictive:
 
 def _standard_error(p: Tensor, draws: Draws) -> Tensor:
     """[B, K] from p [S, B, K]: standard deviation of unit means / sqrt(number of units)."""
-    units = draws.units
-    if len({len(u) for u in units}) > 1:
-        # Unequal units (streams repeated unevenly): no simple unbiased estimate.
+    units = draws.unit_tensor(p.device)
+    if units is None:  # unequal units: no simple unbiased estimate
         return torch.full_like(p[0], float("nan"))
-    means = p[torch.tensor(units, device=p.device)].mean(1)  # [U, B, K]
-    if len(units) == 1:
-        # A single draw at sigma = 0 is the exact answer, not an estimate.
-        exact = all(s == 0.0 for s in draws.sigmas)
-        return torch.full_like(p[0], 0.0 if exact else float("nan"))
-    return means.std(0) / len(units) ** 0.5
+    return _exact_or(unit_standard_error(p, units), draws)
+
+
+def _exact_or(error: Tensor, draws: Draws) -> Tensor:
+    """Draws that are all at sigma = 0 are the exact answer, not an estimate: no error."""
+    return torch.zeros_like(error) if all(s == 0.0 for s in draws.sigmas) else error

@@ -43,7 +43,15 @@ HELP = {
 }
 
 
-def _figure(width: float, height: float) -> Any:
+LOSS_LABELS = {
+    "nll": "NLL (nats a row)",
+    "pseudo_nll": "NLL of the deterministic prediction (nats a row)",
+    "accuracy": "error rate",
+    "embedding_norm": "norm of the last hidden state",
+}
+
+
+def _matplotlib() -> tuple[Any, Any]:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -51,35 +59,49 @@ def _figure(width: float, height: float) -> Any:
         raise ImportError(
             'pictures need matplotlib, which is not installed; pip install "tfb[report]"'
         ) from error
+    return Figure, FigureCanvasAgg
+
+
+def _figure(width: float, height: float) -> Any:
+    Figure, FigureCanvasAgg = _matplotlib()
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def _short(name: str) -> str:
+    """A caller's name as plain text of a bounded length; a "$" would start TeX in matplotlib."""
+    return (name if len(name) <= 40 else f"{name[:28]}...{name[-9:]}").replace("$", r"\$")
 
 
 def plot_reliability(evaluations: Sequence[Evaluation], path: Path, n_bins: int = 15) -> None:
     """Reliability diagrams side by side, one row for each data set, counts below each."""
     datasets = list(dict.fromkeys(e.dataset for e in evaluations))
     columns = max(sum(e.dataset == d for e in evaluations) for d in datasets)
-    figure = _figure(3.4 * columns, 4.3 * len(datasets))
+    figure = _figure(3.4 * columns, 4.6 * len(datasets))
     grid = figure.add_gridspec(2 * len(datasets), columns, height_ratios=[3, 1] * len(datasets))
     for i, dataset in enumerate(datasets):
         for j, e in enumerate(e for e in evaluations if e.dataset == dataset):
             assert e.labels is not None
             bins, m = reliability(e.probs, e.labels, n_bins), e.metrics
             width = 1 / n_bins
-            centre = bins.edges[:-1] + width / 2
+            # NumPy throughout: matplotlib's arithmetic on tensors is deprecated by NumPy.
+            centre = (bins.edges[:-1] + width / 2).numpy()
+            counts, accuracy, confidence = (
+                t.numpy() for t in (bins.counts, bins.accuracy, bins.confidence)
+            )
             top = figure.add_subplot(grid[2 * i, j])
-            seen = bins.counts > 0
-            top.bar(centre[seen], bins.accuracy[seen], width, color=BLUE, edgecolor="white")
+            seen = counts > 0
+            top.bar(centre[seen], accuracy[seen], width, color=BLUE, edgecolor="white")
             top.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1)
-            top.plot(bins.confidence[seen], bins.accuracy[seen], ".", color=ORANGE)
+            top.plot(confidence[seen], accuracy[seen], ".", color=ORANGE)
             top.set(xlim=(0, 1), ylim=(0, 1), xticklabels=[])
             top.set_title(
-                f"{e.name}, {dataset}\naccuracy {100 * m.accuracy:.1f} %   ECE {100 * m.ece:.1f} %"
-                f"   NLL {m.nll:.3f}", fontsize=9,
+                f"{_short(e.name)}\n{_short(dataset)}\naccuracy {100 * m.accuracy:.1f} %   "
+                f"ECE {100 * m.ece:.1f} %\nNLL {m.nll:.3f} nats", fontsize=9,
             )  # fmt: skip
             bottom = figure.add_subplot(grid[2 * i + 1, j])
-            bottom.bar(centre, bins.counts, width, color=GREY, edgecolor="white")
+            bottom.bar(centre, counts, width, color=GREY, edgecolor="white")
             bottom.set(xlim=(0, 1), xlabel="confidence")
             if j == 0:
                 top.set_ylabel("accuracy")
@@ -111,12 +133,18 @@ def plot_sigma_curve(fit: Mapping[str, Any], path: Path) -> None:
     chosen = _interpolate(values, fit["sigma"])
     axes.plot([fit["sigma"]], [chosen], "o", markersize=10, color=ORANGE, zorder=5,
               label=f"chosen: {fit['sigma']:.4g}")  # fmt: skip
-    near = [p["loss"] for p in points if p["sigma"] <= 2.5 * max(fit["sigma"], 1e-12)]
+    # The loss far beyond the answer would flatten the part that decides; without an answer above
+    # 0 the first few points are that part.
+    end = 2.5 * fit["sigma"] or max(positive[:3], default=0.0)
+    near = [
+        p["loss"] + sign * (p["standard_error"] or 0.0)
+        for p in points if p["sigma"] <= end for sign in (-1, 1)
+    ]  # fmt: skip
     low, high = min(near), max([*near, fit.get("limit") or near[0]])
-    axes.set_ylim(low - 0.15 * (high - low or 1), high + 0.35 * (high - low or 1))
-    axes.set(xlabel="sigma", ylabel=fit["metric"])
+    axes.set_ylim(low - 0.1 * (high - low or 1), high + 0.3 * (high - low or 1))
+    axes.set(xlabel="sigma (before the LoRA scaling)", ylabel=LOSS_LABELS[fit["metric"]])
     axes.set_title(f"{fit['objective']} on {fit['anchors']} anchors, {fit['draws']} draws")
-    axes.legend(frameon=False)
+    axes.legend(framealpha=0.9, edgecolor="none")
     figure.savefig(path, dpi=110)
 
 
@@ -131,7 +159,7 @@ def plot_uncertainty(evaluations: Sequence[Evaluation], path: Path) -> None:
     """Histograms of each kind of uncertainty, correct against wrong rows, for the sampled runs."""
     sampled = [e for e in evaluations if e.epistemic is not None]
     kinds = ("total", "aleatoric", "epistemic")
-    figure = _figure(10, 2.9 * max(1, len(sampled)))
+    figure = _figure(10, 3.2 * max(1, len(sampled)))
     for i, e in enumerate(sampled):
         assert e.labels is not None
         right = e.probs.argmax(-1) == e.labels
@@ -143,11 +171,33 @@ def plot_uncertainty(evaluations: Sequence[Evaluation], path: Path) -> None:
                 if bool(rows.any()):
                     axes.hist(values[rows].numpy(), edges, density=True, alpha=0.6, color=colour,
                               label=f"{label} ({int(rows.sum())})")  # fmt: skip
-            axes.set(xlabel="nats", title=f"{kind}, {e.dataset}")
+            axes.set_xlabel(f"{kind} uncertainty (nats)")
             if j == 0:
-                axes.set_ylabel("density")
-                axes.legend(frameon=False)
+                axes.set_ylabel("density (1 / nat)")
+            if j == 1:
+                # Above the axes: inside them it would hide bars.
+                axes.set_title(f"{_short(e.name)}, {_short(e.dataset)}", pad=26)
+                axes.legend(
+                    frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0)
+                )  # fmt: skip
     figure.savefig(path, dpi=110)
+
+
+def check_report_folder(folder: str | Path, *, overwrite: bool = False) -> Path:
+    """The folder as a Path if a report can be made there; a caller asks before any long work.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: it is a file, holds something else, or a report without ``overwrite``.
+    """
+    _matplotlib()
+    path = Path(folder)
+    held = {p.name for p in path.iterdir()} if path.is_dir() else set()
+    if (path.exists() and not path.is_dir()) or (
+        held and (not overwrite or held - {*PICTURES, PAGE})
+    ):
+        raise ValueError(f"{path} already holds something; choose a new folder or remove it")
+    return path
 
 
 def write_report(
@@ -166,12 +216,14 @@ def write_report(
         fit: ``SigmaFit.to_dict()``, or None. notes: sentences shown under the table.
 
     Raises:
-        ValueError: the folder holds something else, or already a report without ``overwrite``.
+        ValueError: no evaluations, or one without labels; the folder holds something else, or
+            already a report without ``overwrite``.
     """
-    path = Path(folder)
-    held = {p.name for p in path.iterdir()} if path.is_dir() else set()
-    if held and (not overwrite or held - {*PICTURES, PAGE}):
-        raise ValueError(f"{path} already holds something; choose a new folder or remove it")
+    path = check_report_folder(folder, overwrite=overwrite)
+    if not evaluations:
+        raise ValueError("a report needs at least one evaluation")
+    if bare := [e for e in evaluations if e.labels is None]:
+        raise ValueError(f"{bare[0].name} on {bare[0].dataset}: no labels; a report needs them")
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
@@ -184,6 +236,8 @@ def write_report(
         page = _page(title, evaluations, fit, notes, {n: staging / n for n in made})
         (staging / PAGE).write_text(page, encoding="utf-8")
         path.mkdir(exist_ok=True)
+        for name in set(PICTURES) - set(made):  # an earlier report's, which this one lacks
+            (path / name).unlink(missing_ok=True)
         for name in [*made, PAGE]:  # the page last: it is the sign of a finished report
             os.replace(staging / name, path / name)
     finally:

@@ -59,15 +59,18 @@ def encode(bayes: BayesianModel, rows: Sequence[Row], tokenizer: Any) -> Encoded
     Raises:
         RowError: a row that the task, the tokenizer or the model cannot take.
     """
-    limit = getattr(bayes.base.config, "max_position_embeddings", None)
-    if bayes.task == "CAUSAL_LM":
+    return encode_rows(rows, tokenizer, bayes.task, bayes.base.config)
+
+
+def encode_rows(rows: Sequence[Row], tokenizer: Any, task: str, config: Any) -> EncodedRows:
+    """``encode`` without the model: its task and its configuration are enough."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if task == "CAUSAL_LM":
         return encode_choices(rows, tokenizer, max_length=limit)
-    return encode_texts(
-        rows, tokenizer, num_labels=int(bayes.base.config.num_labels), max_length=limit
-    )
+    return encode_texts(rows, tokenizer, num_labels=int(config.num_labels), max_length=limit)
 
 
-def check_rows(rows: Iterable[Row], bayes: BayesianModel, tokenizer: Any) -> int:
+def check_rows(rows: Iterable[Row], tokenizer: Any, task: str, config: Any) -> int:
     """Encode every row and keep none; their number.
 
     Tokenizing costs little beside S forward passes, and a bad row at the end of a long file is
@@ -78,7 +81,7 @@ def check_rows(rows: Iterable[Row], bayes: BayesianModel, tokenizer: Any) -> int
     """
     stream, count = iter(rows), 0
     while window := list(islice(stream, WINDOW)):
-        encode(bayes, window, tokenizer)
+        encode_rows(window, tokenizer, task, config)
         count += len(window)
     return count
 
@@ -160,7 +163,13 @@ def score(
 
 
 def write_results(results: Iterable[dict[str, Any]], path: Path, file_format: str) -> int:
-    """Write results to ``path`` ("jsonl" or "parquet") by way of a temporary file; their number."""
+    """Write results to ``path`` ("jsonl" or "parquet") by way of a temporary file; their number.
+
+    Raises:
+        ValueError: another format, or no results at all for Parquet, which has then no columns.
+    """
+    if file_format not in FORMATS:
+        raise ValueError(f"format {file_format!r}: expected one of {', '.join(FORMATS)}")
     temporary = path.with_name(f".{path.name}.partial")
     count = 0
     try:
@@ -201,6 +210,8 @@ def _write_parquet(results: Iterable[dict[str, Any]], path: Path) -> int:
             assert writer is not None
             writer.write_table(pa.Table.from_pylist(block, schema=schema))
             count += len(block)
+        if writer is None:
+            raise ValueError(f"no results, so nothing to write as Parquet")
     finally:
         if writer is not None:
             writer.close()

@@ -6,9 +6,9 @@
 
 Only a worse loss counts as degradation unless ``two_sided``. All sigmas share antithetic streams
 (common random numbers), without which the curve is not even monotone. ``grid`` sweeps a geometric
-grid in batched passes, brackets the crossing, refines inside it and interpolates linearly;
-``bisection`` halves. A range that does not bracket is extended, and an error after that; the
-upper bound is never returned as if it were an answer.
+grid in batched passes, brackets the crossing, refines inside it, interpolates linearly and
+measures the result; ``bisection`` halves. A range that does not bracket is extended, and an error
+after that; the answer is always a sigma that was measured and accepted, never a bound.
 
 To add an objective: a branch in ``_Search.run`` and its rule below; a metric: :mod:`tfb.anchor`.
 """
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from tfb.anchor import AnchorLoss, AnchorSet
+from tfb.anchor import METRICS, AnchorLoss, AnchorSet
 from tfb.engine import BayesianModel
 from tfb.posterior import default_prior_sigma
 
@@ -31,6 +31,7 @@ OBJECTIVES = ("max_variance", "min_nll", "gvi")
 SEARCHES = ("grid", "bisection")
 NLL_FLOOR = 0.01  # nats: below this a relative tolerance on the NLL is ill-conditioned
 MAX_EXTENSIONS = 4
+MIN_RESOLUTION = 1e-9  # a bracket cannot be narrower than a few ulp
 SIGMA_LIMITS = (1e-8, 1e4)
 DEFAULT_BOUNDS = (1e-3, 0.1)
 REFERENCE_BOUNDS = (1e-3, 0.015)  # the published runs: low is fixed, high is --bayes-beta
@@ -162,11 +163,16 @@ def fit_sigma(
 
     Raises:
         ValueError: arguments out of range, empty, unlabelled or one-class anchors.
-        SearchError: nothing brackets the tolerance between 1e-8 and 1e4.
+        SearchError: nothing brackets the tolerance, also in the extended range.
     """
     if bounds is None:
         bounds = REFERENCE_BOUNDS if compat == "reference" else DEFAULT_BOUNDS
-    _check_arguments(metric, tolerance, search, objective, draws, bounds, points, compat)
+    check_arguments(metric, tolerance, search, objective, draws, bounds, points, compat)
+    if not MIN_RESOLUTION <= resolution < 1:
+        raise ValueError(f"resolution={resolution}: expected {MIN_RESOLUTION:g} to 1")
+    for name, value in (("steps", steps), ("prior_sigma", prior_sigma), ("kl_weight", kl_weight)):
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name}={value}: expected a positive number")
     pad = getattr(bayes.base.config, "pad_token_id", None) or 0
     anchor_set = AnchorSet.of(anchors, pad_token_id=pad, batch_size=batch_size)
     seed = bayes.seed if seed is None else seed
@@ -198,16 +204,19 @@ def fit_sigma(
     return fit
 
 
-def _check_arguments(
+def check_arguments(
     metric: str,
     tolerance: float,
     search: str,
     objective: str,
     draws: int,
-    bounds: tuple[float, float],
-    points: int,
-    compat: str | None,
+    bounds: tuple[float, float] = DEFAULT_BOUNDS,
+    points: int = 8,
+    compat: str | None = None,
 ) -> None:
+    """Refuse what no search can work with; needs no model, so the CLI asks before it loads one."""
+    if metric not in METRICS:
+        raise ValueError(f"metric={metric!r}: expected one of {', '.join(METRICS)}")
     if objective not in OBJECTIVES:
         raise ValueError(f"objective={objective!r}: expected one of {', '.join(OBJECTIVES)}")
     if search not in SEARCHES:
@@ -327,9 +336,9 @@ class _Search:
                 low, high = max(low / 32, SIGMA_LIMITS[0]), min(violating, low)
             else:
                 return accepted, violating
-            self.measure([float(s) for s in torch.logspace(
-                math.log10(low), math.log10(high), self.points, dtype=torch.float64
-            )][: -1 if accepted == 0.0 and violating is not None else None])  # fmt: skip
+            if low >= high:  # both at a limit
+                break
+            self.measure(_geometric(low, high, self.points))
         accepted, violating = self.crossing()
         if violating is None:
             raise SearchError(
@@ -346,21 +355,23 @@ class _Search:
         return accepted, violating
 
     def _grid(self) -> tuple[float, str]:
-        low, high = self.bounds
-        self.measure(
-            torch.logspace(math.log10(low), math.log10(high), self.points, dtype=torch.float64)
-            .tolist()
-        )  # fmt: skip
+        self.measure(_geometric(*self.bounds, self.points))
         low, high = self._bracket()
-        while high / low - 1 > self.resolution * 8:
+        while high / low - 1 > self.resolution:
+            if high / low - 1 <= self.resolution * 8:
+                a, b = self.excess(low), self.excess(high)
+                sigma = low + (high - low) * (-a / (b - a))
+                self.measure([sigma])
+                if self.excess(sigma) <= 0:
+                    where = f"[{low:.6g}, {high:.6g}]"
+                    return sigma, f"crossing bracketed in {where}, linear interpolation, measured"
+                high = sigma  # a concave or stepped curve: the chord overshoots
             # Linear inside the bracket: a few points at once, one batched pass.
             inner = max(2, self.points // 3)
             width = (high - low) / (inner + 1)
             self.measure([low + width * (i + 1) for i in range(inner)])
             low, high = self.crossing()  # type: ignore[assignment]
-        a, b = self.excess(low), self.excess(high)
-        sigma = low + (high - low) * (-a / (b - a))
-        return sigma, f"crossing bracketed in [{low:.6g}, {high:.6g}], linear interpolation"
+        return low, f"bracket [{low:.6g}, {high:.6g}] within resolution"
 
     def _bisection(self) -> tuple[float, str]:
         self.measure([self.bounds[1]])
@@ -368,7 +379,8 @@ class _Search:
         extensions = 0
         while self.excess(high) <= 0:
             if extensions == MAX_EXTENSIONS:
-                self._bracket()  # raises
+                low, high = self._bracket()  # reaches further, or raises
+                break
             low, high = high, high * 4
             extensions += 1
             self.measure([high])
@@ -399,13 +411,14 @@ class _Search:
         return gvi
 
     def _minimise(self, value: Callable[[float], float]) -> tuple[float, str]:
-        low, high = self.bounds
-        grid = torch.logspace(math.log10(low), math.log10(high), self.points, dtype=torch.float64)
-        self.measure(grid.tolist())
+        self.measure(_geometric(*self.bounds, self.points))
         for _ in range(MAX_EXTENSIONS):
-            best = min(self.curve, key=value)
+            best, lowest = min(self.curve, key=value), min(s for s in self.curve if s > 0)
             if best == max(self.curve):
                 self.measure([best * f for f in (2.0, 4.0)])
+            elif best == 0.0 and self.excess(lowest) > 0:
+                # Already past the tolerance at the lower end: an improvement may lie below it.
+                self.measure([lowest / 8])
             else:
                 break
         best = min(self.curve, key=value)
@@ -430,6 +443,13 @@ class _Search:
             best = min(self.curve, key=value)
             if best == 0.0:
                 return 0.0, "no sigma measured has a lower loss than the deterministic adapter"
+
+
+def _geometric(low: float, high: float, points: int) -> list[float]:
+    """A geometric grid whose ends are ``low`` and ``high`` to the bit, so that no end of an
+    extended range is measured twice."""
+    inner = torch.logspace(math.log10(low), math.log10(high), points, dtype=torch.float64)
+    return [low, *inner[1:-1].tolist(), high]
 
 
 def _notes(fit: SigmaFit, allowed: float) -> tuple[str, ...]:
@@ -463,9 +483,10 @@ def _variational(fit: SigmaFit, bayes: BayesianModel, prior_sigma: float) -> dic
     posteriors = list(bayes.posteriors.values())
     entries = sum(p.effective_rank * p.in_features for p in posteriors)
     slope_kl = entries * (fit.sigma / prior_sigma**2 - 1.0 / fit.sigma)
-    below = [p for p in fit.curve if p.sigma <= fit.sigma]
-    above = [p for p in fit.curve if p.sigma > fit.sigma]
-    a, b = (below[-1], above[0]) if above else (below[-2], below[-1])
+    # The answer's neighbours on the curve: a difference across it, not to one side. Objectives
+    # all end with a measured point beyond the answer.
+    a = max((p for p in fit.curve if p.sigma < fit.sigma), key=lambda p: p.sigma)
+    b = min((p for p in fit.curve if p.sigma > fit.sigma), key=lambda p: p.sigma)
     slope_loss = (b.loss - a.loss) / (b.sigma - a.sigma)
     return {
         "prior_sigma": prior_sigma,

@@ -5,11 +5,17 @@ contract. Importing this package needs neither a GPU nor Triton.
 """
 
 from tfb_kernels.noise import NOISE_VERSION
-from tfb_kernels.ops import ImplementationUnavailableError, bayes_lora_linear, gaussian_noise
+from tfb_kernels.ops import (
+    ImplementationUnavailableError,
+    bayes_lora_linear,
+    gaussian_noise,
+    predictive_reduction,
+)
 
 __all__ = [
     "NOISE_VERSION",
     "ImplementationUnavailableError",
     "bayes_lora_linear",
     "gaussian_noise",
+    "predictive_reduction",
 ]

@@ -10,8 +10,8 @@ Both come from Philox4x32-10 (Salmon et al., SC'11) followed by Box-Muller in fl
               weight: (j div 4,        i, q, layer_id)
               token:  (i div 4 + 2^31, t, q, layer_id)  the top bit keeps the two kinds apart
     words   = philox(counter, key) -> w0 w1 w2 w3      columns 4g, 4g+1, 4g+2, 4g+3
-    u       = w * 2^-32 + 2^-33                        in (0, 1], rounded once to float32
-    theta   = int32(w') * (pi * 2^-31)                 in [-pi, pi): where fast sine is accurate
+    u       = f32(w) * 2^-32 + 2^-33                   in (0, 1]; f32: rounded to nearest even
+    theta   = f32(int32(w')) * f32(pi * 2^-31)         in [-pi, pi]: where fast sine is accurate
     (n0, n1) = sqrt(-2 log u(w0)) * (cos, sin)(theta(w1));  (n2, n3) likewise from (w2, w3)
 
 Nothing else enters: not the tile size, device, dtype, batch or number of draws. The float32

@@ -1,22 +1,26 @@
 """Public functions and their registration as torch custom operators.
 
 Arguments are checked here, once, in the language of the caller; the operators behind them
-(``tfb::gaussian_noise``, ``tfb::bayes_lora_linear``) trust what they get. Both have fake
-implementations, so ``torch.compile(fullgraph=True)`` and ``torch.export`` see through them.
+(``tfb::gaussian_noise``, ``tfb::bayes_lora_linear`` and its in-place twin,
+``tfb::predictive_reduction``) trust what they get. All have fake implementations, so
+``torch.compile(fullgraph=True)`` and ``torch.export`` see through them.
 
-A new implementation is added in ``_resolve`` and in the operator's body; a new argument in the
-public function, the operator's schema and its fake.
+A new implementation is added in ``resolve_impl`` and in the operators' bodies; a new argument in
+the public function, the operator's schema and its fake. Triton is imported when it is first used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tfb_kernels.noise import weight_noise
-from tfb_kernels.reference import bayes_lora_linear_reference
+from tfb_kernels.reference import bayes_lora_linear_reference, predictive_reduction_reference
 
 IMPLEMENTATIONS = ("auto", "triton", "reference")
 NOISE_KINDS = ("weight", "token")
@@ -27,15 +31,55 @@ class ImplementationUnavailableError(RuntimeError):
     """The implementation that was asked for by name cannot run here."""
 
 
-def _resolve(impl: str, device: torch.device) -> str:
+# --- which implementation -------------------------------------------------------------------------
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _interpreted() -> bool:
+    from tfb_kernels.launch import INTERPRET
+
+    return INTERPRET
+
+
+def why_not_triton(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why the Triton kernels cannot run on ``device`` for x of ``dtype``, or None if they can."""
+    if not _has_triton():
+        return "triton is not installed"
+    if dtype == torch.float64:
+        return "the kernels compute in float32, and x is float64"
+    if device.type == "cuda" or (device.type == "cpu" and _interpreted()):
+        return None
+    return (
+        f"the tensors are on {device.type}; the kernels need a CUDA or ROCm GPU (or "
+        "TRITON_INTERPRET=1, set before Python starts, for tests)"
+    )
+
+
+def resolve_impl(impl: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+    """ "triton" or "reference". A name that cannot run is an error, never something else.
+
+    Raises:
+        ValueError: an unknown name. ImplementationUnavailableError: see above.
+    """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl={impl!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
-    if impl == "triton":
-        raise ImplementationUnavailableError(
-            "impl='triton': this version of tfb_kernels has no Triton kernels; "
-            "use impl='reference' or impl='auto'"
-        )
-    return "reference"
+    if impl == "reference" or (impl == "auto" and device.type != "cuda"):
+        return "reference"
+    reason = why_not_triton(device, dtype)
+    if reason is None:
+        return "triton"
+    if impl == "auto":
+        return "reference"
+    raise ImplementationUnavailableError(
+        f"impl='triton' cannot run here: {reason}; use impl='reference' or impl='auto'"
+    )
+
+
+# --- arguments ------------------------------------------------------------------------------------
 
 
 def _seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
@@ -68,12 +112,29 @@ def _check_layer_id(layer_id: int) -> None:
         raise ValueError(f"layer_id={layer_id}: expected an unsigned 32-bit number")
 
 
-# --- gaussian_noise ---------------------------------------------------------------------------
+def common_run(index: Sequence[int]) -> int:
+    """How many consecutive draws share a stream, if that is the same for all of Q = 0, 1, ...
+
+    ``index`` [S]: each draw's stream, numbered by first use. [0, 0, 1, 1] has 2; an order in which
+    a stream comes back, or with unequal runs, has 1: nothing to rely on.
+    """
+    run = len(index) // (max(index) + 1)
+    return run if all(q == s // run for s, q in enumerate(index)) else 1
+
+
+# --- gaussian_noise -------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("tfb::gaussian_noise", mutates_args=())
 def _gaussian_noise(seed: Tensor, layer_id: int, streams: Tensor, r: int, n: int) -> Tensor:
-    return weight_noise(seed, layer_id, streams, r, n)
+    if resolve_impl("auto", streams.device) == "reference":
+        return weight_noise(seed, layer_id, streams, r, n)
+    from tfb_kernels.launch import choose_config
+    from tfb_kernels.triton_generate import generate
+
+    config = choose_config("generate", rows=0, rank=r)
+    with torch.cuda.device_of(streams):
+        return generate(None, streams[None], seed, layer_id, r, n, torch.float32, config)[0]
 
 
 @_gaussian_noise.register_fake
@@ -116,7 +177,15 @@ def gaussian_noise(
     )
 
 
-# --- bayes_lora_linear ------------------------------------------------------------------------
+# --- bayes_lora_linear ----------------------------------------------------------------------------
+
+
+def _apply(impl: str, arguments: tuple[Any, ...], out: Tensor | None) -> Tensor:
+    implementation: Callable[..., Tensor] = bayes_lora_linear_reference
+    if impl == "triton":
+        from tfb_kernels.triton_linear import bayes_lora_linear_triton as implementation
+    with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device
+        return implementation(*arguments, out)
 
 
 @torch.library.custom_op("tfb::bayes_lora_linear", mutates_args=())
@@ -128,20 +197,32 @@ def _bayes_lora_linear(
     inv_d: Tensor,
     sigmas: Tensor,
     streams: Tensor,
-    stream_index: Tensor | None,
+    stream_index: Tensor,
+    run: int,
     seed: Tensor,
     layer_id: int,
     scaling: float,
     noise: str,
     pool: Tensor | None,
+    bias: Tensor | None,
+    impl: str,
 ) -> Tensor:
-    return bayes_lora_linear_reference(
-        x, base, A, B, inv_d, sigmas, streams, stream_index, seed, layer_id, scaling, noise, pool
-    )
+    return _apply(
+        impl,
+        (x, base, A, B, inv_d, sigmas, streams, stream_index, run, seed, layer_id, scaling,
+         noise, pool, bias),
+        None,
+    )  # fmt: skip
 
 
 @_bayes_lora_linear.register_fake
-def _(
+def _(x: Tensor, base: Tensor, A: Tensor, B: Tensor, inv_d: Tensor, sigmas: Tensor,
+      *rest: Any) -> Tensor:  # fmt: skip
+    return base.new_empty((sigmas.shape[0], base.shape[-2], base.shape[-1]))
+
+
+@torch.library.custom_op("tfb::bayes_lora_linear_", mutates_args=("base",))
+def _bayes_lora_linear_(
     x: Tensor,
     base: Tensor,
     A: Tensor,
@@ -149,14 +230,27 @@ def _(
     inv_d: Tensor,
     sigmas: Tensor,
     streams: Tensor,
-    stream_index: Tensor | None,
+    stream_index: Tensor,
+    run: int,
     seed: Tensor,
     layer_id: int,
     scaling: float,
     noise: str,
     pool: Tensor | None,
-) -> Tensor:
-    return base.new_empty((sigmas.shape[0], base.shape[-2], base.shape[-1]))
+    bias: Tensor | None,
+    impl: str,
+) -> None:
+    _apply(
+        impl,
+        (x, base, A, B, inv_d, sigmas, streams, stream_index, run, seed, layer_id, scaling,
+         noise, pool, bias),
+        base,
+    )  # fmt: skip
+
+
+@_bayes_lora_linear_.register_fake
+def _(*arguments: Any) -> None:
+    return None
 
 
 def bayes_lora_linear(
@@ -173,16 +267,21 @@ def bayes_lora_linear(
     scaling: float,
     noise: str = "weight",
     impl: str = "auto",
+    bias: Tensor | None = None,
+    inplace: bool = False,
     stream_index: Tensor | None = None,
+    draws_per_stream: int = 1,
     pool: Tensor | None = None,
 ) -> Tensor:
     """S posterior samples of a LoRA update, added to a base output (TFB, Theorem 4.1).
 
-        y_s = base + scaling * B (A x + (sigma_s * inv_d) o (E_{q(s)} x))
+        y_s = base + bias + scaling * B (A x + (sigma_s * inv_d) o (E_{q(s)} x))
 
     where row i of E is standard normal: A + noise has standard deviation sigma * inv_d[i] in row
     i, and the noise of A and its scaling are never materialised. Arithmetic is float32 (float64
-    for float64 x) and the result has the dtype of ``base``.
+    for float64 x; on a GPU, matrix products take their operands in the dtype of x and accumulate
+    in float32) and the result has the dtype of ``base``. Under autocast a float32 x is taken in
+    the autocast dtype, as by ``torch.nn.functional.linear``.
 
     Args:
         x: [T, n], shared by all draws, or [S, T, n], one input for each draw.
@@ -190,14 +289,20 @@ def bayes_lora_linear(
         A: [r, n], rows in the SVD basis of B (A' of the paper). B: [m, r] (B').
         inv_d: [r], 1 / d_i; 0 where B has no such direction.
         sigmas: [S] float. Negative values flip the noise (antithetic draws); 0 gives the mean.
-        streams: the noise stream of each draw, [S]. Repeats are allowed (pairs, sigma grids).
+        streams: the noise stream of each draw, [S]. Repeats are allowed (pairs, sigma grids);
+            given as a sequence or a CPU tensor, each distinct one is generated once.
         seed: 64 bits. layer_id: unsigned 32 bits. scaling: LoRA's alpha / r, any real number.
         noise: "weight": one E for each stream, shared by all tokens. "token": independent noise
             for every token, |x_t| * Xi_t in place of E x_t (same marginals for each token; the
             token's number is its row in the flattened [T, n], so it is not batch-invariant).
         impl: "reference", "triton", or "auto". One that cannot run here is an error.
+        bias: [m], added to every draw, in the dtype of ``base`` or float32.
+        inplace: write the result into ``base`` [S, T, m] (contiguous; per-draw x only).
         stream_index: [S] int64. When given, ``streams`` is [Q] without repeats and draw s has
-            stream ``streams[stream_index[s]]``.
+            stream ``streams[stream_index[s]]``; nothing is then read back from the device, as
+            CUDA graphs need it.
+        draws_per_stream: with ``stream_index``: k, if it is known to be 0 0 .. 1 1 .. with runs of
+            k (so that S = Q k); 1 promises nothing.
         pool: [Q, r, n] float32, ``gaussian_noise`` of these streams, kept by the caller for draws
             that do not change (needs ``stream_index`` and noise="weight").
 
@@ -208,27 +313,47 @@ def bayes_lora_linear(
         ValueError: shapes, dtypes or ranges that do not fit, naming the argument.
         ImplementationUnavailableError: ``impl`` was named and cannot run here.
     """
-    _resolve(impl, x.device)
+    if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    impl = resolve_impl(impl, x.device, x.dtype)
     _check_layer_id(layer_id)
     if noise not in NOISE_KINDS:
         raise ValueError(f"noise={noise!r}: expected one of {', '.join(NOISE_KINDS)}")
+    given = streams
     streams = _stream_tensor(streams, x.device)
     _check_shapes(x, base, A, B, inv_d, sigmas, streams, stream_index, pool, noise)
-    return _bayes_lora_linear(
-        x,
-        base,
-        A,
-        B,
-        inv_d,
-        sigmas,
-        streams,
-        stream_index,
-        _seed_tensor(seed, x.device),
-        layer_id,
-        float(scaling),
-        noise,
-        pool,
-    )
+    _check_options(base, B, bias, inplace, x.dim() == 3)
+    if stream_index is None:
+        streams, stream_index, draws_per_stream = _distinct(given, streams)
+    elif draws_per_stream < 1 or (
+        draws_per_stream > 1 and len(streams) * draws_per_stream != len(sigmas)
+    ):
+        raise ValueError(
+            f"draws_per_stream={draws_per_stream}: does not divide {len(sigmas)} draws over "
+            f"{len(streams)} streams"
+        )
+    arguments = (
+        x, base, A, B, inv_d, sigmas, streams, stream_index, draws_per_stream,
+        _seed_tensor(seed, x.device), layer_id, float(scaling), noise, pool, bias, impl,
+    )  # fmt: skip
+    if inplace:
+        _bayes_lora_linear_(*arguments)
+        return base
+    return _bayes_lora_linear(*arguments)
+
+
+def _distinct(given: Tensor | Sequence[int], streams: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Streams without repeats, each draw's index into them, and the common run.
+
+    Streams on a GPU are left as they are: looking at them would wait for the device.
+    """
+    if isinstance(given, Tensor) and given.device.type != "cpu":
+        return streams, torch.arange(len(streams), device=streams.device), 1
+    numbers = given.tolist() if isinstance(given, Tensor) else list(given)
+    order = {q: i for i, q in enumerate(dict.fromkeys(numbers))}
+    index = [order[q] for q in numbers]
+    distinct = torch.tensor(list(order), dtype=torch.int64, device=streams.device)
+    return distinct, torch.tensor(index, device=streams.device), common_run(index)
 
 
 def _check_shapes(
@@ -267,3 +392,100 @@ def _check_shapes(
         if stream_index is None or noise != "weight":
             raise ValueError("pool: needs stream_index and noise='weight'")
         require(pool.shape == (len(streams), r, n), "pool", pool, f"[{len(streams)}, {r}, {n}]")
+
+
+def _check_options(
+    base: Tensor, B: Tensor, bias: Tensor | None, inplace: bool, per_draw: bool
+) -> None:
+    if bias is not None and bias.shape != B.shape[:1]:
+        raise ValueError(f"bias: expected [{B.shape[0]}], got {list(bias.shape)}")
+    if inplace and not (per_draw and base.is_contiguous()):
+        raise ValueError("inplace: needs x [S, T, n], one input for each draw, and contiguous base")
+
+
+# --- predictive_reduction -------------------------------------------------------------------------
+
+Reduction = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@torch.library.custom_op("tfb::predictive_reduction", mutates_args=())
+def _predictive_reduction(logits: Tensor, units: Tensor, impl: str) -> Reduction:
+    if impl == "reference":
+        return predictive_reduction_reference(logits, units)
+    from tfb_kernels.launch import choose_config
+    from tfb_kernels.triton_predictive import predictive_reduction_triton
+
+    rows = logits.shape[0] * logits.shape[1]
+    if logits.stride(-1) != 1:
+        logits = logits.contiguous()
+    configs = (choose_config(k, rows=rows, rank=0) for k in ("statistics", "mean"))
+    with torch.cuda.device_of(logits):
+        return predictive_reduction_triton(logits, units, *configs)
+
+
+@_predictive_reduction.register_fake
+def _(logits: Tensor, units: Tensor, impl: str) -> Reduction:
+    S, B, V = logits.shape
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return (
+        logits.new_empty((B, V), dtype=dtype),
+        logits.new_empty((B,), dtype=dtype),
+        logits.new_empty((B,), dtype=dtype),
+        logits.new_empty((S, B), dtype=torch.int64),
+        logits.new_empty((B, V), dtype=dtype),
+    )
+
+
+def predictive_reduction(
+    logits: Tensor,
+    units: Tensor | None = None,
+    *,
+    label_ids: Tensor | None = None,
+    impl: str = "auto",
+) -> Reduction:
+    """What the posterior predictive needs of logits, without S B V probabilities in memory.
+
+    Args:
+        logits: [S, B, V] of S draws.
+        units: [U, D] int64, the draws that form each independent unit of the Monte-Carlo average
+            (antithetic pairs: D = 2); every draw in one of them. None: each draw on its own.
+        label_ids: [K] or [B, K]: only these columns, renormalised over them.
+        impl: "reference", "triton", or "auto".
+
+    Returns:
+        probs [B, V]: mean over draws of the softmax. total [B]: its entropy, nats. expected [B]:
+        mean over draws of each draw's entropy. draw_argmax [S, B] int64. standard_error [B, V]:
+        standard deviation of the units' means / sqrt(U), NaN for U = 1. float32, or float64 for
+        float64 logits; V is K with ``label_ids``.
+
+    Raises:
+        ValueError: shapes that do not fit. ImplementationUnavailableError: see above.
+    """
+    if logits.dim() != 3 or logits.dtype not in FLOAT_DTYPES or 0 in logits.shape[::2]:
+        raise ValueError(f"logits: expected floats [S, B, V], got {list(logits.shape)}")
+    S, B, _ = logits.shape
+    if label_ids is not None:
+        logits = select_columns(logits, label_ids)
+    if units is None:
+        units = torch.arange(S, device=logits.device)[:, None]
+    if units.dim() != 2 or units.numel() != S or units.dtype != torch.int64:
+        raise ValueError(f"units: expected int64 [U, D] with U D = {S}, got {list(units.shape)}")
+    impl = resolve_impl(impl, logits.device, logits.dtype)
+    if B == 0:
+        impl = "reference"
+    return _predictive_reduction(logits, units.to(logits.device), impl)
+
+
+def select_columns(logits: Tensor, label_ids: Tensor) -> Tensor:
+    """Columns [K] or [B, K] of logits [S, B, V], which are read and nothing else.
+
+    Raises:
+        ValueError: another shape.
+    """
+    S, B, _ = logits.shape
+    ids = label_ids.to(logits.device, torch.int64)
+    if ids.dim() not in (1, 2) or (ids.dim() == 2 and ids.shape[0] != B) or ids.numel() == 0:
+        raise ValueError(f"label_ids: expected [K] or [{B}, K], got {list(label_ids.shape)}")
+    if ids.dim() == 1:
+        return logits[..., ids]
+    return logits.gather(-1, ids.expand(S, *ids.shape))

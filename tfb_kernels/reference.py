@@ -22,12 +22,6 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def distinct_streams(streams: Tensor) -> tuple[Tensor, Tensor]:
-    """(streams without repeats [Q], index [S] into them)."""
-    unique, index = torch.unique(streams, sorted=True, return_inverse=True)
-    return unique, index
-
-
 def bayes_lora_linear_reference(
     x: Tensor,
     base: Tensor,
@@ -36,16 +30,21 @@ def bayes_lora_linear_reference(
     inv_d: Tensor,
     sigmas: Tensor,
     streams: Tensor,
-    stream_index: Tensor | None,
+    stream_index: Tensor,
+    run: int,
     seed: Tensor,
     layer_id: int,
     scaling: float,
     noise: str,
-    pool: Tensor | None,
+    pool: Tensor | None = None,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Shapes and meaning as in :func:`tfb_kernels.bayes_lora_linear`, whose checks came before."""
-    if stream_index is None:
-        streams, stream_index = distinct_streams(streams)
+    """Shapes and meaning as in :func:`tfb_kernels.bayes_lora_linear`, whose checks came before.
+
+    run: consecutive draws that share a stream; 1: ``stream_index`` is arbitrary. out: [S, T, m],
+    may be ``base``.
+    """
     dtype = compute_dtype(x.dtype)
     x_, A_, B_ = x.to(dtype), A.to(dtype), B.to(dtype)
     gain = sigmas.to(dtype)[:, None] * inv_d.to(dtype)  # [S, r]: sigma_s / d_i
@@ -53,14 +52,18 @@ def bayes_lora_linear_reference(
     if noise == "weight":
         if pool is None:
             pool = weight_noise(seed, layer_id, streams, A.shape[0], A.shape[1])
-        z0, e = _project(x_, A_, pool.to(dtype), stream_index)
+        z0, e = _project(x_, A_, pool.to(dtype), stream_index, run)
     else:
         xi = token_noise(seed, layer_id, streams, x.shape[-2], A.shape[0]).to(dtype)
         z0 = x_ @ A_.mT
         e = torch.linalg.vector_norm(x_, dim=-1, keepdim=True) * xi[stream_index]
     z = z0 + gain[:, None, :] * e  # [S, T, r]
 
+    if out is not None and out.dtype == dtype and bias is None:
+        return out.baddbmm_(z, B_.mT.expand(len(sigmas), *B_.mT.shape), alpha=scaling)
     base_ = base.to(dtype)
+    if bias is not None:
+        base_ = base_ + bias.to(dtype)
     # One pass over the outputs: base is read (once for shared x, by broadcasting) and S outputs
     # are written, with the product added on the way.
     y = torch.baddbmm(
@@ -69,10 +72,10 @@ def bayes_lora_linear_reference(
         B_.mT.expand(len(sigmas), *B_.mT.shape),
         alpha=scaling,
     )
-    return y.to(base.dtype)
+    return y.to(base.dtype) if out is None else out.copy_(y)
 
 
-def _project(x: Tensor, A: Tensor, E: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+def _project(x: Tensor, A: Tensor, E: Tensor, index: Tensor, run: int) -> tuple[Tensor, Tensor]:
     """(A'x, E_{q(s)} x) in one pass over x: [T, r] or [S, T, r], and [S, T, r]."""
     r = A.shape[0]
     if x.dim() == 2:
@@ -81,11 +84,36 @@ def _project(x: Tensor, A: Tensor, E: Tensor, index: Tensor) -> tuple[Tensor, Te
         return z[:, 0], z[:, 1:].transpose(0, 1)[index]
     stacked = torch.cat([A.expand(len(E), -1, -1), E], dim=1)  # [Q, 2r, n]
     S, T, n = x.shape
-    Q = len(E)
-    if S % Q == 0 and bool((index.view(Q, -1) == torch.arange(Q, device=x.device)[:, None]).all()):
+    if run > 1:
         # Draws of one stream stand side by side (antithetic pairs, sigma grids): each stream's
         # factors multiply all of its draws at once, and nothing is gathered.
-        z = torch.bmm(x.reshape(Q, S // Q * T, n), stacked.mT).view(S, T, 2 * r)
+        z = torch.bmm(x.reshape(len(E), run * T, n), stacked.mT).view(S, T, 2 * r)
     else:
         z = torch.bmm(x, stacked[index].mT)
     return z[..., :r], z[..., r:]
+
+
+def predictive_reduction_reference(
+    logits: Tensor, units: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The oracle of ``predictive_reduction``: logits [S, B, V], units [U, D]."""
+    p = logits.to(compute_dtype(logits.dtype)).softmax(-1)
+    probs = p.mean(0)
+    return (
+        probs,
+        torch.special.entr(probs).sum(-1),
+        torch.special.entr(p).sum(-1).mean(0),
+        logits.argmax(-1),
+        unit_standard_error(p, units),
+    )
+
+
+def unit_standard_error(p: Tensor, units: Tensor) -> Tensor:
+    """Standard error over units of the mean of p [S, ...]: std of unit means / sqrt(U).
+
+    units: [U, D] draw numbers. NaN for U = 1.
+    """
+    U = len(units)
+    if U == 1:
+        return torch.full_like(p[0], float("nan"))
+    return p[units].mean(1).std(0) / U**0.5

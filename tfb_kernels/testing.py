@@ -44,3 +44,41 @@ def error_budget(exact: Tensor, eager: Tensor) -> float:
     (attention-gym's rule). ``exact``: float64 truth. ``eager``: the same in the low precision.
     """
     return 2.0 * float((eager.double() - exact).abs().max())
+
+
+def eager_weight_samples(
+    x: Tensor,
+    base: Tensor,
+    A: Tensor,
+    B: Tensor,
+    inv_d: Tensor,
+    sigmas: Tensor,
+    streams: Tensor,
+    *,
+    seed: int,
+    layer_id: int,
+    scaling: float,
+) -> Tensor:
+    """y [S, T, m] as eager PyTorch gives it in the dtype of x: the naive loop with materialised
+    noise, whose error is the yardstick of :func:`error_budget`."""
+    out = []
+    for s, (sigma, stream) in enumerate(zip(sigmas.tolist(), streams.tolist(), strict=True)):
+        E = weight_noise(torch.tensor(seed), layer_id, torch.tensor([stream]), *A.shape)[0]
+        sampled = (A + sigma * inv_d[:, None] * E.to(A.device)).to(x.dtype)
+        x_s, base_s = (x, base) if x.dim() == 2 else (x[s], base[s])
+        out.append(base_s + scaling * ((x_s @ sampled.mT) @ B.to(x.dtype).mT).to(base.dtype))
+    return torch.stack(out)
+
+
+def noise_allowance(
+    x: Tensor, B: Tensor, inv_d: Tensor, sigmas: Tensor, scaling: float, rms: float = 1e-6
+) -> float:
+    """What the noise contract allows two implementations to differ by: normals equal to ``rms``.
+
+    e = E x then differs by about rms |x|, and y by scaling |B (sigma / d)| times that; eight
+    standard deviations of it, for the largest token, row and draw.
+    """
+    gain = (sigmas.abs().max() * inv_d).double().cpu()
+    width = (B.double().cpu() * gain).norm(dim=1).max()
+    tokens = x.double().cpu().reshape(-1, x.shape[-1]).norm(dim=1)
+    return 8 * rms * abs(scaling) * float(width) * float(tokens.max() if len(tokens) else 0)

@@ -1,0 +1,376 @@
+"""The Triton kernels against the float64 definition: on a GPU where there is one, else interpreted.
+
+Budgets: twice the error of eager PyTorch in the same dtype, plus what the noise contract allows
+two implementations of the normals to differ by.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tfb_kernels import bayes_lora_linear, gaussian_noise, predictive_reduction
+from tfb_kernels.launch import INTERPRET, LaunchConfig, choose_config
+from tfb_kernels.noise import token_noise, weight_noise
+from tfb_kernels.ops import why_not_triton
+from tfb_kernels.testing import (
+    eager_weight_samples,
+    error_budget,
+    exact_weight_samples,
+    noise_allowance,
+)
+from tfb_kernels.triton_generate import generate
+from tfb_kernels.triton_linear import bayes_lora_linear_triton
+from tfb_kernels.triton_shrink import shrink
+
+# NumPy's view of the interpreter's one-element ranges; the kernels are not concerned.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Conversion of an array with ndim > 0 to a scalar is deprecated:DeprecationWarning"
+)
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# bfloat16 products are wrong in the interpreter (triton #11584); the kernels compute them in
+# float32 there, which is tested, but says nothing of a GPU.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LAYER_ID = (1 << 32) - 5
+SEED = -(1 << 62) + 12345
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Arguments of bayes_lora_linear in the order of its signature."""
+
+    x: Tensor
+    base: Tensor
+    A: Tensor
+    B: Tensor
+    inv_d: Tensor
+    sigmas: Tensor
+    streams: Tensor
+    scaling: float
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.x, self.base, self.A, self.B, self.inv_d, self.sigmas, self.streams)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"seed": SEED, "layer_id": LAYER_ID, "scaling": self.scaling}
+
+
+def problem(
+    T: int, n: int, m: int, r: int, streams: list[int], *, shared: bool, dtype: torch.dtype
+) -> Problem:
+    """Operands of order one: every term of the result matters."""
+    generator = torch.Generator().manual_seed(T * n + m * r + len(streams))
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    S = len(streams)
+    rows = (T,) if shared else (S, T)
+    inv_d = torch.rand(r, generator=generator) + 0.5
+    if r > 1:
+        inv_d[-1] = 0.0  # a direction that B does not span
+    return Problem(
+        x=randn(*rows, n).to(DEVICE, dtype),
+        base=randn(*rows, m).to(DEVICE, dtype),
+        A=(randn(r, n) / n**0.5).to(DEVICE),
+        B=(randn(m, r) / r**0.5).to(DEVICE),
+        inv_d=(inv_d / n**0.5).to(DEVICE),
+        sigmas=torch.tensor([(-1.0) ** s * (0.5 + s % 3) for s in range(S)]).to(DEVICE),
+        streams=torch.tensor(streams),
+        scaling=1.75,
+    )
+
+
+def poisoned(p: Problem) -> Tensor:
+    """An output that shows any element left unwritten."""
+    shape = (len(p.sigmas), *p.base.shape[-2:])
+    return torch.full(shape, float("nan"), dtype=p.base.dtype, device=DEVICE)
+
+
+def by_path(p: Problem, path: str, *, run: int = 1, **options: Any) -> Tensor:
+    """One of the paths by name, into a poisoned output."""
+    order = list(dict.fromkeys(p.streams.tolist()))
+    index = torch.tensor([order.index(q) for q in p.streams.tolist()], device=DEVICE)
+    return bayes_lora_linear_triton(
+        *p.tensors[:6],
+        torch.tensor(order, device=DEVICE),
+        index,
+        run,
+        torch.tensor(SEED, device=DEVICE),
+        LAYER_ID,
+        p.scaling,
+        options.pop("noise", "weight"),
+        out=options.pop("out", poisoned(p)),
+        path=path,
+        **options,
+    )
+
+
+def check(p: Problem, y: Tensor) -> None:
+    """y within the budget of the definition, everywhere.
+
+    The roundings of single values are added, since in the smallest problems the eager computation
+    may by luck have none: the result once, and E (or A'), z and B in the update.
+    """
+    exact = exact_weight_samples(*(t.cpu() for t in p.tensors), **p.options)
+    eager = eager_weight_samples(*(t.cpu() for t in p.tensors), **p.options)
+    update = float((exact - p.base.cpu().double()).abs().max())
+    rounding = torch.finfo(p.x.dtype).eps / 2 * (float(exact.abs().max()) + 3 * update)
+    allowed = error_budget(exact, eager) + rounding
+    allowed += noise_allowance(p.x, p.B, p.inv_d, p.sigmas, p.scaling)
+    assert y.shape == exact.shape and y.dtype == p.base.dtype
+    assert float((y.cpu().double() - exact).abs().max()) <= allowed
+
+
+def test_the_kernels_run_here() -> None:
+    """Nothing below passes because it was not run."""
+    assert why_not_triton(DEVICE) is None
+    assert torch.cuda.is_available() is not INTERPRET
+
+
+# --- linear -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("path", ["fused", "generate"])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(
+    ("T", "n", "m", "r", "streams"),
+    [
+        (1, 1, 1, 1, [0]),
+        (5, 37, 19, 3, [7, 7, 2, 2]),
+        (70, 130, 131, 16, [4, 1, 4, 2**32 - 1]),
+        (17, 65, 150, 40, [0, 1, 2]),
+        (3, 70, 33, 200, [9, 9]),
+    ],
+)
+def test_ragged_shapes(
+    T: int, n: int, m: int, r: int, streams: list[int], shared: bool, path: str, dtype: torch.dtype
+) -> None:
+    """No size needs to be a multiple of anything, on either path."""
+    p = problem(T, n, m, r, streams, shared=shared, dtype=dtype)
+    check(p, by_path(p, path))
+
+
+@pytest.mark.parametrize("path", ["fused", "generate"])
+def test_runs_of_a_stream_are_taken_together(path: str) -> None:
+    """Draws that come stream by stream share their noise tiles and change no value."""
+    p = problem(9, 70, 20, 8, [3, 3, 5, 5], shared=False, dtype=torch.float32)
+    check(p, by_path(p, path, run=2))
+
+
+def test_public_function_and_inplace_and_bias() -> None:
+    """The public call gives the path's values; in place they land in base; a bias is added."""
+    p = problem(6, 50, 21, 4, [1, 1, 0, 0], shared=False, dtype=torch.float32)
+    y = bayes_lora_linear(*p.tensors, impl="triton", **p.options)
+    check(p, y)
+    bias = torch.arange(21.0, device=DEVICE)
+    base = p.base.clone()
+    z = bayes_lora_linear(
+        p.x, base, *p.tensors[2:], impl="triton", bias=bias, inplace=True, **p.options
+    )
+    assert z is base
+    check(replace(p, base=p.base + bias), z)
+
+
+def test_pool_gives_the_same_values() -> None:
+    """Noise that the caller kept is multiplied as it is."""
+    p = problem(6, 50, 21, 4, [1, 0, 1, 0], shared=True, dtype=torch.float32)
+    pool = gaussian_noise(SEED, LAYER_ID, [1, 0], 4, 50, device=DEVICE)
+    check(p, by_path(p, "auto", pool=pool))
+    per_draw = problem(6, 50, 21, 4, [1, 0, 1, 0], shared=False, dtype=torch.float32)
+    check(per_draw, by_path(per_draw, "auto", pool=pool))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_strided_input(shared: bool) -> None:
+    """x may be any view: columns apart, rows apart, a transposed tensor."""
+    p = problem(6, 50, 21, 4, [1, 0], shared=shared, dtype=torch.float32)
+    wide = torch.zeros(*p.x.shape[:-1], 100, device=DEVICE)
+    wide[..., ::2] = p.x
+    check(p, by_path(replace(p, x=wide[..., ::2]), "fused"))
+    turned = p.x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    check(p, by_path(replace(p, x=turned), "fused"))
+    apart = torch.zeros(*p.base.shape[:-1], 42, device=DEVICE)
+    apart[..., :21] = p.base
+    check(p, by_path(replace(p, base=apart[..., :21]), "fused"))
+
+
+@pytest.mark.parametrize("path", ["fused", "generate"])
+def test_no_tokens(path: str) -> None:
+    """Nothing in, nothing out."""
+    for shared in (True, False):
+        p = problem(0, 30, 7, 4, [1, 0], shared=shared, dtype=torch.float16)
+        assert by_path(p, path).shape == (2, 0, 7)
+
+
+def test_sigma_zero_is_the_deterministic_adapter() -> None:
+    """Exactly: what the noise is does not matter, were it infinite."""
+    p = problem(5, 40, 12, 4, [1, 2], shared=True, dtype=torch.float32)
+    mean = by_path(replace(p, sigmas=torch.zeros(2, device=DEVICE)), "fused")
+    assert mean[0].equal(mean[1])
+    check(replace(p, sigmas=torch.zeros(2, device=DEVICE)), mean)
+    pool = torch.full((2, 4, 40), float("inf"), device=DEVICE)
+    drowned = by_path(replace(p, sigmas=torch.zeros(2, device=DEVICE)), "auto", pool=pool)
+    check(replace(p, sigmas=torch.zeros(2, device=DEVICE)), drowned)
+
+
+def test_many_draws() -> None:
+    """1,024 draws of 300 streams: several blocks of noise rows for each block of x."""
+    streams = [s % 300 for s in range(1024)]
+    p = problem(2, 17, 5, 2, streams, shared=True, dtype=torch.float32)
+    check(p, by_path(p, "fused"))
+
+
+def test_draws_equal_single_runs_to_the_bit() -> None:
+    """A draw does not know which other draws share its launch."""
+    p = problem(20, 70, 24, 4, [5, 5, 6, 8], shared=False, dtype=torch.float32)
+    together = by_path(p, "fused")
+    for s in range(4):
+        alone = replace(
+            p, x=p.x[s : s + 1], base=p.base[s : s + 1], sigmas=p.sigmas[s : s + 1],
+            streams=p.streams[s : s + 1],
+        )  # fmt: skip
+        assert by_path(alone, "fused").equal(together[s : s + 1])
+
+
+def test_bitwise_equal_run_to_run() -> None:
+    """Also where n is split: the parts are added in order."""
+    p = problem(3, 600, 24, 4, [5, 6], shared=False, dtype=torch.float16)
+    assert choose_config("shrink", rows=3, rank=4).splits > 1
+    assert by_path(p, "fused").equal(by_path(p, "fused"))
+
+
+# --- noise --------------------------------------------------------------------------------------
+
+
+def unit_rows(n: int) -> Tensor:
+    """x [1, n, n] that reads a matrix out: shrink then returns E itself."""
+    return torch.eye(n, device=DEVICE)[None]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LaunchConfig(block_t=16, block_p=16, block_k=64),
+        LaunchConfig(block_t=64, block_p=64, block_k=64, splits=2),
+        LaunchConfig(block_t=32, block_p=32, block_k=128),
+    ],
+)
+def test_noise_does_not_depend_on_tiles(config: LaunchConfig) -> None:
+    """E read out by an identity is the contract's E for every tile size, to 1e-3 at worst and
+    1e-6 RMS."""
+    n, r = 70, 5
+    streams = torch.tensor([[3, 2**32 - 1]], device=DEVICE)
+    A = torch.randn(r, n, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    seed = torch.tensor(SEED, device=DEVICE)
+    z = shrink(unit_rows(n), A, streams, seed, LAYER_ID, config).sum(0)  # [n, 1 + Q, r]
+    assert z[:, 0].mT.equal(A)
+    E = weight_noise(seed.cpu(), LAYER_ID, streams[0].cpu(), r, n)
+    close_to_contract(z[:, 1:].permute(1, 2, 0).cpu(), E)
+
+
+def close_to_contract(found: Tensor, E: Tensor) -> None:
+    """Normals equal as the noise contract says."""
+    error = (found.double() - E.double()).abs()
+    assert float(error.max()) <= 1e-3
+    assert float(error.square().mean().sqrt()) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_generate_is_the_contract(dtype: torch.dtype) -> None:
+    """Stacked factors: A' and each stream's E, rounded once to the dtype that was asked for."""
+    r, n = 5, 131
+    streams = torch.tensor([[3, 1], [0, 9]], device=DEVICE)
+    A = torch.randn(r, n, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    seed = torch.tensor(SEED, device=DEVICE)
+    config = choose_config("generate", rows=0, rank=r)
+    stacked = generate(A, streams, seed, LAYER_ID, r, n, dtype, config)
+    assert stacked.dtype == dtype and stacked.shape == (2, 3, r, n)
+    for g in range(2):
+        if dtype == torch.bfloat16 and INTERPRET:  # which cuts off where GPUs round
+            assert bool(((stacked[g, 0] - A).abs() <= torch.finfo(dtype).eps * A.abs()).all())
+        else:
+            assert stacked[g, 0].equal(A.to(dtype))
+        E = weight_noise(seed.cpu(), LAYER_ID, streams[g].cpu(), r, n)
+        if dtype == torch.float32:
+            close_to_contract(stacked[g, 1:].cpu(), E)
+        else:
+            # One rounding of values below 8, and normals that may round to the neighbour.
+            eps = torch.finfo(dtype).eps
+            assert float((stacked[g, 1:].cpu().double() - E).abs().max()) <= 8 * eps
+    bare = generate(None, streams[:1], seed, LAYER_ID, r, n, torch.float32, config)
+    close_to_contract(bare[0].cpu(), weight_noise(seed.cpu(), LAYER_ID, streams[0].cpu(), r, n))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("r", [3, 16, 70])
+def test_token_noise_is_the_definition(shared: bool, r: int, dtype: torch.dtype) -> None:
+    """y = base + s B'(A'x + sigma/d |x| Xi), each token of each stream with normals of its own."""
+    p = problem(7, 33, 18, r, [2, 0, 2], shared=shared, dtype=dtype)
+    y = by_path(p, "auto", noise="token")
+    x, base, A, B, inv_d = (t.cpu().double() for t in p.tensors[:5])
+    xi = token_noise(torch.tensor(SEED), LAYER_ID, p.streams, 7, r).double()
+    e = x.norm(dim=-1, keepdim=True) * xi
+    gain = p.sigmas.cpu().double()[:, None, None] * inv_d
+    exact = base + p.scaling * ((x @ A.mT + gain * e) @ B.mT)
+
+    def low(t: Tensor) -> Tensor:
+        return t.to(dtype)
+
+    z = low(x) @ low(A).mT + low(gain * e)
+    eager = low(base) + p.scaling * (z @ low(B).mT)
+    allowed = error_budget(exact, eager) + noise_allowance(p.x, p.B, p.inv_d, p.sigmas, p.scaling)
+    assert float((y.cpu().double() - exact).abs().max()) <= allowed
+
+
+# --- predictive -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("S", "B", "V"), [(1, 1, 1), (2, 3, 37), (6, 2, 5003)])
+def test_predictive_reduction(S: int, B: int, V: int, dtype: torch.dtype) -> None:
+    """Against the oracle in float64 on the same (rounded) logits; masked columns are allowed.
+
+    Budget: float32 sums of V terms of one sign, ratio of two of them: V eps for probabilities in
+    relative terms, times the size of the logarithms (below 64) for entropies.
+    """
+    generator = torch.Generator().manual_seed(S + V)
+    logits = (torch.randn(S, B, V, generator=generator) * 4).to(dtype)
+    if V > 100:
+        logits[:, 0, : V // 2] = float("-inf")
+    units = torch.arange(S).view(-1, 2 if S % 2 == 0 else 1)
+    found = predictive_reduction(logits.to(DEVICE), units.to(DEVICE), impl="triton")
+    exact = predictive_reduction(logits.double(), units, impl="reference")
+    eps = torch.finfo(torch.float32).eps
+    probs, total, expected, argmax, error = (t.cpu() for t in found)
+    relative = (32 + V**0.5 * 4) * eps  # random signs of rounding; 32: exp and log of a few ulp
+    assert float(((probs - exact[0]).abs() - relative * exact[0]).max()) <= 1e-30
+    assert float((total - exact[1]).abs().max()) <= 64 * relative
+    assert float((expected - exact[2]).abs().max()) <= 64 * relative
+    chosen = logits.double().gather(-1, argmax[..., None])[..., 0]
+    assert chosen.equal(logits.double().amax(-1))
+    assert argmax.equal(exact[3])
+    if len(units) == 1:
+        assert bool(error.isnan().all())
+    else:
+        assert float((error - exact[4]).abs().max()) <= 2 * relative
+
+
+def test_predictive_label_columns() -> None:
+    """Only the named columns, renormalised over them, the same for rows in common or each."""
+    logits = torch.randn(4, 3, 50, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    ids = torch.tensor([5, 2, 49], device=DEVICE)
+    common = predictive_reduction(logits, label_ids=ids, impl="triton")[0]
+    each = predictive_reduction(logits, label_ids=ids.expand(3, 3), impl="triton")[0]
+    assert common.equal(each)
+    exact = logits[..., ids].double().softmax(-1).mean(0)
+    assert float((common - exact).abs().max()) <= 32 * torch.finfo(torch.float32).eps
