@@ -95,16 +95,26 @@ def _seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
 
 
 def _stream_tensor(streams: Tensor | Sequence[int], device: torch.device) -> Tensor:
-    if not isinstance(streams, Tensor):
-        bad = [q for q in streams if not 0 <= q < 1 << 32]
-        if bad:
-            raise ValueError(f"streams: {bad[0]} is not an unsigned 32-bit number")
-        streams = torch.tensor(list(streams), dtype=torch.int64)
-    if streams.dim() != 1 or streams.is_floating_point():
+    if isinstance(streams, Tensor) and (streams.dim() != 1 or streams.is_floating_point()):
         raise ValueError(
             f"streams: expected integers [Q], got {streams.dtype} {list(streams.shape)}"
         )
+    numbers = _host_numbers(streams)
+    if numbers is not None and (bad := [q for q in numbers if not 0 <= q < 1 << 32]):
+        raise ValueError(f"streams: {bad[0]} is not an unsigned 32-bit number")
+    if not isinstance(streams, Tensor):
+        return torch.tensor(numbers, dtype=torch.int64, device=device)
     return streams.to(device=device, dtype=torch.int64)
+
+
+def _host_numbers(streams: Tensor | Sequence[int]) -> list[int] | None:
+    """The streams as Python numbers, or None where looking would wait for a device or break a
+    compiled graph."""
+    if not isinstance(streams, Tensor):
+        return list(streams)
+    if streams.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    return streams.tolist()
 
 
 def _check_layer_id(layer_id: int) -> None:
@@ -184,7 +194,10 @@ def _apply(impl: str, arguments: tuple[Any, ...], out: Tensor | None) -> Tensor:
     implementation: Callable[..., Tensor] = bayes_lora_linear_reference
     if impl == "triton":
         from tfb_kernels.triton_linear import bayes_lora_linear_triton as implementation
-    with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device
+    x = arguments[0]
+    # Triton launches on the current device. Autocast has had its say about x; the arithmetic
+    # inside is ours.
+    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
         return implementation(*arguments, out)
 
 
@@ -343,13 +356,11 @@ def bayes_lora_linear(
 
 
 def _distinct(given: Tensor | Sequence[int], streams: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Streams without repeats, each draw's index into them, and the common run.
-
-    Streams on a GPU are left as they are: looking at them would wait for the device.
-    """
-    if isinstance(given, Tensor) and given.device.type != "cpu":
+    """Streams without repeats, each draw's index into them, and the common run; as they are where
+    they cannot be looked at."""
+    numbers = _host_numbers(given)
+    if numbers is None:
         return streams, torch.arange(len(streams), device=streams.device), 1
-    numbers = given.tolist() if isinstance(given, Tensor) else list(given)
     order = {q: i for i, q in enumerate(dict.fromkeys(numbers))}
     index = [order[q] for q in numbers]
     distinct = torch.tensor(list(order), dtype=torch.int64, device=streams.device)

@@ -114,6 +114,6 @@ def unit_standard_error(p: Tensor, units: Tensor) -> Tensor:
     units: [U, D] draw numbers. NaN for U = 1.
     """
     U = len(units)
-    if U == 1:
+    if U == 1 or p[0].numel() == 0:
         return torch.full_like(p[0], float("nan"))
     return p[units].mean(1).std(0) / U**0.5

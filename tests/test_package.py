@@ -1,0 +1,124 @@
+"""The packages as a whole: importing costs and changes nothing, imports point one way."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import tfb
+import tfb_kernels
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+TFB = sorted((REPOSITORY / "tfb").rglob("*.py"))
+KERNELS = sorted((REPOSITORY / "tfb_kernels").rglob("*.py"))
+
+IMPORT = """
+import json, os, signal, sys, threading, warnings
+import torch, logging
+
+def state():
+    return {
+        "environment": dict(os.environ),
+        "folder": os.getcwd(),
+        "path": sys.path[:],
+        "warning filters": [repr(f) for f in warnings.filters],
+        "log handlers": [repr(h) for h in logging.getLogger().handlers],
+        "log level": logging.getLogger().level,
+        "interrupt": repr(signal.getsignal(signal.SIGINT)),
+        "threads": [threading.active_count(), torch.get_num_threads()],
+        "random": torch.get_rng_state().tolist(),
+        "dtype": str(torch.get_default_dtype()),
+        "gradients": torch.is_grad_enabled(),
+        "matmul": torch.get_float32_matmul_precision(),
+        "hooks": [repr(sys.excepthook), len(sys.meta_path)],
+    }
+
+before = state()
+import tfb, tfb_kernels
+import tfb.draws, tfb.linear, tfb.posterior, tfb.predictive, tfb.selection
+after = state()
+print(json.dumps({
+    "changed": [k for k in before if before[k] != after[k]],
+    "loaded": sorted({m.split(".")[0] for m in sys.modules}),
+    "cuda": torch.cuda.is_initialized(),
+}))
+"""
+
+
+def test_import_has_no_side_effects(tmp_path: Path) -> None:
+    """No PEFT, transformers or triton, no CUDA context, no file, no setting, no warning."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", IMPORT],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    report = json.loads(done.stdout)
+    assert report["changed"] == [] and not report["cuda"] and done.stderr == ""
+    heavy = {"peft", "transformers", "triton", "pyarrow", "scipy", "typer", "matplotlib", "ray"}
+    assert not heavy & set(report["loaded"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_public_names_resolve() -> None:
+    for package in (tfb, tfb_kernels):
+        assert len(set(package.__all__)) == len(package.__all__)
+        for name in package.__all__:
+            assert getattr(package, name) is not None
+    assert set(tfb.__all__) == set(tfb._HOMES)
+    for name, home in tfb._HOMES.items():
+        assert getattr(tfb, name) is getattr(import_module(f"tfb.{home}"), name)
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(AttributeError, match="module 'tfb' has no attribute 'bayesianise'"):
+        tfb.bayesianise  # noqa: B018
+
+
+def imported(file: Path) -> set[str]:
+    """Top-level packages that a file imports anywhere, at import time or later."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: imports are absolute"
+            found.add((node.module or "").split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("file", KERNELS, ids=lambda p: p.name)
+def test_kernels_know_tensors_only(file: Path) -> None:
+    assert not imported(file) & {"tfb", "transformers", "peft"}
+
+
+@pytest.mark.parametrize("file", TFB, ids=lambda p: p.name)
+def test_tfb_reaches_peft_in_its_bridge_and_triton_nowhere(file: Path) -> None:
+    """adapters.py and convert.py are the bridge; artifact.py writes down triton's version."""
+    packages = imported(file)
+    assert "triton" not in packages
+    assert "peft" not in packages or file.name in ("adapters.py", "convert.py")
+    if file.name != "artifact.py":
+        assert "triton" not in file.read_text(encoding="utf-8").lower()
+
+
+def test_sources_were_found() -> None:
+    assert {"__init__.py", "linear.py"} <= {p.name for p in TFB}
+    assert {"__init__.py", "noise.py", "ops.py"} <= {p.name for p in KERNELS}
+
+
+def test_one_version() -> None:
+    """pyproject.toml (read as text: Python 3.10 has no tomllib), the metadata, the attribute."""
+    text = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
+    project = text.split("[project]")[1].split("\n[")[0]
+    found = re.findall(r'^version = "(.+)"$', project, flags=re.MULTILINE)
+    assert found == [tfb.__version__] == [version("tfb")]
