@@ -98,6 +98,7 @@ def save(
             "sigma": bayes.sigma,
             "seed": bayes.seed,
             "mode": bayes.mode,
+            "tail": bayes.tail,
             "task": bayes.task,
             "layers": {name: p.scaling for name, p in bayes.posteriors.items()},
             "adapter_sha256": _sha256(staging / ADAPTER),
@@ -166,7 +167,7 @@ def load(base_model: nn.Module | str | Path, folder: str | Path) -> BayesianMode
             raise ArtifactError(f"{folder}: {file} is missing")
         if _sha256(folder / file) != sidecar[digest]:
             raise ArtifactError(f"{folder}: {file} has changed since the fit; fit again")
-    check_mode(sidecar["mode"])
+    check_mode(sidecar["mode"], sidecar.get("tail"))
     if not isinstance(base_model, nn.Module):
         base_model = load_base(base_model, folder)
     model = load_adapter(base_model, folder)
@@ -190,7 +191,8 @@ def load(base_model: nn.Module | str | Path, folder: str | Path) -> BayesianMode
         model, layers=posteriors.__contains__, seed=sidecar["seed"], posteriors=posteriors
     )
     _check_fingerprint(folder, sidecar["base"], base_fingerprint(bayes.base))
-    bayes.sigma, bayes.mode, bayes.source = sidecar["sigma"], sidecar["mode"], folder
+    bayes.sigma, bayes.source = sidecar["sigma"], folder
+    bayes.set_mode(sidecar["mode"], sidecar.get("tail"))
     return bayes
 
 

@@ -31,7 +31,8 @@ out = Console(width=None if sys.stdout.isatty() else 120)
 
 Model = Annotated[str, typer.Option("--model", help="base model: folder or hub name")]
 Draws = Annotated[int, typer.Option(help="posterior draws (antithetic pairs: an even number)")]
-Mode = Annotated[str, typer.Option(help="how draws reach the model: full")]
+Mode = Annotated[str | None, typer.Option(help="full or tail; default: as sigma was searched")]
+Tail = Annotated[int | None, typer.Option(help="positions with noise in --mode tail")]
 BatchSize = Annotated[int, typer.Option(help="rows in a batch")]
 Limit = Annotated[int | None, typer.Option(help="use only the first rows")]
 
@@ -105,11 +106,20 @@ def _early_config(model: str, task: str) -> Any:
     return AutoConfig.from_pretrained(model) if task == "CAUSAL_LM" else None
 
 
-def _load_artifact(model: str, artifact: Path, tokenizer: Any) -> Any:
+def _load_artifact(
+    model: str, artifact: Path, tokenizer: Any, mode: str | None = None, tail: int | None = None
+) -> Any:
     import tfb
 
     bayes = tfb.load(model, artifact)
     _set_padding(bayes, tokenizer)
+    if mode is not None and (mode, tail) != (bayes.mode, bayes.tail):
+        Console(stderr=True).print(
+            f"note: sigma was searched with mode={bayes.mode} tail={bayes.tail}; it need not suit "
+            f"mode={mode} tail={tail}",
+            soft_wrap=True,
+        )
+        bayes.set_mode(mode, tail)
     return bayes
 
 
@@ -131,7 +141,8 @@ def fit(
     absolute: Annotated[bool, typer.Option(help="tolerance in the loss's own units")] = False,
     search: Annotated[str, typer.Option(help="grid or bisection")] = "grid",
     compat: Annotated[str | None, typer.Option(help="reference: the authors' rule")] = None,
-    mode: Mode = "full",
+    mode: Annotated[str, typer.Option(help="how draws reach the model: full or tail")] = "full",
+    tail: Tail = None,
     draws: Draws = 10,
     limit: Limit = None,
     seed: Annotated[int, typer.Option(help="seed of the noise")] = 0,
@@ -149,7 +160,7 @@ def fit(
 
     _quiet()
     check_output_folder(output)
-    check_mode(mode)
+    check_mode(mode, tail)
     _check_draws(draws)
     _check_batch_size(batch_size)
     check_arguments(metric, tolerance, search, objective, draws, compat=compat)
@@ -175,6 +186,8 @@ def fit(
             relative=not absolute,
             draws=draws,
             batch_size=batch_size,
+            mode=mode,
+            tail=tail,
             compat=compat,
             progress=advance,
         )
@@ -269,7 +282,8 @@ def evaluate(
     artifact: Annotated[Path, typer.Option(help="folder written by tfb fit")],
     data: Annotated[Path, typer.Option(help="labelled rows, JSONL")],
     sigma: Annotated[float | None, typer.Option(help="use this sigma instead")] = None,
-    mode: Mode = "full",
+    mode: Mode = None,
+    tail: Tail = None,
     draws: Draws = 10,
     limit: Limit = None,
     batch_size: BatchSize = 50,
@@ -283,7 +297,7 @@ def evaluate(
     from tfb.scoring import encode, encode_rows, pad_token
 
     _quiet()
-    check_mode(mode)
+    check_mode(mode or "full", tail)
     _check_draws(draws)
     _check_batch_size(batch_size)
     if sigma is not None and not 0 <= sigma < float("inf"):
@@ -297,7 +311,7 @@ def evaluate(
     tokenizer = _tokenizer(model)
     if (config := _early_config(model, task)) is not None:
         encode_rows(rows, tokenizer, task, config)
-    bayes = _load_artifact(model, artifact, tokenizer)
+    bayes = _load_artifact(model, artifact, tokenizer, mode, tail)
     if sigma is not None:
         bayes.sigma = sigma
     encoded = encode(bayes, rows, tokenizer)
@@ -314,7 +328,7 @@ def evaluate(
             for e in found
         }
         write_json(json_out, {"data": str(data.name), "sigma": bayes.sigma, "draws": draws,
-                              "mode": mode, "metrics": figures})  # fmt: skip
+                              "mode": bayes.mode, "tail": bayes.tail, "metrics": figures})  # fmt: skip
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -332,7 +346,8 @@ def score(
     inputs: Annotated[list[Path], typer.Option("--input", help="rows, JSONL; repeatable")],
     output: Annotated[Path, typer.Option(help="new folder for predictions.jsonl / .parquet")],
     file_format: Annotated[str, typer.Option("--format", help="jsonl or parquet")] = "jsonl",
-    mode: Mode = "full",
+    mode: Mode = None,
+    tail: Tail = None,
     draws: Draws = 10,
     limit: Limit = None,
     batch_size: BatchSize = 50,
@@ -346,7 +361,7 @@ def score(
     from tfb.scoring import score as stream
 
     _quiet()
-    check_mode(mode)
+    check_mode(mode or "full", tail)
     _check_draws(draws)
     _check_batch_size(batch_size)
     check_output_folder(output)
@@ -357,7 +372,7 @@ def score(
     tokenizer = _tokenizer(model)
     config = _early_config(model, task)
     total = None if config is None else check_rows(rows, tokenizer, task, config)
-    bayes = _load_artifact(model, artifact, tokenizer)
+    bayes = _load_artifact(model, artifact, tokenizer, mode, tail)
     if total is None:
         total = check_rows(rows, tokenizer, task, bayes.base.config)
     rows = iter_rows(inputs, limit=limit)

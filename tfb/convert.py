@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from tfb.adapters import TASKS
 from tfb.draws import stable_layer_id
-from tfb.engine import BayesianModel, SamplingState, sampling_state
+from tfb.engine import BayesianModel
 from tfb.linear import LowRankSampler
 from tfb.posterior import AdapterError, LowRankPosterior
+from tfb.sampling import SamplingState, sampling_state
 from tfb.selection import LastLayers, LayerPredicate, select_layers
 
 # LoRA layer classes whose forward consults the variant slot (read in peft 0.18 - 0.21).
@@ -52,23 +53,35 @@ class BayesVariant(LoraVariant):
     def _sample(
         self, x: Tensor, result: Tensor, state: SamplingState, bias: Tensor | None
     ) -> Tensor:
-        S = len(state.draws)
-        if not state.rows or x.shape[0] % state.rows or x.dim() < 2:
+        draws, running = state.draws, state.running
+        S, n, m = len(draws), x.shape[-1], result.shape[-1]
+        if running is None:
+            raise RuntimeError(
+                f"{self.sampler.posterior.name}: called outside the model's forward pass while "
+                f"sampling {S} draws; call the model, or leave sampling()"
+            )
+        # PEFT made this tensor for us: unless autograd still needs it, it is ours to change.
+        inplace = not result.requires_grad
+        if running.tree:  # [B, S * k, n]: draws side by side on the sequence axis
+            B = x.shape[0]
+            apart = [t.view(B, S, -1, t.shape[-1]).transpose(0, 1) for t in (x, result)]
+            x_s, base = (t.reshape(S, -1, t.shape[-1]) for t in apart)
+            inplace = inplace and base.is_contiguous()
+            y = self.sampler(x_s, base, draws, bias=bias, inplace=inplace)
+            # Contiguous, as a linear layer's output is: some models view it.
+            return y.view(S, B, -1, m).transpose(0, 1).reshape(result.shape).contiguous()
+        if running.folded or running.sharing:  # the common rows alone
+            y = self.sampler(x.reshape(-1, n), result.reshape(-1, m), draws, bias=bias)
+            return y.view(S * x.shape[0], *result.shape[1:])
+        if x.shape[0] % running.rows or x.dim() < 2:
             raise RuntimeError(
                 f"{self.sampler.posterior.name}: got an input of shape {list(x.shape)} while "
-                f"sampling {S} draws of {state.rows // S} rows; the layer was called outside the "
-                "model's forward pass, or the model routes or reshapes rows. Exclude the layer "
-                "with layers="
+                f"sampling {S} draws of {running.batch} rows; the model routes or reshapes rows. "
+                "Exclude the layer with layers="
             )
-        n, m = x.shape[-1], result.shape[-1]
-        y = self.sampler(
-            x.reshape(S, -1, n),
-            result.reshape(S, -1, m),
-            state.draws,
-            bias=bias,
-            # PEFT made this tensor for us: unless autograd still needs it, it is ours to change.
-            inplace=not result.requires_grad and result.is_contiguous(),
-        )
+        base = result.reshape(S, -1, m)
+        inplace = inplace and base.is_contiguous()
+        y = self.sampler(x.reshape(S, -1, n), base, draws, bias=bias, inplace=inplace)
         return y.view(result.shape)
 
     def _delta(self, module: Any, active_adapter: str, like: Tensor) -> Tensor:

@@ -1,10 +1,6 @@
-"""Whole-model sampling: one call of the model gives the outputs of S posterior draws.
+"""``BayesianModel``: a PEFT model whose adapter has a posterior, and its predictions.
 
-Inside ``bayes.sampling(draws)`` every input row is repeated S times at the model's entrance, draw
-by draw, and each Bayesian layer treats the S parts as its draws: rows come out draw-major,
-[S * B, ...]. Which draws are active is a context variable keyed by the model, so contexts nest,
-threads do not see each other, and two models never share a state. A thread started inside a
-context begins without one (Python's rule for context variables).
+How S draws pass through the model: :mod:`tfb.sampling` (full), :mod:`tfb.tail` (tail sampling).
 """
 
 from __future__ import annotations
@@ -12,48 +8,33 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator, Mapping
-from contextvars import ContextVar, Token
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tfb.adaptive import Adaptive, predict_adaptively
 from tfb.draws import Draws
+from tfb.generation import Averager, Generation, check_arguments, collect, end_tokens
+from tfb.head import LabelColumns, narrow_head, restore_head
+from tfb.inputs import Batch, align
 from tfb.linear import LowRankSampler
+from tfb.memory import draws_that_fit
+from tfb.passes import plan, run
 from tfb.posterior import LowRankPosterior
 from tfb.predictive import Predictive
-from tfb_kernels.ops import select_columns
+from tfb.sampling import (
+    FanOut,
+    SamplingState,
+    other_owner_of,
+    reset_state,
+    set_state,
+)
+from tfb.tail import why_no_tail
 
-MODES = ("full",)
-# Arguments of a forward pass that run over positions, not rows; never repeated for the draws.
-SHARED_ARGUMENTS = frozenset({"cache_position", "logits_to_keep"})
-Batch = Mapping[str, Any]
-
-_STATES: ContextVar[Mapping[int, SamplingState]] = ContextVar("tfb_sampling")
-
-
-@dataclass(frozen=True)
-class SamplingState:
-    """The active draws of one model, and the forward pass under way if there is one.
-
-    Attributes:
-        base: the base model that is sampled.
-        draws: S draws.
-        rows: S * B while a pass runs, else 0.
-        entrance: the module whose call fanned the batch out.
-    """
-
-    base: nn.Module
-    draws: Draws
-    rows: int = 0
-    entrance: nn.Module | None = None
-
-
-def sampling_state(owner: int) -> SamplingState | None:
-    """The innermost active state of the model identified by ``owner``, if there is one."""
-    return _STATES.get({}).get(owner)
+MODES = ("full", "tail")
 
 
 class BayesianModel:
@@ -65,7 +46,8 @@ class BayesianModel:
         posteriors: one :class:`LowRankPosterior` for each Bayesian module, by qualified name.
         sigma: the posterior's scale, None until ``fit_sigma`` or the caller sets it.
         seed: the default seed of draws.
-        mode: how draws reach the model; kept in the artifact.
+        mode, tail: how draws reach the model ("full"; "tail" with k positions); set by the
+            search that found sigma, kept in the artifact.
     """
 
     def __init__(
@@ -84,18 +66,13 @@ class BayesianModel:
         self.seed = seed
         self.sigma: float | None = None
         self.mode = "full"
+        self.tail: int | None = None
         self.source: Path | None = None  # the adapter's folder, copied untouched into artifacts
-        self._handles: list[Any] = []
         inner: Any = model.get_base_model()  # type: ignore[operator]
         self.base = inner
         self._forward_names = frozenset(inspect.signature(inner.forward).parameters)
-        # PEFT versions differ in whether they call the inner model or its forward; whichever of
-        # the two modules is entered first fans the batch out, and the other sees rows > 0.
-        for module in dict.fromkeys((model, inner)):
-            self._handles.append(
-                module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True)
-            )
-            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+        self._fan_out = FanOut(self.owner, model, inner, list(samplers))
+        narrow_head(inner, task)
 
     # --- sampling -------------------------------------------------------------------------------
 
@@ -112,6 +89,11 @@ class BayesianModel:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the base model's activations."""
+        return next(p.dtype for p in self.base.parameters() if p.is_floating_point())
+
     @contextlib.contextmanager
     def sampling(self, draws: Draws) -> Iterator[BayesianModel]:
         """Within this context ``bayes.model(**batch)`` runs all draws: outputs are [S * B, ...].
@@ -120,17 +102,22 @@ class BayesianModel:
             ValueError: the adapter is not the active one, is disabled, merged or gone: the draws
                 would have no effect; or another adapter of the same model is being sampled.
         """
-        self._check_active()
-        for owner, state in _STATES.get({}).items():
-            if owner != self.owner and state.base is self.base:
-                raise ValueError(
-                    "another adapter of this model is being sampled; leave its sampling() first"
-                )
-        token = self._set(SamplingState(self.base, draws))
-        try:
+        with self.sampling_as(SamplingState(self.base, draws)):
             yield self
+
+    @contextlib.contextmanager
+    def sampling_as(self, state: SamplingState) -> Iterator[None]:
+        """``sampling`` with everything that a state can say; for the passes of this package."""
+        self._check_active()
+        if other_owner_of(self.base, self.owner):
+            raise ValueError(
+                "another adapter of this model is being sampled; leave its sampling() first"
+            )
+        token = set_state(self.owner, state)
+        try:
+            yield
         finally:
-            _STATES.reset(token)
+            reset_state(token)
 
     def _check_active(self) -> None:
         active = getattr(self.model, "active_adapters", [self.adapter])
@@ -166,45 +153,6 @@ class BayesianModel:
                     "bayes.model.unmerge_adapter() first"
                 )
 
-    def _enter(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Forward pre-hook: repeat the batch S times, draw-major."""
-        state = sampling_state(self.owner)
-        # A pass under way that meets its entrance again was interrupted: a KeyboardInterrupt
-        # passes by torch's hooks, so _leave never saw it.
-        if state is None or (state.rows and state.entrance is not module):
-            return None
-        if kwargs.get("past_key_values") is not None:
-            raise NotImplementedError(
-                "sampling with a KV cache: keys and values of one draw are invalid for another; "
-                "pass whole sequences without past_key_values, or generate outside sampling()"
-            )
-        if kwargs.get("adapter_names") is not None:
-            raise NotImplementedError(
-                "sampling with adapter_names (mixed batches): sample one adapter at a time"
-            )
-        S = len(state.draws)
-        rows = _batch_rows(args, kwargs)
-        self._set(replace(state, rows=S * rows, entrance=module))
-
-        def fan_out(value: Any) -> Any:
-            if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows:
-                return value.repeat(S, *([1] * (value.dim() - 1)))
-            return value
-
-        kwargs = {k: v if k in SHARED_ARGUMENTS else fan_out(v) for k, v in kwargs.items()}
-        return tuple(fan_out(a) for a in args), kwargs
-
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Forward hook: the module that fanned the batch out ends the pass, also on an error."""
-        state = sampling_state(self.owner)
-        if state is not None and state.entrance is module:
-            self._set(replace(state, rows=0, entrance=None))
-
-    def _set(self, state: SamplingState) -> Token[Mapping[int, SamplingState]]:
-        return _STATES.set({**_STATES.get({}), self.owner: state})
-
     # --- prediction -----------------------------------------------------------------------------
 
     def draws(self, n: int | Draws) -> Draws:
@@ -223,7 +171,16 @@ class BayesianModel:
         return Draws.antithetic(n, self.sigma, seed=self.seed)
 
     @torch.no_grad()
-    def logits(self, batch: Batch, draws: Draws, label_ids: Tensor | None = None) -> Tensor:
+    def logits(
+        self,
+        batch: Batch,
+        draws: Draws,
+        label_ids: Tensor | None = None,
+        *,
+        mode: str | None = None,
+        tail: int | None = None,
+        draws_per_pass: int | None = None,
+    ) -> Tensor:
         """Logits [S, B, K] of the scored position, model in eval mode for the call.
 
         Args:
@@ -231,45 +188,115 @@ class BayesianModel:
                 the model takes. Either padding side.
             draws: S draws.
             label_ids: for causal LMs, the vocabulary ids to keep: [K], or [B, K] for choices that
-                differ by row. None keeps all.
+                differ by row; only these rows of the output embedding are then computed. None
+                keeps all.
+            mode, tail: see :meth:`predict`.
+            draws_per_pass: most draws in one forward pass; None: see :meth:`chunks`.
 
         Raises:
-            ValueError: see :func:`align`; label_ids of the wrong shape or outside the vocabulary.
+            ValueError: see :func:`tfb.inputs.align` and :meth:`predict`; label_ids of the wrong
+                shape or outside the vocabulary.
         """
-        inputs, rows = self._inputs(batch)
-        causal = self.task == "CAUSAL_LM"
-        if causal and "logits_to_keep" in self._forward_names:
-            inputs["logits_to_keep"] = 1
-        elif not causal and label_ids is not None:
+        mode, tail = self._mode(mode, tail)
+        inputs, rows = self._inputs(batch, mode)
+        if self.task != "CAUSAL_LM" and label_ids is not None:
             raise ValueError("label_ids: only causal language models have a vocabulary to select")
-        with _evaluating(self.model), self.sampling(draws):
-            logits: Tensor = self.model(**inputs).logits
-        if causal:
-            logits = logits[:, -1]
-        logits = logits.unflatten(0, (len(draws), rows))
-        return logits if label_ids is None else _select_labels(logits, label_ids)
+        labels = LabelColumns.of(self.base, label_ids, rows) if label_ids is not None else None
+        T = inputs["input_ids"].shape[1]
+        tail = tail if tail is not None and tail < T else None  # the whole prompt is full mode
+        state = SamplingState(self.base, draws, columns=None if labels is None else labels.columns)
+        with _evaluating(self.model):
+            whole = plan(self, inputs, state, tail)
+            parts = []
+            for part in self.chunks(draws, inputs["input_ids"], tail, draws_per_pass):
+                step = replace(whole, state=replace(state, draws=part))
+                found = run(self, dict(inputs), step)
+                parts.append(found if labels is None else labels.select(found))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    @property
+    def last_logits(self) -> dict[str, int]:
+        """What tells a causal LM that only the last position is scored."""
+        known = self.task == "CAUSAL_LM" and "logits_to_keep" in self._forward_names
+        return {"logits_to_keep": 1} if known else {}
+
+    def tree_pass(self, draws: int, batch: int) -> contextlib.AbstractContextManager[None]:
+        """See :meth:`tfb.sampling.FanOut.tree_pass`."""
+        return self._fan_out.tree_pass(draws, batch)
+
+    def chunks(
+        self, draws: Draws, input_ids: Tensor, tail: int | None, draws_per_pass: int | None = None
+    ) -> Iterator[Draws]:
+        """The draws in parts that one forward pass takes; parts never split the draws of a stream
+        that stand side by side, and every part gives what it would give alone.
+
+        draws_per_pass: None chooses from the free memory of the device (see
+        :func:`tfb.memory.draws_that_fit`).
+        """
+        S, run = len(draws), draws.tensors().draws_per_stream
+        if draws_per_pass is None:
+            draws_per_pass = draws_that_fit(self.base, S, input_ids, tail)
+        if draws_per_pass < 1:
+            raise ValueError(f"draws_per_pass={draws_per_pass}: expected at least 1")
+        step = max(run, draws_per_pass // run * run)
+        for start in range(0, S, step):
+            yield draws if step >= S else draws[start : start + step]
 
     @torch.no_grad()
     def hidden_norms(self, batch: Batch, draws: Draws) -> Tensor:
         """[S, B] Euclidean norm of the last hidden state: at the scored position of a causal LM,
-        of the mean over tokens otherwise. The quantity behind ``metric="embedding_norm"``."""
-        inputs, rows = self._inputs(batch)
+        of the mean over tokens otherwise. The quantity behind ``metric="embedding_norm"``.
+
+        Raises:
+            ValueError: ``bayes.mode`` is not "full".
+        """
+        if self.mode != "full":
+            raise ValueError(
+                f"hidden-state norms need mode='full', the model is set to {self.mode}"
+            )
+        inputs, rows = self._inputs(batch, "full")
         mask = inputs["attention_mask"]
+        S = len(draws)
         with _evaluating(self.model), self.sampling(draws):
             hidden = self.model(**inputs, output_hidden_states=True).hidden_states[-1]
+        if hidden.shape[0] == rows:  # noise in the head alone: below it all draws agree
+            hidden = hidden.repeat(S, 1, 1)
         if self.task == "CAUSAL_LM":
             pooled = hidden[:, -1]
         else:
-            weight = mask.repeat(len(draws), 1)[..., None].to(hidden.dtype)
+            weight = mask.repeat(S, 1)[..., None].to(hidden.dtype)
             pooled = (hidden * weight).sum(1) / weight.sum(1)
-        return torch.linalg.vector_norm(pooled, dim=-1).unflatten(0, (len(draws), rows))
+        return torch.linalg.vector_norm(pooled, dim=-1).unflatten(0, (S, rows))
 
-    def _inputs(self, batch: Batch) -> tuple[dict[str, Any], int]:
+    def set_mode(self, mode: str, tail: int | None = None) -> None:
+        """How draws reach the model from now on; sigma should have been searched the same way.
+
+        Raises:
+            ValueError: an unknown mode, or one that the model cannot take.
+        """
+        self.mode, self.tail = self._mode(mode, tail)
+
+    def _mode(self, mode: str | None, tail: int | None) -> tuple[str, int | None]:
+        """The mode and its k, the model's own where not given, checked."""
+        if mode is None:
+            mode, tail = self.mode, self.tail if tail is None else tail
+        check_mode(mode, tail)
+        if mode == "tail" and (reason := why_no_tail(self.base, self.task)):
+            raise ValueError(f"mode='tail' is not possible: {reason}")
+        return mode, tail
+
+    def _inputs(self, batch: Batch, mode: str) -> tuple[dict[str, Any], int]:
         """The aligned batch with what a scoring pass adds, and its number of rows."""
-        causal = self.task == "CAUSAL_LM"
+        # A sequence of a decoder ends where it is scored: on the left is the padding.
+        causal = self.task == "CAUSAL_LM" or mode == "tail"
         inputs = align(batch, "left" if causal else "right", self.device)
+        pad = getattr(self.base.config, "pad_token_id", None)
+        if self.task == "SEQ_CLS" and isinstance(pad, int):
+            # Decoders find a row's last token by the padding's id, not by the mask.
+            real = inputs["attention_mask"].bool()
+            inputs["input_ids"] = inputs["input_ids"].masked_fill(~real, pad)
         if causal:
-            if "position_ids" in self._forward_names:
+            if "position_ids" in self._forward_names or mode == "tail":
                 position = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)
                 inputs.setdefault("position_ids", position)
             if "use_cache" in self._forward_names:
@@ -279,30 +306,120 @@ class BayesianModel:
     def predict(
         self,
         batch: Batch,
-        draws: int | Draws = 10,
+        draws: int | Draws | Adaptive | str = 10,
         mode: str | None = None,
         label_ids: Tensor | None = None,
         *,
+        tail: int | None = None,
         keep_draws: bool = False,
+        draws_per_pass: int | None = None,
     ) -> Predictive:
         """Posterior predictive of a batch.
 
         Args:
             batch: a tokenizer's output (tensors [B, T]).
-            draws: a number of antithetic draws at ``bayes.sigma``, or :class:`Draws`.
-            mode: "full": every draw passes through the whole model. None: ``bayes.mode``.
+            draws: a number of antithetic draws at ``bayes.sigma``; :class:`Draws`; or "auto"
+                (an :class:`Adaptive` with other settings): every row gets as many as its own
+                Monte-Carlo error asks for, ``Predictive.draw_counts`` says how many.
+            mode: "full": every draw passes through the whole model. "tail": noise at the last
+                ``tail`` positions only, about 1 + S tail / T passes, decoders only; a different
+                predictive, see :mod:`tfb.tail`. None: ``bayes.mode`` and ``bayes.tail``.
             label_ids: for causal LMs the vocabulary ids of the classes, [K] or [B, K]; None: the
                 whole vocabulary.
+            tail: positions with noise in tail mode.
             keep_draws: keep every draw's probabilities [S, B, K].
+            draws_per_pass: most draws in one forward pass; None: as many as fit into memory.
 
         Raises:
-            ValueError: sigma not set, odd draws, an unknown mode, inputs that do not fit.
+            ValueError: sigma not set, odd draws, an unknown mode or one that the model cannot
+                take, inputs that do not fit.
         """
-        check_mode(mode or self.mode)
+        if isinstance(draws, str):
+            if draws != "auto":
+                raise ValueError(f"draws={draws!r}: expected a number, tfb.Draws or 'auto'")
+            draws = Adaptive()
+        if isinstance(draws, Adaptive):
+            if keep_draws:
+                raise ValueError("keep_draws: rows have different numbers of draws under 'auto'")
+            return self._adaptive(batch, draws, mode, label_ids, tail, draws_per_pass)
         chosen = self.draws(draws)
-        return Predictive.from_logits(
-            self.logits(batch, chosen, label_ids), chosen, keep_draws=keep_draws
+        logits = self.logits(
+            batch, chosen, label_ids, mode=mode, tail=tail, draws_per_pass=draws_per_pass
         )
+        return Predictive.from_logits(logits, chosen, keep_draws=keep_draws)
+
+    def _adaptive(
+        self,
+        batch: Batch,
+        settings: Adaptive,
+        mode: str | None,
+        label_ids: Tensor | None,
+        tail: int | None,
+        draws_per_pass: int | None,
+    ) -> Predictive:
+        ids = batch.get("input_ids")
+        B = len(ids) if isinstance(ids, Tensor) else 0  # anything else is refused by logits()
+
+        def some(value: Any, index: Tensor) -> Any:
+            by_row = isinstance(value, Tensor) and value.dim() == 2 and len(value) == B
+            return value[index.to(value.device)] if by_row else value
+
+        def run_rows(draws: Draws, index: Tensor) -> Tensor:
+            rows = {k: some(v, index) for k, v in batch.items()}
+            return self.logits(
+                rows, draws, some(label_ids, index), mode=mode, tail=tail,
+                draws_per_pass=draws_per_pass,
+            )  # fmt: skip
+
+        sigma = self.draws(2).sigmas[0]
+        return predict_adaptively(run_rows, max(B, 1), settings, sigma, self.seed)
+
+    # --- generation -----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(
+        self,
+        batch: Batch,
+        draws: int | Draws = 10,
+        *,
+        per_draw: bool = False,
+        **options: Any,
+    ) -> Generation:
+        """Continue prompts with the posterior predictive; see :mod:`tfb.generation`.
+
+        Args:
+            batch: a tokenizer's output; either padding side (moved to the left).
+            draws: S coherent weight samples that decode side by side.
+            per_draw: every draw writes its own continuation instead, [S, B, ...].
+            options: those of transformers' ``generate`` (max_new_tokens, do_sample, temperature,
+                stopping criteria, streamer, ...).
+
+        Raises:
+            ValueError: not a causal LM, sigma not set, token noise, or an option that cannot work
+                with several draws (named).
+        """
+        if self.task != "CAUSAL_LM":
+            raise ValueError(f"generate: needs a causal language model, not {self.task}")
+        chosen = self.draws(draws)
+        if chosen.noise != "weight":
+            raise ValueError("generate: needs weight noise, one weight sample for all steps")
+        check_arguments(options, self.base.generation_config)
+        inputs = align(batch, "left", self.device)
+        T, S = inputs["input_ids"].shape[1], len(chosen)
+        averager = None if per_draw else Averager(S)
+        state = SamplingState(self.base, chosen, cached=True, diverged=per_draw, reduce=averager)
+        if per_draw:
+            inputs = {
+                k: v.repeat(S, *([1] * (v.dim() - 1))) if isinstance(v, Tensor) else v
+                for k, v in inputs.items()
+            }
+        with _evaluating(self.model), self.sampling_as(state):
+            found = self.model.generate(**inputs, **options)  # type: ignore[operator]
+        sequences = getattr(found, "sequences", found)
+        if averager is None:
+            return Generation(sequences.unflatten(0, (S, -1)))
+        ends = end_tokens(options, self.base.generation_config)
+        return collect(sequences, averager, T, ends)
 
     # --- life -----------------------------------------------------------------------------------
 
@@ -310,9 +427,8 @@ class BayesianModel:
         """Undo ``bayesianize``: the PEFT model, with none of our hooks."""
         from tfb.convert import detach
 
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._fan_out.remove()
+        restore_head(self.base)
         detach(self)
         return self.model
 
@@ -323,72 +439,14 @@ class BayesianModel:
         return save(self, folder, **details)
 
 
-def check_mode(mode: str) -> None:
+def check_mode(mode: str, tail: int | None = None) -> None:
+    """Raise ValueError for an unknown mode, or a ``tail`` that does not belong to it."""
     if mode not in MODES:
         raise ValueError(f"mode={mode!r}: expected one of {', '.join(MODES)}")
-
-
-def _batch_rows(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    for name in ("input_ids", "inputs_embeds"):
-        if isinstance(kwargs.get(name), Tensor):
-            return int(kwargs[name].shape[0])
-    for value in args:
-        if isinstance(value, Tensor) and value.dim() > 0:
-            return int(value.shape[0])
-    raise ValueError("sampling: the model was called with neither input_ids nor inputs_embeds")
-
-
-def align(batch: Batch, side: str, device: torch.device) -> dict[str, Any]:
-    """The batch on ``device`` with its padding on ``side`` ("left" or "right").
-
-    A model then sees the same rows whatever side the tokenizer padded on, so results do not
-    depend on it. position_ids are moved along with the tokens.
-
-    Raises:
-        ValueError: no input_ids [B, T], no rows, a mask of another shape, holes inside a row's
-            mask, an empty row.
-    """
-    ids = batch.get("input_ids")
-    if not isinstance(ids, Tensor) or ids.dim() != 2:
-        raise ValueError("batch: needs input_ids [B, T], a tensor (tokenizer return_tensors='pt')")
-    out = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    out.pop("labels", None)
-    mask = out.get("attention_mask")
-    if mask is None:
-        mask = out["attention_mask"] = torch.ones_like(out["input_ids"])
-    if mask.shape != ids.shape:
-        raise ValueError(
-            f"batch: attention_mask {list(mask.shape)} does not match input_ids {list(ids.shape)}"
-        )
-    if ids.shape[0] == 0:
-        raise ValueError("batch: has no rows")
-    T = ids.shape[1]
-    mask = mask.long()
-    length = mask.sum(-1)
-    if bool((length == 0).any()):
-        raise ValueError(f"batch: row {int((length == 0).nonzero()[0])} is empty (no tokens)")
-    start = mask.argmax(-1)  # first real token
-    position = torch.arange(T, device=device)
-    inside = (position >= start[:, None]) & (position < (start + length)[:, None])
-    if not bool((inside == mask.bool()).all()):
-        row = int((inside != mask.bool()).any(-1).nonzero()[0])
-        raise ValueError(f"batch: attention_mask of row {row} has holes; pad on one side only")
-    target = T - length if side == "left" else torch.zeros_like(length)
-    if bool((start == target).all()):
-        return out
-    source = (position[None, :] - target[:, None] + start[:, None]) % T
-    for name, value in out.items():
-        if isinstance(value, Tensor) and value.shape == ids.shape:
-            out[name] = value.gather(1, source)
-    return out
-
-
-def _select_labels(logits: Tensor, label_ids: Tensor) -> Tensor:
-    """Columns [K] or [B, K] of logits [S, B, V]."""
-    V = logits.shape[-1]
-    if bool(((label_ids < 0) | (label_ids >= V)).any()):
-        raise ValueError(f"label_ids: outside the vocabulary of {V}")
-    return select_columns(logits, label_ids)
+    if mode == "tail" and (tail is None or tail < 1):
+        raise ValueError(f"mode='tail' needs tail=k, k >= 1 positions with noise, got {tail}")
+    if mode != "tail" and tail is not None:
+        raise ValueError(f"tail={tail} belongs to mode='tail', not to mode={mode!r}")
 
 
 @contextlib.contextmanager

@@ -5,7 +5,8 @@ Probabilities are averaged, then logged; logits are never averaged (DESIGN.md).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -28,7 +29,8 @@ class Predictive:
         standard_error: [B, K], Monte-Carlo standard error of ``probs``: independent streams are
             the units, so an antithetic pair counts once. NaN with a single unit (unknown).
         draw_probs: [S, B, K] if it was asked for, else None.
-        draws: the draws behind it.
+        draws: the draws behind it; with ``draw_counts``, of the rows that had the most.
+        draw_counts: [B] int64, each row's number of draws where they differ (adaptive), else None.
     """
 
     probs: Tensor
@@ -38,6 +40,7 @@ class Predictive:
     standard_error: Tensor
     draws: Draws
     draw_probs: Tensor | None = None
+    draw_counts: Tensor | None = None
 
     @classmethod
     def from_logits(cls, logits: Tensor, draws: Draws, *, keep_draws: bool = False) -> Predictive:
@@ -83,6 +86,26 @@ class Predictive:
             draw_probs=p if keep_draws else None,
         )
 
+    def rows(self, which: Tensor) -> Predictive:
+        """Some of the rows (an index or mask [B])."""
+        return replace(
+            self,
+            **{name: getattr(self, name)[which] for name in _ROW_FIELDS},
+            draw_probs=None if self.draw_probs is None else self.draw_probs[:, which],
+        )
+
+    @classmethod
+    def gather(cls, parts: Sequence[tuple[Tensor, Predictive]], rows: int) -> Predictive:
+        """One of ``rows`` rows from parts with the numbers of their rows; ``draws`` are those of
+        the last part, which has the most."""
+        first = parts[0][1]
+        whole = {n: getattr(first, n) for n in _ROW_FIELDS}
+        whole = {n: v.new_zeros((rows, *v.shape[1:])) for n, v in whole.items()}
+        for index, part in parts:
+            for name in _ROW_FIELDS:
+                whole[name][index] = getattr(part, name)
+        return cls(**whole, draws=parts[-1][1].draws)
+
     @cached_property
     def prediction(self) -> Tensor:
         """[B] int64, argmax of ``probs``."""
@@ -100,6 +123,9 @@ class Predictive:
         By Jensen it is never negative; the clamp only removes rounding.
         """
         return (self.total - self.aleatoric).clamp_min(0.0)
+
+
+_ROW_FIELDS = ("probs", "total", "aleatoric", "agreement", "standard_error")
 
 
 def _standard_error(p: Tensor, draws: Draws) -> Tensor:

@@ -89,6 +89,7 @@ class SigmaFit:
     passes: float
     stopped: str
     compat: str | None = None
+    tail: int | None = None
     prior_sigma: float | None = None
     kl: float | None = None
     implied_lambda: float | None = None
@@ -135,10 +136,12 @@ def fit_sigma(
     kl_weight: float | None = None,
     seed: int | None = None,
     batch_size: int = 50,
+    mode: str | None = None,
+    tail: int | None = None,
     compat: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> SigmaFit:
-    """Search sigma on anchors and set ``bayes.sigma``.
+    """Search sigma on anchors and set ``bayes.sigma``, ``bayes.mode`` and ``bayes.tail``.
 
     Args:
         bayes: the model. anchors: an :class:`AnchorSet`, encoded rows, or batches (dicts of
@@ -154,6 +157,8 @@ def fit_sigma(
             relative width at which refinement stops. steps: most bisection steps.
         prior_sigma: the prior's scale for KL; default: the adapter's own scale
             (:func:`tfb.posterior.default_prior_sigma`). kl_weight: lambda of gvi, default 1 / N.
+        mode, tail: how draws reach the model, in the search as in later predictions ("full";
+            "tail" with k positions, see :meth:`BayesianModel.predict`); default: the model's own.
         seed: default ``bayes.seed``. compat: "reference" follows the authors' scripts to the
             letter, mistakes included (see :func:`reference_rule`), for differential tests.
         progress: called with finished rows x draws.
@@ -176,6 +181,10 @@ def fit_sigma(
     pad = getattr(bayes.base.config, "pad_token_id", None) or 0
     anchor_set = AnchorSet.of(anchors, pad_token_id=pad, batch_size=batch_size)
     seed = bayes.seed if seed is None else seed
+    if mode is not None:
+        bayes.set_mode(mode, tail)
+    if metric == "embedding_norm" and bayes.mode != "full":
+        raise ValueError(f"metric='embedding_norm' needs mode='full', not {bayes.mode!r}")
     if compat == "reference":
         loss = AnchorLoss(
             bayes, anchor_set, "pseudo_nll", draws=draws, seed=seed, noise="token",
@@ -311,6 +320,7 @@ class _Search:
             two_sided=self.two_sided,
             search=search,
             mode=self.bayes.mode,
+            tail=self.bayes.tail,
             draws=self.loss.n,
             seed=self.loss.seed,
             anchors=len(self.loss.anchors),
@@ -537,6 +547,7 @@ def reference_rule(
         two_sided=True,
         search="bisection",
         mode=bayes.mode,
+        tail=bayes.tail,
         draws=loss.n,
         seed=loss.seed,
         anchors=N,

@@ -1,0 +1,102 @@
+"""Generation from the posterior predictive: S weight samples decode side by side.
+
+Each draw keeps its own keys and values (blocks below the first noisy module keep one set for all),
+and every step's next token comes from the probabilities averaged over draws. transformers' own
+``generate`` runs the loop: it sees B rows of averaged scores, so its samplers, processors, stopping
+criteria and streamers work as always.
+
+    score = log mean_s softmax(l_s) + mean_s logsumexp(l_s)
+
+The second term is one number a row and changes no probability; with it, scores are the logits
+themselves at sigma = 0, also for processors that look at their sign.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Arguments of ``generate`` that move rows between draws or need a second model.
+REFUSED = {
+    "assistant_model": "assisted decoding verifies the tokens of another model",
+    "prompt_lookup_num_tokens": "assisted decoding verifies tokens that were guessed",
+    "penalty_alpha": "contrastive search reorders the cache",
+    "dola_layers": "DoLa reads scores below the posterior",
+    "past_key_values": "a cache from elsewhere does not hold the draws' keys and values",
+    "cache_implementation": "the cache must grow with the draws; leave it to generate",
+}
+
+
+@dataclass(frozen=True)
+class Generation:
+    """B continuations and the uncertainty of every token's distribution, in nats.
+
+    Attributes:
+        sequences: [B, T + L] token ids, prompts first ([S, B, T + L] for continuations by draw).
+        total, aleatoric, epistemic: [B, L], of the averaged distribution that each new token was
+            taken from (before temperature, top-k or other processors); 0 after a row's end token.
+            None for continuations by draw.
+    """
+
+    sequences: Tensor
+    total: Tensor | None = None
+    aleatoric: Tensor | None = None
+    epistemic: Tensor | None = None
+
+
+@dataclass
+class Averager:
+    """Reduces a step's logits [S * B, L, V] to scores [B, L, V] and keeps the uncertainties."""
+
+    draws: int
+    total: list[Tensor] = field(default_factory=list)
+    aleatoric: list[Tensor] = field(default_factory=list)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        apart = logits.unflatten(0, (self.draws, -1))  # [S, B, L, V]
+        normalizer = apart.logsumexp(-1, keepdim=True)
+        log_p = apart - normalizer
+        mean = torch.logsumexp(log_p, 0) - math.log(self.draws)
+        last = mean[:, -1]
+        self.total.append(torch.special.entr(last.exp()).sum(-1))
+        self.aleatoric.append(torch.special.entr(log_p[:, :, -1].exp()).sum(-1).mean(0))
+        return mean + normalizer.mean(0)
+
+
+def check_arguments(options: dict[str, Any], config: Any) -> None:
+    """Refuse, by name, what cannot work with several draws.
+
+    Raises:
+        ValueError: such an argument.
+    """
+    for name, reason in REFUSED.items():
+        if options.get(name) is not None:
+            raise ValueError(f"generate({name}=...): {reason}; not possible while sampling")
+    beams = options.get("num_beams", getattr(config, "num_beams", 1)) or 1
+    if beams > 1:
+        raise ValueError(
+            f"generate(num_beams={beams}): beam search reorders the cache between rows, which "
+            "holds every draw's keys and values; use greedy search or sampling"
+        )
+
+
+def collect(sequences: Tensor, averager: Averager, prompt: int, ends: list[int]) -> Generation:
+    """The result of a run whose prompts had ``prompt`` columns; ``ends``: end-of-sequence ids."""
+    new = sequences[:, prompt:]
+    total = torch.stack(averager.total[: new.shape[1]], 1)
+    aleatoric = torch.stack(averager.aleatoric[: new.shape[1]], 1)
+    ended = torch.isin(new, torch.tensor(ends, dtype=new.dtype, device=new.device))
+    running = (ended.cumsum(1) - ended.long() == 0).to(total.dtype)  # the end itself was drawn
+    total, aleatoric = total * running, aleatoric * running
+    return Generation(sequences, total, aleatoric, (total - aleatoric).clamp_min(0.0))
+
+
+def end_tokens(options: dict[str, Any], config: Any) -> list[int]:
+    """The ids that end a row, from generate's options or the model's generation configuration."""
+    end = options.get("eos_token_id", config.eos_token_id)
+    return [] if end is None else [end] if isinstance(end, int) else [int(e) for e in end]

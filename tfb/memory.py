@@ -1,0 +1,35 @@
+"""How many draws fit into one forward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Tokens x draws of one pass on a CPU. More bring no more speed there: the products are large
+# enough, and larger activations only leave the caches.
+CPU_TOKENS = 1 << 16
+# Activations of one token that live at once in a decoder block under no_grad, in units of
+# (4 hidden_size + 3 intermediate_size) elements: hidden state, residual, q, k, v and the MLP.
+_SHARE = 0.6  # of the free memory: fragmentation, attention scores and the caller's own
+
+
+def draws_that_fit(base: Any, draws: int, input_ids: Tensor, tail: int | None) -> int:
+    """At most ``draws``, at least 1: the draws that one pass over ``input_ids`` [B, T] should take.
+
+    tail: positions that each draw adds (tail sampling), None where each draw takes all T.
+    """
+    B, T = input_ids.shape
+    tokens = B * (T if tail is None else tail)
+    if input_ids.device.type != "cuda":
+        return max(1, min(draws, CPU_TOKENS // max(tokens, 1)))
+    config = base.config.get_text_config()
+    hidden = int(config.hidden_size)
+    inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
+    size = next(p.dtype.itemsize for p in base.parameters() if p.is_floating_point())
+    free, _ = torch.cuda.mem_get_info(input_ids.device)
+    reserved = torch.cuda.memory_reserved(input_ids.device)
+    free += reserved - torch.cuda.memory_allocated(input_ids.device)
+    each = tokens * (4 * hidden + 3 * inner) * size
+    return max(1, min(draws, int(_SHARE * free) // max(each, 1)))

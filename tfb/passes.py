@@ -1,0 +1,136 @@
+"""The forward passes behind a prediction: full or tail, with prefixes that rows share.
+
+    full    [prefixes, S-fold, once each] -> everything else, S-fold
+    tail    [prefixes, once each] -> the prompt but its last k tokens, once -> the tail, S-fold
+
+Without shared prefixes the first step is left out. All passes give logits [S, B, C].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from tfb.prefix import SharedPrefix, find_shared_prefix, spread_cache
+from tfb.sampling import SamplingState, no_sampling
+from tfb.tail import tail_inputs
+
+# What a batch may hold for its rows to be taken apart; more than this is passed on as it is.
+_DIVISIBLE = {"input_ids", "attention_mask", "position_ids", "use_cache"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a batch runs: its state, k (None: full), and the prefixes its rows share (None: none)."""
+
+    state: SamplingState
+    tail: int | None = None
+    shared: SharedPrefix | None = None
+
+
+def plan(bayes: Any, inputs: dict[str, Any], state: SamplingState, tail: int | None) -> Plan:
+    """Look for shared prefixes where the model allows it."""
+    found = None
+    if may_share(bayes, inputs):
+        mask = inputs["attention_mask"].bool()
+        rows = [ids[m].tolist() for ids, m in zip(inputs["input_ids"], mask, strict=True)]
+        found = find_shared_prefix(rows, keep=tail or 1)
+    return Plan(state, tail, found)
+
+
+def may_share(bayes: Any, inputs: dict[str, Any]) -> bool:
+    """Whether rows of this batch may be split into prefix and rest."""
+    config = bayes.base.config
+    if bayes.task != "CAUSAL_LM" or set(inputs) - _DIVISIBLE or "position_ids" not in inputs:
+        return False
+    # Padding comes to lie between prefix and rest, and a window counts columns, not tokens.
+    window = getattr(config, "sliding_window", None)
+    return window is None or inputs["input_ids"].shape[1] <= window
+
+
+def run(bayes: Any, inputs: dict[str, Any], plan: Plan) -> Tensor:
+    """Logits [S, B, C] of the scored position."""
+    cache = None
+    if plan.shared is not None:
+        inputs, cache = _prefixes(bayes, inputs, plan)
+    if plan.tail is not None:
+        return _tail(bayes, inputs, plan, cache)
+    return _full(bayes, inputs, plan.state, cache)
+
+
+def _prefixes(
+    bayes: Any, inputs: dict[str, Any], plan: Plan
+) -> tuple[dict[str, Any], DynamicCache]:
+    """The rest of the batch, and a cache of every row's prefix."""
+    assert plan.shared is not None
+    c, device = plan.shared.length, bayes.device
+    ids, owner = plan.shared.ids.to(device), plan.shared.owner.to(device)
+    # Without the configuration no layer forgets what lies outside its window.
+    cache = DynamicCache()
+    first = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "position_ids": torch.arange(c, device=device).expand(len(ids), c),
+        "use_cache": True,
+        "past_key_values": cache,
+    }
+    backbone = getattr(bayes.base, bayes.base.base_model_prefix)
+    if plan.tail is not None:
+        with no_sampling(bayes.owner):
+            backbone(**first)
+    else:
+        with bayes.sampling_as(replace(plan.state, cached=True)):
+            bayes.model(**first, **bayes.last_logits)
+    spread_cache(cache, owner, len(ids))
+    mask = inputs["attention_mask"]
+    length = mask.sum(1)
+    T = int(inputs["input_ids"].shape[1])
+    # Left-padded rows: token c of a row lies at column T - length + c.
+    column = torch.arange(c, T, device=device)[None, :]
+    real = column >= T - length[:, None] + c
+    rest = {
+        **inputs,
+        "input_ids": inputs["input_ids"][:, c:],
+        "attention_mask": torch.cat([torch.ones_like(mask[:, :c]), real.to(mask.dtype)], dim=1),
+        "position_ids": inputs["position_ids"][:, c:],
+        "use_cache": True,
+    }
+    return rest, cache
+
+
+def _full(
+    bayes: Any, inputs: dict[str, Any], state: SamplingState, cache: DynamicCache | None
+) -> Tensor:
+    extra: dict[str, Any] = dict(bayes.last_logits)
+    if cache is not None:
+        extra["past_key_values"] = cache
+    with bayes.sampling_as(replace(state, cached=cache is not None)):
+        logits: Tensor = bayes.model(**inputs, **extra).logits
+    if bayes.task == "CAUSAL_LM":
+        logits = logits[:, -1]
+    return logits.unflatten(0, (len(state.draws), -1))
+
+
+def _tail(bayes: Any, inputs: dict[str, Any], plan: Plan, cache: DynamicCache | None) -> Tensor:
+    """See :mod:`tfb.tail`."""
+    assert plan.tail is not None
+    k, S, B = plan.tail, len(plan.state.draws), inputs["input_ids"].shape[0]
+    prefix, rest = tail_inputs(inputs, bayes.base.config, k, S, bayes.dtype)
+    cache = DynamicCache() if cache is None else cache
+    backbone = getattr(bayes.base, bayes.base.base_model_prefix)
+    if prefix["input_ids"].shape[1]:
+        with no_sampling(bayes.owner):
+            backbone(**prefix, past_key_values=cache)
+    last = torch.arange(1, S + 1, device=bayes.device) * k - 1
+    with bayes.sampling_as(replace(plan.state, tree=True)):
+        if bayes.task == "CAUSAL_LM":
+            logits = bayes.model(**rest, past_key_values=cache, logits_to_keep=last).logits
+        else:
+            with bayes.tree_pass(S, B):
+                hidden = backbone(**rest, past_key_values=cache).last_hidden_state
+                logits = bayes.base.score(hidden[:, last])
+    return logits.transpose(0, 1)
