@@ -254,7 +254,7 @@ class FanOut:
         state, running = sampling_state(self.owner), self._running()
         if state is None or running is None or state.tree or state.diverged:
             return None
-        if running.draws == 1 or self._several_adapters():
+        if running.draws == 1 or not self._may_fold():
             return None
         running.folding = running.folded = True
         return _each(running.fold)(args, kwargs)
@@ -308,12 +308,14 @@ class FanOut:
         if running is not None:
             running.sharing = False
 
-    def _several_adapters(self) -> bool:
-        """With two active adapters a layer adds results of other rows: nothing is folded then."""
-        if not self._first and not self._outside:
-            return False
-        layer: Any = self.base.get_submodule((self._first or self._outside)[0])
-        return len(layer.active_adapters) > 1
+    def _may_fold(self) -> bool:
+        """With two active adapters a layer adds results of other rows, and with a disabled one it
+        does not fan out: nothing is folded then."""
+        names = self._first or self._outside
+        if not names:
+            return True
+        layer: Any = self.base.get_submodule(names[0])
+        return len(layer.active_adapters) == 1 and not layer.disable_adapters
 
 
 def _layout(base: Any, noisy: Sequence[str]) -> tuple[list[str], list[nn.Module] | None, list[str]]:
