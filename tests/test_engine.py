@@ -91,7 +91,7 @@ def test_positions_count_from_the_first_token(kind: str) -> None:
     shifted["position_ids"] = shifted["position_ids"] + 3  # the caller's own positions are kept
     if kind == "gpt2":  # absolute ones: the result must differ
         assert relative(scored(bayes, shifted), alone) > 1e-3
-    else:  # rotary ones are relative; its angles are float32
+    else:  # rotary ones are relative; angles, up to 8, are float32 (an error of 8 * 6e-8)
         assert relative(scored(bayes, shifted), alone) < 1e-4
 
 
@@ -308,7 +308,7 @@ def test_caches_and_mixed_batches_are_refused() -> None:
             bayes.model(**batch, past_key_values=cache)
         with pytest.raises(NotImplementedError, match="sample one adapter at a time"):
             bayes.model(**batch, adapter_names=["default"] * 3)
-        with pytest.raises(NotImplementedError, match="generate outside sampling"):
+        with pytest.raises(NotImplementedError, match="use bayes.generate"):
             bayes.model.generate(**batch, max_new_tokens=2, do_sample=False)
         assert len(run(bayes.model, batch)) == 15  # refusals leave the state clean
     out = bayes.model(**batch, past_key_values=cache)
@@ -323,12 +323,12 @@ def test_label_columns_are_the_vocabularys(kind: str) -> None:
     bayes, batch = bayesian(kind), CASES[kind].batch()
     everything = bayes.logits(batch, DRAWS)
     columns = torch.tensor([7, 63, 0, 7])
-    assert torch.equal(bayes.logits(batch, DRAWS, columns), everything[..., columns])
+    assert relative(bayes.logits(batch, DRAWS, columns), everything[..., columns]) < EXACT
     by_row = torch.tensor([[1, 2], [3, 4], [63, 0]])
     found = bayes.logits(batch, DRAWS, by_row)
     assert found.shape == (5, 3, 2)
     for row in range(3):
-        assert torch.equal(found[:, row], everything[:, row, by_row[row]])
+        assert relative(found[:, row], everything[:, row, by_row[row]]) < EXACT
     pred = bayes.predict(batch, DRAWS, label_ids=by_row, keep_draws=True)
     probs = found.softmax(-1)
     assert relative(pred.probs, probs.mean(0)) < EXACT
@@ -485,11 +485,11 @@ def test_real_adapter_predicts_like_a_naive_loop(shared: Path) -> None:
     """stories260K on intent domains: 20 rows, 4 antithetic draws, float64 throughout."""
     base, adapter = shared / "models/stories260K", shared / "adapters/stories260K-clinc-domain"
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-    rows = read_rows(shared / "data/clinc-domain/validation.jsonl", limit=20)
+    # The file is sorted by domain: every 150th row.
+    rows = read_rows(shared / "data/clinc-domain/validation.jsonl")[::150]
     prompts = [str(row.prompt) for row in rows]
     batch = dict(tokenizer(prompts, padding=True, return_tensors="pt"))
-    # What follows the prompt: the bare letter's own id is another token for some letters.
-    labels = torch.tensor([tokenizer(prompts[0] + c)["input_ids"][-1] for c in "ABCDEFGHIJ"])
+    labels = torch.tensor([tokenizer(f"{prompts[0]} {c}")["input_ids"][-1] for c in "ABCDEFGHIJ"])
     model, twin = (exact(tfb.load_adapter(tfb.load_base(base, adapter), adapter)) for _ in "12")
     bayes = tfb.bayesianize(model, seed=2)
     bayes.sigma = 0.01

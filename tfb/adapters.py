@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
@@ -33,6 +34,8 @@ def adapter_config(folder: str | Path) -> dict[str, Any]:
     """
     try:
         config = PeftConfig.from_pretrained(str(folder))
+        if config.peft_type is None:
+            raise ValueError("no peft_type")
     except (KeyError, TypeError, ValueError) as error:  # PEFT does not check before it reads
         raise AdapterError(
             f"{folder}: {CONFIG} is not a PEFT configuration ({type(error).__name__}: {error})"
@@ -107,6 +110,8 @@ def load_adapter(base_model: nn.Module, adapter: str | Path, name: str = "defaul
             # Missing keys are errors below; PEFT would only warn.
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
             model = PeftModel.from_pretrained(base_model, str(folder), adapter_name=name)
+    except KeyError as error:  # PEFT looks a saved head's tensors up without asking
+        raise AdapterError(f"{adapter}: lacks the tensor {error} of its modules_to_save") from error
     except (RuntimeError, TypeError, ValueError) as error:  # sizes (torch), settings (PEFT)
         raise AdapterError(f"{adapter}: does not fit the base model: {error}") from error
     with warnings.catch_warnings():
@@ -140,10 +145,12 @@ def load_base(name: str | Path, adapter: str | Path) -> nn.Module:
     """
     import transformers
 
+    # Left alone, transformers keeps a checkpoint's bfloat16, which CPUs are slow at.
+    dtype = "auto" if torch.cuda.is_available() else torch.float32
     folder = adapter_folder(adapter)
     task = str(adapter_config(folder).get("task_type"))
     if task == "CAUSAL_LM":
-        return transformers.AutoModelForCausalLM.from_pretrained(str(name)).eval()
+        return transformers.AutoModelForCausalLM.from_pretrained(str(name), dtype=dtype).eval()
     if task != "SEQ_CLS":
         raise AdapterError(f"{adapter}: task_type {task}; supported: {', '.join(TASKS)}")
     heads = [
@@ -157,7 +164,7 @@ def load_base(name: str | Path, adapter: str | Path) -> nn.Module:
             "and weights are unknown"
         )
     return transformers.AutoModelForSequenceClassification.from_pretrained(
-        str(name), num_labels=heads[-1]
+        str(name), num_labels=heads[-1], dtype=dtype
     ).eval()
 
 

@@ -112,7 +112,9 @@ def bayesianize(
 ) -> BayesianModel:
     """Give a PEFT LoRA model's adapter a posterior, in place (TFB, section 3).
 
-    Outside ``bayes.sampling`` the model computes what it did before, bit for bit.
+    Outside ``bayes.sampling`` the model computes what it did before, bit for bit; only mixed
+    batches (adapter_names) on a half-precision base, where PEFT rounds a plain adapter's product
+    once more than a variant's, agree to that rounding.
 
     Args:
         peft_model: a ``peft.PeftModel`` for CAUSAL_LM or SEQ_CLS with a trained LoRA adapter.
