@@ -8,8 +8,9 @@ on their order (up to rounding, as everywhere).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,18 +46,26 @@ class Adaptive:
 
 
 def predict_adaptively(
-    run: Callable[[Draws, Tensor], Tensor],
-    rows: int,
+    bayes: Any,
+    batch: Mapping[str, Any],
     settings: Adaptive,
-    sigma: float,
-    seed: int,
-    noise: str = "weight",
+    *,
+    label_ids: Tensor | None = None,
+    **how: Any,
 ) -> Predictive:
-    """Predictions of ``rows`` rows with their own ``draw_counts``.
+    """Predictions of a batch's rows with their own ``draw_counts``.
 
     Args:
-        run: gives logits [S, b, K] of some draws for the rows numbered by an index [b].
+        bayes: a ``BayesianModel``. batch, label_ids, how: as for its ``logits``.
     """
+    ids = batch.get("input_ids")
+    rows = len(ids) if isinstance(ids, Tensor) else 1  # anything else is refused by logits()
+    sigma = bayes.draws(2).sigmas[0]
+
+    def some(value: Any, index: Tensor) -> Any:
+        by_row = isinstance(value, Tensor) and value.dim() == 2 and len(value) == rows
+        return value[index.to(value.device)] if by_row else value
+
     active = torch.arange(rows)
     kept: list[Tensor] = []  # probabilities of the active rows, [s, b, K] for each round
     results: list[tuple[Tensor, Predictive]] = []
@@ -64,12 +73,13 @@ def predict_adaptively(
     done, size = 0, settings.first
     while len(active):
         size = min(size, settings.most - done)
-        draws = Draws.antithetic(size, sigma, seed=seed, noise=noise, first_stream=done // 2)
-        logits = run(draws, active)
+        draws = Draws.antithetic(size, sigma, seed=bayes.seed, first_stream=done // 2)
+        part = {k: some(v, active) for k, v in batch.items()}
+        logits = bayes.logits(part, draws, some(label_ids, active), **how)
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         kept.append(logits.to(dtype).softmax(-1).cpu())
         done += size
-        so_far = Draws.antithetic(done, sigma, seed=seed, noise=noise)
+        so_far = Draws.antithetic(done, sigma, seed=bayes.seed)
         found = Predictive.from_probs(torch.cat(kept), so_far)
         error = found.standard_error.gather(-1, found.prediction[:, None])[:, 0]
         stop = (error <= settings.tolerance) | (done >= settings.most)

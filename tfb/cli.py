@@ -327,8 +327,8 @@ def evaluate(
             e.name: measure(e.probs, e.labels, reference_predictions=reference).to_dict()
             for e in found
         }
-        write_json(json_out, {"data": str(data.name), "sigma": bayes.sigma, "draws": draws,
-                              "mode": bayes.mode, "tail": bayes.tail, "metrics": figures})  # fmt: skip
+        setting = {"sigma": bayes.sigma, "draws": draws, "mode": bayes.mode, "tail": bayes.tail}
+        write_json(json_out, {"data": str(data.name), **setting, "metrics": figures})
 
 
 def write_json(path: Path, value: Any) -> None:

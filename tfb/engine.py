@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from tfb.adaptive import Adaptive, predict_adaptively
 from tfb.draws import Draws
-from tfb.generation import Averager, Generation, check_arguments, collect, end_tokens
+from tfb.generation import Generation, run_generation
 from tfb.head import LabelColumns, narrow_head, restore_head
-from tfb.inputs import Batch, align
+from tfb.inputs import Batch, align, evaluating
 from tfb.linear import LowRankSampler
-from tfb.memory import draws_that_fit
-from tfb.passes import plan, run
+from tfb.memory import chunks
+from tfb.passes import hidden_norms, plan, run
 from tfb.posterior import LowRankPosterior
 from tfb.predictive import Predictive
 from tfb.sampling import (
@@ -191,24 +191,24 @@ class BayesianModel:
                 differ by row; only these rows of the output embedding are then computed. None
                 keeps all.
             mode, tail: see :meth:`predict`.
-            draws_per_pass: most draws in one forward pass; None: see :meth:`chunks`.
+            draws_per_pass: most draws in one forward pass; None: see :func:`tfb.memory.chunks`.
 
         Raises:
             ValueError: see :func:`tfb.inputs.align` and :meth:`predict`; label_ids of the wrong
                 shape or outside the vocabulary.
         """
         mode, tail = self._mode(mode, tail)
-        inputs, rows = self._inputs(batch, mode)
+        inputs, rows = self.inputs(batch, mode)
         if self.task != "CAUSAL_LM" and label_ids is not None:
             raise ValueError("label_ids: only causal language models have a vocabulary to select")
         labels = LabelColumns.of(self.base, label_ids, rows) if label_ids is not None else None
         T = inputs["input_ids"].shape[1]
         tail = tail if tail is not None and tail < T else None  # the whole prompt is full mode
         state = SamplingState(self.base, draws, columns=None if labels is None else labels.columns)
-        with _evaluating(self.model):
+        with evaluating(self.model):
             whole = plan(self, inputs, state, tail)
             parts = []
-            for part in self.chunks(draws, inputs["input_ids"], tail, draws_per_pass):
+            for part in chunks(self.base, draws, inputs["input_ids"], tail, draws_per_pass):
                 step = replace(whole, state=replace(state, draws=part))
                 found = run(self, dict(inputs), step)
                 parts.append(found if labels is None else labels.select(found))
@@ -224,24 +224,6 @@ class BayesianModel:
         """See :meth:`tfb.sampling.FanOut.tree_pass`."""
         return self._fan_out.tree_pass(draws, batch)
 
-    def chunks(
-        self, draws: Draws, input_ids: Tensor, tail: int | None, draws_per_pass: int | None = None
-    ) -> Iterator[Draws]:
-        """The draws in parts that one forward pass takes; parts never split the draws of a stream
-        that stand side by side, and every part gives what it would give alone.
-
-        draws_per_pass: None chooses from the free memory of the device (see
-        :func:`tfb.memory.draws_that_fit`).
-        """
-        S, run = len(draws), draws.tensors().draws_per_stream
-        if draws_per_pass is None:
-            draws_per_pass = draws_that_fit(self.base, S, input_ids, tail)
-        if draws_per_pass < 1:
-            raise ValueError(f"draws_per_pass={draws_per_pass}: expected at least 1")
-        step = max(run, draws_per_pass // run * run)
-        for start in range(0, S, step):
-            yield draws if step >= S else draws[start : start + step]
-
     @torch.no_grad()
     def hidden_norms(self, batch: Batch, draws: Draws) -> Tensor:
         """[S, B] Euclidean norm of the last hidden state: at the scored position of a causal LM,
@@ -250,23 +232,7 @@ class BayesianModel:
         Raises:
             ValueError: ``bayes.mode`` is not "full".
         """
-        if self.mode != "full":
-            raise ValueError(
-                f"hidden-state norms need mode='full', the model is set to {self.mode}"
-            )
-        inputs, rows = self._inputs(batch, "full")
-        mask = inputs["attention_mask"]
-        S = len(draws)
-        with _evaluating(self.model), self.sampling(draws):
-            hidden = self.model(**inputs, output_hidden_states=True).hidden_states[-1]
-        if hidden.shape[0] == rows:  # noise in the head alone: below it all draws agree
-            hidden = hidden.repeat(S, 1, 1)
-        if self.task == "CAUSAL_LM":
-            pooled = hidden[:, -1]
-        else:
-            weight = mask.repeat(S, 1)[..., None].to(hidden.dtype)
-            pooled = (hidden * weight).sum(1) / weight.sum(1)
-        return torch.linalg.vector_norm(pooled, dim=-1).unflatten(0, (S, rows))
+        return hidden_norms(self, batch, draws)
 
     def set_mode(self, mode: str, tail: int | None = None) -> None:
         """How draws reach the model from now on; sigma should have been searched the same way.
@@ -285,7 +251,7 @@ class BayesianModel:
             raise ValueError(f"mode='tail' is not possible: {reason}")
         return mode, tail
 
-    def _inputs(self, batch: Batch, mode: str) -> tuple[dict[str, Any], int]:
+    def inputs(self, batch: Batch, mode: str) -> tuple[dict[str, Any], int]:
         """The aligned batch with what a scoring pass adds, and its number of rows."""
         # A sequence of a decoder ends where it is scored: on the left is the padding.
         causal = self.task == "CAUSAL_LM" or mode == "tail"
@@ -341,38 +307,15 @@ class BayesianModel:
         if isinstance(draws, Adaptive):
             if keep_draws:
                 raise ValueError("keep_draws: rows have different numbers of draws under 'auto'")
-            return self._adaptive(batch, draws, mode, label_ids, tail, draws_per_pass)
+            return predict_adaptively(
+                self, batch, draws, label_ids=label_ids, mode=mode, tail=tail,
+                draws_per_pass=draws_per_pass,
+            )  # fmt: skip
         chosen = self.draws(draws)
         logits = self.logits(
             batch, chosen, label_ids, mode=mode, tail=tail, draws_per_pass=draws_per_pass
         )
         return Predictive.from_logits(logits, chosen, keep_draws=keep_draws)
-
-    def _adaptive(
-        self,
-        batch: Batch,
-        settings: Adaptive,
-        mode: str | None,
-        label_ids: Tensor | None,
-        tail: int | None,
-        draws_per_pass: int | None,
-    ) -> Predictive:
-        ids = batch.get("input_ids")
-        B = len(ids) if isinstance(ids, Tensor) else 0  # anything else is refused by logits()
-
-        def some(value: Any, index: Tensor) -> Any:
-            by_row = isinstance(value, Tensor) and value.dim() == 2 and len(value) == B
-            return value[index.to(value.device)] if by_row else value
-
-        def run_rows(draws: Draws, index: Tensor) -> Tensor:
-            rows = {k: some(v, index) for k, v in batch.items()}
-            return self.logits(
-                rows, draws, some(label_ids, index), mode=mode, tail=tail,
-                draws_per_pass=draws_per_pass,
-            )  # fmt: skip
-
-        sigma = self.draws(2).sigmas[0]
-        return predict_adaptively(run_rows, max(B, 1), settings, sigma, self.seed)
 
     # --- generation -----------------------------------------------------------------------------
 
@@ -398,28 +341,7 @@ class BayesianModel:
             ValueError: not a causal LM, sigma not set, token noise, or an option that cannot work
                 with several draws (named).
         """
-        if self.task != "CAUSAL_LM":
-            raise ValueError(f"generate: needs a causal language model, not {self.task}")
-        chosen = self.draws(draws)
-        if chosen.noise != "weight":
-            raise ValueError("generate: needs weight noise, one weight sample for all steps")
-        check_arguments(options, self.base.generation_config)
-        inputs = align(batch, "left", self.device)
-        T, S = inputs["input_ids"].shape[1], len(chosen)
-        averager = None if per_draw else Averager(S)
-        state = SamplingState(self.base, chosen, cached=True, diverged=per_draw, reduce=averager)
-        if per_draw:
-            inputs = {
-                k: v.repeat(S, *([1] * (v.dim() - 1))) if isinstance(v, Tensor) else v
-                for k, v in inputs.items()
-            }
-        with _evaluating(self.model), self.sampling_as(state):
-            found = self.model.generate(**inputs, **options)  # type: ignore[operator]
-        sequences = getattr(found, "sequences", found)
-        if averager is None:
-            return Generation(sequences.unflatten(0, (S, -1)))
-        ends = end_tokens(options, self.base.generation_config)
-        return collect(sequences, averager, T, ends)
+        return run_generation(self, batch, self.draws(draws), per_draw, options)
 
     # --- life -----------------------------------------------------------------------------------
 
@@ -447,14 +369,3 @@ def check_mode(mode: str, tail: int | None = None) -> None:
         raise ValueError(f"mode='tail' needs tail=k, k >= 1 positions with noise, got {tail}")
     if mode != "tail" and tail is not None:
         raise ValueError(f"tail={tail} belongs to mode='tail', not to mode={mode!r}")
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

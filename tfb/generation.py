@@ -20,6 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tfb.draws import Draws
+from tfb.inputs import Batch, align, evaluating
+from tfb.sampling import SamplingState
+
 # Arguments of ``generate`` that move rows between draws or need a second model.
 REFUSED = {
     "assistant_model": "assisted decoding verifies the tokens of another model",
@@ -100,3 +104,31 @@ def end_tokens(options: dict[str, Any], config: Any) -> list[int]:
     """The ids that end a row, from generate's options or the model's generation configuration."""
     end = options.get("eos_token_id", config.eos_token_id)
     return [] if end is None else [end] if isinstance(end, int) else [int(e) for e in end]
+
+
+@torch.no_grad()
+def run_generation(
+    bayes: Any, batch: Batch, draws: Draws, per_draw: bool, options: dict[str, Any]
+) -> Generation:
+    """See ``BayesianModel.generate``, whose arguments these are."""
+    if bayes.task != "CAUSAL_LM":
+        raise ValueError(f"generate: needs a causal language model, not {bayes.task}")
+    if draws.noise != "weight":
+        raise ValueError("generate: needs weight noise, one weight sample for all steps")
+    check_arguments(options, bayes.base.generation_config)
+    inputs = align(batch, "left", bayes.device)
+    T, S = inputs["input_ids"].shape[1], len(draws)
+    averager = None if per_draw else Averager(S)
+    state = SamplingState(bayes.base, draws, cached=True, diverged=per_draw, reduce=averager)
+    if per_draw:
+        inputs = {
+            k: v.repeat(S, *([1] * (v.dim() - 1))) if isinstance(v, Tensor) else v
+            for k, v in inputs.items()
+        }
+    with evaluating(bayes.model), bayes.sampling_as(state):
+        found = bayes.model.generate(**inputs, **options)
+    sequences = getattr(found, "sequences", found)
+    if averager is None:
+        return Generation(sequences.unflatten(0, (S, -1)))
+    ends = end_tokens(options, bayes.base.generation_config)
+    return collect(sequences, averager, T, ends)

@@ -1,12 +1,13 @@
-"""A tokenizer's batch as the model's passes need it: checked, on one side, with position ids."""
+"""A batch as the model's passes need it: checked, padded on one side; the model in eval mode."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Batch = Mapping[str, Any]
 
@@ -54,3 +55,15 @@ def align(batch: Batch, side: str, device: torch.device) -> dict[str, Any]:
         if isinstance(value, Tensor) and value.shape == ids.shape:
             out[name] = value.gather(1, source)
     return out
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode; what was training before is again after."""
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from tfb.draws import Draws
 
 # Tokens x draws of one pass on a CPU. More bring no more speed there: the products are large
 # enough, and larger activations only leave the caches.
@@ -33,3 +36,24 @@ def draws_that_fit(base: Any, draws: int, input_ids: Tensor, tail: int | None) -
     free += reserved - torch.cuda.memory_allocated(input_ids.device)
     each = tokens * (4 * hidden + 3 * inner) * size
     return max(1, min(draws, int(_SHARE * free) // max(each, 1)))
+
+
+def chunks(
+    base: Any, draws: Draws, input_ids: Tensor, tail: int | None, draws_per_pass: int | None
+) -> Iterator[Draws]:
+    """The draws in parts that one forward pass takes; parts never split the draws of a stream that
+    stand side by side, and every part gives what it would give alone.
+
+    draws_per_pass: None chooses by ``draws_that_fit``.
+
+    Raises:
+        ValueError: draws_per_pass below 1.
+    """
+    S, run = len(draws), draws.tensors().draws_per_stream
+    if draws_per_pass is None:
+        draws_per_pass = draws_that_fit(base, S, input_ids, tail)
+    if draws_per_pass < 1:
+        raise ValueError(f"draws_per_pass={draws_per_pass}: expected at least 1")
+    step = max(run, draws_per_pass // run * run)
+    for start in range(0, S, step):
+        yield draws if step >= S else draws[start : start + step]

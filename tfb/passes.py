@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from tfb.draws import Draws
+from tfb.inputs import Batch, evaluating
 from tfb.prefix import SharedPrefix, find_shared_prefix, spread_cache
 from tfb.sampling import SamplingState, no_sampling
 from tfb.tail import tail_inputs
@@ -134,3 +136,22 @@ def _tail(bayes: Any, inputs: dict[str, Any], plan: Plan, cache: DynamicCache | 
                 hidden = backbone(**rest, past_key_values=cache).last_hidden_state
                 logits = bayes.base.score(hidden[:, last])
     return logits.transpose(0, 1)
+
+
+def hidden_norms(bayes: Any, batch: Batch, draws: Draws) -> Tensor:
+    """See ``BayesianModel.hidden_norms``."""
+    if bayes.mode != "full":
+        raise ValueError(f"hidden-state norms need mode='full', not {bayes.mode!r}")
+    inputs, rows = bayes.inputs(batch, "full")
+    mask = inputs["attention_mask"]
+    S = len(draws)
+    with evaluating(bayes.model), bayes.sampling(draws):
+        hidden = bayes.model(**inputs, output_hidden_states=True).hidden_states[-1]
+    if hidden.shape[0] == rows:  # noise in the head alone: below it all draws agree
+        hidden = hidden.repeat(S, 1, 1)
+    if bayes.task == "CAUSAL_LM":
+        pooled = hidden[:, -1]
+    else:
+        weight = mask.repeat(S, 1)[..., None].to(hidden.dtype)
+        pooled = (hidden * weight).sum(1) / weight.sum(1)
+    return torch.linalg.vector_norm(pooled, dim=-1).unflatten(0, (S, rows))
