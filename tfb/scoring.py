@@ -211,7 +211,7 @@ def _write_parquet(results: Iterable[dict[str, Any]], path: Path) -> int:
             writer.write_table(pa.Table.from_pylist(block, schema=schema))
             count += len(block)
         if writer is None:
-            raise ValueError(f"no results, so nothing to write as Parquet")
+            raise ValueError("no results, so nothing to write as Parquet")
     finally:
         if writer is not None:
             writer.close()
