@@ -12,6 +12,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+# The models here are tiny: a second thread costs more than it brings, tenfold on a busy machine.
+torch.set_num_threads(1)
+
 # Read once too, when Triton is imported: without a GPU its kernels are interpreted.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

@@ -1,0 +1,103 @@
+"""Options of the benchmarks, and what is measured once for all: the device's ceilings."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# Read once, when huggingface_hub and Triton are imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("TRITON_INTERPRET", None)
+
+import pytest
+import torch
+
+from benchmarks.harness import Bench, measure_ceilings
+
+FOLDER = Path(__file__).resolve().parent
+_BENCH = pytest.StashKey[Bench]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("tfb benchmarks")
+    group.addoption("--record", action="store_true", help="append rows to benchmarks/results")
+    group.addoption("--toy", action="store_true", help="toy sizes, three rounds (no GPU: implied)")
+    group.addoption("--point-seconds", type=float, help="time for the rounds of one point")
+
+
+@pytest.fixture(scope="session")
+def bench(request: pytest.FixtureRequest) -> Bench:
+    """The session's device, sizes and results; ceilings are measured here, once."""
+    _refuse_interpreter()
+    option = request.config.getoption
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    wanted = option("--record") or os.environ.get("TFB_BENCH_RECORD") == "1"
+    folder = Path(os.environ.get("TFB_BENCH_RESULTS") or FOLDER / "results")
+    made = Bench(
+        device=device,
+        dtype=dtype,
+        toy=option("--toy"),
+        seconds=option("--point-seconds") or (1.0 if device.type == "cuda" else 120.0),
+        results=folder if wanted else None,
+        ceilings=measure_ceilings(device, dtype),
+    )
+    request.config.stash[_BENCH] = made
+    return made
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder with the reference models, adapters and data; skips where there is none."""
+    configured = os.environ.get("TFB_SHARED")
+    folder = Path(configured) if configured else FOLDER.parent.parent / "shared"
+    if not (folder / "data").is_dir():
+        where = "TFB_SHARED" if configured else "the folder 'shared' beside the repository"
+        pytest.skip(f"reference models and data not found: {where} has no folder 'data'")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _inference() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the next point may need all of the memory
+
+
+def _refuse_interpreter() -> None:
+    from tfb_kernels.launch import INTERPRET
+
+    if INTERPRET:
+        raise pytest.UsageError(
+            "Triton interprets its kernels in this process (were tests/ collected with "
+            "benchmarks/?); run pytest on benchmarks/ alone"
+        )
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """One line a point: contenders' time over ours, so above 1 is slower than ours."""
+    made = config.stash.get(_BENCH, None)
+    if made is None or not made.rows:
+        return
+    terminalreporter.section("contenders' time / ours: median [quartiles]")
+    for row in made.rows:
+        name = " ".join(f"{k}={v}" for k, v in row["point"].items())
+        terminalreporter.write_line(f"{row['suite']} {row['measure']}: {name}")
+        if "skipped_point" in row:
+            terminalreporter.write_line(f"    skipped: {row['skipped_point']}")
+            continue
+        for contender, r in row["ratios"].items():
+            terminalreporter.write_line(
+                f"    {contender:16} {r['median']:8.3f} [{r['q25']:.3f}, {r['q75']:.3f}]"
+            )
+        if row["toy"]:
+            continue  # targets are for real sizes
+        for missed in (t for t in row["targets"] if not t["met"]):
+            terminalreporter.write_line(
+                f"    MISSED {missed['name']}: {missed['value']:.3g}, bound {missed['bound']:.3g}"
+            )
+        for loss in row["losses"]:
+            terminalreporter.write_line(f"    LOSS {loss}")

@@ -1,0 +1,103 @@
+"""What a measurement was taken on: hardware, versions and commit; no host names, no paths."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "triton", "transformers", "peft", "numpy")
+
+
+@cache
+def environment() -> dict[str, Any]:
+    """Hardware, versions, commit and thread count of this process, for a result row.
+
+    GPU memory in GiB, clocks in MHz (at the time of the first call), None where unknown.
+    """
+    return {
+        "cpu": {"model": _cpu_model(), "cores": os.cpu_count()},
+        "gpu": _gpu() if torch.cuda.is_available() else None,
+        "versions": _versions(),
+        "commit": _commit(),
+        "torch_threads": torch.get_num_threads(),
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or platform.machine()
+    lines = (line.partition(":") for line in text.splitlines())
+    names = [value.strip() for key, _, value in lines if key.strip() == "model name"]
+    return names[0] if names else platform.machine()
+
+
+def _gpu() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(0)
+    found: dict[str, Any] = {
+        "name": properties.name,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "processors": properties.multi_processor_count,
+        "l2_mib": round(l2_bytes() / 2**20, 1),
+        "driver": None,
+        "sm_clock_mhz": None,
+        "sm_clock_max_mhz": None,
+    }
+    query = "driver_version,clocks.sm,clocks.max.sm"
+    command = ["nvidia-smi", "-i", "0", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
+    answer = _output(command)
+    fields = [f.strip() for f in answer.split(",")] if answer else []
+    if len(fields) == 3:
+        found["driver"] = fields[0]
+        for name, value in zip(("sm_clock_mhz", "sm_clock_max_mhz"), fields[1:], strict=True):
+            found[name] = int(value) if value.isdigit() else None
+    return found
+
+
+def l2_bytes() -> int:
+    """Size of the GPU's last cache in bytes; 64 MiB where torch does not know."""
+    properties = torch.cuda.get_device_properties(0)
+    return int(getattr(properties, "L2_cache_size", 0)) or 64 << 20
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    import tfb
+
+    found["tfb"] = tfb.__version__  # also right where tfb is on the path and not installed
+    found["cuda"] = torch.version.cuda
+    found["hip"] = torch.version.hip
+    return found
+
+
+def _commit() -> dict[str, Any]:
+    """Commit, and whether files other than results differ from it. TFB_COMMIT names the commit
+    where a copy of the sources has no .git."""
+    commit = _output(["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"])
+    if commit is None:
+        return {"id": os.environ.get("TFB_COMMIT"), "dirty": None}
+    status = _output(["git", "-C", str(REPOSITORY), "status", "--porcelain"]) or ""
+    changed = [line[3:] for line in status.splitlines()]
+    return {"id": commit, "dirty": any(not f.startswith("benchmarks/results") for f in changed)}
+
+
+def _output(command: list[str]) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.rstrip("\n")

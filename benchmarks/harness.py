@@ -1,0 +1,318 @@
+"""Side-by-side timing: all contenders of a point interleaved in one run, one JSON line a point.
+
+Each round times every contender once, in an order that rotates, and ours last by pytest-benchmark
+itself; ratios are taken within rounds, so that what disturbs a whole round cancels. "ours_again"
+is ours once more among the contenders: its ratio shows what the method cannot tell apart.
+
+A timed call is ``repeats`` steps over ``copies`` sets of buffers, together larger than the last
+cache of a GPU, and lasts at least ``MIN_TIME``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.environment import environment, l2_bytes
+
+MIN_TIME = 2e-3  # seconds of a timed call: far above a launch and the clock's resolution
+MAX_COPIES = 64
+LOSS = 1.03  # a contender faster than ours by more than this is flagged
+MAX_REPEATS = 1000
+
+Step = Callable[[int], object]
+"""One operation on buffer set i; what it returns is dropped."""
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Measured here: copy bandwidth in bytes/s (read and written bytes both count) and matrix
+    product throughput in FLOP/s of one dtype."""
+
+    copy: float
+    matmul: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """The least that an operation must move (bytes) and compute (FLOP)."""
+
+    bytes: float
+    flops: float
+
+
+@dataclass
+class Bench:
+    """What the points of a session share; made once by conftest.
+
+    seconds: time for one point's rounds; the number of rounds follows from it.
+    results: folder of the JSON lines, None to write nothing.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    toy: bool
+    seconds: float
+    results: Path | None
+    ceilings: Ceilings
+    rows: list[Row] = field(default_factory=list)
+
+    def for_kernels(self) -> Bench:
+        """The same session for suites whose sizes only a GPU can run; a CPU gets toy sizes."""
+        return self if self.device.type == "cuda" else replace(self, toy=True)
+
+    def copies(self, nbytes: int) -> int:
+        """Buffer sets of ``nbytes`` that exceed twice the last cache, bounded by memory."""
+        if self.device.type != "cuda":
+            return 2
+        wanted = math.ceil(2 * l2_bytes() / nbytes)
+        memory = torch.cuda.get_device_properties(0).total_memory
+        return max(1, min(wanted, MAX_COPIES, int(memory / 4 // nbytes)))
+
+
+# --- clock ----------------------------------------------------------------------------------------
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def elapsed(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, from an idle device to an idle device; pytest-benchmark's clock."""
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """The best of several copies of a large tensor and products of large square matrices."""
+    large = device.type == "cuda"
+    source = torch.empty((2 << 30) if large else (64 << 20), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    size = 8192 if large else 1024
+    a = torch.randn(size, size, dtype=dtype, device=device)
+
+    def best(call: Callable[[], object]) -> float:
+        call()
+        return min(elapsed(call, device) for _ in range(10))
+
+    return Ceilings(
+        copy=2 * source.numel() / best(lambda: target.copy_(source)),
+        matmul=2 * size**3 / best(lambda: a @ a),
+    )
+
+
+class Contender:
+    """A step repeated over rotating buffer sets, or a CUDA graph of the repetitions."""
+
+    def __init__(self, name: str, step: Step, copies: int, device: torch.device) -> None:
+        """Warms up on every buffer set, then finds how many steps a timed call needs."""
+        self.name, self.step, self.copies, self.device = name, step, copies, device
+        self.graph: Any = None
+        self.repeats = copies
+        self.run()  # compiles, allocates, fills caches
+        once = min(elapsed(self.run, device) for _ in range(2)) / copies
+        self.repeats = max(copies, min(math.ceil(MIN_TIME / once), MAX_REPEATS))
+        self.seconds = once * self.repeats
+
+    def run(self) -> None:
+        if self.graph is not None:
+            self.graph.replay()
+            return
+        for i in range(self.repeats):
+            self.step(i % self.copies)
+
+    def captured(self) -> Contender:
+        """The same repetitions as one CUDA graph."""
+        twin = object.__new__(Contender)
+        twin.__dict__.update(self.__dict__, name=f"{self.name}_graph")
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self.step(0)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.run()
+        twin.graph = graph
+        return twin
+
+
+# --- comparison -----------------------------------------------------------------------------------
+
+
+def compare(
+    benchmark: Any,
+    bench: Bench,
+    suite: str,
+    measure: str,
+    point: Mapping[str, Any],
+    steps: Mapping[str, Step],
+    *,
+    copies: int = 1,
+    graphs: Iterable[str] = (),
+    unit: str | None = None,
+    parts: Collection[str] = (),
+    skipped: Mapping[str, str] | None = None,
+    work: Work | None = None,
+    judge: Callable[[Row], list[Row]] | None = None,
+    rounds: tuple[int, int] = (15, 40),
+    details: Mapping[str, Any] | None = None,
+) -> Row:
+    """Time ``steps`` ("ours" among them) side by side, keep the row, record it if asked to.
+
+    Args:
+        suite: the results file. measure: what of the point is timed. point: its configuration.
+        graphs: steps to time as CUDA graphs too, as "<name>_graph" (on a GPU).
+        unit: a step in whose time the others are expressed as well, paired like the ratios.
+        parts: steps that are part of the work and no rivals, so never a loss.
+        skipped: contenders that are left out, and why.
+        judge: from the finished row to targets {name, value, bound, met}.
+        rounds: the fewest and the most; between them ``bench.seconds`` decides.
+
+    Returns:
+        The row. Contenders that run out of GPU memory are skipped with that reason.
+    """
+    left_out = dict(skipped or {})
+    contenders = _start(bench, steps, copies, graphs, left_out)
+    mine = contenders.pop("ours")
+    total = mine.seconds + sum(c.seconds for c in contenders.values())
+    fewest, most = (3, 3) if bench.toy else rounds
+    count = max(fewest, min(most, int(bench.seconds / total)))
+    names = list(contenders)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    turn = 0
+
+    def others() -> None:
+        nonlocal turn
+        for i in range(len(names)):
+            name = names[(i + turn) % len(names)]
+            seconds[name].append(elapsed(contenders[name].run, bench.device))
+        turn += 1
+        synchronize(bench.device)
+
+    def timed() -> None:
+        mine.run()
+        synchronize(bench.device)
+
+    benchmark.pedantic(timed, setup=others, rounds=count, iterations=1)
+    # Disabled (--benchmark-disable), pytest-benchmark runs once and keeps no time.
+    own = [elapsed(timed, bench.device)] if benchmark.disabled else benchmark.stats.stats.data
+    seconds = {"ours": list(own), **seconds}
+    contenders = {"ours": mine, **contenders}
+    each = {k: np.array(v) / contenders[k].repeats for k, v in seconds.items()}
+    row: Row = {
+        "suite": suite,
+        "measure": measure,
+        "point": dict(point),
+        "device": bench.device.type,
+        "toy": bench.toy,
+        "contenders": {
+            k: {**_quantiles(v), "rounds": len(v), "repeats": contenders[k].repeats}
+            for k, v in each.items()
+        },
+        "ratios": {k: _quartiles(v / each["ours"]) for k, v in each.items() if k != "ours"},
+        "skipped": left_out,
+        **(details or {}),
+    }
+    if unit is not None:
+        units = {k: _quartiles(v / each[unit]) for k, v in each.items() if k != unit}
+        row["in_units_of"] = {"name": unit, "ratios": units}
+    if work is not None:
+        row["floor"] = _floor(work, bench.ceilings, row["contenders"])
+    exempt = {"ours_again", unit, *parts}
+    row["losses"] = [
+        f"{k} is {1 / r['median']:.2f}x faster"
+        for k, r in row["ratios"].items()
+        if r["median"] < 1 / LOSS and k not in exempt and not k.endswith("_graph")
+    ]
+    row["targets"] = judge(row) if judge else []
+    benchmark.extra_info.update(seconds={k: row["contenders"][k]["median"] for k in names})
+    return record(bench, row)
+
+
+def record_skip(bench: Bench, suite: str, measure: str, point: Mapping[str, Any], why: str) -> None:
+    """A row that says why a point has no measurement."""
+    row = {"suite": suite, "measure": measure, "point": dict(point), "skipped_point": why}
+    record(bench, row | {"device": bench.device.type, "toy": bench.toy})
+
+
+def record(bench: Bench, row: Row) -> Row:
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    row |= {"environment": environment(), "date": now}
+    bench.rows.append(row)
+    if bench.results is not None:
+        bench.results.mkdir(parents=True, exist_ok=True)
+        with (bench.results / f"{row['suite']}.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+    return row
+
+
+def _start(
+    bench: Bench,
+    steps: Mapping[str, Step],
+    copies: int,
+    graphs: Iterable[str],
+    left_out: dict[str, str],
+) -> dict[str, Contender]:
+    """The contenders, warmed up; what does not fit in memory goes to ``left_out``."""
+    found: dict[str, Contender] = {}
+    for name, step in steps.items():
+        try:
+            found[name] = Contender(name, step, copies, bench.device)
+        except torch.OutOfMemoryError:
+            left_out[name] = "out of memory"
+    if "ours" not in found:
+        raise RuntimeError(f"ours could not run: {left_out['ours']}")
+    found["ours_again"] = Contender("ours_again", steps["ours"], copies, bench.device)
+    if bench.device.type == "cuda":
+        for name in graphs:
+            if name in found:
+                twin = found[name].captured()
+                found[twin.name] = twin
+    return found
+
+
+# --- summaries ------------------------------------------------------------------------------------
+
+
+def _quantiles(values: np.ndarray) -> dict[str, float]:
+    names = {"median": 0.5, "q10": 0.1, "q25": 0.25, "q75": 0.75, "q90": 0.9}
+    return {k: float(np.quantile(values, q)) for k, q in names.items()}
+
+
+def _quartiles(values: np.ndarray) -> dict[str, float]:
+    return {k: v for k, v in _quantiles(values).items() if k in ("median", "q25", "q75")}
+
+
+def _floor(work: Work, ceilings: Ceilings, contenders: Mapping[str, Any]) -> dict[str, float]:
+    """The time that the measured ceilings allow, and the share of it in ours at its best."""
+    seconds = max(work.bytes / ceilings.copy, work.flops / ceilings.matmul)
+    best = min(c["median"] for k, c in contenders.items() if k in ("ours", "ours_graph"))
+    return {
+        "seconds": seconds,
+        "fraction": seconds / best,
+        "bytes": work.bytes,
+        "flops": work.flops,
+        "copy_bytes_per_second": ceilings.copy,
+        "matmul_flops_per_second": ceilings.matmul,
+    }
+
+
+def target(name: str, value: float, bound: float, *, at_least: bool) -> Row:
+    """A target's value and bound, and whether it is met."""
+    met = value >= bound if at_least else value <= bound
+    return {"name": name, "value": value, "bound": bound, "at_least": at_least, "met": met}

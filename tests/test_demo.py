@@ -1,0 +1,129 @@
+"""The embedded demo: an adapter that is over-fitted as it says, and the whole way on few rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import tfb
+from tfb import Draws, demo, digits
+from tfb.metrics import Evaluation, Metrics, evaluate
+from tfb.report import PAGE, PICTURES
+from tfb.rows import Row
+from tfb.scoring import encode, predict_rows
+
+
+def measured(bayes: tfb.BayesianModel, tokenizer: Any, split: str) -> Metrics:
+    """The plain adapter on a whole split."""
+    rows = [
+        Row(r["id"], r["prompt"], tuple(r["choices"]), None, r["label"]) for r in digits.rows(split)
+    ]
+    encoded = encode(bayes, rows, tokenizer)
+    probs = predict_rows(bayes, encoded, Draws.mean()).probs
+    return evaluate(probs, torch.tensor(encoded.labels))
+
+
+def test_adapter_is_overfitted() -> None:
+    """Train rows all right; held-out accuracy lower and confidence above it, each by more than 5
+    binomial standard errors; worse still on shifted digits."""
+    base = tfb.load_base(digits.BASE, digits.ADAPTER)
+    bayes = tfb.bayesianize(tfb.load_adapter(base, digits.ADAPTER))
+    tokenizer = AutoTokenizer.from_pretrained(str(digits.BASE))
+    train, test, shifted = (measured(bayes, tokenizer, s) for s in ("train", "test", "shifted"))
+    assert train.accuracy == 1.0
+    for m, below in ((test, 1.0), (shifted, test.accuracy)):
+        error = (m.accuracy * (1 - m.accuracy) / m.rows) ** 0.5
+        assert 0.2 < m.accuracy < below - 5 * error  # and above the 10 % of guessing
+        assert m.miscalibration > 4 * error
+
+
+def test_the_whole_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the first 60 rows of each split, into the default folder, which is replaced."""
+    original = digits.rows
+    monkeypatch.setattr(digits, "rows", lambda name: original(name)[:60])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo_out").mkdir()
+    (tmp_path / "demo_out" / PAGE).write_text("an earlier demo")
+    demo.run(None, draws=2)
+    text = capsys.readouterr().out
+    assert "Searching sigma on 60 held-out anchors" in text
+    for part in ("temperature fitted on the same anchors: ", "(objective min_nll): ", "s in all)"):
+        assert part in text
+    for split in ("test", "shifted"):
+        for method in ("deterministic", "temperature-scaled", "tfb max_variance", "tfb min_nll"):
+            assert any(split in line and method in line for line in text.splitlines())
+        assert f"{split}: lowest NLL " in text
+    assert sorted(p.name for p in (tmp_path / "demo_out").iterdir()) == sorted([*PICTURES, PAGE])
+    page = (tmp_path / "demo_out" / PAGE).read_text()
+    assert page.count("<img") == 3 and "Digits: an over-fitted adapter" in page
+    assert page.count("<tr><td>") == 8
+
+
+@pytest.mark.parametrize("folder", [None, "mine"])
+def test_a_folder_in_use_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str | None
+) -> None:
+    """The default folder may hold an earlier report, and nothing else."""
+
+    def unexpected(*_: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(tfb, "load_base", unexpected, raising=False)
+    monkeypatch.chdir(tmp_path)
+    used = tmp_path / (folder or "demo_out")
+    used.mkdir()
+    (used / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=f"{used.name} already holds something"):
+        demo.run(None if folder is None else Path(folder), draws=2)
+    assert [p.name for p in used.iterdir()] == ["notes.txt"]
+
+
+# --- verdict ------------------------------------------------------------------------------------
+
+LABELS = torch.tensor([0, 0, 0, 1])
+
+
+def claimed(name: str, confidence: float, dataset: str = "test") -> Evaluation:
+    """Class 0 with this confidence on each row; right on three of four."""
+    return Evaluation(name, dataset, torch.tensor([[confidence, 1 - confidence]] * 4), LABELS)
+
+
+def test_verdict_says_what_helps() -> None:
+    assert demo.verdict([claimed("deterministic", 0.99), claimed("tfb", 0.75)]) == [
+        "test: tfb improves NLL, ECE, Brier against the plain adapter.",
+        "test: lowest NLL tfb, lowest ECE tfb.",
+    ]
+
+
+def test_verdict_says_what_hurts() -> None:
+    found = [claimed("deterministic", 0.7), claimed("tfb", 0.55), claimed("tfb b", 0.99)]
+    lines = demo.verdict(found)
+    assert lines[0] == "test: tfb worsens NLL, ECE, Brier against the plain adapter."
+    assert lines[1] == "test: tfb b worsens NLL, ECE, Brier against the plain adapter."
+    assert lines[2] == "test: lowest NLL deterministic, lowest ECE deterministic."
+
+
+def test_verdict_of_mixed_and_equal_figures() -> None:
+    """.75 is calibrated, .65 is .1 below it; a wrong sure row costs more NLL than ECE."""
+    better = Evaluation(
+        "tfb", "test", torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.9, 0.1], [0.6, 0.4]]), LABELS
+    )
+    mixed = demo.verdict([claimed("deterministic", 0.75), better, claimed("tfb same", 0.75)])
+    assert mixed[0] == "test: tfb improves NLL, Brier and worsens ECE against the plain adapter."
+    assert mixed[1] == "test: tfb same changes nothing against the plain adapter."
+
+
+def test_verdict_keeps_data_sets_apart() -> None:
+    found = [
+        claimed("deterministic", 0.99), claimed("tfb", 0.75),
+        claimed("deterministic", 0.75, "shifted"), claimed("tfb", 0.99, "shifted"),
+    ]  # fmt: skip
+    lines = demo.verdict(found)
+    assert [line.split(":")[0] for line in lines] == ["test", "test", "shifted", "shifted"]
+    assert "improves" in lines[0] and "worsens" in lines[2]

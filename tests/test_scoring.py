@@ -1,0 +1,335 @@
+"""Scoring of many rows: the same numbers as ``predict`` row by row, in the rows' order."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from models import CASES, FIRST_TOKEN, VOCAB, exact
+from transformers import AutoTokenizer
+
+import tfb
+from tfb import Draws, digits, scoring
+from tfb.batching import EncodedRows
+from tfb.rows import Row, RowError
+from tfb.scoring import (
+    Predictions,
+    check_rows,
+    encode,
+    pad_token,
+    predict_rows,
+    score,
+    write_results,
+)
+
+SINGLE = 2.0**-24  # Predictions are float32: one rounding of a float64 model's probability
+COLUMNS = ("total", "aleatoric", "epistemic", "agreement", "standard_error")
+
+
+@pytest.fixture(scope="module")
+def bayes() -> tfb.BayesianModel:
+    model = tfb.bayesianize(exact(CASES["llama"].build()), seed=3)
+    model.sigma = 0.1
+    return model
+
+
+@pytest.fixture(scope="module")
+def demo() -> tuple[tfb.BayesianModel, Any]:
+    """The embedded model with its tokenizer."""
+    base = tfb.load_base(digits.BASE, digits.ADAPTER)
+    model = tfb.bayesianize(tfb.load_adapter(base, digits.ADAPTER))
+    model.sigma = 0.01
+    return model, AutoTokenizer.from_pretrained(str(digits.BASE))
+
+
+LENGTHS = (5, 2, 7, 4, 7, 3, 2, 6)
+CHOICES = (3, 4, 3, 2, 4, 4, 3, 2)
+
+
+def tokens() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(FIRST_TOKEN, VOCAB, (n,), generator=generator).tolist() for n in LENGTHS]
+
+
+MIXED = EncodedRows(
+    ids=[f"r{i}" for i in range(8)],
+    input_ids=tokens(),
+    label_ids=[tuple(range(10 + i, 10 + i + k)) for i, k in enumerate(CHOICES)],
+    labels=[0, None, 1, 0, 1, 2, None, 1],
+    choices=[tuple(map(str, range(k))) for k in CHOICES],
+)
+
+
+def digit_rows(n: int, *, labels: bool = True) -> list[Row]:
+    """Test digits; every third is cut to fewer lines, every other has fewer choices."""
+    made = []
+    for i, r in enumerate(digits.rows("test")[:n]):
+        lines = r["prompt"].split("\n")
+        prompt = "\n".join(lines[i % 3 * 2 :])
+        choices = tuple(r["choices"][: 10 if i % 2 else 4])
+        label = r["label"] if labels and r["label"] < len(choices) else None
+        made.append(Row(r["id"], prompt, choices, None, label, f"digits:{i}"))
+    return made
+
+
+# --- predict_rows -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 50])
+@pytest.mark.parametrize("draws", [4, Draws.mean(), Draws.iid(3, 0.2, seed=9)])
+def test_rows_are_predicted_as_each_alone(
+    bayes: tfb.BayesianModel, batch_size: int, draws: int | Draws
+) -> None:
+    """In the original order, whatever the lengths, numbers of choices and batches."""
+    seen: list[int] = []
+    found = predict_rows(
+        bayes, MIXED, draws, batch_size=batch_size, keep_draws=True, progress=seen.append
+    )
+    assert sum(seen) == 8 and max(seen) <= batch_size
+    S = draws if isinstance(draws, int) else len(draws)
+    assert found.probs.shape == (8, 4) and found.draw_probs is not None
+    assert found.draw_probs.shape == (S, 8, 4)
+    for i, k in enumerate(CHOICES):
+        ids = torch.tensor([MIXED.input_ids[i]])
+        row = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        p = bayes.predict(row, draws, label_ids=torch.tensor(MIXED.label_ids[i]), keep_draws=True)
+        close = {"rtol": 2 * SINGLE, "atol": 2 * SINGLE}
+        torch.testing.assert_close(found.probs[i, :k], p.probs[0].float(), **close)
+        assert p.draw_probs is not None
+        torch.testing.assert_close(found.draw_probs[:, i, :k], p.draw_probs[:, 0].float(), **close)
+        assert not found.probs[i, k:].any() and not found.draw_probs[:, i, k:].any()
+        best = int(p.prediction)
+        wanted = (p.total, p.aleatoric, p.epistemic, p.agreement, p.standard_error[:, best])
+        for name, value in zip(COLUMNS, wanted, strict=True):
+            torch.testing.assert_close(getattr(found, name)[i], value[0].float(), **close)
+
+
+def test_draws_average_to_the_prediction(bayes: tfb.BayesianModel) -> None:
+    found = predict_rows(bayes, MIXED, 6, keep_draws=True)
+    assert found.draw_probs is not None
+    torch.testing.assert_close(
+        found.draw_probs.double().mean(0).float(), found.probs, rtol=2 * SINGLE, atol=2 * SINGLE
+    )
+    assert predict_rows(bayes, MIXED, 6).draw_probs is None
+
+
+def test_batch_size_in_float32_stays_in_the_budget(bayes: tfb.BayesianModel) -> None:
+    """Budget: twice the error of a float32 pass against the float64 model of the same weights."""
+    single = tfb.bayesianize(CASES["llama"].build(), seed=3)
+    draws = Draws.antithetic(4, 0.1, seed=3)
+    truth = predict_rows(bayes, MIXED, draws).probs
+    eager = predict_rows(single, MIXED, draws).probs
+    budget = 2 * float((eager - truth).abs().max()) + SINGLE
+    for batch_size in (1, 3):
+        found = predict_rows(single, MIXED, draws, batch_size=batch_size).probs
+        assert float((found - truth).abs().max()) <= budget < 1e-4
+
+
+def test_classification_rows(bayes: tfb.BayesianModel) -> None:
+    head = tfb.bayesianize(exact(CASES["llama_classifier"].build()), seed=3)
+    text = EncodedRows(MIXED.ids, MIXED.input_ids, None, [None] * 8, None, num_labels=3)
+    draws = Draws.antithetic(4, 0.1)
+    found = predict_rows(head, text, draws, batch_size=3)
+    assert found.probs.shape == (8, 3)
+    for i, ids in enumerate(MIXED.input_ids):
+        row = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)).long()}
+        torch.testing.assert_close(
+            found.probs[i], head.predict(row, draws).probs[0].float(),
+            rtol=2 * SINGLE, atol=2 * SINGLE,
+        )  # fmt: skip
+
+
+def test_nan_names_the_row() -> None:
+    broken = tfb.bayesianize(CASES["llama"].build(), seed=3)
+    bad = MIXED.input_ids[4][0]  # poison one token of row r4, which others may share
+    with torch.no_grad():
+        broken.base.model.embed_tokens.weight[bad] = float("nan")
+    hit = [i for i, ids in enumerate(MIXED.input_ids) if bad in ids]
+    with pytest.raises(ValueError, match=r"row r[0-7]: the model returned NaN or Inf") as caught:
+        predict_rows(broken, MIXED, Draws.mean())
+    assert str(caught.value)[5] in map(str, hit)
+
+
+def test_padding_token_comes_from_the_model_then_the_tokenizer() -> None:
+    def owner(value: Any) -> Any:
+        return SimpleNamespace(pad_token_id=value)
+
+    def model(value: Any) -> Any:
+        return SimpleNamespace(base=SimpleNamespace(config=owner(value)))
+
+    assert pad_token(model(7), owner(5)) == 7
+    assert pad_token(model(None), owner(5)) == 5
+    assert pad_token(model(None)) == pad_token(model(None), owner(None)) == 0
+    assert pad_token(model(0), owner(5)) == 0
+
+
+# --- score --------------------------------------------------------------------------------------
+
+
+def test_scores_are_those_of_predict_rows(demo: tuple[tfb.BayesianModel, Any]) -> None:
+    model, tokenizer = demo
+    rows = digit_rows(20)
+    results = list(score(rows, model, tokenizer, draws=4, batch_size=7, per_draw=True))
+    found = predict_rows(model, encode(model, rows, tokenizer), 4, batch_size=7, keep_draws=True)
+    assert [r["id"] for r in results] == [r.id for r in rows]
+    for i, (row, result) in enumerate(zip(rows, results, strict=True)):
+        assert row.choices is not None and found.draw_probs is not None
+        k = len(row.choices)
+        assert result["probs"] == found.probs[i, :k].tolist()
+        assert sum(result["probs"]) == pytest.approx(1, abs=k * SINGLE)
+        assert result["prediction"] == max(range(k), key=result["probs"].__getitem__)
+        assert result["choice"] == row.choices[result["prediction"]]
+        assert result["label"] == row.label
+        assert result["draw_probs"] == found.draw_probs[:, i, :k].tolist()
+        assert all(result[name] == float(getattr(found, name)[i]) for name in COLUMNS)
+    assert {r.label for r in rows} >= {None, 0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("per_draw", [False, True])
+def test_columns(demo: tuple[tfb.BayesianModel, Any], per_draw: bool) -> None:
+    """Unlabelled rows have a null label; one stream has no standard error."""
+    model, tokenizer = demo
+    (result,) = score(digit_rows(1, labels=False), model, tokenizer, draws=2, per_draw=per_draw)
+    assert list(result) == [
+        "id", "prediction", "choice", "probs", *COLUMNS, "label", *["draw_probs"] * per_draw
+    ]  # fmt: skip
+    assert result["label"] is None and result["standard_error"] is None
+
+
+def test_scores_stream_in_order_one_window_ahead(
+    demo: tuple[tfb.BayesianModel, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = demo
+    monkeypatch.setattr(scoring, "WINDOW", 4)
+    rows, taken = digit_rows(10), 0
+
+    def source() -> Iterator[Row]:
+        nonlocal taken
+        for row in rows:
+            taken += 1
+            yield row
+
+    for i, result in enumerate(score(source(), model, tokenizer, draws=2)):
+        assert result["id"] == rows[i].id
+        assert i < taken <= i + 4
+    assert taken == 10
+
+
+def test_window_size_does_not_matter(
+    demo: tuple[tfb.BayesianModel, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other windows make other batches; budget as above, from a pass of each row alone."""
+    model, tokenizer = demo
+    rows = digit_rows(10)
+    encoded = encode(model, rows, tokenizer)
+    whole = predict_rows(model, encoded, 4).probs
+    budget = 2 * float((predict_rows(model, encoded, 4, batch_size=1).probs - whole).abs().max())
+    monkeypatch.setattr(scoring, "WINDOW", 3)
+    for i, result in enumerate(score(rows, model, tokenizer, draws=4)):
+        difference = torch.tensor(result["probs"]) - whole[i, : len(result["probs"])]
+        assert float(difference.abs().max()) <= budget + 2 * SINGLE < 1e-4
+
+
+def test_classification_results_have_no_choice() -> None:
+    head = tfb.bayesianize(CASES["llama_classifier"].build(), seed=3)
+    head.sigma = 0.1
+    tokenizer = AutoTokenizer.from_pretrained(str(digits.BASE))
+    rows = [Row("t1", text="a b c", label=2), Row("t2", text="q p o n m l")]
+    results = list(score(rows, head, tokenizer, draws=4))
+    assert [(r["id"], r["label"]) for r in results] == [("t1", 2), ("t2", None)]
+    assert all("choice" not in r and len(r["probs"]) == 3 for r in results)
+    draws = Draws.antithetic(4, 0.1, seed=3)
+    batch = tokenizer(["a b c", "q p o n m l"], return_tensors="pt", padding=True)
+    wanted = head.predict({k: batch[k] for k in ("input_ids", "attention_mask")}, draws).probs
+    for result, p in zip(results, wanted, strict=True):
+        assert result["probs"] == pytest.approx(p.tolist(), abs=1e-5)
+
+
+# --- check_rows ---------------------------------------------------------------------------------
+
+
+def test_check_finds_a_bad_last_row(
+    demo: tuple[tfb.BayesianModel, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = demo
+    monkeypatch.setattr(scoring, "WINDOW", 4)
+    rows = digit_rows(9)
+    assert check_rows(iter(rows), tokenizer, model.task, model.base.config) == 9
+    long = replace(rows[0], id="long", prompt="a " * 200 + "=", source="f.jsonl:10")
+    with pytest.raises(RowError, match=r"f.jsonl:10 .*: 202 tokens, but the model takes 128; sho"):
+        check_rows([*rows, long], tokenizer, model.task, model.base.config)
+    text = Row("t", text="a b", source="f.jsonl:11")
+    with pytest.raises(RowError, match=r"f.jsonl:11 .*this is a text row"):
+        check_rows([*rows, text], tokenizer, model.task, model.base.config)
+    head = SimpleNamespace(num_labels=3, max_position_embeddings=64)
+    with pytest.raises(RowError, match="the label 3 is outside the model's 3 classes"):
+        check_rows([text, replace(text, label=3)], tokenizer, "SEQ_CLS", head)
+    assert check_rows([], tokenizer, model.task, model.base.config) == 0
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def test_both_formats_hold_the_same_values(
+    demo: tuple[tfb.BayesianModel, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several Parquet blocks, the first without any label; nulls stay nulls."""
+    model, tokenizer = demo
+    monkeypatch.setattr(scoring, "WINDOW", 4)
+    rows = digit_rows(4, labels=False) + digit_rows(10)[4:]
+    for draws in (2, 4):
+        results = list(score(rows, model, tokenizer, draws=draws, per_draw=True))
+        lines, table = tmp_path / f"{draws}.jsonl", tmp_path / f"{draws}.parquet"
+        assert write_results(iter(results), lines, "jsonl") == 10
+        assert write_results(iter(results), table, "parquet") == 10
+        from_lines = [json.loads(line) for line in lines.read_text().splitlines()]
+        assert from_lines == pq.read_table(table).to_pylist() == results
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "2.jsonl", "2.parquet", "4.jsonl", "4.parquet"
+    ]  # fmt: skip
+
+
+def failing(results: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    yield from results
+    raise RuntimeError("the model failed")
+
+
+@pytest.mark.parametrize("file_format", scoring.FORMATS)
+def test_failure_leaves_nothing(tmp_path: Path, file_format: str) -> None:
+    good = [{"id": "a", "prediction": 0, "probs": [0.5, 0.5], "total": 0.1, "label": None}]
+    path = tmp_path / "out"
+    with pytest.raises(RuntimeError, match="the model failed"):
+        write_results(failing(good), path, file_format)
+    assert not list(tmp_path.iterdir())
+    assert write_results(good, path, file_format) == 1
+    before = path.read_bytes()
+    with pytest.raises(RuntimeError):
+        write_results(failing(good * 2), path, file_format)
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_nan_never_reaches_a_json_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_results([{"id": "a", "total": float("nan")}], tmp_path / "out", "jsonl")
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_format_and_nothing_to_write(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="format 'csv': expected one of jsonl, parquet"):
+        write_results([], tmp_path / "out", "csv")
+    with pytest.raises(ValueError, match="no results, so nothing"):
+        write_results([], tmp_path / "out", "parquet")
+    assert not list(tmp_path.iterdir())
+    assert write_results([], tmp_path / "out", "jsonl") == 0
+
+
+def test_predictions_default_to_no_draws() -> None:
+    zeros = torch.zeros(1)
+    assert Predictions(zeros, zeros, zeros, zeros, zeros, zeros).draw_probs is None
