@@ -1,0 +1,167 @@
+"""What S draws cost in passes: full, last layers, last layer and tail, in one run.
+
+    mean        one pass of the deterministic adapter: the unit
+    base        one pass without any adapter
+    naive       10 PEFT forwards with materialised noise;  flipout   the same with Flipout noise
+    full_S      every draw through the whole model
+    quarter_10  noise in the last quarter of the blocks
+    last_S      noise in the head alone (last-layer TFB)
+    tail_S      noise at the last prompt position only (k = 1)
+
+On a CPU a random Llama of 8 layers; on a GPU the shape of Llama-3.1-8B. Times do not depend on the
+values of weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tfb
+from benchmarks.harness import Bench, Row, Step, compare, target
+from benchmarks.models import Case, flipout_loop, forward, naive_loop, reparameterized
+from tfb.draws import Draws
+
+SIGMA = 0.01
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A random Llama, and the batch that runs through it."""
+
+    name: str
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    rows: int
+    tokens: int
+
+
+CPU = Shape("Llama 8 x 512", 512, 1408, 8, 8, 4, 8192, 8, 256)
+TOY = Shape("toy", 32, 64, 4, 4, 2, 128, 2, 16)
+GPU = Shape("Llama-3.1-8B", 4096, 14336, 32, 32, 8, 128256, 50, 300)
+
+ADAPTERS = {
+    "r8-q,v,head": (8, ("q_proj", "v_proj", "lm_head")),
+    "r16-all": (16, ALL),
+}
+
+
+def model(shape: Shape, rank: int, targets: tuple[str, ...], bench: Bench) -> Any:
+    """A PEFT model with random weights, the same at every call."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.inner,
+        num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads, max_position_embeddings=2 * shape.tokens,
+        pad_token_id=0,
+    )  # fmt: skip
+    with torch.device(bench.device):
+        base = LlamaForCausalLM(config).to(bench.dtype)
+    lora = LoraConfig(
+        task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules=list(targets)
+    )
+    made = get_peft_model(base, lora)
+    for name, p in made.named_parameters():
+        if "lora_B" in name:
+            p.data.normal_(0, 0.02)
+    return made.eval()
+
+
+def steps(shape: Shape, rank: int, targets: tuple[str, ...], bench: Bench) -> dict[str, Step]:
+    """All contenders on one batch; models share the base's weights."""
+    source = model(shape, rank, targets, bench)
+    bayes = tfb.bayesianize(source)
+
+    def with_noise_in(layers: Any) -> Any:
+        twin = model(shape, rank, targets, bench)
+        _share_weights(source, twin)
+        return tfb.bayesianize(twin, layers=layers)
+
+    plain = model(shape, rank, targets, bench)
+    _share_weights(source, plain)
+    ids = torch.randint(1, shape.vocabulary, (shape.rows, shape.tokens), device=bench.device)
+    ids[:, 0] = torch.arange(1, shape.rows + 1, device=bench.device)  # no prefix in common
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    labels = torch.arange(10, 14, device=bench.device).expand(shape.rows, 4)
+    case = Case(shape.name, bayes, reparameterized(plain, bayes), batch, labels)
+    quarter = with_noise_in(tfb.last_layers(max(1, shape.layers // 4)))
+    last = with_noise_in(tfb.last_layers(0))
+
+    def ours(which: Any, draws: int, **mode: Any) -> Step:
+        chosen = Draws.antithetic(draws, SIGMA)
+        return lambda i: which.predict(batch, chosen, label_ids=labels, **mode)
+
+    def without_adapter(i: int) -> Tensor:
+        with bayes.model.disable_adapter():
+            return forward(case, bayes.model)
+
+    return {
+        "ours": ours(bayes, 10, mode="full"),
+        "mean": lambda i: forward(case, bayes.model),
+        "base": without_adapter,
+        "naive": lambda i: naive_loop(case, 10, SIGMA),
+        "flipout": lambda i: flipout_loop(case, 10, SIGMA),
+        "full_2": ours(bayes, 2, mode="full"),
+        "full_4": ours(bayes, 4, mode="full"),
+        "quarter_10": ours(quarter, 10),
+        "last_10": ours(last, 10),
+        "last_100": ours(last, 100),
+        "tail_10": ours(bayes, 10, mode="tail", tail=1),
+        "tail_32": ours(bayes, 32, mode="tail", tail=1),
+    }
+
+
+def _share_weights(source: Any, twin: Any) -> None:
+    """Let both models hold the same base tensors: several copies of 8B parameters do not fit."""
+    own = dict(source.named_parameters())
+    for name, p in twin.named_parameters():
+        if "lora_" not in name:
+            p.data = own[name].data
+
+
+def judge(row: Row, gpu: bool) -> list[Row]:
+    """The targets, in passes of the deterministic adapter (full_10: of the un-adapted base)."""
+    units = {k: r["median"] for k, r in row["in_units_of"]["ratios"].items()}
+    full = units["ours"]
+    found = [
+        target("tail S=10", units["tail_10"], 1.15 if gpu else 1.25, at_least=False),
+        target("last layer S=10", units["last_10"], 1.1, at_least=False),
+        target("last layer S=100", units["last_100"], 1.3, at_least=False),
+        target("full S=2", units["full_2"], 2.05, at_least=False),
+        target("full S=10 of the un-adapted base", full / units["base"], 10.3, at_least=False),
+        target("Flipout loop / full S=10", units["flipout"] / full, 1.5, at_least=True),
+        target("last quarter S=10", units["quarter_10"], 3.4, at_least=False),
+    ]
+    return found
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_passes(benchmark: Any, bench: Bench, adapter: str) -> None:
+    gpu = bench.device.type == "cuda"
+    shape = TOY if bench.toy else GPU if gpu else CPU
+    rank, targets = ADAPTERS[adapter]
+    made = steps(shape, rank, targets, bench)
+    point = {
+        "model": shape.name, "adapter": adapter, "rank": rank, "targets": list(targets),
+        "rows": shape.rows, "tokens": shape.tokens, "hidden": shape.hidden,
+        "layers": shape.layers, "vocabulary": shape.vocabulary,
+        "dtype": str(bench.dtype).removeprefix("torch."),
+    }  # fmt: skip
+    cheaper = [k for k in made if k.partition("_")[0] in ("full", "quarter", "last", "tail")]
+    compare(
+        benchmark, bench, "passes", "predict", point, made, unit="mean",
+        parts=(*cheaper, "base"), judge=partial(judge, gpu=gpu), rounds=(5, 20),
+    )  # fmt: skip
