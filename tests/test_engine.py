@@ -308,7 +308,7 @@ def test_caches_and_mixed_batches_are_refused() -> None:
             bayes.model(**batch, past_key_values=cache)
         with pytest.raises(NotImplementedError, match="sample one adapter at a time"):
             bayes.model(**batch, adapter_names=["default"] * 3)
-        with pytest.raises(NotImplementedError, match="use bayes.generate"):
+        with pytest.raises(NotImplementedError, match=r"use bayes\.generate"):
             bayes.model.generate(**batch, max_new_tokens=2, do_sample=False)
         assert len(run(bayes.model, batch)) == 15  # refusals leave the state clean
     out = bayes.model(**batch, past_key_values=cache)

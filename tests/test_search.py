@@ -71,7 +71,7 @@ def find(curve: Curve, *, spread: float = 0.0, **options: Any) -> tuple[SigmaFit
     """fit_sigma with AnchorLoss replaced; the fit, the fake loss, the fake model."""
     bayes = SimpleNamespace(
         base=SimpleNamespace(config=SimpleNamespace(pad_token_id=0)),
-        posteriors=POSTERIORS, seed=11, mode="full", sigma=None,
+        posteriors=POSTERIORS, seed=11, mode="full", tail=None, sigma=None,
     )  # fmt: skip
     made: list[FakeLoss] = []
 
