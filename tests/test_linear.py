@@ -158,7 +158,32 @@ def test_noise_is_kept_while_the_streams_stay(monkeypatch: pytest.MonkeyPatch) -
     layer(randn(5, N), Draws.iid(2, 0.3, seed=12))
     layer(randn(5, N), Draws.iid(2, 0.3, seed=12, first_stream=7))
     assert torch.equal(layer(randn(5, N), DRAWS), first)
-    assert asked == [[0, 1, 2], [0, 1, 2], [0, 1], [7, 8], [0, 1, 2]]
+    assert asked == [[0, 1, 2], [0, 1, 2], [7, 8], [0, 1, 2]]
+
+
+def test_draws_in_parts_generate_each_stream_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of the draws, again and in any order, give the bits of a layer that saw only them."""
+    layer, x = make(), randn(5, N)
+    several = [Draws.iid(2, 0.3, first_stream=q) for q in (0, 2, 4)]
+    several += [Draws((0.1, 0.2, 0.3), (5, 0, 3)), Draws.iid(6, 0.3)]
+    expected = [make()(x, draws) for draws in several]
+    asked = count_generation(monkeypatch)
+    for _ in range(2):
+        assert all(torch.equal(layer(x, d), y) for d, y in zip(several, expected, strict=True))
+    assert asked == [[0, 1], [2, 3], [4, 5]]
+    pool = layer.sampler._pool
+    assert pool is not None and sorted(pool.index) == [0, 1, 2, 3, 4, 5]
+
+
+def test_kept_streams_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the bound the streams in use replace the others; the values stay."""
+    monkeypatch.setattr(tfb.linear, "KEPT_STREAMS", 3)
+    layer, x = make(), randn(5, N)
+    for first in (0, 1, 5, 0):
+        draws = Draws.iid(3, 0.3, first_stream=first)
+        assert torch.equal(layer(x, draws), make()(x, draws))
+        pool = layer.sampler._pool
+        assert pool is not None and set(draws.streams) == set(pool.index)
 
 
 def test_release_forgets_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:

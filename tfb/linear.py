@@ -6,6 +6,9 @@ same :class:`LowRankSampler` inside PEFT's own layers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -13,20 +16,32 @@ from tfb.draws import Draws
 from tfb.posterior import AdapterError, LowRankPosterior
 from tfb_kernels import bayes_lora_linear, gaussian_noise
 
+KEPT_STREAMS = 256  # of each layer, r x n float32 each
+
+
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """Noise that was generated: E [Q, r, n] float32 of one seed, and where each stream is in it.
+
+    Replaced as a whole, so that a thread never pairs an index with another's noise.
+    """
+
+    seed: int
+    index: Mapping[int, int]
+    E: Tensor
+
 
 class LowRankSampler:
     """Applies draws of one layer's posterior, keeping what does not change between batches.
 
-    Holds copies of the factors on each device that asked for them, and the noise of the last
-    draws used ("pool", [Q, r, n] float32, on a CPU), so that fixed draws generate their noise once
-    and not once per batch.
+    Holds copies of the factors on each device that asked for them, and on a CPU the noise of the
+    streams in use, so that fixed draws generate their noise once and not once per batch.
     """
 
     def __init__(self, posterior: LowRankPosterior) -> None:
         self.posterior = posterior
         self._factors: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
-        # (key, noise) as one object, so that a thread never pairs a key with another's noise.
-        self._pool: tuple[tuple[object, ...], Tensor] | None = None
+        self._pool: Pool | None = None
 
     def __call__(
         self,
@@ -75,14 +90,32 @@ class LowRankSampler:
         return self._factors[device]
 
     def pool(self, draws: Draws, device: torch.device) -> Tensor:
-        """E [Q, r, n] of these draws, generated on first use and kept until other draws come."""
-        key = (draws.seed, draws.distinct_streams, device)
-        kept = self._pool
-        if kept is None or kept[0] != key:
+        """E [Q, r, n] of these draws; each stream is generated on first use and kept.
+
+        Streams of one seed gather up to ``KEPT_STREAMS``, so that draws that run in parts, batch
+        after batch, generate nothing twice.
+        """
+        wanted, kept = draws.distinct_streams, self._pool
+        if kept is None or (kept.seed, kept.E.device) != (draws.seed, device):
+            kept = Pool(draws.seed, {}, self.posterior.A.new_empty(0).to(device))
+        new = [q for q in wanted if q not in kept.index]
+        if new:
             t = draws.tensors(device)
-            E = gaussian_noise(t.seed, self.posterior.layer_id, t.streams, *self.posterior.A.shape)
-            self._pool = kept = (key, E)
-        return kept[1]
+            streams = torch.tensor(new, dtype=torch.int64, device=device)
+            E = gaussian_noise(t.seed, self.posterior.layer_id, streams, *self.posterior.A.shape)
+            if kept.index and len(kept.index) + len(new) <= KEPT_STREAMS:
+                index = {**kept.index, **{q: len(kept.index) + i for i, q in enumerate(new)}}
+                E = torch.cat([kept.E, E])
+            else:  # start again with these draws alone
+                index = {q: i for i, q in enumerate(new)}
+                if len(new) < len(wanted):
+                    self._pool = None
+                    return self.pool(draws, device)
+            self._pool = kept = Pool(draws.seed, index, E)
+        first = kept.index[wanted[0]]
+        if all(kept.index[q] == first + i for i, q in enumerate(wanted)):
+            return kept.E[first : first + len(wanted)]  # a view: nothing is copied
+        return kept.E[[kept.index[q] for q in wanted]]
 
     def release(self) -> None:
         """Forget device copies and noise; both come back on the next use."""
