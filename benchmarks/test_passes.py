@@ -163,5 +163,5 @@ def test_passes(benchmark: Any, bench: Bench, adapter: str) -> None:
     cheaper = [k for k in made if k.partition("_")[0] in ("full", "quarter", "last", "tail")]
     compare(
         benchmark, bench, "passes", "predict", point, made, unit="mean",
-        parts=(*cheaper, "base"), judge=partial(judge, gpu=gpu), rounds=(5, 20),
+        parts=(*cheaper, "base"), judge=partial(judge, gpu=gpu), rounds=(4, 20),
     )  # fmt: skip
