@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tfb.adapters import load_adapter, load_base
+    from tfb.adaptive import Adaptive
     from tfb.anchor import AnchorSet
     from tfb.artifact import ArtifactError, load
     from tfb.convert import bayesianize
     from tfb.draws import Draws
     from tfb.engine import BayesianModel
+    from tfb.generation import Generation
     from tfb.linear import BayesLoRALinear
     from tfb.posterior import AdapterError, LowRankPosterior
     from tfb.predictive import Predictive
@@ -29,12 +31,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Adaptive": "adaptive",
     "AdapterError": "posterior",
     "AnchorSet": "anchor",
     "ArtifactError": "artifact",
     "BayesLoRALinear": "linear",
     "BayesianModel": "engine",
     "Draws": "draws",
+    "Generation": "generation",
     "LowRankPosterior": "posterior",
     "Predictive": "predictive",
     "SearchError": "search",
@@ -49,11 +53,13 @@ _HOMES = {
 
 __all__ = [
     "AdapterError",
+    "Adaptive",
     "AnchorSet",
     "ArtifactError",
     "BayesLoRALinear",
     "BayesianModel",
     "Draws",
+    "Generation",
     "LowRankPosterior",
     "Predictive",
     "SearchError",
