@@ -56,7 +56,8 @@ def taken_on(rows: Sequence[Row]) -> str:
         v = e["versions"]
         found.append(
             f"{device}; torch {v['torch']}, transformers {v['transformers']}, peft {v['peft']}; "
-            f"commit {e['commit']}; {row['date'][:10]}"
+            f"commit {e['commit']['id'][:10]}{', changed' if e['commit']['dirty'] else ''}; "
+            f"{row['date'][:10]}"
         )
     return "<sub>" + "<br>".join(dict.fromkeys(found)) + "</sub>"
 
@@ -157,7 +158,7 @@ def quality_table(rows: Sequence[Row]) -> str:
         ]
         for r in rows
     ]  # fmt: skip
-    headings = ("method", "passes", "NLL", "ECE %", "accuracy %", "MSE to 512 draws")
+    headings = ("method", "passes", "NLL", "ECE %", "accuracy %", "MSE to 256 draws")
     return table(headings, body) + "\n\n" + taken_on(rows)
 
 
@@ -194,7 +195,7 @@ def plot_quality(rows: Sequence[Row], target: Path) -> None:
     right.set(xscale="log", yscale="log", xlabel="cost (deterministic passes)",
               ylabel="mean squared error of probabilities")  # fmt: skip
     left.set_title("quality on held-out rows")
-    right.set_title("Monte-Carlo error against 512 draws of the same predictive")
+    right.set_title("Monte-Carlo error against 256 draws of the same predictive")
     left.legend(frameon=False)
     right.legend(frameon=False)
     target.parent.mkdir(parents=True, exist_ok=True)
