@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,11 +14,12 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import tfb
 from tfb import cli, digits
 from tfb.metrics import evaluate
-from tfb.rows import read_rows
+from tfb.rows import RowError, read_rows
 from tfb.scoring import encode, pad_token, predict_rows
 
 MODEL, ADAPTER = str(digits.BASE), str(digits.ADAPTER)
@@ -163,6 +166,12 @@ def test_help_of_each_command(run: Run, command: str) -> None:
 # --- bad input ------------------------------------------------------------------------------------
 
 
+def one_line(err: str) -> str:
+    """What a user sees of a mistake: one line on stderr, no traceback."""
+    assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err, err
+    return err
+
+
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever loads weights fails the test: the fault must be found before."""
@@ -204,10 +213,9 @@ def test_bad_rows_are_named_first(
     }
     code, out, err = run(command, "--model", MODEL, *arguments[command])
     assert code == 1 and out == ""
-    import re
-
-    assert re.search(message, err.replace("\n", " ")), err
-    assert err.startswith("error: ") and "Traceback" not in err
+    line = one_line(err)
+    assert re.search(message, line) and str(file) in line  # the fault and its place
+    assert ";" in line  # the remedy follows
     assert not target.exists()
 
 
@@ -225,9 +233,14 @@ def test_bad_rows_are_named_first(
         ("fit", ("--tolerance", -1), "tolerance=-1"),
         ("fit", ("--limit", 0), "limit must be at least 1"),
         ("fit", ("--batch-size", 0), "--batch-size 0"),
-        ("evaluate", ("--sigma", -0.5), "--sigma -0.5"),
+        ("fit", ("--mode", "tail"), "mode='tail'"),
+        ("evaluate", ("--sigma", -0.5), "--sigma -0.5: expected a finite number >= 0"),
+        ("evaluate", ("--sigma", "nan"), "--sigma nan"),
         ("evaluate", ("--mode", "half"), "mode='half'"),
-        ("score", ("--format", "csv"), "--format csv"),
+        ("evaluate", ("--draws", 3), "--draws 3"),
+        ("evaluate", ("--batch-size", 0), "--batch-size 0"),
+        ("score", ("--format", "csv"), "--format csv: expected one of jsonl, parquet"),
+        ("score", ("--batch-size", -1), "--batch-size -1"),
         ("score", ("--draws", 5), "--draws 5"),
         ("report", ("--draws", 1), "--draws 1"),
     ],
@@ -248,7 +261,7 @@ def test_bad_options(
         "report": ("--artifact", artifact, "--data", data["test"], "--output", tmp_path / "t"),
     }
     code, _, err = run(command, "--model", MODEL, *arguments[command], *options)
-    assert code == 1 and message in err.replace("\n", " "), err
+    assert code == 1 and message in one_line(err)
     assert not (tmp_path / "t").exists()
 
 
@@ -264,7 +277,73 @@ def test_anchors_of_one_class_or_without_labels(run: Run, tmp_path: Path) -> Non
             "fit", "--model", MODEL, "--adapter", ADAPTER, "--anchors", file, "--out",
             tmp_path / "t",
         )  # fmt: skip
-        assert code == 1 and message in err.replace("\n", " "), err
+        assert code == 1 and message in one_line(err)
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("command", ["evaluate", "report"])
+def test_unlabelled_rows_cannot_be_judged(
+    run: Run, artifact: Path, tmp_path: Path, command: str
+) -> None:
+    file = jsonl(tmp_path / "rows.jsonl", ROW, {**OTHER, "label": None})
+    more = ("--output", tmp_path / "t") if command == "report" else ()
+    code, _, err = run(command, "--model", MODEL, "--artifact", artifact, "--data", file, *more)
+    assert code == 1 and f"{file}:2: no label; {command} needs one on every row" in one_line(err)
+
+
+@pytest.mark.usefixtures("no_model")
+def test_text_rows_are_not_for_a_language_model(run: Run, artifact: Path, tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "rows.jsonl", {"id": "1", "text": "a b"})
+    code, _, err = run(
+        "score", "--model", MODEL, "--artifact", artifact, "--input", file, "--output",
+        tmp_path / "t",
+    )  # fmt: skip
+    assert code == 1 and "this is a text row; use rows with 'prompt' and 'choices'" in one_line(err)
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_bad_row_at_the_end_of_the_last_input_is_found_first(
+    run: Run, data: dict[str, Path], artifact: Path, tmp_path: Path
+) -> None:
+    last = jsonl(tmp_path / "last.jsonl", ROW, OTHER | {"choices": ["0", "three"]})
+    code, _, err = run(
+        "score", "--model", MODEL, "--artifact", artifact, "--input", data["train"], "--input",
+        last, "--output", tmp_path / "t",
+    )  # fmt: skip
+    assert code == 1 and f"{last}:2" in one_line(err) and "'three'" in err
+    assert not (tmp_path / "t").exists()
+
+
+@pytest.mark.usefixtures("no_model")
+def test_data_files_of_one_name_cannot_share_a_report(
+    run: Run, data: dict[str, Path], artifact: Path, tmp_path: Path
+) -> None:
+    """They would be one data set in its table."""
+    (tmp_path / "more").mkdir()
+    other = jsonl(tmp_path / "more" / "test.jsonl", ROW, OTHER)
+    code, _, err = run(
+        "report", "--model", MODEL, "--artifact", artifact, "--data", data["test"], "--data", other,
+        "--output", tmp_path / "t",
+    )  # fmt: skip
+    assert code == 1 and "two files are called 'test'; rename one" in one_line(err)
+
+
+@pytest.mark.usefixtures("no_model")
+def test_brackets_in_messages_are_not_markup(
+    run: Run,
+    data: dict[str, Path],
+    artifact: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """rich would take "[report]" for a style and print nothing of it."""
+    gone = tmp_path / "rows[bold][/x].jsonl"
+    common = ("--model", MODEL, "--artifact", artifact, "--data")
+    code, _, err = run("evaluate", *common, gone)
+    assert code == 1 and f"{gone}: there is no such file; check the path" in one_line(err)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, _, err = run("report", *common, data["test"], "--output", tmp_path / "t")
+    assert code == 1 and 'pip install "tfb[report]"' in one_line(err)
 
 
 @pytest.mark.usefixtures("no_model")
@@ -284,7 +363,7 @@ def test_existing_outputs_are_kept(
     }
     for command, arguments in tail.items():
         code, _, err = run(command, "--model", MODEL, *arguments)
-        assert code == 1 and ("already" in err), err
+        assert code == 1 and "already" in one_line(err) and "choose" in err
     assert [p.name for p in held.iterdir()] == ["kept"] and kept.read_text() == "mine"
 
 
@@ -304,19 +383,21 @@ def test_missing_things_are_named(
          "no tokenizer can be loaded"),
     ):  # fmt: skip
         code, _, err = run(*arguments)
-        assert code == 1 and message in err.replace("\n", " "), err
-    code, _, err = run("fit", "--model", MODEL)
-    assert code == 2 and "--adapter" in err
+        assert code == 1 and message in one_line(err) and str(gone) in err
+    for arguments, option in (
+        (("fit", "--model", MODEL), "--adapter"),
+        (("fit", "--nonsense"), "--nonsense"),
+        (("demo", "--draws", "many"), "--draws"),
+        (("guess",), "guess"),
+    ):
+        code, _, err = run(*arguments)
+        assert code == 2 and option in err and "Traceback" not in err
 
 
 def test_artifact_of_another_base(
     run: Run, data: dict[str, Path], artifact: Path, tmp_path: Path
 ) -> None:
     """Weights that are not those sigma was fitted on are refused."""
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
     other = tmp_path / "base"
     shutil.copytree(MODEL, other)
     weights = load_file(other / "model.safetensors")
@@ -324,4 +405,27 @@ def test_artifact_of_another_base(
         {k: v * 1.5 for k, v in weights.items()}, other / "model.safetensors", {"format": "pt"}
     )
     code, _, err = run("evaluate", "--model", other, "--artifact", artifact, "--data", data["test"])
-    assert code == 1 and "base model with other weights" in err.replace("\n", " ")
+    line = err.splitlines()[-1]  # progress may have been drawn and erased before
+    assert code == 1 and line.startswith("error: ") and "load the base it was fitted on" in line
+    assert "base model with other weights" in line
+
+
+def test_exit_status_of_the_process(tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "tfb", "evaluate", "--model", MODEL, "--artifact", str(tmp_path),
+        "--data", "no.jsonl",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1 and done.stdout == ""
+    assert one_line(done.stderr) == "error: no.jsonl: there is no such file; check the path\n"
+
+
+def test_tracebacks_are_for_those_who_ask(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With TFB_TRACEBACK set the exception itself comes out."""
+    monkeypatch.setenv("TFB_TRACEBACK", "1")
+    gone = str(tmp_path / "no.jsonl")
+    monkeypatch.setattr(
+        sys, "argv", ["tfb", "evaluate", "--model", MODEL, "--artifact", "a", "--data", gone]
+    )
+    with pytest.raises(RowError, match="there is no such file"):
+        cli.main()

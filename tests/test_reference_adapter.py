@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import tfb
 from tfb import cli
 
 
@@ -21,7 +22,8 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
 
 def test_clinc_domain(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """fit, then evaluate on the first 1,500 validation rows: at sigma = .02 with 10 draws NLL .773
-    +- .02, ECE 3.5 +- 1.5, accuracy 76.4 +- 1 (a naive loop's); at sigma = 0 NLL .8803, 76.27."""
+    +- .02, ECE 3.5 +- 1.5, accuracy 76.4 +- 1 (a naive loop's); at sigma = 0 NLL .8803, 76.27;
+    with tail sampling of one position at sigma = .05 NLL .808 and ECE 4.7, as far off at most."""
     model = shared / "models" / "stories260K"
     data, artifact = shared / "data" / "clinc-domain", tmp_path / "artifact"
     command(
@@ -31,17 +33,28 @@ def test_clinc_domain(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     )  # fmt: skip
     sidecar = json.loads((artifact / "tfb.json").read_text())
     assert sidecar["sigma"] > 0 and sidecar["fit"]["curve"][0]["sigma"] == 0.0
-    figures = tmp_path / "figures.json"
-    command(
-        monkeypatch, "evaluate", "--model", model, "--artifact", artifact, "--data",
-        data / "validation.jsonl", "--limit", 1500, "--sigma", 0.02, "--draws", 10,
-        "--batch-size", 100, "--json", figures,
-    )  # fmt: skip
-    found: dict[str, Any] = json.loads(figures.read_text())["metrics"]
-    mean, sampled = found["deterministic"], found["tfb"]
-    assert mean["nll"] == pytest.approx(0.8803, abs=5e-4)
-    assert 100 * mean["accuracy"] == pytest.approx(76.27, abs=0.05)
-    assert 100 * mean["ece"] == pytest.approx(8.95, abs=0.1)
+
+    def evaluate(*options: object) -> dict[str, Any]:
+        figures = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
+        command(
+            monkeypatch, "evaluate", "--model", model, "--artifact", artifact, "--data",
+            data / "validation.jsonl", "--limit", 1500, "--batch-size", 100, "--json", figures,
+            *options,
+        )  # fmt: skip
+        found: dict[str, Any] = json.loads(figures.read_text())["metrics"]
+        return found
+
+    found = evaluate("--sigma", 0.02, "--draws", 10)
+    zero = evaluate("--sigma", 0, "--draws", 2)
+    for mean in (found["deterministic"], zero["deterministic"], zero["tfb"]):
+        assert mean["rows"] == 1500
+        assert mean["nll"] == pytest.approx(0.8803, abs=5e-4)
+        assert 100 * mean["accuracy"] == pytest.approx(76.27, abs=0.05)
+        assert 100 * mean["ece"] == pytest.approx(8.95, abs=0.1)
+    tail = evaluate("--sigma", 0.05, "--draws", 10, "--mode", "tail", "--tail", 1)["tfb"]
+    assert tail["nll"] == pytest.approx(0.808, abs=0.02)
+    assert 100 * tail["ece"] == pytest.approx(4.7, abs=1.5)
+    sampled = found["tfb"]
     assert sampled["nll"] == pytest.approx(0.773, abs=0.02)
     assert 100 * sampled["ece"] == pytest.approx(3.5, abs=1.5)
     assert 100 * sampled["accuracy"] == pytest.approx(76.4, abs=1.0)
@@ -60,8 +73,6 @@ def test_clinc150(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     file = tmp_path / "val.jsonl"
     file.write_text("".join(json.dumps(r) + "\n" for r in rows))
     model, artifact = shared / "models" / "stories260K", tmp_path / "artifact"
-    import tfb
-
     adapter = shared / "adapters" / "stories260K-clinc150"
     bayes = tfb.bayesianize(tfb.load_adapter(tfb.load_base(model, adapter), adapter))
     bayes.sigma, bayes.source = 0.01, adapter

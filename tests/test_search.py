@@ -497,6 +497,27 @@ def test_fit_sets_sigma_and_repeats_by_seed(model: tfb.BayesianModel) -> None:
     assert replace(other, seed=3) != first
 
 
+def test_mode_is_the_fits_own_and_a_failure_leaves_the_models() -> None:
+    """``tail`` alone changes k of a model that is sampled so; sigma and mode go together."""
+    bayes = small()
+    common: dict[str, Any] = {"metric": "pseudo_nll", "draws": 4}
+    fit = tfb.fit_sigma(bayes, small_anchors(), mode="tail", tail=2, **common)
+    assert (fit.mode, fit.tail) == (bayes.mode, bayes.tail) == ("tail", 2)
+    again = tfb.fit_sigma(bayes, small_anchors(), tail=1, **common)
+    assert (again.mode, again.tail) == (bayes.mode, bayes.tail) == ("tail", 1)
+    assert bayes.sigma == again.sigma != fit.sigma
+    failures: list[tuple[dict[str, Any], str]] = [
+        ({"mode": "full", "tolerance": 1e9}, "unbracketed"),
+        ({"metric": "embedding_norm", "tail": 3}, "'embedding_norm' needs mode='full', not 'tail'"),
+        ({"metric": "embedding_norm"}, "'embedding_norm' needs mode='full', not 'tail'"),
+        ({"mode": "half"}, "mode='half'"),
+    ]
+    for options, message in failures:
+        with pytest.raises(ValueError, match=message):
+            tfb.fit_sigma(bayes, small_anchors(), **common | options)
+        assert (bayes.mode, bayes.tail, bayes.sigma) == ("tail", 1, again.sigma)
+
+
 def test_search_accepts_batches_and_reports_the_models_own_losses(
     model: tfb.BayesianModel,
 ) -> None:

@@ -181,34 +181,38 @@ def fit_sigma(
     pad = getattr(bayes.base.config, "pad_token_id", None) or 0
     anchor_set = AnchorSet.of(anchors, pad_token_id=pad, batch_size=batch_size)
     seed = bayes.seed if seed is None else seed
-    if mode is not None:
-        bayes.set_mode(mode, tail)
-    if metric == "embedding_norm" and bayes.mode != "full":
-        raise ValueError(f"metric='embedding_norm' needs mode='full', not {bayes.mode!r}")
-    if compat == "reference":
-        loss = AnchorLoss(
-            bayes, anchor_set, "pseudo_nll", draws=draws, seed=seed, noise="token",
-            progress=progress, additive_floor=True,
-        )  # fmt: skip
-        fit = reference_rule(loss, bayes, tolerance=tolerance, lower=bounds[0], upper=bounds[1])
-        bayes.sigma = fit.sigma
-        return fit
-    loss = AnchorLoss(bayes, anchor_set, metric, draws=draws, seed=seed, progress=progress)
-    run = _Search(
-        loss=loss,
-        bayes=bayes,
-        metric=metric,
-        tolerance=tolerance,
-        relative=relative,
-        two_sided=metric == "embedding_norm" if two_sided is None else two_sided,
-        bounds=bounds,
-        points=points,
-        resolution=resolution,
-        steps=steps,
-        prior_sigma=prior_sigma or default_prior_sigma(list(bayes.posteriors.values())),
-        kl_weight=kl_weight if kl_weight is not None else 1.0 / len(anchor_set),
-    )
-    fit = run.run(objective, search)
+    before = bayes.mode, bayes.tail
+    if mode is not None or tail is not None:
+        bayes.set_mode(bayes.mode if mode is None else mode, tail)
+    try:
+        if metric == "embedding_norm" and bayes.mode != "full":
+            raise ValueError(f"metric='embedding_norm' needs mode='full', not {bayes.mode!r}")
+        if compat == "reference":
+            loss = AnchorLoss(
+                bayes, anchor_set, "pseudo_nll", draws=draws, seed=seed, noise="token",
+                progress=progress, additive_floor=True,
+            )  # fmt: skip
+            fit = reference_rule(loss, bayes, tolerance=tolerance, lower=bounds[0], upper=bounds[1])
+        else:
+            loss = AnchorLoss(bayes, anchor_set, metric, draws=draws, seed=seed, progress=progress)
+            run = _Search(
+                loss=loss,
+                bayes=bayes,
+                metric=metric,
+                tolerance=tolerance,
+                relative=relative,
+                two_sided=metric == "embedding_norm" if two_sided is None else two_sided,
+                bounds=bounds,
+                points=points,
+                resolution=resolution,
+                steps=steps,
+                prior_sigma=prior_sigma or default_prior_sigma(list(bayes.posteriors.values())),
+                kl_weight=kl_weight if kl_weight is not None else 1.0 / len(anchor_set),
+            )
+            fit = run.run(objective, search)
+    except BaseException:
+        bayes.mode, bayes.tail = before  # a sigma of an earlier search belongs to that mode
+        raise
     bayes.sigma = fit.sigma
     return fit
 
