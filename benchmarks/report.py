@@ -158,7 +158,7 @@ def quality_table(rows: Sequence[Row]) -> str:
         ]
         for r in rows
     ]  # fmt: skip
-    headings = ("method", "passes", "NLL", "ECE %", "accuracy %", "MSE to 256 draws")
+    headings = ("method", "passes", "NLL", "ECE %", "accuracy %", "MSE to 128 draws")
     return table(headings, body) + "\n\n" + taken_on(rows)
 
 
@@ -195,7 +195,7 @@ def plot_quality(rows: Sequence[Row], target: Path) -> None:
     right.set(xscale="log", yscale="log", xlabel="cost (deterministic passes)",
               ylabel="mean squared error of probabilities")  # fmt: skip
     left.set_title("quality on held-out rows")
-    right.set_title("Monte-Carlo error against 256 draws of the same predictive")
+    right.set_title("Monte-Carlo error against 128 draws of the same predictive")
     left.legend(frameon=False)
     right.legend(frameon=False)
     target.parent.mkdir(parents=True, exist_ok=True)

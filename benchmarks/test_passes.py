@@ -46,7 +46,7 @@ class Shape:
     tokens: int
 
 
-CPU = Shape("Llama 8 x 512", 512, 1408, 8, 8, 4, 8192, 4, 256)
+CPU = Shape("Llama 8 x 512", 512, 1408, 8, 8, 4, 8192, 2, 256)
 TOY = Shape("toy", 32, 64, 4, 4, 2, 128, 2, 16)
 GPU = Shape("Llama-3.1-8B", 4096, 14336, 32, 32, 8, 128256, 50, 300)
 
