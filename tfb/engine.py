@@ -203,12 +203,16 @@ class BayesianModel:
             raise ValueError("label_ids: only causal language models have a vocabulary to select")
         labels = LabelColumns.of(self.base, label_ids, rows) if label_ids is not None else None
         T = inputs["input_ids"].shape[1]
-        tail = tail if tail is not None and tail < T else None  # the whole prompt is full mode
+        head_alone = self._fan_out.head_alone
+        if tail is not None and (tail >= T or head_alone):
+            tail = None  # full mode gives the same: all tokens are tail, or the noise is above
         state = SamplingState(self.base, draws, columns=None if labels is None else labels.columns)
+        # Draws of the head alone share the rest of a pass: parts of them would run it again.
+        each = 1 if head_alone and self.last_logits else tail
         with evaluating(self.model):
             whole = plan(self, inputs, state, tail)
             parts = []
-            for part in chunks(self.base, draws, inputs["input_ids"], tail, draws_per_pass):
+            for part in chunks(self.base, draws, inputs["input_ids"], each, draws_per_pass):
                 step = replace(whole, state=replace(state, draws=part))
                 found = run(self, dict(inputs), step)
                 parts.append(found if labels is None else labels.select(found))

@@ -27,9 +27,11 @@ from tfb.sampling import SamplingState
 # Arguments of ``generate`` that move rows between draws or need a second model.
 REFUSED = {
     "assistant_model": "assisted decoding verifies the tokens of another model",
+    "assistant_early_exit": "assisted decoding verifies the tokens of fewer layers",
     "prompt_lookup_num_tokens": "assisted decoding verifies tokens that were guessed",
     "penalty_alpha": "contrastive search reorders the cache",
     "dola_layers": "DoLa reads scores below the posterior",
+    "guidance_scale": "guidance runs a second prompt, whose scores would count as a step's",
     "past_key_values": "a cache from elsewhere does not hold the draws' keys and values",
     "cache_implementation": "the cache must grow with the draws; leave it to generate",
 }
@@ -72,6 +74,14 @@ class Averager:
         return mean + normalizer.mean(0)
 
 
+def setting(options: dict[str, Any], name: str, default: Any = None) -> Any:
+    """What ``generate`` goes by: the argument, else its generation_config's, else ``default``."""
+    if name in options:
+        return options[name]
+    given = getattr(options.get("generation_config"), name, None)
+    return default if given is None else given
+
+
 def check_arguments(options: dict[str, Any], config: Any) -> None:
     """Refuse, by name, what cannot work with several draws.
 
@@ -79,9 +89,9 @@ def check_arguments(options: dict[str, Any], config: Any) -> None:
         ValueError: such an argument.
     """
     for name, reason in REFUSED.items():
-        if options.get(name) is not None:
+        if setting(options, name) is not None:
             raise ValueError(f"generate({name}=...): {reason}; not possible while sampling")
-    beams = options.get("num_beams", getattr(config, "num_beams", 1)) or 1
+    beams = setting(options, "num_beams", getattr(config, "num_beams", 1)) or 1
     if beams > 1:
         raise ValueError(
             f"generate(num_beams={beams}): beam search reorders the cache between rows, which "
@@ -92,8 +102,9 @@ def check_arguments(options: dict[str, Any], config: Any) -> None:
 def collect(sequences: Tensor, averager: Averager, prompt: int, ends: list[int]) -> Generation:
     """The result of a run whose prompts had ``prompt`` columns; ``ends``: end-of-sequence ids."""
     new = sequences[:, prompt:]
-    total = torch.stack(averager.total[: new.shape[1]], 1)
-    aleatoric = torch.stack(averager.aleatoric[: new.shape[1]], 1)
+    # A prompt that is read in chunks comes by several times; only its last part gives a token.
+    total = torch.stack(averager.total[-new.shape[1] :], 1)
+    aleatoric = torch.stack(averager.aleatoric[-new.shape[1] :], 1)
     ended = torch.isin(new, torch.tensor(ends, dtype=new.dtype, device=new.device))
     running = (ended.cumsum(1) - ended.long() == 0).to(total.dtype)  # the end itself was drawn
     total, aleatoric = total * running, aleatoric * running
@@ -102,7 +113,7 @@ def collect(sequences: Tensor, averager: Averager, prompt: int, ends: list[int])
 
 def end_tokens(options: dict[str, Any], config: Any) -> list[int]:
     """The ids that end a row, from generate's options or the model's generation configuration."""
-    end = options.get("eos_token_id", config.eos_token_id)
+    end = setting(options, "eos_token_id", config.eos_token_id)
     return [] if end is None else [end] if isinstance(end, int) else [int(e) for e in end]
 
 

@@ -22,7 +22,8 @@ _SHARE = 0.6  # of the free memory: fragmentation, attention scores and the call
 def draws_that_fit(base: Any, draws: int, input_ids: Tensor, tail: int | None) -> int:
     """At most ``draws``, at least 1: the draws that one pass over ``input_ids`` [B, T] should take.
 
-    tail: positions that each draw adds (tail sampling), None where each draw takes all T.
+    tail: positions that each draw adds (tail sampling, noise in the head alone), None where each
+    draw takes all T.
     """
     B, T = input_ids.shape
     tokens = B * (T if tail is None else tail)

@@ -49,9 +49,47 @@ def may_share(bayes: Any, inputs: dict[str, Any]) -> bool:
     config = bayes.base.config
     if bayes.task != "CAUSAL_LM" or set(inputs) - _DIVISIBLE or "position_ids" not in inputs:
         return False
+    # A prefix's tokens are counted from 0; positions of the caller's own may say otherwise.
+    mask, position = inputs["attention_mask"], inputs["position_ids"]
+    counted = mask.cumsum(-1) - 1
+    if position.shape != mask.shape or bool(((position != counted) & mask.bool()).any()):
+        return False
+    if varying_angles(config):
+        return False
     # Padding comes to lie between prefix and rest, and a window counts columns, not tokens.
     window = getattr(config, "sliding_window", None)
     return window is None or inputs["input_ids"].shape[1] <= window
+
+
+def varying_angles(config: Any) -> list[tuple[str, int]]:
+    """(kind, tokens): rotary embeddings whose angles are others in calls of more tokens, so that
+    the keys of a prefix computed by itself may differ from those within its prompt."""
+    given = getattr(config, "rope_parameters", None) or {}
+    found = []
+    for p in (given, *given.values()):  # one for all layers, or one for each kind of layer
+        kind = p.get("rope_type") if isinstance(p, dict) else None
+        if kind == "longrope":
+            found.append((kind, int(p["original_max_position_embeddings"])))
+        elif kind == "dynamic":
+            found.append((kind, int(config.max_position_embeddings)))
+    return found
+
+
+def check_angles(config: Any, prefix: Tensor, rest: Tensor) -> None:
+    """Refuse tail sampling where positions of the prefix would turn by other angles.
+
+    Raises:
+        ValueError: they would.
+    """
+    for kind, limit in varying_angles(config):
+        first, whole = int(prefix.max()) + 1, int(rest.max()) + 1
+        # longrope has two sets of angles, dynamic one for each length beyond the limit.
+        if whole > limit and (kind == "dynamic" or first <= limit):
+            raise ValueError(
+                f"mode='tail': rotary angles of this model (rope_type={kind!r}) change beyond "
+                f"{limit} tokens, so the first {first} of {whole} cannot be computed by "
+                "themselves; use mode='full'"
+            )
 
 
 def run(bayes: Any, inputs: dict[str, Any], plan: Plan) -> Tensor:
@@ -125,6 +163,7 @@ def _tail(bayes: Any, inputs: dict[str, Any], plan: Plan, cache: DynamicCache | 
     cache = DynamicCache() if cache is None else cache
     backbone = getattr(bayes.base, bayes.base.base_model_prefix)
     if prefix["input_ids"].shape[1]:
+        check_angles(bayes.base.config, prefix["position_ids"], rest["position_ids"])
         with no_sampling(bayes.owner):
             backbone(**prefix, past_key_values=cache)
     last = torch.arange(1, S + 1, device=bayes.device) * k - 1

@@ -193,6 +193,11 @@ class FanOut:
             handle.remove()
         self.handles.clear()
 
+    @property
+    def head_alone(self) -> bool:
+        """Whether a draw costs an output embedding only: the backbone runs on the common rows."""
+        return self._blocks == [] and bool(self._outside) and self._may_fold()
+
     @contextlib.contextmanager
     def tree_pass(self, draws: int, batch: int) -> Iterator[None]:
         """A pass that enters below the model's entrance, draws along the sequence axis."""
