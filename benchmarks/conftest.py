@@ -24,6 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("tfb benchmarks")
     group.addoption("--record", action="store_true", help="append rows to benchmarks/results")
     group.addoption("--toy", action="store_true", help="toy sizes, three rounds (no GPU: implied)")
+    group.addoption("--threads", type=int, help="torch's threads on a CPU; 1 where it is shared")
     group.addoption("--point-seconds", type=float, help="time for the rounds of one point")
 
 
@@ -32,6 +33,8 @@ def bench(request: pytest.FixtureRequest) -> Bench:
     """The session's device, sizes and results; ceilings are measured here, once."""
     _refuse_interpreter()
     option = request.config.getoption
+    if option("--threads"):
+        torch.set_num_threads(option("--threads"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     wanted = option("--record") or os.environ.get("TFB_BENCH_RECORD") == "1"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,6 +51,12 @@ class Case:
             "tokens": T,
             "dtype": str(next(self.bayes.base.parameters()).dtype).removeprefix("torch."),
         }
+
+    def small(self, rows: int) -> Case:
+        """The first rows of the batch."""
+        batch = {k: v[:rows] for k, v in self.batch.items()}
+        labels = None if self.label_ids is None else self.label_ids[:rows]
+        return replace(self, batch=batch, label_ids=labels)
 
 
 def reparameterized(twin: Any, bayes: BayesianModel) -> Any:

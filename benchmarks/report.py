@@ -3,7 +3,7 @@
 Of each point the newest row counts, apart for each device and not for toy sizes. --readme puts the
 tables between ``<!-- benchmarks:NAME -->`` and ``<!-- /benchmarks:NAME -->`` of README.md; --plots
 draws benchmarks/plots/*.png. Absolute times are shown only where a GPU took them. To add a table:
-a function below and its name in ``TABLES``.
+a function here or in ``kernel_tables`` and its name in ``TABLES``.
 """
 
 from __future__ import annotations
@@ -13,53 +13,27 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+
+from benchmarks.kernel_tables import linear_table, predictive_table
+from benchmarks.markdown import Row, spread, table, taken_on
 
 FOLDER = Path(__file__).resolve().parent
 README = FOLDER.parent / "README.md"
-Row = dict[str, Any]
-NOT_MEASURED = "*Not measured on a GPU yet: `benchmarks/gpu.sh` does it in one command.*"
 
 
-def read(suite: str, folder: Path) -> list[Row]:
-    """The newest row of every point and device of a suite, toy sizes left out."""
+def read(suite: str, folder: Path, *, toy: bool = False) -> list[Row]:
+    """The newest row of every point and device of a suite, toy sizes left out (or nothing else)."""
     path = folder / f"{suite}.jsonl"
     if not path.is_file():
         return []
     newest: dict[str, Row] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        if not row.get("toy"):
-            key = json.dumps([row["device"], row["measure"], row["point"]], sort_keys=True)
+        if bool(row.get("toy")) == toy:
+            gpu = (row.get("environment", {}).get("gpu") or {}).get("name")
+            key = json.dumps([row["device"], gpu, row["measure"], row["point"]], sort_keys=True)
             newest[key] = row
     return list(newest.values())
-
-
-def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
-    return "\n".join([*lines, *("| " + " | ".join(r) + " |" for r in rows)])
-
-
-def spread(value: dict[str, float], digits: int = 2) -> str:
-    """median [q25, q75]."""
-    m, low, high = (f"{value[k]:.{digits}f}" for k in ("median", "q25", "q75"))
-    return f"{m} [{low}, {high}]"
-
-
-def taken_on(rows: Sequence[Row]) -> str:
-    """One line on hardware, versions and commits."""
-    found = []
-    for row in rows:
-        e = row["environment"]
-        device = (e["gpu"] or {}).get("name") or f"{e['cpu']['model']}, {e['cpu']['cores']} cores"
-        v = e["versions"]
-        found.append(
-            f"{device}; torch {v['torch']}, transformers {v['transformers']}, peft {v['peft']}; "
-            f"commit {e['commit']['id'][:10]}{', changed' if e['commit']['dirty'] else ''}; "
-            f"{row['date'][:10]}"
-        )
-    return "<sub>" + "<br>".join(dict.fromkeys(found)) + "</sub>"
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -72,8 +46,10 @@ def predict_table(rows: Sequence[Row]) -> str:
     body = []
     for row in rows:
         p, units = row["point"], row["in_units_of"]["ratios"]
+        threads = row["environment"]["torch_threads"]
+        device = row["device"] if row["device"] != "cpu" else f"cpu, threads: {threads}"
         body.append([
-            f"{p['model']}, {p['rows']} rows x {p['tokens']} tokens ({row['device']})",
+            f"{p['model']}, {p['rows']} rows x {p['tokens']} tokens ({device})",
             spread(row["ratios"]["naive"]), spread(row["ratios"]["flipout"]),
             spread(units["ours"]), spread(units["naive"]), spread(units["noise"], 3),
         ])  # fmt: skip
@@ -81,15 +57,12 @@ def predict_table(rows: Sequence[Row]) -> str:
         "model", "naive loop / ours", "Flipout loop / ours", "ours, in passes", "naive, in passes",
         "all noise once, in passes",
     )  # fmt: skip
-    return (
-        table(headings, body)
-        + "\n\nMedian and quartiles of "
-        + (
-            f"{rows[0]['contenders']['ours']['rounds']} or more interleaved rounds; a pass is one "
-            "forward of the deterministic adapter on the same batch.\n\n"
-        )
-        + taken_on(rows)
+    rounds = min(r["contenders"]["ours"]["rounds"] for r in rows)
+    note = (
+        f"Median and quartiles of {rounds} or more interleaved rounds; a pass is one forward of "
+        "the deterministic adapter on the same batch."
     )
+    return "\n\n".join((table(headings, body), note, taken_on(rows)))
 
 
 PASSES = {
@@ -122,35 +95,12 @@ def passes_table(rows: Sequence[Row]) -> str:
     return text + "\n\n" + taken_on(rows)
 
 
-def linear_table(rows: Sequence[Row]) -> str:
-    """Kernels on a GPU: the whole layer against its rivals; the points that lose are all listed."""
-    rows = [r for r in rows if r["device"] == "cuda"]
-    layers = [r for r in rows if r["measure"] == "layer" and "skipped_point" not in r]
-    if not layers:
-        return NOT_MEASURED
-    body = []
-    for row in layers:
-        p = row["point"]
-        best = min(row["ratios"], key=lambda k: row["ratios"][k]["median"])
-        body.append([
-            f"{p['layer']} r={p['r']} S={p['S']} T={p['T']} "
-                + ("shared" if p["shared"] else "per draw"),
-            f"{1e6 * row['contenders']['ours']['median']:.0f}",
-            spread(row["ratios"]["naive"]), best, spread(row["ratios"][best]),
-            f"{100 * row['floor']['fraction']:.0f} %" if "floor" in row else "",
-        ])  # fmt: skip
-    lost = [f"- {r['point']}: {', '.join(r['losses'])}" for r in rows if r.get("losses")]
-    text = table(
-        ["point", "ours, µs", "naive / ours", "best rival", "best rival / ours", "of the floor"],
-        body,
-    )
-    return text + "\n\nLost points:\n\n" + ("\n".join(lost) or "none") + "\n\n" + taken_on(layers)
-
-
 def quality_table(rows: Sequence[Row]) -> str:
     """What draws buy, beside what they cost."""
     if not rows:
-        return "*No rows yet.*"
+        return (
+            "*Not run yet: `python -m benchmarks.quality --record` (ten minutes, two quiet cores).*"
+        )
     body = [
         [
             r["point"]["method"], f"{r['passes']:.2f}", f"{r['nll']:.3f}", f"{100 * r['ece']:.1f}",
@@ -168,6 +118,9 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "linear": linear_table,
     "quality": quality_table,
 }
+
+# Printed, not in the README.
+MORE: dict[str, Callable[[Sequence[Row]], str]] = {"predictive": predictive_table}
 
 
 # --- pictures -------------------------------------------------------------------------------------
@@ -224,12 +177,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=FOLDER / "results")
     parser.add_argument("--readme", action="store_true", help="fill the tables of README.md")
     parser.add_argument("--plots", action="store_true", help="draw benchmarks/plots")
+    parser.add_argument("--toy", action="store_true", help="only toy rows, to try the tables out")
     options = parser.parse_args(arguments)
+    if options.toy and (options.readme or options.plots):
+        parser.error("toy rows are no results: leave --readme and --plots out")
     text = README.read_text(encoding="utf-8")
-    for name, make in TABLES.items():
-        content = make(read(name, options.results))
+    for name, make in (TABLES | MORE).items():
+        content = make(read(name, options.results, toy=options.toy))
         print(f"## {name}\n\n{content}\n")
-        if options.readme:
+        if options.readme and name in TABLES:
             text = fill(text, name, content)
     if options.readme:
         README.write_text(text, encoding="utf-8")

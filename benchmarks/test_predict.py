@@ -35,10 +35,8 @@ def check(case: Case) -> None:
     plain = [forward(case, case.bayes.model), forward(case, case.twin)]
     plain += [loop(case, 1, 0.0)[0] for loop in (naive_loop, flipout_loop)]
     assert max(float((p - exact).abs().max()) for p in plain) <= 1e-4
-    small = {k: v[:4] for k, v in case.batch.items()}
-    ids = None if case.label_ids is None else case.label_ids[:4]
-    few = Case(case.name, case.bayes, case.twin, small, ids)
-    ours = case.bayes.predict(small, Draws.iid(40, SIGMA), label_ids=ids)
+    few = case.small(4)
+    ours = few.bayes.predict(few.batch, Draws.iid(40, SIGMA), label_ids=few.label_ids)
     naive = naive_loop(few, 40, SIGMA)[0]
     assert float(((naive - ours.probs).abs() / (ours.standard_error + 1e-6)).max()) <= 8
 
@@ -55,6 +53,7 @@ def test_predict(benchmark: Any, bench: Bench, shared: Any, name: str) -> None:
     torch.manual_seed(0)
     case = CASES[name](shared, bench.device)
     check(case)
+    case = case.small(8) if bench.toy else case
     bayes, draws = case.bayes, Draws.antithetic(DRAWS, SIGMA)
     posteriors = list(bayes.posteriors.values())
 
