@@ -6,7 +6,7 @@
 Plain torch, no loop over draws. With shared x, sigma / d is applied to r numbers after the dot
 product, so that sigma stays out of everything upstream. With an input for each draw and more than a
 few tokens, A' + (sigma / d) o E is formed, r n numbers a draw: one product of r columns in place of
-two, which for small models is a tenth of the whole pass (DESIGN.md).
+two (DESIGN.md).
 
 Dimensions: S draws, Q distinct streams, T tokens, n in_features, m out_features, r rank.
 """
