@@ -86,6 +86,18 @@ def test_tail_computes_the_prompt_once() -> None:
     assert tokens == [(B, 9), (B, 2 * S)]
 
 
+def test_tail_computes_the_prompt_once_for_all_parts_of_the_draws() -> None:
+    """Two passes of two draws each go by the same cache, cut back in between."""
+    bayes = tfb.bayesianize(KINDS["llama"].build())
+    tokens: list[tuple[int, ...]] = []
+    embed = bayes.base.get_submodule("model.embed_tokens")
+    handle = embed.register_forward_pre_hook(lambda m, a: tokens.append(tuple(a[0].shape)))
+    parts = bayes.logits(batch_of(), DRAWS, mode="tail", tail=2, draws_per_pass=2)
+    handle.remove()
+    assert tokens == [(B, 9), (B, 4), (B, 4)]
+    assert relative(parts, bayes.logits(batch_of(), DRAWS, mode="tail", tail=2)) < EXACT
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
 def test_unknown_architectures_are_sampled_all_the_same(
     kind: str, monkeypatch: pytest.MonkeyPatch

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tfb.draws import Draws
 from tfb.predictive import Predictive
+from tfb_kernels.reference import compute_dtype
 
 FIRST = 4  # draws of the first round: two pairs, the fewest that tell an error
 MOST = 64
@@ -76,8 +77,7 @@ def predict_adaptively(
         draws = Draws.antithetic(size, sigma, seed=bayes.seed, first_stream=done // 2)
         part = {k: some(v, active) for k, v in batch.items()}
         logits = bayes.logits(part, draws, some(label_ids, active), **how)
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        kept.append(logits.to(dtype).softmax(-1).cpu())
+        kept.append(logits.to(compute_dtype(logits.dtype)).softmax(-1).cpu())
         done += size
         so_far = Draws.antithetic(done, sigma, seed=bayes.seed)
         found = Predictive.from_probs(torch.cat(kept), so_far)

@@ -106,6 +106,14 @@ def _early_config(model: str, task: str) -> Any:
     return AutoConfig.from_pretrained(model) if task == "CAUSAL_LM" else None
 
 
+def _encode_early(rows: Any, tokenizer: Any, model: str, task: str) -> Any:
+    """The rows encoded, and so checked, before weights are loaded; None where that is too early."""
+    from tfb.scoring import encode_rows
+
+    config = _early_config(model, task)
+    return None if config is None else encode_rows(rows, tokenizer, task, config)
+
+
 def _load_artifact(
     model: str, artifact: Path, tokenizer: Any, mode: str | None = None, tail: int | None = None
 ) -> Any:
@@ -155,7 +163,7 @@ def fit(
     from tfb.convert import bayesianize
     from tfb.engine import check_mode
     from tfb.rows import read_rows
-    from tfb.scoring import encode, encode_rows
+    from tfb.scoring import encode
     from tfb.search import check_arguments, fit_sigma
 
     _quiet()
@@ -168,13 +176,13 @@ def fit(
     source = local_folder(adapter, ["adapter_config.json", "adapter_model.safetensors"])
     tokenizer = _tokenizer(model)
     task = str(adapter_config(source).get("task_type"))
-    if (config := _early_config(model, task)) is not None:
-        early = encode_rows(rows, tokenizer, task, config)
-        AnchorSet.of(early).check("pseudo_nll" if compat else metric)
+    encoded = _encode_early(rows, tokenizer, model, task)
+    if encoded is not None:
+        AnchorSet.of(encoded).check("pseudo_nll" if compat else metric)
     bayes = bayesianize(load_adapter(load_base(model, adapter), adapter), seed=seed)
     bayes.source = source
     _set_padding(bayes, tokenizer)
-    encoded = encode(bayes, rows, tokenizer)
+    encoded = encode(bayes, rows, tokenizer) if encoded is None else encoded
     with progress_bar("searching sigma (rows x draws)", None) as advance:
         found = fit_sigma(
             bayes,
@@ -294,7 +302,7 @@ def evaluate(
     from tfb.engine import check_mode
     from tfb.metrics import evaluate as measure
     from tfb.rows import read_rows
-    from tfb.scoring import encode, encode_rows, pad_token
+    from tfb.scoring import encode, pad_token
 
     _quiet()
     check_mode(mode or "full", tail)
@@ -309,12 +317,11 @@ def evaluate(
         raise ValueError(f"{unlabelled[0]}: no label; evaluate needs one on every row")
     task = str(read_sidecar(artifact)["task"])
     tokenizer = _tokenizer(model)
-    if (config := _early_config(model, task)) is not None:
-        encode_rows(rows, tokenizer, task, config)
+    encoded = _encode_early(rows, tokenizer, model, task)
     bayes = _load_artifact(model, artifact, tokenizer, mode, tail)
     if sigma is not None:
         bayes.sigma = sigma
-    encoded = encode(bayes, rows, tokenizer)
+    encoded = encode(bayes, rows, tokenizer) if encoded is None else encoded
     with progress_bar("evaluating", 2 * len(rows)) as advance:
         found = evaluations(
             bayes, encoded, dataset=data.stem, draws=draws, batch_size=batch_size,
@@ -405,7 +412,7 @@ def report(
     from tfb.artifact import read_sidecar
     from tfb.report import check_report_folder, write_report
     from tfb.rows import read_rows
-    from tfb.scoring import encode, encode_rows, pad_token
+    from tfb.scoring import encode, pad_token
 
     _quiet()
     _check_draws(draws)
@@ -420,13 +427,11 @@ def report(
     if missing := [r.source for rows in tables.values() for r in rows if r.label is None]:
         raise ValueError(f"{missing[0]}: no label; report needs one on every row")
     tokenizer = _tokenizer(model)
-    if (config := _early_config(model, task)) is not None:
-        for rows in tables.values():
-            encode_rows(rows, tokenizer, task, config)
+    early = {path: _encode_early(rows, tokenizer, model, task) for path, rows in tables.items()}
     bayes = _load_artifact(model, artifact, tokenizer)
     found = []
     for path, rows in tables.items():
-        encoded = encode(bayes, rows, tokenizer)
+        encoded = encode(bayes, rows, tokenizer) if early[path] is None else early[path]
         with progress_bar(path.name, 2 * len(rows)) as advance:
             found += evaluations(
                 bayes, encoded, dataset=path.stem, draws=draws, batch_size=batch_size,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -210,13 +209,12 @@ class BayesianModel:
         # Draws of the head alone share the rest of a pass: parts of them would run it again.
         each = 1 if head_alone and self.last_logits else tail
         with evaluating(self.model):
-            whole = plan(self, inputs, state, tail)
-            parts = []
-            for part in chunks(self.base, draws, inputs["input_ids"], each, draws_per_pass):
-                step = replace(whole, state=replace(state, draws=part))
-                found = run(self, dict(inputs), step)
-                parts.append(found if labels is None else labels.select(found))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+            parts = chunks(self.base, draws, inputs["input_ids"], each, draws_per_pass)
+            found = [
+                logits if labels is None else labels.select(logits)
+                for logits in run(self, inputs, plan(self, inputs, state, tail), parts)
+            ]
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     @property
     def last_logits(self) -> dict[str, int]:

@@ -96,21 +96,19 @@ class LowRankSampler:
         after batch, generate nothing twice.
         """
         wanted, kept = draws.distinct_streams, self._pool
+        empty = Pool(draws.seed, {}, torch.empty(0, device=device))
         if kept is None or (kept.seed, kept.E.device) != (draws.seed, device):
-            kept = Pool(draws.seed, {}, self.posterior.A.new_empty(0).to(device))
+            kept = empty
         new = [q for q in wanted if q not in kept.index]
         if new:
-            t = draws.tensors(device)
-            streams = torch.tensor(new, dtype=torch.int64, device=device)
-            E = gaussian_noise(t.seed, self.posterior.layer_id, streams, *self.posterior.A.shape)
-            if kept.index and len(kept.index) + len(new) <= KEPT_STREAMS:
-                index = {**kept.index, **{q: len(kept.index) + i for i, q in enumerate(new)}}
-                E = torch.cat([kept.E, E])
-            else:  # start again with these draws alone
-                index = {q: i for i, q in enumerate(new)}
-                if len(new) < len(wanted):
-                    self._pool = None
-                    return self.pool(draws, device)
+            if len(kept.index) + len(new) > KEPT_STREAMS:
+                kept, new = empty, list(wanted)  # start again with these draws alone
+            E = gaussian_noise(
+                draws.tensors(device).seed, self.posterior.layer_id,
+                torch.tensor(new, dtype=torch.int64, device=device), *self.posterior.A.shape,
+            )  # fmt: skip
+            index = {**kept.index, **{q: len(kept.index) + i for i, q in enumerate(new)}}
+            E = torch.cat([kept.E, E]) if kept.index else E
             self._pool = kept = Pool(draws.seed, index, E)
         first = kept.index[wanted[0]]
         if all(kept.index[q] == first + i for i, q in enumerate(wanted)):

@@ -14,8 +14,6 @@ from tfb.draws import Draws
 # enough, and larger activations only leave the caches (measured on stories260K, 50 rows of 71
 # tokens: 10 draws in one pass take 1.2 times what they take two by two).
 CPU_TOKENS = 1 << 12
-# Activations of one token that live at once in a decoder block under no_grad, in units of
-# (4 hidden_size + 3 intermediate_size) elements: hidden state, residual, q, k, v and the MLP.
 _SHARE = 0.6  # of the free memory: fragmentation, attention scores and the caller's own
 
 
@@ -36,6 +34,7 @@ def draws_that_fit(base: Any, draws: int, input_ids: Tensor, tail: int | None) -
     free, _ = torch.cuda.mem_get_info(input_ids.device)
     reserved = torch.cuda.memory_reserved(input_ids.device)
     free += reserved - torch.cuda.memory_allocated(input_ids.device)
+    # What lives at once in a decoder block under no_grad: hidden state, residual, q, k, v, MLP.
     each = tokens * (4 * hidden + 3 * inner) * size
     return max(1, min(draws, int(_SHARE * free) // max(each, 1)))
 

@@ -8,6 +8,7 @@ Without shared prefixes the first step is left out. All passes give logits [S, B
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from tfb.draws import Draws
 from tfb.inputs import Batch, evaluating
 from tfb.prefix import SharedPrefix, find_shared_prefix, spread_cache
 from tfb.sampling import SamplingState, no_sampling
-from tfb.tail import tail_inputs
+from tfb.tail import prefix_inputs, tail_inputs
 
 # What a batch may hold for its rows to be taken apart; more than this is passed on as it is.
 _DIVISIBLE = {"input_ids", "attention_mask", "position_ids", "use_cache"}
@@ -92,14 +93,16 @@ def check_angles(config: Any, prefix: Tensor, rest: Tensor) -> None:
             )
 
 
-def run(bayes: Any, inputs: dict[str, Any], plan: Plan) -> Tensor:
-    """Logits [S, B, C] of the scored position."""
-    cache = None
-    if plan.shared is not None:
-        inputs, cache = _prefixes(bayes, inputs, plan)
+def run(bayes: Any, inputs: dict[str, Any], plan: Plan, parts: Iterable[Draws]) -> Iterator[Tensor]:
+    """Logits [s, B, C] of the scored position, for each part of the draws."""
     if plan.tail is not None:
-        return _tail(bayes, inputs, plan, cache)
-    return _full(bayes, inputs, plan.state, cache)
+        yield from _tail(bayes, inputs, plan, parts)
+        return
+    for draws in parts:
+        step, rest, cache = replace(plan, state=replace(plan.state, draws=draws)), inputs, None
+        if plan.shared is not None:
+            rest, cache = _prefixes(bayes, inputs, step)
+        yield _full(bayes, rest, step.state, cache)
 
 
 def _prefixes(
@@ -155,26 +158,33 @@ def _full(
     return logits.unflatten(0, (len(state.draws), -1))
 
 
-def _tail(bayes: Any, inputs: dict[str, Any], plan: Plan, cache: DynamicCache | None) -> Tensor:
-    """See :mod:`tfb.tail`."""
+def _tail(
+    bayes: Any, inputs: dict[str, Any], plan: Plan, parts: Iterable[Draws]
+) -> Iterator[Tensor]:
+    """See :mod:`tfb.tail`. The prompt runs once, whatever the number of parts."""
     assert plan.tail is not None
-    k, S, B = plan.tail, len(plan.state.draws), inputs["input_ids"].shape[0]
-    prefix, rest = tail_inputs(inputs, bayes.base.config, k, S, bayes.dtype)
-    cache = DynamicCache() if cache is None else cache
+    k, config, cache = plan.tail, bayes.base.config, DynamicCache()
+    if plan.shared is not None:
+        inputs, cache = _prefixes(bayes, inputs, plan)
     backbone = getattr(bayes.base, bayes.base.base_model_prefix)
+    prefix = prefix_inputs(inputs, k)
     if prefix["input_ids"].shape[1]:
-        check_angles(bayes.base.config, prefix["position_ids"], rest["position_ids"])
+        check_angles(config, prefix["position_ids"], inputs["position_ids"])
         with no_sampling(bayes.owner):
             backbone(**prefix, past_key_values=cache)
-    last = torch.arange(1, S + 1, device=bayes.device) * k - 1
-    with bayes.sampling_as(replace(plan.state, tree=True)):
-        if bayes.task == "CAUSAL_LM":
-            logits = bayes.model(**rest, past_key_values=cache, logits_to_keep=last).logits
-        else:
-            with bayes.tree_pass(S, B):
-                hidden = backbone(**rest, past_key_values=cache).last_hidden_state
-                logits = bayes.base.score(hidden[:, last])
-    return logits.transpose(0, 1)
+    for draws in parts:
+        S, B = len(draws), inputs["input_ids"].shape[0]
+        rest = tail_inputs(inputs, config, k, S, bayes.dtype)
+        last = torch.arange(1, S + 1, device=bayes.device) * k - 1
+        with bayes.sampling_as(replace(plan.state, draws=draws, tree=True)):
+            if bayes.task == "CAUSAL_LM":
+                logits = bayes.model(**rest, past_key_values=cache, logits_to_keep=last).logits
+            else:
+                with bayes.tree_pass(S, B):
+                    hidden = backbone(**rest, past_key_values=cache).last_hidden_state
+                    logits = bayes.base.score(hidden[:, last])
+        cache.crop(-S * k)  # the draws' own tokens are not the next part's
+        yield logits.transpose(0, 1)
 
 
 def hidden_norms(bayes: Any, batch: Batch, draws: Draws) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tfb.draws import Draws
 from tfb_kernels import predictive_reduction
-from tfb_kernels.reference import unit_standard_error
+from tfb_kernels.reference import compute_dtype, unit_standard_error
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +53,8 @@ class Predictive:
             raise ValueError(f"logits: expected [S={len(draws)}, B, K], got {list(logits.shape)}")
         units = draws.unit_tensor(logits.device)
         if keep_draws or units is None:
-            dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-            return cls.from_probs(logits.to(dtype).softmax(-1), draws, keep_draws=keep_draws)
+            p = logits.to(compute_dtype(logits.dtype)).softmax(-1)
+            return cls.from_probs(p, draws, keep_draws=keep_draws)
         probs, total, aleatoric, choices, error = predictive_reduction(logits, units)
         return cls(
             probs=probs,

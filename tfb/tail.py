@@ -85,10 +85,8 @@ def masks(config: Any, attention_mask: Tensor, k: int, draws: int, dtype: torch.
     return make(None if kinds == {"full_attention"} else window)
 
 
-def tail_inputs(
-    inputs: dict[str, Any], config: Any, k: int, draws: int, dtype: torch.dtype
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(prefix, tail) arguments of the two passes, from left-padded inputs [B, T], k <= T.
+def prefix_inputs(inputs: dict[str, Any], k: int) -> dict[str, Any]:
+    """Arguments of the prefix's pass, from left-padded inputs [B, T] with position ids, k <= T.
 
     attention_mask [B, P' + T] may begin with P' columns of a cache that is there already.
 
@@ -109,17 +107,19 @@ def tail_inputs(
             f"mode='tail': the batch has {', '.join(rest)}, which tail sampling does not know how "
             "to split; use mode='full'"
         )
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    # Sizes come from the ids; [:, :-k] of the mask keeps a cache's columns with the prefix.
-    prefix = {**inputs, "input_ids": ids[:, :-k], "attention_mask": mask[:, :-k], "use_cache": True}
-    tail = {
+    # [:, :-k] of the mask keeps a cache's columns with the prefix.
+    parts = {n: inputs[n][:, :-k] for n in ("input_ids", "attention_mask", "position_ids")}
+    return {**inputs, **parts, "use_cache": True}
+
+
+def tail_inputs(
+    inputs: dict[str, Any], config: Any, k: int, draws: int, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Arguments of the tail's pass: the last k tokens of ``inputs``, once for each draw."""
+    return {
         **inputs,
-        "input_ids": ids[:, -k:].repeat(1, draws),
-        "attention_mask": masks(config, mask, k, draws, dtype),
+        "input_ids": inputs["input_ids"][:, -k:].repeat(1, draws),
+        "attention_mask": masks(config, inputs["attention_mask"], k, draws, dtype),
+        "position_ids": inputs["position_ids"][:, -k:].repeat(1, draws),
         "use_cache": True,
     }
-    if "position_ids" in inputs:
-        position = inputs["position_ids"]
-        prefix["position_ids"] = position[:, :-k]
-        tail["position_ids"] = position[:, -k:].repeat(1, draws)
-    return prefix, tail

@@ -22,7 +22,11 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from tfb_kernels.noise import weight_noise
-from tfb_kernels.reference import bayes_lora_linear_reference, predictive_reduction_reference
+from tfb_kernels.reference import (
+    bayes_lora_linear_reference,
+    compute_dtype,
+    predictive_reduction_reference,
+)
 
 IMPLEMENTATIONS = ("auto", "triton", "reference")
 NOISE_KINDS = ("weight", "token")
@@ -453,7 +457,7 @@ def _predictive_reduction(logits: Tensor, units: Tensor, impl: str) -> Reduction
 @_predictive_reduction.register_fake
 def _(logits: Tensor, units: Tensor, impl: str) -> Reduction:
     S, B, V = logits.shape
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(logits.dtype)
     return (
         logits.new_empty((B, V), dtype=dtype),
         logits.new_empty((B,), dtype=dtype),

@@ -4,9 +4,9 @@
                                                               e_s = |x| Xi_{q(s)} (token noise)
 
 Plain torch, no loop over draws. With shared x, sigma / d is applied to r numbers after the dot
-product, so that sigma stays out of everything upstream. With an input for each draw and more than a
-few tokens, A' + (sigma / d) o E is formed, r n numbers a draw: one product of r columns in place of
-two (DESIGN.md).
+product, so that sigma stays out of everything upstream. With an input for each draw,
+A' + (sigma / d) o E is formed, r n numbers a draw: one product of r columns in place of two
+(DESIGN.md).
 
 Dimensions: S draws, Q distinct streams, T tokens, n in_features, m out_features, r rank.
 """
@@ -17,8 +17,6 @@ import torch
 from torch import Tensor
 
 from tfb_kernels.noise import token_noise, weight_noise
-
-FORM_TOKENS = 4  # tokens of a draw from which on forming its factor costs less than it saves
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -46,8 +44,8 @@ def bayes_lora_linear_reference(
 ) -> Tensor:
     """Shapes and meaning as in :func:`tfb_kernels.bayes_lora_linear`, whose checks came before.
 
-    run: consecutive draws that share a stream; 1: ``stream_index`` is arbitrary. out: [S, T, m],
-    may be ``base``.
+    run: not needed here, where nothing is grouped by stream; the implementations have one list of
+    arguments. out: [S, T, m], may be ``base``.
     """
     dtype = compute_dtype(x.dtype)
     x_, A_, B_ = x.to(dtype), A.to(dtype), B.to(dtype)
@@ -56,10 +54,12 @@ def bayes_lora_linear_reference(
     if noise == "weight":
         if pool is None:
             pool = weight_noise(seed, layer_id, streams, A.shape[0], A.shape[1])
-        if x.dim() == 3 and x.shape[1] >= FORM_TOKENS:
+        if x.dim() == 3:
             sampled = A_ + gain[:, :, None] * pool.to(dtype)[stream_index]  # [S, r, n]
             return _expand(torch.bmm(x_, sampled.mT), base, B_, scaling, bias, out)
-        z0, e = _project(x_, A_, pool.to(dtype), stream_index, run)
+        stacked = torch.cat([A_, pool.to(dtype).flatten(0, 1)])  # [(1 + Q) r, n]: one pass over x
+        z = (x_ @ stacked.mT).unflatten(-1, (1 + len(pool), A.shape[0]))
+        z0, e = z[:, 0], z[:, 1:].transpose(0, 1)[stream_index]
     else:
         xi = token_noise(seed, layer_id, streams, x.shape[-2], A.shape[0]).to(dtype)
         z0 = x_ @ A_.mT
@@ -82,24 +82,6 @@ def _expand(
     # are written, with the product added on the way.
     y = torch.baddbmm(base_.expand(S, *base_.shape[-2:]), z, factors, alpha=scaling)
     return y.to(base.dtype) if out is None else out.copy_(y)
-
-
-def _project(x: Tensor, A: Tensor, E: Tensor, index: Tensor, run: int) -> tuple[Tensor, Tensor]:
-    """(A'x, E_{q(s)} x) in one pass over x: [T, r] or [S, T, r], and [S, T, r]."""
-    r = A.shape[0]
-    if x.dim() == 2:
-        stacked = torch.cat([A, E.flatten(0, 1)])  # [(1 + Q) r, n]
-        z = (x @ stacked.mT).unflatten(-1, (1 + len(E), r))
-        return z[:, 0], z[:, 1:].transpose(0, 1)[index]
-    stacked = torch.cat([A.expand(len(E), -1, -1), E], dim=1)  # [Q, 2r, n]
-    S, T, n = x.shape
-    if run > 1:
-        # Draws of one stream stand side by side (antithetic pairs, sigma grids): each stream's
-        # factors multiply all of its draws at once, and nothing is gathered.
-        z = torch.bmm(x.reshape(len(E), run * T, n), stacked.mT).view(S, T, 2 * r)
-    else:
-        z = torch.bmm(x, stacked[index].mT)
-    return z[..., :r], z[..., r:]
 
 
 def predictive_reduction_reference(

@@ -23,18 +23,13 @@ def exact_weight_samples(
 ) -> Tensor:
     """y [S, T, m] in float64 by the definition: materialise A' + noise, one draw after another.
 
-    Deliberately written another way than the oracle: it forms each sampled weight, which the
-    library never does, and loops over the draws.
+    Written another way than the oracle, which has no loop over draws and, for shared x, never forms
+    a sampled weight.
     """
-    A, B, inv_d = A.double(), B.double(), inv_d.double()
-    out = []
-    for s, (sigma, stream) in enumerate(zip(sigmas.tolist(), streams.tolist(), strict=True)):
-        E = weight_noise(torch.tensor(seed), layer_id, torch.tensor([stream]), *A.shape)[0]
-        sampled = A + sigma * inv_d[:, None] * E.double()
-        x_s = (x if x.dim() == 2 else x[s]).double()
-        base_s = (base if base.dim() == 2 else base[s]).double()
-        out.append(base_s + scaling * (x_s @ sampled.mT @ B.mT))
-    return torch.stack(out)
+    return eager_weight_samples(
+        x.double(), base.double(), A.double(), B.double(), inv_d.double(), sigmas, streams,
+        seed=seed, layer_id=layer_id, scaling=scaling,
+    )  # fmt: skip
 
 
 def error_budget(exact: Tensor, eager: Tensor) -> float:

@@ -2,7 +2,7 @@
 
     normals4(seed pair, group, row, stream, layer) -> columns 4g, 4g+1, 4g+2, 4g+3 of one row
 
-MATH picks the transcendentals, the dominant cost of a normal (docs/kernels in DESIGN.md):
+MATH picks the transcendentals, the dominant cost of a normal (DESIGN.md):
 
     "cuda"  libdevice's fast_logf, fast_sinf, fast_cosf: a few MUFU instructions each
     "libm"  tl.log, tl.sin, tl.cos: AMD GPUs and the interpreter, which have no libdevice
