@@ -203,7 +203,7 @@ def test_settings_that_peft_cannot_use(adapter: Path) -> None:
 
 def test_task_without_a_base_class(adapter: Path) -> None:
     change_config(adapter, task_type="TOKEN_CLS")
-    with pytest.raises(AdapterError, match="task_type TOKEN_CLS; supported: CAUSAL_LM, SEQ_CLS"):
+    with pytest.raises(AdapterError, match="task_type TOKEN_CLS; supported: CAUSAL_LM, SEQ_2_SEQ"):
         load_base(adapter.parent, adapter)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -141,15 +142,16 @@ def mixtral() -> Any:
     return model
 
 
-def t5() -> Any:
+def t5(kind: str) -> Any:
     """An encoder-decoder, which cannot be folded; its texts end with token 2."""
     config = transformers.T5Config(
         vocab_size=VOCAB, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, num_labels=3,
         pad_token_id=0, eos_token_id=2, decoder_start_token_id=0,
     )  # fmt: skip
-    return transformers.T5ForSequenceClassification(config)
+    return getattr(transformers, f"T5For{kind}")(config)
 
 
+T5 = ["q", "k", "v", "o", "wi", "wo"]
 # The other members of FOLDABLE, and one that is not: checked against the definition only.
 OTHERS: dict[str, Kind] = {
     "gemma": Kind(of("GemmaConfig:GemmaForCausalLM", head_dim=4), SPLIT),
@@ -163,7 +165,10 @@ OTHERS: dict[str, Kind] = {
         distilbert, ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"], "SEQ_CLS",
         ("pre_classifier", "classifier"),
     ),
-    "t5": Kind(t5, ["q", "k", "v", "o", "wi", "wo"], "SEQ_CLS", ("classification_head",)),
+    "t5": Kind(partial(t5, "ConditionalGeneration"), T5, "SEQ_2_SEQ_LM"),
+    "t5-classifier": Kind(
+        partial(t5, "SequenceClassification"), T5, "SEQ_CLS", ("classification_head",)
+    ),
 }  # fmt: skip
 DECODERS = [k for k, v in KINDS.items() if k not in ("bert", "roberta")]
 CAUSAL = [k for k, v in KINDS.items() if v.task == "CAUSAL_LM"]
@@ -224,7 +229,7 @@ def test_other_architectures_are_the_definition(kind: str) -> None:
     if kind == "gemma2":
         # Eager attention only: its softmax is float32, and NaN for padding in float64.
         batch, bound = make_batch(9, 9, 9), 1e-5
-    if kind == "t5":
+    if kind.startswith("t5"):
         batch["input_ids"][:, -1] = 2
     for layers in (None, tfb.last_layers(1)):
         bayes = tfb.bayesianize(OTHERS[kind].build(), layers=layers)
@@ -247,16 +252,34 @@ def test_every_foldable_architecture_is_tested() -> None:
     assert {k.make().config.model_type for k in kinds} >= set(FOLDABLE)
 
 
-def test_encoder_decoders() -> None:
-    """A T5 classifier is sampled in full mode; tails and sequence-to-sequence adapters are not."""
-    bayes = tfb.bayesianize(OTHERS["t5"].build())
+@pytest.mark.parametrize("kind", ["t5", "t5-classifier"])
+def test_encoder_decoders_have_no_tails(kind: str) -> None:
+    bayes = tfb.bayesianize(OTHERS[kind].build())
     with pytest.raises(ValueError, match="an encoder-decoder sees the whole prompt in both"):
         bayes.predict(batch_of(), DRAWS, mode="tail", tail=1)
-    config = transformers.T5Config(
-        vocab_size=VOCAB, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=4
-    )
-    kind = Kind(lambda: transformers.T5ForConditionalGeneration(config), ["q"], "SEQ_2_SEQ_LM")
-    with pytest.raises(AdapterError, match="task_type SEQ_2_SEQ_LM; supported: CAUSAL_LM, SEQ_CLS"):
+    with pytest.raises(ValueError, match="an encoder-decoder has two stacks"):
+        bayes.hidden_norms(batch_of(), DRAWS)
+
+
+def test_answers_of_encoder_decoders() -> None:
+    """Label columns of the first answer token; another position through decoder_input_ids."""
+    bayes, batch = tfb.bayesianize(OTHERS["t5"].build()), batch_of()
+    whole, labels = bayes.logits(batch, DRAWS), torch.tensor([9, 4, 30])
+    assert whole.shape == (len(DRAWS), 3, VOCAB)
+    assert relative(bayes.logits(batch, DRAWS, labels), whole[..., labels]) < EXACT
+    start = torch.zeros(3, 1, dtype=torch.int64)
+    longer = {**batch, "decoder_input_ids": torch.cat([start, start + 7], dim=1)}
+    after = bayes.logits(longer, DRAWS)
+    assert relative(after, whole) > 1e-3
+    assert relative(after, single_runs(bayes, DRAWS, longer)) < EXACT
+    with pytest.raises(ValueError, match="needs a causal language model, not SEQ_2_SEQ_LM"):
+        bayes.generate(batch, DRAWS)
+
+
+def test_other_tasks_are_refused() -> None:
+    kind = Kind(lambda: transformers.BertForTokenClassification(transformers.BertConfig(**ENCODER)),
+                ["query"], "TOKEN_CLS")  # fmt: skip
+    with pytest.raises(AdapterError, match="task_type TOKEN_CLS; supported: CAUSAL_LM, SEQ_2_SEQ"):
         tfb.bayesianize(kind.build())
 
 

@@ -361,7 +361,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "no task": (
         lambda: add_lora(llama(), **causal(task_type=None)),
-        "task_type None; supported: CAUSAL_LM, SEQ_CLS",
+        "task_type None; supported: CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS",
     ),
     "other task": (
         lambda: add_lora(encoder("Bert"), r=2, task_type="TOKEN_CLS", target_modules=["query"]),

@@ -352,7 +352,7 @@ def test_label_ids_that_do_not_fit(ids: Tensor, message: str) -> None:
 
 
 def test_a_classifier_has_no_label_ids() -> None:
-    with pytest.raises(ValueError, match="only causal language models have a vocabulary"):
+    with pytest.raises(ValueError, match="only language models have a vocabulary"):
         bayesian("bert").predict(CASES["bert"].batch(), label_ids=torch.tensor([0, 1]))
 
 

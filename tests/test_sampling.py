@@ -163,6 +163,45 @@ def test_chunks_change_nothing(size: int, how: dict[str, Any]) -> None:
         bayes.logits(batch_of(), draws, draws_per_pass=0, **how)
 
 
+@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("size", [1, 3])
+def test_parts_of_the_draws_replay_the_blocks_below_the_noise(kind: str, size: int) -> None:
+    """Whatever a block returns: all draws in one pass, and in parts of one draw or more, agree."""
+    bayes = tfb.bayesianize(KINDS[kind].build(), layers=tfb.last_layers(1))
+    draws = Draws.iid(5, 0.2, seed=2)
+    whole = bayes.logits(batch_of(), draws, draws_per_pass=5)
+    parts = bayes.logits(batch_of(), draws, draws_per_pass=size)
+    assert relative(parts, whole) < EXACT
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_blocks_below_the_noise_run_once_for_all_parts(size: int) -> None:
+    bayes = tfb.bayesianize(KINDS["llama"].build(), layers=tfb.last_layers(1))
+    names = [f"model.layers.{i}.mlp.gate_proj" for i in range(3)]
+    draws = Draws.iid(4, 0.2)
+    seen = rows_seen(bayes, names, lambda: bayes.logits(batch_of(), draws, draws_per_pass=size))
+    assert [seen[n] for n in names] == [[B], [B], [size * B] * (4 // size)]
+
+
+def test_a_replay_ends_with_its_batch() -> None:
+    """Other batches and plain passes see their own rows; remove() leaves blocks as they were."""
+    model = KINDS["llama"].build()
+    before = [dict(vars(block)) for block in model.base_model.model.model.layers]
+    bayes = tfb.bayesianize(model, layers=tfb.last_layers(1))
+    other = {k: v.flip(0) for k, v in batch_of().items()}
+    inputs, _ = bayes.inputs(batch_of(), "full")
+    with torch.no_grad():
+        plain = bayes.model(**inputs).logits
+    a = bayes.logits(batch_of(), DRAWS, draws_per_pass=1)
+    b = bayes.logits(other, DRAWS, draws_per_pass=1)
+    assert relative(b.flip(1), a) < EXACT
+    with torch.no_grad():
+        assert torch.equal(bayes.model(**inputs).logits, plain)
+    bayes.remove()
+    layers = model.base_model.model.model.layers
+    assert [set(vars(block)) for block in layers] == [set(d) for d in before]
+
+
 def test_memory_of_a_cpu() -> None:
     """A fixed number of tokens a pass, at least one draw, never more than asked for."""
     ids = torch.zeros(4, 100, dtype=torch.int64)

@@ -19,7 +19,7 @@ from torch import nn
 
 from tfb.posterior import AdapterError
 
-TASKS = ("CAUSAL_LM", "SEQ_CLS")
+TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Names of the last linear layer of transformers' classifiers. DistilBERT's "pre_classifier" and
 # RoBERTa's "classifier.dense" come before it and have hidden_size rows.
@@ -151,6 +151,8 @@ def load_base(name: str | Path, adapter: str | Path) -> nn.Module:
     task = str(adapter_config(folder).get("task_type"))
     if task == "CAUSAL_LM":
         return transformers.AutoModelForCausalLM.from_pretrained(str(name), dtype=dtype).eval()
+    if task == "SEQ_2_SEQ_LM":
+        return transformers.AutoModelForSeq2SeqLM.from_pretrained(str(name), dtype=dtype).eval()
     if task != "SEQ_CLS":
         raise AdapterError(f"{adapter}: task_type {task}; supported: {', '.join(TASKS)}")
     heads = [

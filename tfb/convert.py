@@ -117,7 +117,8 @@ def bayesianize(
     once more than a variant's, agree to that rounding.
 
     Args:
-        peft_model: a ``peft.PeftModel`` for CAUSAL_LM or SEQ_CLS with a trained LoRA adapter.
+        peft_model: a ``peft.PeftModel`` for CAUSAL_LM, SEQ_2_SEQ_LM or SEQ_CLS with a trained LoRA
+            adapter.
         adapter: its name.
         layers: which adapted modules get noise; see :func:`tfb.selection.select_layers`. The
             others stay deterministic.

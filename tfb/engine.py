@@ -24,6 +24,7 @@ from tfb.memory import chunks
 from tfb.passes import hidden_norms, plan, run
 from tfb.posterior import LowRankPosterior
 from tfb.predictive import Predictive
+from tfb.replay import make_replayable, restore_blocks
 from tfb.sampling import (
     FanOut,
     SamplingState,
@@ -72,6 +73,7 @@ class BayesianModel:
         self._forward_names = frozenset(inspect.signature(inner.forward).parameters)
         self._fan_out = FanOut(self.owner, model, inner, list(samplers))
         narrow_head(inner, task)
+        make_replayable(self.blocks_below, inner)
 
     # --- sampling -------------------------------------------------------------------------------
 
@@ -83,6 +85,11 @@ class BayesianModel:
     @property
     def posteriors(self) -> dict[str, LowRankPosterior]:
         return {name: s.posterior for name, s in self.samplers.items()}
+
+    @property
+    def blocks_below(self) -> list[nn.Module]:
+        """The blocks below the first noisy module, where passes can be folded."""
+        return self._fan_out.below
 
     @property
     def device(self) -> torch.device:
@@ -186,8 +193,8 @@ class BayesianModel:
             batch: a tokenizer's tensors: input_ids [B, T], attention_mask [B, T] and what else
                 the model takes. Either padding side.
             draws: S draws.
-            label_ids: for causal LMs, the vocabulary ids to keep: [K], or [B, K] for choices that
-                differ by row; only these rows of the output embedding are then computed. None
+            label_ids: for language models, the vocabulary ids to keep: [K], or [B, K] for choices
+                that differ by row; only these rows of the output embedding are then computed. None
                 keeps all.
             mode, tail: see :meth:`predict`.
             draws_per_pass: most draws in one forward pass; None: see :func:`tfb.memory.chunks`.
@@ -198,8 +205,8 @@ class BayesianModel:
         """
         mode, tail = self._mode(mode, tail)
         inputs, rows = self.inputs(batch, mode)
-        if self.task != "CAUSAL_LM" and label_ids is not None:
-            raise ValueError("label_ids: only causal language models have a vocabulary to select")
+        if self.task == "SEQ_CLS" and label_ids is not None:
+            raise ValueError("label_ids: only language models have a vocabulary to select from")
         labels = LabelColumns.of(self.base, label_ids, rows) if label_ids is not None else None
         T = inputs["input_ids"].shape[1]
         head_alone = self._fan_out.head_alone
@@ -263,12 +270,15 @@ class BayesianModel:
             # Decoders find a row's last token by the padding's id, not by the mask.
             real = inputs["attention_mask"].bool()
             inputs["input_ids"] = inputs["input_ids"].masked_fill(~real, pad)
-        if causal:
-            if "position_ids" in self._forward_names or mode == "tail":
-                position = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)
-                inputs.setdefault("position_ids", position)
-            if "use_cache" in self._forward_names:
-                inputs["use_cache"] = False
+        if self.task == "SEQ_2_SEQ_LM" and inputs.get("decoder_input_ids") is None:
+            # Scored: the first token of the answer.
+            rows, start = inputs["input_ids"].shape[0], self.base.config.decoder_start_token_id
+            inputs["decoder_input_ids"] = torch.full((rows, 1), start, device=self.device)
+        if causal and ("position_ids" in self._forward_names or mode == "tail"):
+            position = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)
+            inputs.setdefault("position_ids", position)
+        if self.task != "SEQ_CLS" and "use_cache" in self._forward_names:
+            inputs["use_cache"] = False
         return inputs, inputs["input_ids"].shape[0]
 
     def predict(
@@ -285,15 +295,17 @@ class BayesianModel:
         """Posterior predictive of a batch.
 
         Args:
-            batch: a tokenizer's output (tensors [B, T]).
+            batch: a tokenizer's output (tensors [B, T]). An encoder-decoder's may bring
+                decoder_input_ids [B, T'] without padding; left out, the first token of the answer
+                is scored.
             draws: a number of antithetic draws at ``bayes.sigma``; :class:`Draws`; or "auto"
                 (an :class:`Adaptive` with other settings): every row gets as many as its own
                 Monte-Carlo error asks for, ``Predictive.draw_counts`` says how many.
             mode: "full": every draw passes through the whole model. "tail": noise at the last
                 ``tail`` positions only, about 1 + S tail / T passes, decoders only; a different
                 predictive, see :mod:`tfb.tail`. None: ``bayes.mode`` and ``bayes.tail``.
-            label_ids: for causal LMs the vocabulary ids of the classes, [K] or [B, K]; None: the
-                whole vocabulary.
+            label_ids: for language models the vocabulary ids of the classes, [K] or [B, K]; None:
+                the whole vocabulary.
             tail: positions with noise in tail mode.
             keep_draws: keep every draw's probabilities [S, B, K].
             draws_per_pass: most draws in one forward pass; None: as many as fit into memory.
@@ -353,6 +365,7 @@ class BayesianModel:
 
         self._fan_out.remove()
         restore_head(self.base)
+        restore_blocks(self.blocks_below)
         detach(self)
         return self.model
 

@@ -57,11 +57,11 @@ class LabelColumns:
 
 
 def narrow_head(base: Any, task: str) -> None:
-    """Let the output embedding of a causal LM compute the state's columns alone.
+    """Let the output embedding of a language model compute the state's columns alone.
 
     Modules that are not plain ``nn.Linear`` (quantized, or adapted themselves) stay as they are.
     """
-    head = base.get_output_embeddings() if task == "CAUSAL_LM" else None
+    head = base.get_output_embeddings() if task != "SEQ_CLS" else None
     if type(head) is nn.Linear and "forward" not in vars(head):
         head.forward = partial(_forward, head, base)  # type: ignore[method-assign]
 

@@ -1,6 +1,7 @@
 """The forward passes behind a prediction: full or tail, with prefixes that rows share.
 
-    full    [prefixes, S-fold, once each] -> everything else, S-fold
+    full    [prefixes, S-fold, once each] -> everything else, S-fold; without prefixes, blocks below
+            the noise run once, whatever the number of parts
     tail    [prefixes, once each] -> the prompt but its last k tokens, once -> the tail, S-fold
 
 Without shared prefixes the first step is left out. All passes give logits [S, B, C].
@@ -19,7 +20,7 @@ from transformers import DynamicCache
 from tfb.draws import Draws
 from tfb.inputs import Batch, evaluating
 from tfb.prefix import SharedPrefix, find_shared_prefix, spread_cache
-from tfb.sampling import SamplingState, no_sampling
+from tfb.sampling import Replay, SamplingState, no_sampling
 from tfb.tail import prefix_inputs, tail_inputs
 
 # What a batch may hold for its rows to be taken apart; more than this is passed on as it is.
@@ -98,8 +99,11 @@ def run(bayes: Any, inputs: dict[str, Any], plan: Plan, parts: Iterable[Draws]) 
     if plan.tail is not None:
         yield from _tail(bayes, inputs, plan, parts)
         return
+    # Not with prefixes: every part fills a cache of its own, and that from the first block on.
+    replay = Replay(bayes.blocks_below) if plan.shared is None else None
+    state = replace(plan.state, replay=replay)
     for draws in parts:
-        step, rest, cache = replace(plan, state=replace(plan.state, draws=draws)), inputs, None
+        step, rest, cache = replace(plan, state=replace(state, draws=draws)), inputs, None
         if plan.shared is not None:
             rest, cache = _prefixes(bayes, inputs, step)
         yield _full(bayes, rest, step.state, cache)
@@ -153,7 +157,7 @@ def _full(
         extra["past_key_values"] = cache
     with bayes.sampling_as(replace(state, cached=cache is not None)):
         logits: Tensor = bayes.model(**inputs, **extra).logits
-    if bayes.task == "CAUSAL_LM":
+    if bayes.task != "SEQ_CLS":
         logits = logits[:, -1]
     return logits.unflatten(0, (len(state.draws), -1))
 
@@ -191,6 +195,10 @@ def hidden_norms(bayes: Any, batch: Batch, draws: Draws) -> Tensor:
     """See ``BayesianModel.hidden_norms``."""
     if bayes.mode != "full":
         raise ValueError(f"hidden-state norms need mode='full', not {bayes.mode!r}")
+    if getattr(bayes.base.config, "is_encoder_decoder", False):
+        raise ValueError(
+            "hidden-state norms: an encoder-decoder has two stacks; use metric='nll' or 'accuracy'"
+        )
     inputs, rows = bayes.inputs(batch, "full")
     mask = inputs["attention_mask"]
     S = len(draws)

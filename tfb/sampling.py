@@ -11,6 +11,9 @@ module runs on the B rows that all draws share:
                     (q, k and v) still read it once and write S outputs
     later blocks    S * B; what the backbone hands to every block (masks, tables) is repeated once
 
+Draws that run in several passes share a :class:`Replay`: blocks below the noise then run in the
+first pass only (:mod:`tfb.replay`).
+
 Draws that are active are a context variable keyed by the model, so contexts nest, threads do not
 see each other, and two models never share a state. A thread started inside a context begins
 without one (Python's rule for context variables).
@@ -95,6 +98,14 @@ class ForwardPass:
         return value
 
 
+@dataclass(eq=False)
+class Replay:
+    """Several passes over one batch: the blocks below the noise, and what the last one returned."""
+
+    blocks: Sequence[nn.Module]
+    output: Any = None
+
+
 @dataclass(frozen=True)
 class SamplingState:
     """The active draws of one model.
@@ -106,6 +117,7 @@ class SamplingState:
         cached: past_key_values of this very state come with the call.
         diverged: rows differ from draw to draw at the entrance already: S * B come in.
         reduce: what becomes of the logits [S * B, ...] at the exit (generation), or None.
+        replay: shared by passes over the same batch, none of which fills a KV cache; or None.
         running: the pass under way.
     """
 
@@ -116,6 +128,7 @@ class SamplingState:
     cached: bool = False
     diverged: bool = False
     reduce: Callable[[Tensor], Tensor] | None = None
+    replay: Replay | None = None
     running: ForwardPass | None = None
 
 
@@ -167,7 +180,7 @@ class FanOut:
         self.owner = owner
         self.base = base
         self.handles: list[Any] = []
-        self._outside, self._blocks, self._first = _layout(base, noisy)
+        self._outside, self.below, self._blocks, self._first = _layout(base, noisy)
         # PEFT versions differ in whether they call the inner model or its forward; whichever of
         # the two modules is entered first fans the batch out, and the other sees a running pass.
         for module in dict.fromkeys((model, base)):
@@ -323,15 +336,17 @@ class FanOut:
         return len(layer.active_adapters) == 1 and not layer.disable_adapters
 
 
-def _layout(base: Any, noisy: Sequence[str]) -> tuple[list[str], list[nn.Module] | None, list[str]]:
-    """(noisy modules outside the backbone, blocks from the first noisy one on, noisy modules of
-    that block); the blocks are None where nothing can be folded."""
+def _layout(
+    base: Any, noisy: Sequence[str]
+) -> tuple[list[str], list[nn.Module], list[nn.Module] | None, list[str]]:
+    """(noisy modules outside the backbone, blocks below the first noisy one, blocks from it on,
+    noisy modules of that block); the latter blocks are None where nothing can be folded."""
     prefix = getattr(base, "base_model_prefix", "")
     backbone = getattr(base, prefix, None) if prefix else None
     if getattr(base.config, "model_type", "") not in FOLDABLE or not isinstance(
         backbone, nn.Module
     ):
-        return [], None, []
+        return [], [], None, []
     lists = [n for n, m in base.named_modules() if isinstance(m, nn.ModuleList)]
     inside = [n for n in noisy if n.startswith(f"{prefix}.")]
     outside = [n for n in noisy if n not in inside]
@@ -340,17 +355,17 @@ def _layout(base: Any, noisy: Sequence[str]) -> tuple[list[str], list[nn.Module]
     if not (len(outside) == 1 and base.get_submodule(outside[0]) is head):
         outside = []
     if not inside:
-        return outside, [], []
+        return outside, [], [], []
     owners = {n: next((x for x in lists if n.startswith(f"{x}.")), None) for n in inside}
     stacks = set(owners.values())
     if len(stacks) != 1 or None in stacks:
-        return [], None, []
+        return [], [], None, []
     stack = stacks.pop()
     assert stack is not None
     number = {n: int(n.removeprefix(f"{stack}.").partition(".")[0]) for n in inside}
     start = min(number.values())
-    blocks = list(base.get_submodule(stack))[start:]
-    return outside, blocks, [n for n in inside if number[n] == start]
+    blocks = list(base.get_submodule(stack))
+    return outside, blocks[:start], blocks[start:], [n for n in inside if number[n] == start]
 
 
 def _each(
