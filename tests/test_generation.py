@@ -123,6 +123,23 @@ def test_blocks_below_the_noise_keep_one_cache() -> None:
     assert found == [(0, 3), (2, 3 * len(DRAWS))] * NEW
 
 
+@pytest.mark.parametrize("layers", ["all", "last"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3", "gpt2"])
+def test_static_caches_follow_the_fan_out(kind: str, layers: str) -> None:
+    """S * B rows of keys above the noise, B below; full and windowed layers."""
+    bayes = endless(kind, layers=tfb.last_layers(1) if layers == "last" else None)
+    dynamic = bayes.generate(prompts(), DRAWS, **OPTIONS)
+    static = bayes.generate(prompts(), DRAWS, cache_implementation="static", **OPTIONS)
+    assert static.sequences.equal(dynamic.sequences)
+    assert static.epistemic is not None and dynamic.epistemic is not None
+    assert float((static.epistemic - dynamic.epistemic).abs().max()) < EXACT
+    assert float(dynamic.epistemic.max()) > 1e-3
+    each = bayes.generate(prompts(), DRAWS, per_draw=True, cache_implementation="static", **OPTIONS)
+    assert each.sequences.equal(
+        bayes.generate(prompts(), DRAWS, per_draw=True, **OPTIONS).sequences
+    )
+
+
 def test_generate_options_pass_through() -> None:
     """A dictionary result and several sequences a prompt, as transformers has them."""
     bayes = endless("llama")
@@ -137,7 +154,8 @@ def test_generate_options_pass_through() -> None:
         ({"num_beams": 3}, r"num_beams=3\): beam search"),
         ({"assistant_model": object()}, "assistant_model"),
         ({"past_key_values": object()}, "past_key_values"),
-        ({"cache_implementation": "static"}, "cache_implementation"),
+        ({"cache_implementation": "quantized"}, "expected one of dynamic, static"),
+        ({"cache_implementation": "static", "prefill_chunk_size": 2}, "prefill_chunk_size"),
         ({"penalty_alpha": 0.5}, "penalty_alpha"),
         ({"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens"),
         ({"dola_layers": "low"}, "dola_layers"),
@@ -168,7 +186,7 @@ def test_other_refusals() -> None:
         ({"num_beams": 3}, r"num_beams=3\): beam search"),
         ({"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens"),
         ({"guidance_scale": 1.5}, "guidance_scale"),
-        ({"cache_implementation": "static"}, "cache_implementation"),
+        ({"cache_implementation": "offloaded"}, "cache_implementation"),
     ],
 )
 def test_a_generation_config_is_looked_into(settings: dict[str, Any], message: str) -> None:

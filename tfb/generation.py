@@ -33,8 +33,9 @@ REFUSED = {
     "dola_layers": "DoLa reads scores below the posterior",
     "guidance_scale": "guidance runs a second prompt, whose scores would count as a step's",
     "past_key_values": "a cache from elsewhere does not hold the draws' keys and values",
-    "cache_implementation": "the cache must grow with the draws; leave it to generate",
 }
+# Of these a layer takes its rows from the first keys it is given: S * B, or B below the noise.
+CACHES = ("dynamic", "static")
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,17 @@ def check_arguments(options: dict[str, Any], config: Any) -> None:
     for name, reason in REFUSED.items():
         if setting(options, name) is not None:
             raise ValueError(f"generate({name}=...): {reason}; not possible while sampling")
+    cache = setting(options, "cache_implementation")
+    if cache is not None and cache not in CACHES:
+        raise ValueError(
+            f"generate(cache_implementation={cache!r}): expected one of {', '.join(CACHES)} while "
+            "sampling"
+        )
+    if cache == "static" and setting(options, "prefill_chunk_size") is not None:
+        raise ValueError(
+            "generate(prefill_chunk_size=...): makes a static cache of one row a prompt, where "
+            "draws need S; leave one of the two out"
+        )
     beams = setting(options, "num_beams", getattr(config, "num_beams", 1)) or 1
     if beams > 1:
         raise ValueError(
@@ -136,6 +148,8 @@ def run_generation(
             k: v.repeat(S, *([1] * (v.dim() - 1))) if isinstance(v, Tensor) else v
             for k, v in inputs.items()
         }
+    # transformers compiles the model by itself where a cache is static.
+    options.setdefault("disable_compile", True)
     with evaluating(bayes.model), bayes.sampling_as(state):
         found = bayes.model.generate(**inputs, **options)
     sequences = getattr(found, "sequences", found)
