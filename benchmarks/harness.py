@@ -124,7 +124,12 @@ class Contender:
         self.name, self.step, self.copies, self.device = name, step, copies, device
         self.graph: Any = None
         self.repeats = copies
+        self.peak_bytes: int | None = None  # of device memory, all tensors alive included
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         once = elapsed(self.run, device) / copies  # compiles, allocates, fills caches
+        if device.type == "cuda":
+            self.peak_bytes = torch.cuda.max_memory_allocated(device)
         if once < SLOW:
             once = min(elapsed(self.run, device) for _ in range(2)) / copies
         self.repeats = max(copies, min(math.ceil(MIN_TIME / once), MAX_REPEATS))
@@ -223,7 +228,12 @@ def compare(
         "device": bench.device.type,
         "toy": bench.toy,
         "contenders": {
-            k: {**_quantiles(v), "rounds": len(v), "repeats": contenders[k].repeats}
+            k: {
+                **_quantiles(v),
+                "rounds": len(v),
+                "repeats": contenders[k].repeats,
+                "peak_bytes": contenders[k].peak_bytes,
+            }
             for k, v in each.items()
         },
         "ratios": {k: _quartiles(v / each["ours"]) for k, v in each.items() if k != "ours"},

@@ -88,18 +88,23 @@ def summarize(p: Tensor) -> Statistics:
     return probs, torch.special.entr(probs).sum(-1), torch.special.entr(p).sum(-1).mean(0)
 
 
-def naive_loop(case: Case, draws: int, sigma: float) -> Statistics:
-    """``draws`` PEFT forwards, each with A' + sigma / d o E written into lora_A and taken back."""
+def naive_loop(
+    case: Case, draws: int, sigma: float, call: Callable[[Case, Any], Tensor] | None = None
+) -> Statistics | None:
+    """``draws`` PEFT forwards, each with A' + sigma / d o E written into lora_A and taken back.
+
+    With ``call(case, model)`` in place of ``forward`` nothing is averaged.
+    """
     layers = _lora_a(case)
     means = [(weight, weight.clone(), sigma * inv_d) for weight, inv_d in layers]
     found = []
     for _ in range(draws):
         for weight, mean, std in means:
             weight.copy_(mean + std * torch.randn_like(mean))
-        found.append(forward(case, case.twin))
+        found.append((call or forward)(case, case.twin))
         for weight, mean, _std in means:
             weight.copy_(mean)
-    return summarize(torch.stack(found))
+    return summarize(torch.stack(found)) if call is None else None
 
 
 def flipout_loop(case: Case, draws: int, sigma: float) -> Statistics:

@@ -78,9 +78,15 @@ def passes_table(rows: Sequence[Row]) -> str:
     """Cost of every way to draw, in deterministic passes; targets met and missed."""
     if not rows:
         return "*No rows yet.*"
-    names = [f"{r['point']['model']}, {r['point']['adapter']} ({r['device']})" for r in rows]
+    decoding = [r for r in rows if r["measure"] == "decode"]
+    rows = [r for r in rows if r["measure"] != "decode"]
+    names = [
+        "{model}, {adapter}, {rows} x {tokens}".format_map(r["point"]) + f" ({r['device']})"
+        for r in rows
+    ]
+    units = [r["in_units_of"]["ratios"] for r in rows]
     body = [
-        [label, *(spread(r["in_units_of"]["ratios"][key]) for r in rows)]
+        [label, *(spread(u[key]) if key in u else "" for u in units)]
         for key, label in PASSES.items()
     ]
     missed = [
@@ -90,17 +96,38 @@ def passes_table(rows: Sequence[Row]) -> str:
         if not t["met"]
     ]
     text = table(["in passes of the deterministic adapter", *names], body)
+    if measured := [r for r in rows if r["device"] == "cuda"]:
+        text += "\n\n" + _rows_per_second(measured)
+    for r in decoding:
+        u, p = r["in_units_of"]["ratios"], r["point"]
+        text += (
+            f"\n\nDecoding {p['new_tokens']} tokens after {p['rows']} prompts of {p['tokens']} "
+            f"with 10 draws ({p['model']}, {r['device']}) takes {spread(u['ours'])} times one "
+            "plain generation; ten generations with materialised noise, which average nothing, "
+            f"{spread(u['naive'])}."
+        )
     if missed:
         text += "\n\nTargets that are missed:\n\n" + "\n".join(missed)
     return text + "\n\n" + taken_on(rows)
 
 
+def _rows_per_second(rows: Sequence[Row]) -> str:
+    """Absolute figures of a GPU: rows a second, and the most memory in use."""
+    body = []
+    for key, label in ({"mean": "deterministic, one pass"} | PASSES).items():
+        cells = []
+        for r in rows:
+            c = r["contenders"].get(key)
+            rate = "" if c is None else f"{r['point']['rows'] / c['median']:.1f}"
+            cells.append(rate and f"{rate}, {c['peak_bytes'] / 2**30:.1f} GiB")
+        body.append([label, *cells])
+    return table(["rows/s, peak memory", *(f"{r['point']['rows']} rows" for r in rows)], body)
+
+
 def quality_table(rows: Sequence[Row]) -> str:
     """What draws buy, beside what they cost."""
     if not rows:
-        return (
-            "*Not run yet: `python -m benchmarks.quality --record` (ten minutes, two quiet cores).*"
-        )
+        return "*Not run yet: `python -m benchmarks.quality --record` (twenty minutes, two quiet cores).*"
     body = [
         [
             r["point"]["method"], f"{r['passes']:.2f}", f"{r['nll']:.3f}", f"{100 * r['ece']:.1f}",
@@ -108,7 +135,14 @@ def quality_table(rows: Sequence[Row]) -> str:
         ]
         for r in rows
     ]  # fmt: skip
-    headings = ("method", "passes", "NLL", "ECE %", "accuracy %", "MSE to 128 draws")
+    headings = (
+        "method",
+        "passes",
+        "NLL",
+        "ECE %",
+        "accuracy %",
+        f"MSE to {rows[0]['point']['reference_draws']} draws",
+    )
     return table(headings, body) + "\n\n" + taken_on(rows)
 
 
@@ -148,7 +182,8 @@ def plot_quality(rows: Sequence[Row], target: Path) -> None:
     right.set(xscale="log", yscale="log", xlabel="cost (deterministic passes)",
               ylabel="mean squared error of probabilities")  # fmt: skip
     left.set_title("quality on held-out rows")
-    right.set_title("Monte-Carlo error against 128 draws of the same predictive")
+    reference = rows[0]["point"]["reference_draws"]
+    right.set_title(f"Monte-Carlo error against {reference} draws of the same predictive")
     left.legend(frameon=False)
     right.legend(frameon=False)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -8,14 +8,16 @@
     last_S      noise in the head alone (last-layer TFB)
     tail_S      noise at the last prompt position only (k = 1)
 
-On a CPU a random Llama of 8 layers; on a GPU the shape of Llama-3.1-8B. Times do not depend on the
-values of weights.
+On a CPU a random Llama of 8 layers, and MiniLM (which has neither tails nor an adapted head); on a
+GPU the shape of Llama-3.1-8B with several batch sizes, and what a decoded token costs. Times do not
+depend on the values of weights.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +26,7 @@ from torch import Tensor
 
 import tfb
 from benchmarks.harness import Bench, Row, Step, compare, target
-from benchmarks.models import Case, flipout_loop, forward, naive_loop, reparameterized
+from benchmarks.models import CASES, Case, flipout_loop, forward, naive_loop, reparameterized
 from tfb.draws import Draws
 
 SIGMA = 0.01
@@ -46,9 +48,11 @@ class Shape:
     tokens: int
 
 
-CPU = Shape("Llama 8 x 512", 512, 1408, 8, 8, 4, 8192, 2, 256)
+CPU = Shape("Llama 8 x 512", 512, 1408, 8, 8, 4, 8192, 8, 256)
 TOY = Shape("toy", 32, 64, 4, 4, 2, 128, 2, 16)
 GPU = Shape("Llama-3.1-8B", 4096, 14336, 32, 32, 8, 128256, 50, 300)
+GPU_ROWS = (50, 8, 1)
+NEW_TOKENS = 16
 
 ADAPTERS = {
     "r8-q,v,head": (8, ("q_proj", "v_proj", "lm_head")),
@@ -80,8 +84,11 @@ def model(shape: Shape, rank: int, targets: tuple[str, ...], bench: Bench) -> An
     return made.eval()
 
 
-def steps(shape: Shape, rank: int, targets: tuple[str, ...], bench: Bench) -> dict[str, Step]:
-    """All contenders on one batch; models share the base's weights."""
+def models(
+    shape: Shape, rank: int, targets: tuple[str, ...], bench: Bench
+) -> tuple[Case, Any, Any]:
+    """Noise in all layers, in the last quarter of the blocks and in the head, on one batch; models
+    share the base's weights."""
     source = model(shape, rank, targets, bench)
     bayes = tfb.bayesianize(source)
 
@@ -98,7 +105,13 @@ def steps(shape: Shape, rank: int, targets: tuple[str, ...], bench: Bench) -> di
     labels = torch.arange(10, 14, device=bench.device).expand(shape.rows, 4)
     case = Case(shape.name, bayes, reparameterized(plain, bayes), batch, labels)
     quarter = with_noise_in(tfb.last_layers(max(1, shape.layers // 4)))
-    last = with_noise_in(tfb.last_layers(0))
+    return case, quarter, with_noise_in(tfb.last_layers(0))
+
+
+def steps(shape: Shape, rank: int, targets: tuple[str, ...], bench: Bench) -> dict[str, Step]:
+    """All contenders on one batch."""
+    case, quarter, last = models(shape, rank, targets, bench)
+    bayes, batch, labels = case.bayes, case.batch, case.label_ids
 
     def ours(which: Any, draws: int, **mode: Any) -> Step:
         chosen = Draws.antithetic(draws, SIGMA)
@@ -148,20 +161,81 @@ def judge(row: Row, gpu: bool) -> list[Row]:
     return found
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
-def test_passes(benchmark: Any, bench: Bench, adapter: str) -> None:
+def shape_of(bench: Bench, rows: int) -> Shape:
     gpu = bench.device.type == "cuda"
-    shape = TOY if bench.toy else GPU if gpu else CPU
+    if rows != GPU_ROWS[0] and (bench.toy or not gpu):
+        pytest.skip("other batch sizes: on a GPU")
+    return TOY if bench.toy else replace(GPU, rows=rows) if gpu else CPU
+
+
+def point_of(shape: Shape, adapter: str, bench: Bench) -> dict[str, Any]:
     rank, targets = ADAPTERS[adapter]
-    made = steps(shape, rank, targets, bench)
-    point = {
+    return {
         "model": shape.name, "adapter": adapter, "rank": rank, "targets": list(targets),
         "rows": shape.rows, "tokens": shape.tokens, "hidden": shape.hidden,
         "layers": shape.layers, "vocabulary": shape.vocabulary,
         "dtype": str(bench.dtype).removeprefix("torch."),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", GPU_ROWS)
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_passes(benchmark: Any, bench: Bench, adapter: str, rows: int) -> None:
+    shape = shape_of(bench, rows)
+    made = steps(shape, *ADAPTERS[adapter], bench)
     cheaper = [k for k in made if k.partition("_")[0] in ("full", "quarter", "last", "tail")]
     compare(
+        benchmark, bench, "passes", "predict", point_of(shape, adapter, bench), made, unit="mean",
+        parts=(*cheaper, "base"), judge=partial(judge, gpu=bench.device.type == "cuda"),
+        rounds=(4, 20),
+    )  # fmt: skip
+
+
+def test_passes_of_an_encoder(benchmark: Any, bench: Bench, shared: Path) -> None:
+    """MiniLM on clinc150: full mode, and noise in the last quarter of the blocks."""
+    case = CASES["minilm-qv"](shared, bench.device)
+    layers = tfb.last_layers(max(1, case.bayes.base.config.num_hidden_layers // 4))
+    quarter = tfb.bayesianize(
+        CASES["minilm-qv"](shared, bench.device).bayes.remove(), layers=layers
+    )
+    if bench.toy:
+        case = case.small(4)
+
+    def ours(which: Any, draws: int) -> Step:
+        return lambda i: which.predict(case.batch, Draws.antithetic(draws, SIGMA))
+
+    made: dict[str, Step] = {
+        "ours": ours(case.bayes, 10),
+        "mean": lambda i: forward(case, case.bayes.model),
+        "naive": lambda i: naive_loop(case, 10, SIGMA),
+        "flipout": lambda i: flipout_loop(case, 10, SIGMA),
+        "full_2": ours(case.bayes, 2),
+        "full_4": ours(case.bayes, 4),
+        "quarter_10": ours(quarter, 10),
+    }
+    point = case.description(10) | {"adapter": "r8-q,v"}
+    compare(
         benchmark, bench, "passes", "predict", point, made, unit="mean",
-        parts=(*cheaper, "base"), judge=partial(judge, gpu=gpu), rounds=(4, 20),
+        parts=("full_2", "full_4", "quarter_10"),
+    )  # fmt: skip
+
+
+def test_decoding(benchmark: Any, bench: Bench) -> None:
+    """Prompts continued by ``NEW_TOKENS`` tokens: ours with 10 draws, one plain generation (the
+    unit), and 10 plain generations with materialised noise, which average nothing."""
+    shape = shape_of(bench, GPU_ROWS[0])
+    shape = replace(shape, rows=min(shape.rows, 8))
+    case, _, _ = models(shape, *ADAPTERS["r8-q,v,head"], bench)
+    options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+    draws = Draws.antithetic(10, SIGMA)
+    made: dict[str, Step] = {
+        "ours": lambda i: case.bayes.generate(case.batch, draws, **options),
+        "mean": lambda i: case.bayes.model.generate(**case.batch, **options),
+        "naive": lambda i: naive_loop(
+            case, 10, SIGMA, lambda _, model: model.generate(**case.batch, **options)
+        ),
+    }
+    point = point_of(shape, "r8-q,v,head", bench) | {"new_tokens": NEW_TOKENS, "draws": 10}
+    compare(
+        benchmark, bench, "passes", "decode", point, made, unit="mean", rounds=(4, 20)
     )  # fmt: skip
