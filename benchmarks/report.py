@@ -127,7 +127,10 @@ def _rows_per_second(rows: Sequence[Row]) -> str:
 def quality_table(rows: Sequence[Row]) -> str:
     """What draws buy, beside what they cost."""
     if not rows:
-        return "*Not run yet: `python -m benchmarks.quality --record` (twenty minutes, two quiet cores).*"
+        return (
+            "*Not run yet: `python -m benchmarks.quality --record` (twenty minutes, two quiet "
+            "cores).*"
+        )
     body = [
         [
             r["point"]["method"], f"{r['passes']:.2f}", f"{r['nll']:.3f}", f"{100 * r['ece']:.1f}",
