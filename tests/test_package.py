@@ -79,6 +79,15 @@ def test_public_names_resolve() -> None:
         assert getattr(tfb, name) is getattr(import_module(f"tfb.{home}"), name)
 
 
+def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-evaluation-harness is imported by the one file that needs it."""
+    for name in [n for n in sys.modules if n.split(".")[0] == "lm_eval" or n == "tfb.harness"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ImportError, match=r'pip install "tfb\[lm-eval\]"'):
+        import_module("tfb.harness")
+
+
 def test_unknown_name() -> None:
     with pytest.raises(AttributeError, match="module 'tfb' has no attribute 'bayesianise'"):
         tfb.bayesianise  # noqa: B018

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tfb.convert import bayesianize
     from tfb.draws import Draws
     from tfb.engine import BayesianModel
+    from tfb.exporting import export
     from tfb.generation import Generation
     from tfb.linear import BayesLoRALinear
     from tfb.posterior import AdapterError, LowRankPosterior
@@ -44,6 +45,7 @@ _HOMES = {
     "SearchError": "search",
     "SigmaFit": "search",
     "bayesianize": "convert",
+    "export": "exporting",
     "fit_sigma": "search",
     "last_layers": "selection",
     "load": "artifact",
@@ -65,6 +67,7 @@ __all__ = [
     "SearchError",
     "SigmaFit",
     "bayesianize",
+    "export",
     "fit_sigma",
     "last_layers",
     "load",

@@ -78,6 +78,11 @@ def adapter_folder(adapter: str | Path) -> Path:
     return folder
 
 
+def lora_keys(module: str) -> tuple[str, str]:
+    """The names of lora_A and lora_B of a module of the base model in an adapter file."""
+    return f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"
+
+
 def load_adapter(base_model: nn.Module, adapter: str | Path, name: str = "default") -> nn.Module:
     """Load a LoRA adapter onto a base model, strictly.
 

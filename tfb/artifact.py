@@ -10,12 +10,14 @@ safetensors only, never pickle.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,23 @@ def check_output_folder(folder: str | Path) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def staged_folder(path: Path) -> Iterator[Path]:
+    """A folder beside ``path`` (absent or empty) that takes its place if the block succeeds, and
+    is removed if it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        yield staging
+        staging.chmod(0o755)
+        if path.exists():
+            path.rmdir()  # empty: its caller checked, and rmdir refuses if that changed
+        os.replace(staging, path)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
 def save(
     bayes: BayesianModel, folder: str | Path, *, fit: SigmaFit | None = None, **extra: Any
 ) -> Path:
@@ -84,9 +103,7 @@ def save(
     if not (math.isfinite(bayes.sigma) and bayes.sigma >= 0):
         raise ArtifactError(f"sigma={bayes.sigma}: expected a finite number >= 0")
     bayes.check_attached()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
+    with staged_folder(path) as staging:
         save_adapter(bayes.model, bayes.adapter, staging, source=bayes.source)
         tensors: dict[str, torch.Tensor] = {}
         for name, p in bayes.posteriors.items():
@@ -101,21 +118,14 @@ def save(
             "tail": bayes.tail,
             "task": bayes.task,
             "layers": {name: p.scaling for name, p in bayes.posteriors.items()},
-            "adapter_sha256": _sha256(staging / ADAPTER),
-            "factors_sha256": _sha256(staging / FACTORS),
+            "adapter_sha256": file_sha256(staging / ADAPTER),
+            "factors_sha256": file_sha256(staging / FACTORS),
             "base": base_fingerprint(bayes.base),
             "fit": None if fit is None else fit.to_dict(),
             "extra": extra,
             "versions": library_versions(),
         }
         (staging / SIDECAR).write_text(json.dumps(sidecar, indent=2, allow_nan=False) + "\n")
-        staging.chmod(0o755)
-        if path.exists():
-            path.rmdir()  # empty: checked above, and rmdir refuses if that changed
-        os.replace(staging, path)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
     return path
 
 
@@ -165,7 +175,7 @@ def load(base_model: nn.Module | str | Path, folder: str | Path) -> BayesianMode
     for file, digest in ((ADAPTER, "adapter_sha256"), (FACTORS, "factors_sha256")):
         if not (folder / file).is_file():
             raise ArtifactError(f"{folder}: {file} is missing")
-        if _sha256(folder / file) != sidecar[digest]:
+        if file_sha256(folder / file) != sidecar[digest]:
             raise ArtifactError(f"{folder}: {file} has changed since the fit; fit again")
     check_mode(sidecar["mode"], sidecar.get("tail"))
     if not isinstance(base_model, nn.Module):
@@ -245,7 +255,8 @@ def library_versions() -> dict[str, str]:
     return found
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Of a file's bytes, in hex."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -1,4 +1,4 @@
-"""The command line: ``tfb demo | fit | evaluate | score | report`` (also ``python -m tfb``).
+"""The command line: ``tfb demo | fit | evaluate | score | report | export``, or ``python -m tfb``.
 
 Each command checks its inputs and its output folder before any long work. To add a command: a
 function below, its work in a module of its own.
@@ -440,6 +440,43 @@ def report(
     print_metrics(found)
     page = write_report(output, found, fitted, title=f"{artifact.name}: sigma = {bayes.sigma:.4g}")
     out.print(f"report: {page}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def export(
+    model: Model,
+    artifact: Annotated[Path, typer.Option(help="folder written by tfb fit")],
+    output: Annotated[Path, typer.Option("--out", help="new folder for the sampled adapters")],
+    draws: Draws = 10,
+    seed: Annotated[int | None, typer.Option(help="seed of the noise; default: as fitted")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="auto, stored, float16, bfloat16, float32, float64")
+    ] = "auto",
+    mode: Annotated[str | None, typer.Option(help="full: accept a sigma of mode tail")] = None,
+) -> None:
+    """Sampled adapters as PEFT folders, for servers of many LoRA adapters."""
+    from tfb.artifact import check_output_folder, read_sidecar
+    from tfb.draws import Draws as PosteriorDraws
+    from tfb.exporting import MANIFEST, check_dtype, check_exportable
+
+    _quiet()
+    check_output_folder(output)
+    _check_draws(draws)
+    check_dtype(dtype)
+    sidecar = read_sidecar(artifact)
+    check_exportable(mode or sidecar["mode"], sidecar.get("tail"))
+    chosen = PosteriorDraws.antithetic(
+        draws, sidecar["sigma"], seed=sidecar["seed"] if seed is None else seed
+    )
+    bayes = _load_artifact(model, artifact, _tokenizer(model), mode)
+    with progress_bar("writing adapters", draws) as advance:
+        bayes.export(output, chosen, dtype=dtype, progress=advance)
+    rounding = json.loads((output / MANIFEST).read_text())["rounding"]
+    lost = "" if rounding is None else f"; rounding {rounding:.2g} of the noise"
+    out.print(
+        f"{draws} adapters, sigma = {sidecar['sigma']:.6g}{lost}: {output}", markup=False,
+        soft_wrap=True,
+    )  # fmt: skip
 
 
 @app.command()

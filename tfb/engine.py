@@ -375,6 +375,12 @@ class BayesianModel:
 
         return save(self, folder, **details)
 
+    def export(self, folder: str | Path, draws: int | Draws = 10, **details: Any) -> Path:
+        """Write sampled adapters for other engines: see :func:`tfb.exporting.export`."""
+        from tfb.exporting import export
+
+        return export(self, folder, draws, **details)
+
 
 def check_mode(mode: str, tail: int | None = None) -> None:
     """Raise ValueError for an unknown mode, or a ``tail`` that does not belong to it."""

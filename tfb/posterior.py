@@ -126,10 +126,13 @@ class LowRankPosterior:
 
     def sample(self, sigma: float, stream: int, seed: int = 0) -> Tensor:
         """One sampled dW [m, n] float64: exactly the draw (sigma, stream) of weight noise."""
+        return self.scaling * (self.B.double() @ self.sample_A(sigma, stream, seed))
+
+    def sample_A(self, sigma: float, stream: int, seed: int = 0) -> Tensor:
+        """A' + (sigma / d) o E [r, n] float64: with B' and the scaling, the same draw as a LoRA."""
         draws = Draws((sigma,), (stream,), seed=seed)
         E = gaussian_noise(draws.seed, self.layer_id, draws.streams, *self.A.shape)[0].double()
-        noisy = self.A.double() + sigma * self.inv_d[:, None] * E
-        return self.scaling * (self.B.double() @ noisy)
+        return self.A.double() + sigma * self.inv_d[:, None] * E
 
     def mean_square(self) -> float:
         """Sum over noisy rows of (d_i A'_ij)^2, in the units of sigma squared."""
