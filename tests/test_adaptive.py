@@ -92,7 +92,7 @@ def test_labels_of_each_row_go_with_it() -> None:
             alone = bayes.predict(batch_of(row), SOME, label_ids=ids)
             assert counts(alone) == [counts(whole)[row]]
             assert same(alone, whole.rows(torch.tensor([row])))
-    with pytest.raises(ValueError, match=r"label_ids: expected \[K\] or \[6, K\], got \[5, 2\]"):
+    with pytest.raises(ValueError, match=r"label_ids: expected .*\[6, K\] or .*, got \[5, 2\]"):
         bayes.predict(batch_of(), SOME, label_ids=OWN[:5])
 
 

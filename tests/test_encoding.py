@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from tfb.batching import NO_LABEL, EncodedRows, batches
+from tfb.batching import NO_LABEL, NO_TOKEN, EncodedRows, batches
 from tfb.encoding import encode_choices, encode_texts
 from tfb.rows import Row, RowError, read_rows
 
@@ -129,9 +131,42 @@ def test_merging_prompt() -> None:
     assert "merges" in message and "end the prompt differently" in message
 
 
-def test_choice_of_several_tokens() -> None:
-    message = choice_error(marked_bpe(), "Topic", "A", "Toy")
-    assert "'Toy' is 3 tokens" in message and "single tokens" in message
+def tokens_of(tokenizer: Any, prompt: str, *choices: str, **options: Any) -> list[str] | None:
+    (found,) = encode_choices([row(prompt, *choices)], tokenizer, **options).choice_ids or [None]
+    return None if found is None else [" ".join(names(tokenizer, ids)) for ids in found]
+
+
+def test_choices_of_several_tokens() -> None:
+    """All choices of the row by all of their tokens; what is dropped in front of a single token is
+    dropped in front of several. One may begin another."""
+    tokenizer = marked_bpe()
+    assert tokens_of(tokenizer, "Topic", "A", "Toy") == ["A", "▁T o y"]
+    assert tokens_of(tokenizer, "Topic", "A", "AB", "B", "BA") == ["A", "A B", "▁B", "▁B A"]
+    assert tokens_of(tokenizer, "Topic ", "A", "AB") == ["A", "A B"]
+    assert tokens_of(tokenizer, "Topic", "A", "A B") == ["A", "A ▁B"]  # inside, spaces count
+    assert tokens_of(byte_bpe(), "x:", "A", "AB") == ["ĠA", "ĠA B"]
+    assert tokens_of(byte_bpe(), "x:", "A", "B") is None
+    encoded = encode_choices(
+        [row("Topic", "A", "AB", id="1"), row("Topic", "A", "C", id="2")], tokenizer
+    )
+    A, B, C = (tokenizer.convert_tokens_to_ids(t) for t in "ABC")
+    assert encoded.choice_ids == [((A,), (A, B)), None]
+    assert encoded.label_ids == [(), (A, C)]
+    assert encoded.num_choices(0) == encoded.num_choices(1) == 2
+
+
+def test_several_tokens_that_cannot_be_told_apart() -> None:
+    message = choice_error(marked_bpe(), "Topic", "AC", "B", " AC")
+    assert "'AC' and ' AC' are the same tokens (4, 6)" in message
+    assert "does not know the choice 'AQ'" in choice_error(marked_bpe(), "Topic", "A", "AQ")
+
+
+def test_a_choices_last_token_is_not_read() -> None:
+    """8 tokens and a choice of 3 (' A', 'x', 'y'): the model reads 10."""
+    rows = [row("x" * 8, "A", "Axy")]
+    assert encode_choices(rows, byte_bpe(), max_length=10).choice_ids is not None
+    message = choice_error(byte_bpe(), "x" * 8, "A", "Axy", max_length=9)
+    assert "10 tokens, but the model takes 9" in message
 
 
 def test_choices_that_collide() -> None:
@@ -205,6 +240,25 @@ def test_batch_of_choices() -> None:
     assert longest.to("cpu").input_ids.equal(longest.input_ids)
 
 
+def test_batches_of_one_kind_of_choices() -> None:
+    """Rows scored by label columns and rows scored by several tokens never share a batch."""
+    rows = [
+        row("x", "A", "B", id="1"),
+        row("x", "A", "Bxy", id="2"),
+        row("y", "B", "C", id="3"),
+        row("xx", "Ax", "C", id="4"),
+    ]
+    encoded = encode_choices(rows, byte_bpe())
+    single, several = batches(encoded, batch_size=8, pad_token_id=0)
+    assert single.indices.tolist() == [0, 2] and several.indices.tolist() == [1, 3]
+    assert single.label_ids is not None and single.label_ids.shape == (2, 2)
+    assert several.label_ids is not None and several.label_ids.shape == (2, 2, 3)
+    assert encoded.choice_ids is not None
+    expected = [[[*c, *[NO_TOKEN] * (3 - len(c))] for c in encoded.choice_ids[i]] for i in (1, 3)]
+    assert several.label_ids.tolist() == expected
+    assert encoded.subset([3, 0]).choice_ids == [encoded.choice_ids[3], None]
+
+
 def test_batch_arguments() -> None:
     encoded = encode_choices([row("x", "A", "B")], byte_bpe())
     with pytest.raises(ValueError, match="batch_size"):
@@ -261,6 +315,21 @@ def test_subset_and_content_hash() -> None:
         replace(encoded, label_ids=[(1, 2), (3, 4)]),
     ]
     assert len({e.content_hash for e in [encoded, *changed]}) == 1 + len(changed)
+
+
+def test_hash_of_choices_of_several_tokens() -> None:
+    """It follows their tokens; a row without them keeps the hash it had before there were any."""
+    (plain,) = (encode_choices([row("x", "A", "B", label=1)], byte_bpe()),)
+    before = hashlib.sha256(json.dumps(["tfb-rows-1", None]).encode())
+    fields = ["r", plain.input_ids[0], (plain.label_ids or [])[0], 1, ["A", "B"], None]
+    before.update(json.dumps(fields, separators=(",", ":")).encode() + b"\n")
+    assert plain.content_hash == before.hexdigest()
+    assert replace(plain, choice_ids=[None]).content_hash == plain.content_hash
+    several = [
+        replace(plain, label_ids=[()], choice_ids=[ids])
+        for ids in (((1,), (2, 3)), ((1,), (2, 4)), ((1, 2), (3,)))
+    ]
+    assert len({e.content_hash for e in [plain, *several]}) == 4
 
 
 # --- the reference model --------------------------------------------------------------------------

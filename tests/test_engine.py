@@ -335,15 +335,18 @@ def test_label_columns_are_the_vocabularys(kind: str) -> None:
     assert pred.draw_probs is not None and relative(pred.draw_probs, probs) < EXACT
 
 
+SHAPES = r"label_ids: expected \[K\], \[3, K\] or \[3, K, L\], got"
+
+
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
         (torch.tensor([0, VOCAB]), f"outside the vocabulary of {VOCAB}"),
         (torch.tensor([-1, 0]), f"outside the vocabulary of {VOCAB}"),
-        (torch.zeros(2, 4, dtype=torch.int64), r"label_ids: expected \[K\] or \[3, K\], got"),
-        (torch.zeros(3, 1, 1, dtype=torch.int64), r"label_ids: expected \[K\] or \[3, K\], got"),
-        (torch.tensor(3), r"label_ids: expected \[K\] or \[3, K\], got \[\]"),
-        (torch.zeros(0, dtype=torch.int64), r"label_ids: expected \[K\] or \[3, K\], got \[0\]"),
+        (torch.zeros(2, 4, dtype=torch.int64), SHAPES),
+        (torch.zeros(3, 1, 1, 1, dtype=torch.int64), SHAPES),
+        (torch.tensor(3), SHAPES + r" \[\]"),
+        (torch.zeros(0, dtype=torch.int64), SHAPES + r" \[0\]"),
     ],
 )
 def test_label_ids_that_do_not_fit(ids: Tensor, message: str) -> None:

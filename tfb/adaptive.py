@@ -64,7 +64,7 @@ def predict_adaptively(
     sigma = bayes.draws(2).sigmas[0]
 
     def some(value: Any, index: Tensor) -> Any:
-        by_row = isinstance(value, Tensor) and value.dim() == 2 and len(value) == rows
+        by_row = isinstance(value, Tensor) and value.dim() > 1 and len(value) == rows
         return value[index.to(value.device)] if by_row else value
 
     active = torch.arange(rows)

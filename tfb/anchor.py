@@ -31,7 +31,7 @@ class AnchorSet:
 
     Attributes:
         batches: dicts of tokenizer tensors [B, T], with "labels" [B] (class index) and, for
-            causal LMs, "label_ids" ([K] or [B, K], the vocabulary ids of the classes).
+            causal LMs, "label_ids" ([K], [B, K] or [B, K, L], the vocabulary ids of the classes).
         content_hash: SHA-256 of the content, kept in the artifact.
     """
 
@@ -104,7 +104,7 @@ class AnchorSet:
             )
         # Class index alone tells nothing when each row has its own choices.
         ids = [b["label_ids"] for b in self.batches if b.get("label_ids") is not None]
-        choices = {tuple(row) for i in ids for row in i.reshape(-1, i.shape[-1]).tolist()}
+        choices = {str(row) for i in ids for row in (i if i.dim() > 1 else i[None]).tolist()}
         if len(choices) <= 1 and len(self.labels.unique()) == 1:
             raise ValueError(
                 f"anchors: all {len(self)} rows have label {int(self.labels[0])}; a loss on one "

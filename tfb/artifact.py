@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tfb.adapters import load_adapter, load_base, save_adapter
+from tfb.choices import check_length_normalization
 from tfb.convert import bayesianize
 from tfb.draws import stable_layer_id
 from tfb.engine import BayesianModel, check_mode
@@ -116,6 +117,7 @@ def save(
             "seed": bayes.seed,
             "mode": bayes.mode,
             "tail": bayes.tail,
+            "length_normalization": bayes.length_normalization,
             "task": bayes.task,
             "layers": {name: p.scaling for name, p in bayes.posteriors.items()},
             "adapter_sha256": file_sha256(staging / ADAPTER),
@@ -178,6 +180,8 @@ def load(base_model: nn.Module | str | Path, folder: str | Path) -> BayesianMode
         if file_sha256(folder / file) != sidecar[digest]:
             raise ArtifactError(f"{folder}: {file} has changed since the fit; fit again")
     check_mode(sidecar["mode"], sidecar.get("tail"))
+    normalization = sidecar.get("length_normalization", "none")  # absent before choices had several
+    check_length_normalization(normalization)
     if not isinstance(base_model, nn.Module):
         base_model = load_base(base_model, folder)
     model = load_adapter(base_model, folder)
@@ -203,6 +207,7 @@ def load(base_model: nn.Module | str | Path, folder: str | Path) -> BayesianMode
     _check_fingerprint(folder, sidecar["base"], base_fingerprint(bayes.base))
     bayes.sigma, bayes.source = sidecar["sigma"], folder
     bayes.set_mode(sidecar["mode"], sidecar.get("tail"))
+    bayes.length_normalization = normalization
     return bayes
 
 

@@ -151,6 +151,10 @@ def fit(
     compat: Annotated[str | None, typer.Option(help="reference: the authors' rule")] = None,
     mode: Annotated[str, typer.Option(help="how draws reach the model: full or tail")] = "full",
     tail: Tail = None,
+    length_normalization: Annotated[
+        str,
+        typer.Option(help="choices of several tokens: none (sum of log-probs) or tokens (mean)"),
+    ] = "none",
     draws: Draws = 10,
     limit: Limit = None,
     seed: Annotated[int, typer.Option(help="seed of the noise")] = 0,
@@ -160,6 +164,7 @@ def fit(
     from tfb.adapters import adapter_config, load_adapter, load_base, local_folder
     from tfb.anchor import AnchorSet
     from tfb.artifact import check_output_folder
+    from tfb.choices import check_length_normalization
     from tfb.convert import bayesianize
     from tfb.engine import check_mode
     from tfb.rows import read_rows
@@ -169,6 +174,7 @@ def fit(
     _quiet()
     check_output_folder(output)
     check_mode(mode, tail)
+    check_length_normalization(length_normalization)
     _check_draws(draws)
     _check_batch_size(batch_size)
     check_arguments(metric, tolerance, search, objective, draws, compat=compat)
@@ -180,7 +186,7 @@ def fit(
     if encoded is not None:
         AnchorSet.of(encoded).check("pseudo_nll" if compat else metric)
     bayes = bayesianize(load_adapter(load_base(model, adapter), adapter), seed=seed)
-    bayes.source = source
+    bayes.source, bayes.length_normalization = source, length_normalization
     _set_padding(bayes, tokenizer)
     encoded = encode(bayes, rows, tokenizer) if encoded is None else encoded
     with progress_bar("searching sigma (rows x draws)", None) as advance:

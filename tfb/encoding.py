@@ -1,9 +1,9 @@
 """Task rows to token ids: which tokens the model reads, and which head columns are the choices.
 
-Choice rows (causal language models). A choice is scored by the logits right after the prompt, at
-the column of its *label token*. ' A' and 'A' are different tokens, and which of them follows the
-prompt is the tokenizer's business, so prompt + choice is tokenized as one text and what follows the
-prompt's own tokens is taken:
+Choice rows (causal language models). A choice is scored by the tokens that continue the prompt with
+it. ' A' and 'A' are different tokens, and which of them follows the prompt is the tokenizer's
+business, so prompt + choice is tokenized as one text and what follows the prompt's own tokens is
+taken:
 
 1. Join. Where neither the prompt ends nor the choice starts with whitespace, `separator` (one
    space) goes between them. "Topic" + "A" is read as "Topic A".
@@ -12,7 +12,15 @@ prompt's own tokens is taken:
    into the choices, for all choices of the row alike. Where that does not help: `RowError`.
 3. Tokens that are whitespace alone and lead the continuation are dropped: a tokenizer without a
    token for " A" writes it as " ", "A", and the choice is told apart by the second one.
-4. Exactly one token must remain, a different one for each choice of the row.
+4. What remains differs from choice to choice, and holds no unknown token.
+
+Where one token of each choice remains, these are the row's *label tokens*: it is scored by their
+columns of the logits right after the prompt. A row with a longer choice is scored by summed
+log-probabilities (`tfb.choices`), all of its choices alike. For choices of one token that is the
+same thing: a softmax over log-probabilities is a softmax over logits. Step 3 is the same for both
+kinds of rows for that reason: what is dropped is neither read nor scored, so that the odds of two
+letters do not change because a third choice of the row is a word. One choice may be the beginning
+of another; its summed log-probability is then never the smaller one.
 
 Special tokens in front (BOS) are kept, those at the end (EOS, SEP) are removed from choice rows:
 the model is to continue the prompt. Text rows keep what the tokenizer adds.
@@ -45,7 +53,7 @@ def encode_choices(
     max_length: int | None = None,
     separator: str = " ",
 ) -> EncodedRows:
-    """Token ids of the prompts and label tokens of the choices; the rule is at the top of the file.
+    """Token ids of the prompts and of the choices; the rule is at the top of the file.
 
     Args:
         rows: choice rows; the number of choices may differ from row to row.
@@ -55,9 +63,9 @@ def encode_choices(
             directly, for scripts without spaces.
 
     Raises:
-        RowError: no rows, a text row, a prompt longer than `max_length`, a choice of more than one
-            token or unknown to the tokenizer, choices that share a token, or a prompt that merges
-            with its choices.
+        RowError: no rows, a text row, a prompt with its choices longer than `max_length`, a choice
+            with tokens unknown to the tokenizer, two choices of the same tokens, or a prompt that
+            merges with its choices.
     """
     if not rows:
         raise RowError("there are no rows to encode; give at least one")
@@ -68,7 +76,7 @@ def encode_choices(
             _fail(row, "the prompt or a choice is empty", "write some text into it")
     tail = _added_at_end(tokenizer)
     input_ids: list[list[int]] = []
-    label_ids: list[tuple[int, ...]] = []
+    continuations: list[tuple[tuple[int, ...], ...]] = []
     for start in range(0, len(rows), CHUNK):
         chunk = rows[start : start + CHUNK]
         pairs = [_join(row, separator) for row in chunk]
@@ -86,14 +94,23 @@ def encode_choices(
                     "end the prompt differently, for instance with a colon or a whole word",
                 )
             input_ids.append(tokens[0])
-            label_ids.append(_label_tokens(row, tokens[1], tokenizer))
-    _check_lengths(rows, input_ids, tokenizer, max_length)
+            continuations.append(_choice_tokens(row, tokens[1], tokenizer))
+    # A choice's last token is scored but never read.
+    longest = [max(map(len, choices)) for choices in continuations]
+    lengths = [len(ids) + n - 1 for ids, n in zip(input_ids, longest, strict=True)]
+    _check_lengths(rows, lengths, tokenizer, max_length)
     return EncodedRows(
         ids=[row.id for row in rows],
         input_ids=input_ids,
-        label_ids=label_ids,
+        label_ids=[
+            tuple(ids for (ids,) in choices) if n == 1 else ()
+            for choices, n in zip(continuations, longest, strict=True)
+        ],
         labels=[row.label for row in rows],
         choices=[row.choices or () for row in rows],
+        choice_ids=None
+        if max(longest) == 1
+        else [None if n == 1 else c for c, n in zip(continuations, longest, strict=True)],
     )
 
 
@@ -123,7 +140,7 @@ def encode_texts(
     batch = tokenizer([row.text for row in rows], return_attention_mask=False, verbose=False)
     input_ids = [list(ids) for ids in batch["input_ids"]]
     types = batch.get("token_type_ids")
-    _check_lengths(rows, input_ids, tokenizer, max_length)
+    _check_lengths(rows, [len(ids) for ids in input_ids], tokenizer, max_length)
     return EncodedRows(
         ids=[row.id for row in rows],
         input_ids=input_ids,
@@ -172,33 +189,30 @@ def _split(
     return result
 
 
-def _label_tokens(
+def _choice_tokens(
     row: Row, continuations: list[list[int]], tokenizer: Tokenizer
-) -> tuple[int, ...]:
-    """The one token that stands for each choice."""
-    tokens: list[int] = []
+) -> tuple[tuple[int, ...], ...]:
+    """The tokens by which each choice is scored."""
+    found: list[tuple[int, ...]] = []
     for choice, ids in zip(row.choices or (), continuations, strict=True):
-        rest = list(ids)
+        rest = tuple(ids)
         while len(rest) > 1 and _is_space(tokenizer, rest[0]):
-            rest.pop(0)
-        if len(rest) != 1:
-            _fail(
-                row,
-                f"the choice {choice!r} is {len(rest)} tokens after this prompt",
-                "name the choices by single tokens, such as letters, and spell them out in the "
-                "prompt",
-            )
-        if rest[0] == tokenizer.unk_token_id:
+            rest = rest[1:]
+        if not rest:
+            _fail(row, f"the choice {choice!r} adds no token to this prompt", "use other choices")
+        if tokenizer.unk_token_id in rest:
             _fail(row, f"the tokenizer does not know the choice {choice!r}", "use other choices")
-        if rest[0] in tokens:
-            other = (row.choices or ())[tokens.index(rest[0])]
+        if rest in found:
+            other = (row.choices or ())[found.index(rest)]
+            same = "token" if len(rest) == 1 else "tokens"
             _fail(
                 row,
-                f"the choices {other!r} and {choice!r} are the same token ({rest[0]})",
-                "use choices that begin differently, such as letters",
+                f"the choices {other!r} and {choice!r} are the same {same} "
+                f"({', '.join(map(str, rest))})",
+                "use choices that differ in more than whitespace, such as letters",
             )
-        tokens.append(rest[0])
-    return tuple(tokens)
+        found.append(rest)
+    return tuple(found)
 
 
 def _is_space(tokenizer: Tokenizer, token_id: int) -> bool:
@@ -228,16 +242,16 @@ def _added_at_end(tokenizer: Tokenizer) -> int:
 
 
 def _check_lengths(
-    rows: Sequence[Row], input_ids: list[list[int]], tokenizer: Tokenizer, max_length: int | None
+    rows: Sequence[Row], lengths: Sequence[int], tokenizer: Tokenizer, max_length: int | None
 ) -> None:
-    """Raise for the first row that is too long for the model."""
+    """Raise for the first row of which the model would read too many tokens."""
     # A tokenizer that knows no limit reports a huge number, which no row exceeds.
     limit = tokenizer.model_max_length if max_length is None else max_length
-    for row, ids in zip(rows, input_ids, strict=True):
-        if len(ids) > limit:
+    for row, length in zip(rows, lengths, strict=True):
+        if length > limit:
             _fail(
                 row,
-                f"{len(ids)} tokens, but the model takes {int(limit)}",
+                f"{length} tokens, but the model takes {int(limit)}",
                 "shorten the row; nothing is truncated silently",
             )
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tfb.adaptive import Adaptive, predict_adaptively
+from tfb.choices import ChoiceTokens, check_inputs, run_choices
 from tfb.draws import Draws
 from tfb.generation import Generation, run_generation
 from tfb.head import LabelColumns, narrow_head, restore_head
@@ -48,6 +49,9 @@ class BayesianModel:
         seed: the default seed of draws.
         mode, tail: how draws reach the model ("full"; "tail" with k positions); set by the
             search that found sigma, kept in the artifact.
+        length_normalization: how choices of several tokens are scored, "none" (sum of
+            log-probabilities) or "tokens" (their mean), see :mod:`tfb.choices`; to be set before
+            the search, kept in the artifact.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class BayesianModel:
         self.sigma: float | None = None
         self.mode = "full"
         self.tail: int | None = None
+        self.length_normalization = "none"
         self.source: Path | None = None  # the adapter's folder, copied untouched into artifacts
         inner: Any = model.get_base_model()  # type: ignore[operator]
         self.base = inner
@@ -187,27 +192,35 @@ class BayesianModel:
         tail: int | None = None,
         draws_per_pass: int | None = None,
     ) -> Tensor:
-        """Logits [S, B, K] of the scored position, model in eval mode for the call.
+        """Logits [S, B, K] of the scored position, model in eval mode for the call; for choices of
+        several tokens their summed log-probabilities.
 
         Args:
             batch: a tokenizer's tensors: input_ids [B, T], attention_mask [B, T] and what else
                 the model takes. Either padding side.
             draws: S draws.
             label_ids: for language models, the vocabulary ids to keep: [K], or [B, K] for choices
-                that differ by row; only these rows of the output embedding are then computed. None
-                keeps all.
+                that differ by row; only these rows of the output embedding are then computed.
+                [B, K, L] for choices of up to L tokens, -1 after the end of shorter ones (causal
+                LMs): see :mod:`tfb.choices`. None keeps all.
             mode, tail: see :meth:`predict`.
             draws_per_pass: most draws in one forward pass; None: see :func:`tfb.memory.chunks`.
 
         Raises:
             ValueError: see :func:`tfb.inputs.align` and :meth:`predict`; label_ids of the wrong
-                shape or outside the vocabulary.
+                shape or outside the vocabulary; two equal choices of a row, or a choice without
+                tokens.
         """
         mode, tail = self._mode(mode, tail)
         inputs, rows = self.inputs(batch, mode)
         if self.task == "SEQ_CLS" and label_ids is not None:
             raise ValueError("label_ids: only language models have a vocabulary to select from")
-        labels = LabelColumns.of(self.base, label_ids, rows) if label_ids is not None else None
+        labels = choices = None
+        if label_ids is not None and label_ids.dim() == 3:
+            check_inputs(inputs, self.task)
+            choices = ChoiceTokens.of(self.base, label_ids, rows, self.length_normalization)
+        elif label_ids is not None:
+            labels = LabelColumns.of(self.base, label_ids, rows)
         T = inputs["input_ids"].shape[1]
         head_alone = self._fan_out.head_alone
         if tail is not None and (tail >= T or head_alone):
@@ -216,11 +229,17 @@ class BayesianModel:
         # Draws of the head alone share the rest of a pass: parts of them would run it again.
         each = 1 if head_alone and self.last_logits else tail
         with evaluating(self.model):
+            if choices is not None and draws_per_pass is None:
+                draws_per_pass = choices.draws_that_fit(self.base, len(draws), T, each)
             parts = chunks(self.base, draws, inputs["input_ids"], each, draws_per_pass)
-            found = [
-                logits if labels is None else labels.select(logits)
-                for logits in run(self, inputs, plan(self, inputs, state, tail), parts)
-            ]
+            planned = plan(self, inputs, state, tail)
+            if choices is not None:
+                found = list(run_choices(self, inputs, planned, parts, choices))
+            else:
+                found = [
+                    logits if labels is None else labels.select(logits)
+                    for logits in run(self, inputs, planned, parts)
+                ]
         return found[0] if len(found) == 1 else torch.cat(found)
 
     @property
@@ -304,8 +323,9 @@ class BayesianModel:
             mode: "full": every draw passes through the whole model. "tail": noise at the last
                 ``tail`` positions only, about 1 + S tail / T passes, decoders only; a different
                 predictive, see :mod:`tfb.tail`. None: ``bayes.mode`` and ``bayes.tail``.
-            label_ids: for language models the vocabulary ids of the classes, [K] or [B, K]; None:
-                the whole vocabulary.
+            label_ids: for language models the vocabulary ids of the classes, [K] or [B, K];
+                [B, K, L] for choices of several tokens; None: the whole vocabulary. See
+                :meth:`logits`.
             tail: positions with noise in tail mode.
             keep_draws: keep every draw's probabilities [S, B, K].
             draws_per_pass: most draws in one forward pass; None: as many as fit into memory.

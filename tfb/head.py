@@ -43,7 +43,9 @@ class LabelColumns:
         V = int(head.weight.shape[0])
         ids = label_ids.to(head.weight.device, torch.int64)
         if ids.dim() not in (1, 2) or (ids.dim() == 2 and ids.shape[0] != rows) or not ids.numel():
-            raise ValueError(f"label_ids: expected [K] or [{rows}, K], got {list(ids.shape)}")
+            raise ValueError(
+                f"label_ids: expected [K], [{rows}, K] or [{rows}, K, L], got {list(ids.shape)}"
+            )
         if bool(((ids < 0) | (ids >= V)).any()):
             raise ValueError(f"label_ids: outside the vocabulary of {V}")
         columns, position = torch.unique(ids, return_inverse=True)

@@ -24,18 +24,23 @@ def draws_that_fit(base: Any, draws: int, input_ids: Tensor, tail: int | None) -
     draw takes all T.
     """
     B, T = input_ids.shape
-    tokens = B * (T if tail is None else tail)
-    if input_ids.device.type != "cuda":
+    return draws_of(base, draws, B * (T if tail is None else tail), input_ids.device)
+
+
+def draws_of(base: Any, draws: int, tokens: int, device: torch.device, scored: int = 0) -> int:
+    """``draws_that_fit`` for draws of so many ``tokens`` each, and logits over the whole vocabulary
+    at ``scored`` of them."""
+    if device.type != "cuda":
         return max(1, min(draws, CPU_TOKENS // max(tokens, 1)))
     config = base.config.get_text_config()
     hidden = int(config.hidden_size)
     inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
     size = next(p.dtype.itemsize for p in base.parameters() if p.is_floating_point())
-    free, _ = torch.cuda.mem_get_info(input_ids.device)
-    reserved = torch.cuda.memory_reserved(input_ids.device)
-    free += reserved - torch.cuda.memory_allocated(input_ids.device)
+    free, _ = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device)
+    free += reserved - torch.cuda.memory_allocated(device)
     # What lives at once in a decoder block under no_grad: hidden state, residual, q, k, v, MLP.
-    each = tokens * (4 * hidden + 3 * inner) * size
+    each = (tokens * (4 * hidden + 3 * inner) + scored * int(config.vocab_size)) * size
     return max(1, min(draws, int(_SHARE * free) // max(each, 1)))
 
 

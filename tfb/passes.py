@@ -24,7 +24,7 @@ from tfb.sampling import Replay, SamplingState, no_sampling
 from tfb.tail import prefix_inputs, tail_inputs
 
 # What a batch may hold for its rows to be taken apart; more than this is passed on as it is.
-_DIVISIBLE = {"input_ids", "attention_mask", "position_ids", "use_cache"}
+DIVISIBLE = {"input_ids", "attention_mask", "position_ids", "use_cache"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def plan(bayes: Any, inputs: dict[str, Any], state: SamplingState, tail: int | N
 def may_share(bayes: Any, inputs: dict[str, Any]) -> bool:
     """Whether rows of this batch may be split into prefix and rest."""
     config = bayes.base.config
-    if bayes.task != "CAUSAL_LM" or set(inputs) - _DIVISIBLE or "position_ids" not in inputs:
+    if bayes.task != "CAUSAL_LM" or set(inputs) - DIVISIBLE or "position_ids" not in inputs:
         return False
     # A prefix's tokens are counted from 0; positions of the caller's own may say otherwise.
     mask, position = inputs["attention_mask"], inputs["position_ids"]
@@ -105,11 +105,11 @@ def run(bayes: Any, inputs: dict[str, Any], plan: Plan, parts: Iterable[Draws]) 
     for draws in parts:
         step, rest, cache = replace(plan, state=replace(state, draws=draws)), inputs, None
         if plan.shared is not None:
-            rest, cache = _prefixes(bayes, inputs, step)
+            rest, cache = run_prefixes(bayes, inputs, step)
         yield _full(bayes, rest, step.state, cache)
 
 
-def _prefixes(
+def run_prefixes(
     bayes: Any, inputs: dict[str, Any], plan: Plan
 ) -> tuple[dict[str, Any], DynamicCache]:
     """The rest of the batch, and a cache of every row's prefix."""
@@ -169,7 +169,7 @@ def _tail(
     assert plan.tail is not None
     k, config, cache = plan.tail, bayes.base.config, DynamicCache()
     if plan.shared is not None:
-        inputs, cache = _prefixes(bayes, inputs, plan)
+        inputs, cache = run_prefixes(bayes, inputs, plan)
     backbone = getattr(bayes.base, bayes.base.base_model_prefix)
     prefix = prefix_inputs(inputs, k)
     if prefix["input_ids"].shape[1]:
