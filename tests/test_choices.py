@@ -234,6 +234,8 @@ def test_prompts_are_read_once() -> None:
     assert choices.owner.tolist() == [0, 1, 1, 1, 2]
     assert choices.source.tolist() == [[0, 0, 0, 0], [1, 2, 1, 3], [4, 4, 4, 4]]
     assert tokens_of(bayes, batch_of(), label_ids=IDS) == [(3, 6), (5, 4)]
+    token = Draws.iid(4, 0.2, noise="token")  # numbers the tokens of a call: prompts stay whole
+    assert tokens_of(bayes, batch_of(), token, label_ids=IDS) == [(5, 7 + 3)]
     # Tail mode reads the last k tokens of a prompt once for each of its continuations and draws.
     tail = tokens_of(bayes, batch_of(), label_ids=IDS, mode="tail", tail=2)
     assert tail == [(3, 5), (5, 4 * (2 + 3))]

@@ -36,12 +36,14 @@ def prompts(*rows: tuple[int, int], start: int = 6, pad: str = "left") -> dict[s
     return batch
 
 
-def tokens_of(bayes: Any, batch: dict[str, Tensor], **how: Any) -> list[tuple[int, ...]]:
+def tokens_of(
+    bayes: Any, batch: dict[str, Tensor], draws: tfb.Draws = DRAWS, **how: Any
+) -> list[tuple[int, ...]]:
     """Shapes that reach the embedding, call by call."""
     seen: list[tuple[int, ...]] = []
     embed = bayes.base.get_input_embeddings()
     handle = embed.register_forward_pre_hook(lambda m, args: seen.append(tuple(args[0].shape)))
-    bayes.logits(batch, DRAWS, **how)
+    bayes.logits(batch, draws, **how)
     handle.remove()
     return seen
 
@@ -196,6 +198,15 @@ def test_a_prefix_is_computed_once(kind: str) -> None:
         assert tokens_of(bayes, batch, mode="tail", tail=k) == [(3, c), (6, 12 - c - k), (6, S * k)]
     # Draws in two parts: once for each part.
     assert tokens_of(bayes, batch, draws_per_pass=2) == [(3, 6), (6, 6)] * 2
+
+
+def test_token_noise_reads_prompts_in_one_call() -> None:
+    """In two noisy calls the first tokens of both would get the same normals."""
+    bayes, batch = tfb.bayesianize(KINDS["llama"].build()), prompts(*GROUPS["interleaved"])
+    draws = tfb.Draws.iid(4, 0.2, noise="token")
+    assert tokens_of(bayes, batch, draws) == [(6, 12)]
+    tail = tokens_of(bayes, batch, draws, mode="tail", tail=1)
+    assert tail == [(3, 6), (6, 5), (6, 4)]
 
 
 def test_blocks_see_prefixes_of_every_draw_only_where_there_is_noise() -> None:

@@ -35,7 +35,14 @@ from transformers import DynamicCache
 from tfb.batching import NO_TOKEN
 from tfb.draws import Draws
 from tfb.memory import draws_of
-from tfb.passes import DIVISIBLE, Plan, check_angles, run_prefixes, varying_angles
+from tfb.passes import (
+    DIVISIBLE,
+    Plan,
+    check_angles,
+    noisy_once,
+    run_prefixes,
+    varying_angles,
+)
 from tfb.prefix import spread_cache
 from tfb.sampling import Replay, SamplingState, no_sampling
 from tfb.tail import prefix_inputs, tail_inputs
@@ -227,7 +234,7 @@ def _full(
     if plan.shared is not None:
         rest, cache = run_prefixes(bayes, inputs, plan)
     B, N, L = len(inputs["input_ids"]), len(choices.owner), choices.length
-    if N > B and _splits(bayes, rest):
+    if N > B and noisy_once(plan.state, None) and _splits(bayes, rest):
         cache = DynamicCache() if cache is None else cache
         first = prefix_inputs(rest, 1)
         if first["input_ids"].shape[1]:

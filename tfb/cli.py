@@ -7,6 +7,7 @@ function below, its work in a module of its own.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import warnings
@@ -39,6 +40,8 @@ Limit = Annotated[int | None, typer.Option(help="use only the first rows")]
 
 def main() -> NoReturn:
     """Entry point: a user's mistake ends in one clear line and exit code 1, not a traceback."""
+    # PEFT imports it, and it warns of kernels that it could not fetch, whether or not they matter.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app()
     except (ValueError, OSError, ImportError, NotImplementedError) as error:

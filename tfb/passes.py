@@ -39,11 +39,17 @@ class Plan:
 def plan(bayes: Any, inputs: dict[str, Any], state: SamplingState, tail: int | None) -> Plan:
     """Look for shared prefixes where the model allows it."""
     found = None
-    if may_share(bayes, inputs):
+    if noisy_once(state, tail) and may_share(bayes, inputs):
         mask = inputs["attention_mask"].bool()
         rows = [ids[m].tolist() for ids, m in zip(inputs["input_ids"], mask, strict=True)]
         found = find_shared_prefix(rows, keep=tail or 1)
     return Plan(state, tail, found)
+
+
+def noisy_once(state: SamplingState, tail: int | None) -> bool:
+    """Whether a prompt may be read in two calls. Token noise numbers the tokens of a call, so that
+    those of two noisy ones would get the same normals; in tail mode only one is noisy."""
+    return state.draws.noise == "weight" or tail is not None
 
 
 def may_share(bayes: Any, inputs: dict[str, Any]) -> bool:
