@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +22,9 @@ from torch import Tensor, nn
 
 import tfb
 from tfb import AdapterError, Draws
+from tfb.batching import EncodedRows
 from tfb.sampling import FOLDABLE
+from tfb.scoring import predict_rows
 
 DRAWS = Draws.antithetic(4, 0.2, seed=5)
 EXACT = 1e-10
@@ -274,6 +277,25 @@ def test_answers_of_encoder_decoders() -> None:
     assert relative(after, single_runs(bayes, DRAWS, longer)) < EXACT
     with pytest.raises(ValueError, match="needs a causal language model, not SEQ_2_SEQ_LM"):
         bayes.generate(batch, DRAWS)
+
+
+def test_encoder_decoders_from_rows_to_artifacts(tmp_path: Path) -> None:
+    """Rows with label tokens are scored like the batch they make; an artifact loads again."""
+    bayes, batch = tfb.bayesianize(OTHERS["t5"].build()), batch_of()
+    lengths = batch["attention_mask"].sum(1).tolist()
+    ids = [row[-n:].tolist() for row, n in zip(batch["input_ids"], lengths, strict=True)]
+    labels = [(9, 4), (4, 30), (9, 30)]
+    rows = EncodedRows(
+        ids=["a", "b", "c"], input_ids=ids, label_ids=labels, labels=[0, 1, 1],
+        choices=[("x", "y")] * 3,
+    )  # fmt: skip
+    probs = bayes.predict(batch, DRAWS, label_ids=torch.tensor(labels)).probs
+    assert relative(predict_rows(bayes, rows, DRAWS, batch_size=2).probs, probs) < 1e-6
+    bayes.sigma = 0.1
+    bayes.save(tmp_path / "artifact")
+    again = tfb.load(in_double(randomize(OTHERS["t5"].make(), 0)), tmp_path / "artifact")
+    found = again.predict(batch, DRAWS, label_ids=torch.tensor(labels)).probs
+    assert relative(found, probs) < 1e-6  # factors are kept in float32
 
 
 def test_other_tasks_are_refused() -> None:

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tfb.batching import NO_LABEL, NO_TOKEN, EncodedRows, batches
-from tfb.encoding import encode_choices, encode_texts
+from tfb.encoding import encode_answers, encode_choices, encode_texts
 from tfb.rows import Row, RowError, read_rows
 
 LETTERS = tuple("ABCDEFGHIJ")
@@ -369,3 +369,35 @@ def test_reference_accuracy_and_nll(shared: Path) -> None:
     accuracy = (log_probs.argmax(-1) == labels).double().mean().item()
     assert accuracy == pytest.approx(0.7627, abs=1e-3)
     assert torch.nn.functional.nll_loss(log_probs, labels).item() == pytest.approx(0.8803, abs=1e-3)
+
+
+# --- answers of encoder-decoders ------------------------------------------------------------------
+
+
+def test_answers_begin_anew() -> None:
+    """The encoder reads the prompt with its special tokens, and a choice is what the decoder writes
+    first: the space mark of "▁", "A" goes, "▁B" is one token."""
+    tokenizer = marked_bpe("$A </s>")
+    found = encode_answers([row("Topic:", "A", "B", label=1), row("x", "B")], tokenizer)
+    assert names(tokenizer, found.input_ids[0]) == ["▁T", *"opic:", "</s>"]
+    assert names(tokenizer, found.input_ids[1]) == ["▁", "x", "</s>"]
+    assert found.label_ids is not None and found.choice_ids is None
+    assert [names(tokenizer, ids) for ids in found.label_ids] == [["A", "▁B"], ["▁B"]]
+    assert found.labels == [1, None] and found.choices == [("A", "B"), ("B",)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "there are no rows"),
+        ([row("x", "AB", "C")], "the choice 'AB' is an answer of 2 tokens; name the choices"),
+        ([row("x", "A", "?A")], "the choice '[?]A' is an answer of 2 tokens"),
+        ([row("x", "A", " A")], "the choices 'A' and ' A' are the same token"),
+        ([row("x", "Ω", "A")], "does not know the choice 'Ω'"),
+        ([row("x" * 30, "A", "B")], "32 tokens, but the model takes 20; shorten the row"),
+        ([Row(id="t", text="x", source="f:1")], "this is a text row"),
+    ],
+)
+def test_answers_that_cannot_be_scored(rows: list[Row], message: str) -> None:
+    with pytest.raises(RowError, match=message):
+        encode_answers(rows, marked_bpe("$A </s>"), max_length=20)

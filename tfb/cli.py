@@ -106,7 +106,7 @@ def _early_config(model: str, task: str) -> Any:
     """
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(model) if task == "CAUSAL_LM" else None
+    return AutoConfig.from_pretrained(model) if task != "SEQ_CLS" else None
 
 
 def _encode_early(rows: Any, tokenizer: Any, model: str, task: str) -> Any:

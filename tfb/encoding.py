@@ -67,13 +67,7 @@ def encode_choices(
             with tokens unknown to the tokenizer, two choices of the same tokens, or a prompt that
             merges with its choices.
     """
-    if not rows:
-        raise RowError("there are no rows to encode; give at least one")
-    for row in rows:
-        if row.prompt is None or row.choices is None:
-            _fail(row, "this is a text row", "use rows with 'prompt' and 'choices' here")
-        if not row.prompt or not all(row.choices):
-            _fail(row, "the prompt or a choice is empty", "write some text into it")
+    _check_choice_rows(rows)
     tail = _added_at_end(tokenizer)
     input_ids: list[list[int]] = []
     continuations: list[tuple[tuple[int, ...], ...]] = []
@@ -114,6 +108,43 @@ def encode_choices(
     )
 
 
+def encode_answers(
+    rows: Sequence[Row], tokenizer: Tokenizer, *, max_length: int | None = None
+) -> EncodedRows:
+    """Token ids of the prompts as an encoder reads them, and the label token of each choice as the
+    first token of a decoder's answer, where nothing precedes it.
+
+    Raises:
+        RowError: no rows, a text row, a prompt longer than `max_length` (None: the tokenizer's own
+            `model_max_length`), a choice of more than one token, or one that is unknown or the
+            same as another.
+    """
+    _check_choice_rows(rows)
+    input_ids = _token_ids(tokenizer, [row.prompt or "" for row in rows])
+    texts = list(dict.fromkeys(choice for row in rows for choice in row.choices or ()))
+    answers = tokenizer(text_target=texts, add_special_tokens=False, verbose=False)["input_ids"]
+    known = dict(zip(texts, answers, strict=True))
+    label_ids = []
+    for row in rows:
+        found = _choice_tokens(row, [list(known[c]) for c in row.choices or ()], tokenizer)
+        for choice, ids in zip(row.choices or (), found, strict=True):
+            if len(ids) > 1:
+                _fail(
+                    row,
+                    f"the choice {choice!r} is an answer of {len(ids)} tokens",
+                    "name the choices of an encoder-decoder by single tokens, such as letters",
+                )
+        label_ids.append(tuple(ids for (ids,) in found))
+    _check_lengths(rows, [len(ids) for ids in input_ids], tokenizer, max_length)
+    return EncodedRows(
+        ids=[row.id for row in rows],
+        input_ids=input_ids,
+        label_ids=label_ids,
+        labels=[row.label for row in rows],
+        choices=[row.choices or () for row in rows],
+    )
+
+
 def encode_texts(
     rows: Sequence[Row], tokenizer: Tokenizer, *, num_labels: int, max_length: int | None = None
 ) -> EncodedRows:
@@ -150,6 +181,16 @@ def encode_texts(
         num_labels=num_labels,
         token_type_ids=None if types is None else [list(ids) for ids in types],
     )
+
+
+def _check_choice_rows(rows: Sequence[Row]) -> None:
+    if not rows:
+        raise RowError("there are no rows to encode; give at least one")
+    for row in rows:
+        if row.prompt is None or row.choices is None:
+            _fail(row, "this is a text row", "use rows with 'prompt' and 'choices' here")
+        if not row.prompt or not all(row.choices):
+            _fail(row, "the prompt or a choice is empty", "write some text into it")
 
 
 def _join(row: Row, separator: str) -> tuple[str, list[str]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tfb.batching import EncodedRows, batches
 from tfb.draws import Draws
-from tfb.encoding import encode_choices, encode_texts
+from tfb.encoding import encode_answers, encode_choices, encode_texts
 from tfb.engine import BayesianModel
 from tfb.rows import Row
 
@@ -67,6 +67,8 @@ def encode_rows(rows: Sequence[Row], tokenizer: Any, task: str, config: Any) -> 
     limit = getattr(config, "max_position_embeddings", None)
     if task == "CAUSAL_LM":
         return encode_choices(rows, tokenizer, max_length=limit)
+    if task == "SEQ_2_SEQ_LM":
+        return encode_answers(rows, tokenizer, max_length=limit)
     return encode_texts(rows, tokenizer, num_labels=int(config.num_labels), max_length=limit)
 
 
