@@ -112,6 +112,9 @@ class BayesianModel:
             raise ValueError(
                 "another adapter of this model is being sampled; leave its sampling() first"
             )
+        for name, sampler in self.samplers.items():
+            layer: Any = self.base.get_submodule(name)
+            sampler.prepare(state.draws, layer.lora_A[self.adapter].weight.device)
         token = set_state(self.owner, state)
         try:
             yield

@@ -72,15 +72,22 @@ class LowRankSampler:
             layer_id=self.posterior.layer_id,
             scaling=self.posterior.scaling,
             noise=draws.noise,
-            # A CPU generates fixed noise once; a GPU makes it again faster than it reads it back.
-            pool=(
-                self.pool(draws, x.device)
-                if draws.noise == "weight" and x.device.type == "cpu"
-                else None
-            ),
+            pool=self.pool(draws, x.device) if self._pools(draws, x.device) else None,
             bias=bias,
             inplace=inplace,
         )
+
+    @staticmethod
+    def _pools(draws: Draws, device: torch.device) -> bool:
+        """A CPU generates fixed noise once; a GPU makes it again faster than it reads it back, and
+        a compiled graph would be made again for every set of streams."""
+        fixed = draws.noise == "weight" and device.type == "cpu"
+        return fixed and not torch.compiler.is_compiling()
+
+    def prepare(self, draws: Draws, device: torch.device) -> None:
+        """Make on ``device`` what a compiled graph only reads."""
+        self.factors(device)
+        draws.tensors(device)
 
     def factors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """(A', B', 1/d) on ``device``."""
