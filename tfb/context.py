@@ -1,11 +1,11 @@
 """The sampling states of the calling context: truth for eager code and for ``torch.compile``.
 
-They are a context variable, so contexts nest, and threads and asyncio tasks do not see each other's.
+They are a context variable: contexts nest, threads and asyncio tasks do not see each other's.
 Dynamo can neither trace ``ContextVar.get`` nor guard on it, but it reads an attribute of a module
-through Python's own lookup, when it traces and again in the guards of every call (that is how it
-follows the settings of ``torch.backends.cudnn``), and it writes what traced code assigned when the
-graph has run. So the variable is reached through a property of a module object: a graph is run
-only where the calling context says what it said when the graph was traced.
+by Python's own lookup, when it traces and in the guards of every later call (so it follows the
+settings of ``torch.backends.cudnn``), and what traced code assigned is written when the graph has
+run. So the variable is reached through a property of a module object: a graph runs only where the
+calling context is as it was when the graph was traced.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ module runs on the B rows that all draws share:
                     (q, k and v) still read it once and write S outputs
     later blocks    S * B; what the backbone hands to every block (masks, tables) is repeated once
 
-Draws that are active are a context variable keyed by the model, so contexts nest, threads do not
-see each other, and two models never share a state. A thread started inside a context begins
-without one (Python's rule for context variables).
+Draws that are active are a context variable keyed by the model (:mod:`tfb.context`), so contexts
+nest, threads do not see each other, and two models never share a state. A thread started inside a
+context begins without one (Python's rule for context variables).
 
 To support another architecture: see ``FOLDABLE``.
 """
@@ -214,7 +214,7 @@ class FanOut:
         return None if state is None else state.running
 
     def _run(self, state: SamplingState, running: ForwardPass | None) -> None:
-        # Assigned, not set_state: this is traced by torch.compile.
+        # torch.compile follows an assignment; it breaks the graph at set_state.
         context.states = {**context.states, self.owner: replace(state, running=running)}
 
     def _enter(
