@@ -118,6 +118,7 @@ def test_the_caller_decides_between_graphs() -> None:
         check(DRAWS)
     copied.run(check, DRAWS)
     check(None)
+    assert c.graphs.frame_count == 2
 
     gate = threading.Barrier(3)
 
@@ -146,8 +147,8 @@ def test_the_caller_decides_between_graphs() -> None:
         check(None)
 
     asyncio.run(tasks())
+    # Not how many graphs: Dynamo may compile one again when threads check its guards at once.
     assert len(errors) == 20 and max(errors) < EXACT
-    assert c.graphs.frame_count == 2
 
 
 def test_a_model_compiled_in_place() -> None:
@@ -168,12 +169,13 @@ def test_a_model_compiled_in_place() -> None:
 def test_adapters_change_after_compilation() -> None:
     """Bayesianized, disabled or removed later: the graph that was traced before is not run."""
     c = Compiled()
-    model, plain = c.bayes.model, c.eager()
+    model: Any = c.bayes.model
+    plain = c.eager()
     c.bayes.remove()
     assert relative(c.inside(), plain) < EXACT
     c.bayes = tfb.bayesianize(model)
     assert relative(c.compiled(DRAWS), c.eager(DRAWS)) < EXACT
-    with c.bayes.sampling(DRAWS), c.bayes.model.disable_adapter():
+    with c.bayes.sampling(DRAWS), model.disable_adapter():
         base = c.inside()
         assert len(base) == 4 * len(plain)
         assert relative(base[: len(plain)], base[-len(plain) :]) == 0
