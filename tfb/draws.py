@@ -161,20 +161,27 @@ class Draws:
         return torch.tensor(self.units, dtype=torch.int64, device=device)
 
     def tensors(self, device: torch.device | str = "cpu") -> DrawTensors:
-        """The draws as tensors on ``device``; made once for each device and kept."""
+        """The draws as tensors on ``device``; made once for each device and kept.
+
+        Inside ``torch.compile`` they are only read: draws that were never on ``device`` become
+        constants of the graph.
+        """
         cache: dict[torch.device, DrawTensors] = self.__dict__.setdefault("_tensors", {})
         device = torch.device(device)
-        if device not in cache:
-            order = {q: i for i, q in enumerate(self.distinct_streams)}
+        found = cache.get(device)
+        if found is None:
+            order = {q: i for i, q in enumerate(dict.fromkeys(self.streams))}
             index = [order[q] for q in self.streams]
-            cache[device] = DrawTensors(
+            found = DrawTensors(
                 sigmas=torch.tensor(self.sigmas, dtype=torch.float64, device=device),
-                streams=torch.tensor(self.distinct_streams, dtype=torch.int64, device=device),
+                streams=torch.tensor(list(order), dtype=torch.int64, device=device),
                 stream_index=torch.tensor(index, dtype=torch.int64, device=device),
                 seed=torch.tensor(self.seed, dtype=torch.int64, device=device),
                 draws_per_stream=common_run(index),
             )
-        return cache[device]
+            if not torch.compiler.is_compiling():
+                cache[device] = found
+        return found
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,7 @@ class BayesianModel:
     def sampling_as(self, state: SamplingState) -> Iterator[None]:
         """``sampling`` with everything that a state can say; for the passes of this package."""
         self._check_active()
+        self._prepare(state.draws)
         if other_owner_of(self.base, self.owner):
             raise ValueError(
                 "another adapter of this model is being sampled; leave its sampling() first"
@@ -139,9 +140,19 @@ class BayesianModel:
                 f"bayes.model.set_adapter({self.adapter!r}) first"
             )
         self.check_attached()
-        for name in self.samplers:
-            if getattr(self.base.get_submodule(name), "disable_adapters", False):
+
+    def _prepare(self, draws: Draws) -> None:
+        """Refuse a disabled adapter; have on every layer's device what compiled graphs read."""
+        devices = set()
+        for name, sampler in self.samplers.items():
+            layer: Any = self.base.get_submodule(name)
+            if layer.disable_adapters:
                 raise ValueError("the adapter is disabled (disable_adapter): nothing to sample")
+            device = layer.lora_A[self.adapter].weight.device
+            sampler.factors(device)
+            devices.add(device)
+        for device in devices:
+            draws.tensors(device)
 
     def check_attached(self) -> None:
         """The base model still carries this posterior, unmerged.

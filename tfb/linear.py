@@ -58,6 +58,10 @@ class LowRankSampler:
         """
         A, B, inv_d = self.factors(x.device)
         t = draws.tensors(x.device)
+        # A CPU generates fixed noise once; a GPU makes it again faster than it reads it back, and
+        # a compiled graph that looked for it would be compiled again for other streams.
+        pooled = draws.noise == "weight" and x.device.type == "cpu"
+        pooled = pooled and not torch.compiler.is_compiling()
         return bayes_lora_linear(
             x,
             base,
@@ -72,22 +76,21 @@ class LowRankSampler:
             layer_id=self.posterior.layer_id,
             scaling=self.posterior.scaling,
             noise=draws.noise,
-            # A CPU generates fixed noise once; a GPU makes it again faster than it reads it back.
-            pool=(
-                self.pool(draws, x.device)
-                if draws.noise == "weight" and x.device.type == "cpu"
-                else None
-            ),
+            pool=self.pool(draws, x.device) if pooled else None,
             bias=bias,
             inplace=inplace,
         )
 
     def factors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """(A', B', 1/d) on ``device``."""
-        if device not in self._factors:
+        found = self._factors.get(device)
+        if found is None:
             p = self.posterior
-            self._factors[device] = (p.A.to(device), p.B.to(device), p.inv_d.to(device))
-        return self._factors[device]
+            found = p.A.to(device), p.B.to(device), p.inv_d.to(device)
+            # What a compiled graph puts out need not outlive its next run (CUDA graphs).
+            if not torch.compiler.is_compiling():
+                self._factors[device] = found
+        return found
 
     def pool(self, draws: Draws, device: torch.device) -> Tensor:
         """E [Q, r, n] of these draws; each stream is generated on first use and kept.

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from tfb.sampling import Replay, state_of_base
@@ -48,6 +49,8 @@ def _replay(block: nn.Module, base: nn.Module) -> Replay | None:
     """The state's replay, where the block is given the rows that all draws have in common."""
     state = state_of_base(base)
     if state is None or state.replay is None or state.running is None:
+        return None
+    if torch.compiler.is_compiling():  # what a graph puts out is overwritten when it runs again
         return None
     common = state.running.folded or state.running.draws == 1
     return state.replay if common and any(block is b for b in state.replay.blocks) else None

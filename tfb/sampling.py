@@ -14,9 +14,9 @@ module runs on the B rows that all draws share:
 Draws that run in several passes share a :class:`Replay`: blocks below the noise then run in the
 first pass only (:mod:`tfb.replay`).
 
-Draws that are active are a context variable keyed by the model, so contexts nest, threads do not
-see each other, and two models never share a state. A thread started inside a context begins
-without one (Python's rule for context variables).
+Draws that are active are a context variable keyed by the model (:mod:`tfb.context`), so contexts
+nest, threads do not see each other, and two models never share a state. A thread started inside a
+context begins without one (Python's rule for context variables).
 
 To support another architecture: see ``FOLDABLE``.
 """
@@ -25,12 +25,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextvars import ContextVar, Token
+from contextvars import Token
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 
+from tfb.context import context, reset_states, set_states
 from tfb.draws import Draws
 
 # Arguments of a forward pass that run over positions, not rows; never repeated for the draws.
@@ -68,7 +69,7 @@ class ForwardPass:
     folded: bool = False
     sharing: bool = False
     common: Tensor | None = None
-    copies: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     @property
     def rows(self) -> int:
@@ -84,12 +85,13 @@ class ForwardPass:
             return tuple(self.repeat(v, keep=keep) for v in value)
         if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != self.batch:
             return value
-        known = self.copies.get(id(value))
-        if known is None:
-            known = value, value.repeat(self.draws, *([1] * (value.dim() - 1)))
-            if keep:
-                self.copies[id(value)] = known  # holds value too, so that its id stays its own
-        return known[1]
+        for known, copy in self.copies:
+            if known is value:
+                return copy
+        copy = value.repeat(self.draws, *([1] * (value.dim() - 1)))
+        if keep:
+            self.copies.append((value, copy))
+        return copy
 
     def fold(self, value: Any) -> Any:
         """The B common rows of a tensor of S * B."""
@@ -132,41 +134,38 @@ class SamplingState:
     running: ForwardPass | None = None
 
 
-_STATES: ContextVar[Mapping[int, SamplingState]] = ContextVar("tfb_sampling")
-
-
 def sampling_state(owner: int) -> SamplingState | None:
     """The innermost active state of the model identified by ``owner``, if there is one."""
-    return _STATES.get({}).get(owner)
+    return context.states.get(owner)
 
 
 def set_state(owner: int, state: SamplingState) -> Token[Mapping[int, SamplingState]]:
     """Make ``state`` the owner's; the token undoes it."""
-    return _STATES.set({**_STATES.get({}), owner: state})
+    return set_states({**context.states, owner: state})
 
 
 def reset_state(token: Token[Mapping[int, SamplingState]]) -> None:
-    _STATES.reset(token)
+    reset_states(token)
 
 
 @contextlib.contextmanager
 def no_sampling(owner: int) -> Iterator[None]:
     """The owner's model samples nothing here, whatever context this is in."""
-    token = _STATES.set({o: s for o, s in _STATES.get({}).items() if o != owner})
+    token = set_states({o: s for o, s in context.states.items() if o != owner})
     try:
         yield
     finally:
-        _STATES.reset(token)
+        reset_states(token)
 
 
 def state_of_base(base: nn.Module) -> SamplingState | None:
     """The active state of a base model, whichever adapter is sampled."""
-    return next((s for s in _STATES.get({}).values() if s.base is base), None)
+    return next((s for s in context.states.values() if s.base is base), None)
 
 
 def other_owner_of(base: nn.Module, owner: int) -> bool:
     """Whether another BayesianModel is sampling the same base model."""
-    return any(o != owner and s.base is base for o, s in _STATES.get({}).items())
+    return any(o != owner and s.base is base for o, s in context.states.items())
 
 
 # --- hooks ----------------------------------------------------------------------------------------
@@ -227,6 +226,10 @@ class FanOut:
         state = sampling_state(self.owner)
         return None if state is None else state.running
 
+    def _run(self, state: SamplingState, running: ForwardPass | None) -> None:
+        # torch.compile follows an assignment; it breaks the graph at set_state.
+        context.states = {**context.states, self.owner: replace(state, running=running)}
+
     def _enter(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -250,7 +253,7 @@ class FanOut:
             raise ValueError(f"sampling: {rows} rows are not a whole number for each of {S} draws")
         batch = rows // S if state.diverged else rows
         running = ForwardPass(S, batch, module, tree=state.tree)
-        set_state(self.owner, replace(state, running=running))
+        self._run(state, running)
         if state.tree or state.diverged:
             return None
         fan = _each(lambda value: running.repeat(value, keep=False))
@@ -261,7 +264,7 @@ class FanOut:
         state = sampling_state(self.owner)
         if state is None or state.running is None or state.running.entrance is not module:
             return None
-        set_state(self.owner, replace(state, running=None))
+        self._run(state, None)
         if state.reduce is not None and getattr(output, "logits", None) is not None:
             output.logits = state.reduce(output.logits)
         return output
