@@ -166,6 +166,15 @@ def test_a_model_compiled_in_place() -> None:
     assert graphs.frame_count
 
 
+def test_parts_of_the_draws_are_not_replayed_from_graphs() -> None:
+    """What a graph puts out may be overwritten: compiled blocks below the noise run in each part."""
+    case = Case(llama, causal(target_modules=["q_proj", "v_proj"]))
+    bayes, batch = tfb.bayesianize(exact(case.build()), layers=tfb.last_layers(1)), case.batch()
+    expected = bayes.logits(batch, DRAWS)
+    bayes.model.compile(fullgraph=True, backend="eager")
+    assert relative(bayes.logits(batch, DRAWS, draws_per_pass=2), expected) < EXACT
+
+
 def test_adapters_change_after_compilation() -> None:
     """Bayesianized, disabled or removed later: the graph that was traced before is not run."""
     c = Compiled()
