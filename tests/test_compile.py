@@ -167,7 +167,7 @@ def test_a_model_compiled_in_place() -> None:
 
 
 def test_parts_of_the_draws_are_not_replayed_from_graphs() -> None:
-    """What a graph puts out may be overwritten: compiled blocks below the noise run in each part."""
+    """What a graph puts out may be overwritten: blocks below the noise run in each part then."""
     case = Case(llama, causal(target_modules=["q_proj", "v_proj"]))
     bayes, batch = tfb.bayesianize(exact(case.build()), layers=tfb.last_layers(1)), case.batch()
     expected = bayes.logits(batch, DRAWS)
