@@ -86,7 +86,7 @@ def test_values_are_those_of_predict(
     bayes: tfb.BayesianModel, tokenizer: Any, mode: str, draws: int | str
 ) -> None:
     """Row by row, in the window's order, in both modes and with adaptive draws."""
-    given = rows()
+    given = rows(6)
     found = score(bayes, tokenizer, given, draws=draws, budget=60)
     assert (found.number, found.errors, found.share) == (5, 0, 0.5)
     encoded = encode(bayes, given, tokenizer)
