@@ -183,6 +183,22 @@ def test_nan_is_an_error_of_its_row(tokenizer: Any) -> None:
         assert not bad or f"(id '{row['id']}'): the model returned NaN or Inf" in row["error"]
 
 
+def test_what_the_engine_refuses_is_an_error_of_its_row(
+    bayes: tfb.BayesianModel, tokenizer: Any
+) -> None:
+    """Here tokens beyond the model's vocabulary, which only a pass finds."""
+    given = rows(8)
+    scorer = Scorer(bayes, tokenizer, draws=4)
+    prepared = scorer.prepare(window(list(given)))
+    assert prepared.encoded is not None
+    prepared.encoded.input_ids[3][0] = 9999
+    found = scorer.compute(prepared)
+    assert [r["id"] for r in found.rows if r["error"]] == ["r3"] and found.errors == 1
+    assert "f:3 (id 'r3'): the model refuses it (index out of range" in found.rows[3]["error"]
+    expected = score(bayes, tokenizer, given).rows
+    same(found.rows[:3] + found.rows[4:], expected[:3] + expected[4:])
+
+
 def test_text_rows(tokenizer: Any) -> None:
     head = tfb.bayesianize(exact(CASES["llama_classifier"].build()), seed=3)
     head.sigma = 0.1

@@ -7,7 +7,6 @@ out are batches other ones; results are then the same to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,10 +87,11 @@ class Scorer:
         """Encode a window; touches the tokenizer only, so that another thread may do it."""
         errors = {i: item.error for i, item in enumerate(window.items) if item.error is not None}
         rows = {i: item.row for i, item in enumerate(window.items) if item.row is not None}
-        errors |= self._faulty(list(rows.items()))
-        positions = [i for i in rows if i not in errors]
-        encoded = self._encode([rows[i] for i in positions]) if positions else None
-        return Prepared(window, encoded, positions, errors)
+        encoded, faulty = self._encode(rows)
+        if faulty:
+            rows = {i: row for i, row in rows.items() if i not in faulty}
+            encoded, _ = self._encode(rows)
+        return Prepared(window, encoded, list(rows), errors | faulty)
 
     def compute(self, prepared: Prepared) -> Scored:
         """Predict what was prepared."""
@@ -108,22 +108,23 @@ class Scorer:
         window = prepared.window
         return Scored(window.number, rows, errors, tokens, window.share)
 
-    def _faulty(self, rows: list[tuple[int, Row]]) -> dict[int, str]:
-        """What is wrong with the rows that cannot be encoded, found by halving."""
+    def _encode(self, rows: dict[int, Row]) -> tuple[EncodedRows | None, dict[int, str]]:
+        """The rows encoded, or by position what is wrong with some of them, found by halving."""
         if not rows:
-            return {}
+            return None, {}
+        at = list(rows)
         try:
-            encoded = self._encode([row for _, row in rows])
+            encoded = encode_rows(
+                list(rows.values()), self.tokenizer, self.bayes.task, self.bayes.base.config
+            )
         except RowError as error:
             if len(rows) == 1:
-                return {rows[0][0]: str(error)}
-            half = len(rows) // 2
-            return self._faulty(rows[:half]) | self._faulty(rows[half:])
-        empty = [at for (at, _), ids in zip(rows, encoded.input_ids, strict=True) if not ids]
-        return dict.fromkeys(empty, "no tokens; write some text that the tokenizer knows")
-
-    def _encode(self, rows: Sequence[Row]) -> EncodedRows:
-        return encode_rows(rows, self.tokenizer, self.bayes.task, self.bayes.base.config)
+                return None, {at[0]: str(error)}
+            half = len(at) // 2
+            parts = ({i: rows[i] for i in at[:half]}, {i: rows[i] for i in at[half:]})
+            return None, {i: text for part in parts for i, text in self._encode(part)[1].items()}
+        empty = [i for i, ids in zip(at, encoded.input_ids, strict=True) if not ids]
+        return encoded, dict.fromkeys(empty, "no tokens; write text that the tokenizer knows")
 
     def _predict(self, encoded: EncodedRows) -> dict[int, dict[str, Any]]:
         """Results by position. Where memory runs out, the batch is split and the budget lowered."""
@@ -131,9 +132,17 @@ class Scorer:
         waiting = token_batches(encoded, self.budget)
         while waiting:
             batch = waiting.pop(0)
-            found = self._batch(encoded, batch, self._draws_per_pass)
-            if found is None and len(batch) == 1:
-                found = self._batch(encoded, batch, 2)
+            try:
+                found = self._batch(encoded, batch, self._draws_per_pass)
+                if found is None and len(batch) == 1:
+                    found = self._batch(encoded, batch, 2)
+            except (ValueError, IndexError) as error:  # the engine refuses one of the rows
+                half = len(batch) // 2
+                if half:
+                    waiting[:0] = [batch[:half], batch[half:]]
+                else:
+                    results[batch[0]] = {"error": f"the model refuses it ({error})"}
+                continue
             if found is not None:
                 results |= found
             elif len(batch) == 1:
