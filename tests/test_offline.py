@@ -134,7 +134,7 @@ def test_parts_and_manifest(
     assert all(p.rows_per_second > 0 and p.tokens_per_second > 0 for p in seen)
     told = manifest(job)
     configuration = told["configuration"]
-    assert told["status"] == "complete" and told["counts"] == {"rows": 21, "errors": 0}
+    assert told["status"] == "complete" and told["counts"] == {"rows": 21, "errors": 0, "parts": 4}
     assert told["configuration_sha256"] == configuration_sha256(configuration)
     assert told["throughput"]["rows"] == 21 and told["inputs"] == list(job.inputs)
     assert (configuration["sigma"], configuration["seed"]) == (0.008, 3)
@@ -246,7 +246,7 @@ def test_a_signal_finishes_the_part(job: Job, whole: dict[str, bytes], number: i
     assert files(job) == dict(list(whole.items())[:2]) and manifest(job)["status"] == "stopped"
     assert run(job, resume=True).status == "complete"
     assert files(job) == whole and manifest(job)["sessions"] == 2
-    assert manifest(job)["counts"] == {"rows": 21, "errors": 0}
+    assert manifest(job)["counts"] == {"rows": 21, "errors": 0, "parts": 4}
     assert run(job, resume=True).rows == 21 and files(job) == whole  # nothing left to do
 
 

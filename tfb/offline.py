@@ -128,7 +128,8 @@ def run(
             folder.drop_errors()
         salt = bytes.fromhex(configuration_sha256(configuration))
         pending = windows(replace(reading, salt=salt), job.part_rows, done, folder.free_numbers())
-        ledger = _Ledger(job, configuration, earlier, rows, errors, max_error_rate)
+        parts = len(folder.parts())
+        ledger = _Ledger(job, configuration, earlier, rows, errors, parts, max_error_rate)
         folder.write_manifest(ledger.manifest(RUNNING))
         stop = stack.enter_context(Stop())
         writer = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="tfb-writer"))
@@ -159,9 +160,10 @@ class _Ledger:
         earlier: Mapping[str, Any] | None,
         rows: int,
         errors: int,
+        parts: int,
         max_error_rate: float,
     ) -> None:
-        self.rows, self.errors = rows, errors
+        self.rows, self.errors, self.parts = rows, errors, parts
         self._max = max_error_rate
         self._fixed = {
             "format_version": FORMAT_VERSION,
@@ -180,6 +182,7 @@ class _Ledger:
         """Count a scored window."""
         self.rows += len(part.rows)
         self.errors += part.errors
+        self.parts += 1
         self._new += len(part.rows)
         self._tokens += part.tokens
         self._share = max(self._share, part.share)
@@ -219,7 +222,7 @@ class _Ledger:
             "status": status,
             **self._fixed,
             "updated": _now(),
-            "counts": {"rows": self.rows, "errors": self.errors},
+            "counts": {"rows": self.rows, "errors": self.errors, "parts": self.parts},
             "throughput": {  # of the latest session
                 "rows": self._new,
                 "seconds": round(seconds, 3),

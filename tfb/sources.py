@@ -72,9 +72,12 @@ def find_sources(inputs: Sequence[str | os.PathLike[str]]) -> list[Source]:
                 found += _in_folder(match) if match.is_dir() else [_source(match)]
         else:
             raise RowError(f"{name}: there is no such file; check the path")
-    real = [s.path.resolve() for s in found]
-    if twice := [s for i, s in enumerate(found) if real[i] in real[:i]]:
-        raise RowError(f"{twice[0]}: is named twice; name every input once")
+    seen: set[Path] = set()
+    for source in found:
+        real = source.path.resolve()
+        if real in seen:
+            raise RowError(f"{source}: is named twice; name every input once")
+        seen.add(real)
     return found
 
 

@@ -193,15 +193,17 @@ def windows(
     meter = Meter(reading.sources)
     free = iter(count() if numbers is None else numbers)
     pending: list[Item] = []
-    text = 0
+    text = seen = 0
     for block in reading.blocks(meter):
+        seen += len(block)
+        share = max(meter.share, seen / reading.limit if reading.limit else 0.0)
         for item, there in zip(block, done.contains([i.key for i in block]), strict=True):
             if there:
                 continue
             pending.append(item)
             text += 0 if item.row is None else len(item.row.prompt or item.row.text or "")
             if len(pending) >= size or text >= LONGEST_TEXT:
-                yield Window(next(free), pending, meter.share)
+                yield Window(next(free), pending, share)
                 pending, text = [], 0
     if pending:
         yield Window(next(free), pending, 1.0)
