@@ -105,6 +105,20 @@ def test_rows_are_predicted_as_each_alone(
             torch.testing.assert_close(getattr(found, name)[i], value[0].float(), **close)
 
 
+def test_adaptive_draws(bayes: tfb.BayesianModel) -> None:
+    """ "auto" gives each row what ``predict`` gives it alone; no draws can be kept."""
+    found = predict_rows(bayes, MIXED, "auto", batch_size=3)
+    for i, k in enumerate(CHOICES):
+        ids = torch.tensor([MIXED.input_ids[i]])
+        row = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        p = bayes.predict(row, "auto", label_ids=torch.tensor(MIXED.label_ids[i]))
+        torch.testing.assert_close(
+            found.probs[i, :k], p.probs[0].float(), rtol=2 * SINGLE, atol=2 * SINGLE
+        )
+    with pytest.raises(ValueError, match="keep_draws: rows have different numbers of draws"):
+        predict_rows(bayes, MIXED, "auto", keep_draws=True)
+
+
 def test_draws_average_to_the_prediction(bayes: tfb.BayesianModel) -> None:
     found = predict_rows(bayes, MIXED, 6, keep_draws=True)
     assert found.draw_probs is not None

@@ -13,7 +13,7 @@ is refused, and so is an input that lacks finished rows or has changed them; new
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -131,10 +131,26 @@ def run(
         parts = len(folder.parts())
         ledger = _Ledger(job, configuration, earlier, rows, errors, parts, max_error_rate)
         folder.write_manifest(ledger.manifest(RUNNING))
-        stop = stack.enter_context(Stop())
-        writer = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="tfb-writer"))
-        written: Future[None] | None = None
-        for part in stack.enter_context(closing(engine_.scored(pending))):
+        signal = _write_parts(engine_.scored(pending), folder, ledger, report)
+        status = ledger.status(signal)
+        folder.write_manifest(ledger.manifest(status))
+    return Outcome(status, ledger.rows, ledger.errors, signal, ledger.too_many)
+
+
+def _write_parts(
+    scored: Generator[Scored, None, None],
+    folder: OutputFolder,
+    ledger: _Ledger,
+    report: Callable[[Progress], None] | None,
+) -> int | None:
+    """Write each scored window while the next is computed; the signal that ended it, if any."""
+    written: Future[None] | None = None
+    with (
+        Stop() as stop,
+        ThreadPoolExecutor(1, thread_name_prefix="tfb-writer") as writer,
+        closing(scored),
+    ):
+        for part in scored:
             ledger.add(part)
             if written is not None:
                 written.result()
@@ -145,9 +161,7 @@ def run(
                 break
         if written is not None:
             written.result()
-        status = ledger.status(stop.signal)
-        folder.write_manifest(ledger.manifest(status))
-    return Outcome(status, ledger.rows, ledger.errors, stop.signal, ledger.too_many)
+    return stop.signal
 
 
 class _Ledger:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tfb.adaptive import Adaptive
 from tfb.batching import EncodedRows, batches
 from tfb.draws import Draws
 from tfb.encoding import encode_choices, encode_texts
@@ -94,19 +95,23 @@ def encode_rows(rows: Sequence[Row], tokenizer: Any, task: str, config: Any) -> 
 def predict_rows(
     bayes: BayesianModel,
     encoded: EncodedRows,
-    draws: int | Draws = 10,
+    draws: int | Draws | Adaptive | str = 10,
     *,
     batch_size: int = 50,
     pad_token_id: int = 0,
     keep_draws: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Predictions:
-    """Posterior predictions of every encoded row; ``progress`` gets the rows just finished."""
-    chosen = bayes.draws(draws)
+    """Posterior predictions of every encoded row; ``progress`` gets the rows just finished.
+
+    ``draws``: as for ``bayes.predict``; "auto" (:class:`Adaptive`) goes without ``keep_draws``.
+    """
+    adaptive = isinstance(draws, str | Adaptive)
+    chosen: Any = draws if adaptive else bayes.draws(draws)  # type: ignore[arg-type]
     N, K = len(encoded), max(encoded.num_choices(i) for i in range(len(encoded)))
     probs = torch.zeros(N, K)
     columns = torch.zeros(5, N)
-    kept = torch.zeros(len(chosen), N, K) if keep_draws else None
+    kept = torch.zeros(len(chosen), N, K) if keep_draws and not adaptive else None
     for batch in batches(
         encoded, batch_size=batch_size, pad_token_id=pad_token_id, sort_by_length=True
     ):
@@ -134,11 +139,14 @@ def score(
     bayes: BayesianModel,
     tokenizer: Any,
     *,
-    draws: int | Draws = 10,
+    draws: int | Draws | Adaptive | str = 10,
     batch_size: int = 50,
     per_draw: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Stream one result for each row, in order, reading at most ``WINDOW`` rows ahead.
+
+    ``draws``: as for ``bayes.predict``, "auto" included. Raises RowError at a bad row; the command
+    line (:mod:`tfb.offline`) makes rows with an error of them.
 
     Yields:
         dicts: id, prediction (index), choice (text, choice rows), probs, total, aleatoric,
