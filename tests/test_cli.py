@@ -83,9 +83,12 @@ def test_fit_evaluate_score_report(run: Run, data: dict[str, Path], tmp_path: Pa
     assert "deterministic" in out and "tfb" in out
 
     scored = tmp_path / "scored"
-    code, out, err = run("score", *common, "--input", data["test"], "--output", scored)
-    assert code == 0 and f"{ROWS} rows" in out, err
-    lines = [json.loads(x) for x in (scored / "predictions.jsonl").read_text().splitlines()]
+    code, out, err = run(
+        "score", *common, "--input", data["test"], "--output", scored, "--format", "jsonl",
+        "--batch-tokens", 1 << 20,
+    )  # fmt: skip
+    assert code == 0 and f"complete: {ROWS} rows, 0 of them errors" in out, err
+    lines = [json.loads(x) for x in (scored / "part-00000.jsonl").read_text().splitlines()]
     rows = read_rows(data["test"], limit=ROWS)
     assert [x["id"] for x in lines] == [r.id for r in rows]
     probs = torch.tensor([x["probs"] for x in lines], dtype=torch.float64)
@@ -137,10 +140,10 @@ def test_score_parquet_with_draws(
     """Parquet holds typed columns; the draws average to the probabilities."""
     code, _, err = run(
         "score", "--model", MODEL, "--artifact", artifact, "--input", data["test"], "--output",
-        tmp_path / "out", "--format", "parquet", "--per-draw", "--draws", 4, "--limit", 5,
+        tmp_path / "out", "--per-draw", "--draws", 4, "--limit", 5,
     )  # fmt: skip
     assert code == 0, err
-    table = pq.read_table(tmp_path / "out" / "predictions.parquet")
+    table = pq.read_table(tmp_path / "out" / "part-00000.parquet")
     assert table.num_rows == 5 and str(table.schema.field("epistemic").type) == "float"
     draws = torch.tensor(table["draw_probs"].to_pylist())
     assert draws.shape == (5, 4, 10)
@@ -198,7 +201,7 @@ BAD_ROWS: dict[str, tuple[list[dict[str, Any] | str], str]] = {
 
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize("kind", BAD_ROWS)
-@pytest.mark.parametrize("command", ["fit", "evaluate", "score", "report"])
+@pytest.mark.parametrize("command", ["fit", "evaluate", "report"])
 def test_bad_rows_are_named_first(
     run: Run, artifact: Path, tmp_path: Path, command: str, kind: str
 ) -> None:
@@ -208,7 +211,6 @@ def test_bad_rows_are_named_first(
     arguments: dict[str, tuple[object, ...]] = {
         "fit": ("--adapter", ADAPTER, "--anchors", file, "--out", target),
         "evaluate": ("--artifact", artifact, "--data", file),
-        "score": ("--artifact", artifact, "--input", file, "--output", target),
         "report": ("--artifact", artifact, "--data", file, "--output", target),
     }
     code, out, err = run(command, "--model", MODEL, *arguments[command])
@@ -239,9 +241,23 @@ def test_bad_rows_are_named_first(
         ("evaluate", ("--mode", "half"), "mode='half'"),
         ("evaluate", ("--draws", 3), "--draws 3"),
         ("evaluate", ("--batch-size", 0), "--batch-size 0"),
-        ("score", ("--format", "csv"), "--format csv: expected one of jsonl, parquet"),
-        ("score", ("--batch-size", -1), "--batch-size -1"),
+        ("score", ("--format", "csv"), "--format csv: expected one of parquet, jsonl"),
+        ("score", ("--batch-tokens", -1), "--batch-tokens -1: expected at least 1"),
+        ("score", ("--part-rows", 0), "--part-rows 0: expected at least 1"),
+        ("score", ("--limit", 0), "--limit 0: expected at least 1"),
         ("score", ("--draws", 5), "--draws 5"),
+        ("score", ("--draws", "many"), "--draws many: expected an even number or auto"),
+        ("score", ("--draws", "auto", "--logits"), "--draws auto: rows have different numbers"),
+        ("score", ("--engine", "abacus"), "--engine abacus: expected one of local"),
+        ("score", ("--max-error-rate", 2), "--max-error-rate 2.0: expected a share from 0 to 1"),
+        ("score", ("--columns", "prompt"), "--columns 'prompt': expected name=column"),
+        (
+            "score",
+            ("--columns", "answer=a"),
+            "'answer' is none of id, prompt, choices, label",
+        ),
+        ("score", ("--keep", "error"), "--keep error: the output has a column of that name"),
+        ("score", ("--mode", "tail"), "mode='tail' needs tail=k"),
         ("report", ("--draws", 1), "--draws 1"),
     ],
 )
@@ -292,26 +308,13 @@ def test_unlabelled_rows_cannot_be_judged(
 
 
 @pytest.mark.usefixtures("no_model")
-def test_text_rows_are_not_for_a_language_model(run: Run, artifact: Path, tmp_path: Path) -> None:
-    file = jsonl(tmp_path / "rows.jsonl", {"id": "1", "text": "a b"})
+def test_score_refuses_an_input_without_rows(run: Run, artifact: Path, tmp_path: Path) -> None:
+    file, target = jsonl(tmp_path / "rows.jsonl", ""), tmp_path / "target"
     code, _, err = run(
-        "score", "--model", MODEL, "--artifact", artifact, "--input", file, "--output",
-        tmp_path / "t",
-    )  # fmt: skip
-    assert code == 1 and "this is a text row; use rows with 'prompt' and 'choices'" in one_line(err)
-
-
-@pytest.mark.usefixtures("no_model")
-def test_a_bad_row_at_the_end_of_the_last_input_is_found_first(
-    run: Run, data: dict[str, Path], artifact: Path, tmp_path: Path
-) -> None:
-    last = jsonl(tmp_path / "last.jsonl", ROW, OTHER | {"choices": ["0", "three"]})
-    code, _, err = run(
-        "score", "--model", MODEL, "--artifact", artifact, "--input", data["train"], "--input",
-        last, "--output", tmp_path / "t",
-    )  # fmt: skip
-    assert code == 1 and f"{last}:2" in one_line(err) and "'three'" in err
-    assert not (tmp_path / "t").exists()
+        "score", "--model", MODEL, "--artifact", artifact, "--input", file, "--output", target
+    )
+    assert code == 1 and f"{file}: the input holds no rows" in one_line(err)
+    assert not target.exists()
 
 
 @pytest.mark.usefixtures("no_model")

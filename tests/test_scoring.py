@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 from models import CASES, FIRST_TOKEN, VOCAB, exact
@@ -18,15 +14,13 @@ from transformers import AutoTokenizer
 import tfb
 from tfb import Draws, digits, scoring
 from tfb.batching import EncodedRows
-from tfb.rows import Row, RowError
+from tfb.rows import Row
 from tfb.scoring import (
     Predictions,
-    check_rows,
     encode,
     pad_token,
     predict_rows,
     score,
-    write_results,
 )
 
 SINGLE = 2.0**-24  # Predictions are float32: one rounding of a float64 model's probability
@@ -109,6 +103,20 @@ def test_rows_are_predicted_as_each_alone(
         wanted = (p.total, p.aleatoric, p.epistemic, p.agreement, p.standard_error[:, best])
         for name, value in zip(COLUMNS, wanted, strict=True):
             torch.testing.assert_close(getattr(found, name)[i], value[0].float(), **close)
+
+
+def test_adaptive_draws(bayes: tfb.BayesianModel) -> None:
+    """ "auto" gives each row what ``predict`` gives it alone; no draws can be kept."""
+    found = predict_rows(bayes, MIXED, "auto", batch_size=3)
+    for i, k in enumerate(CHOICES):
+        ids = torch.tensor([MIXED.input_ids[i]])
+        row = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        p = bayes.predict(row, "auto", label_ids=torch.tensor(MIXED.label_ids[i]))
+        torch.testing.assert_close(
+            found.probs[i, :k], p.probs[0].float(), rtol=2 * SINGLE, atol=2 * SINGLE
+        )
+    with pytest.raises(ValueError, match="keep_draws: rows have different numbers of draws"):
+        predict_rows(bayes, MIXED, "auto", keep_draws=True)
 
 
 def test_draws_average_to_the_prediction(bayes: tfb.BayesianModel) -> None:
@@ -250,84 +258,6 @@ def test_classification_results_have_no_choice() -> None:
     wanted = head.predict({k: batch[k] for k in ("input_ids", "attention_mask")}, draws).probs
     for result, p in zip(results, wanted, strict=True):
         assert result["probs"] == pytest.approx(p.tolist(), abs=1e-5)
-
-
-# --- check_rows ---------------------------------------------------------------------------------
-
-
-def test_check_finds_a_bad_last_row(
-    demo: tuple[tfb.BayesianModel, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, tokenizer = demo
-    monkeypatch.setattr(scoring, "WINDOW", 4)
-    rows = digit_rows(9)
-    assert check_rows(iter(rows), tokenizer, model.task, model.base.config) == 9
-    long = replace(rows[0], id="long", prompt="a " * 200 + "=", source="f.jsonl:10")
-    with pytest.raises(RowError, match=r"f.jsonl:10 .*: 202 tokens, but the model takes 128; sho"):
-        check_rows([*rows, long], tokenizer, model.task, model.base.config)
-    text = Row("t", text="a b", source="f.jsonl:11")
-    with pytest.raises(RowError, match=r"f.jsonl:11 .*this is a text row"):
-        check_rows([*rows, text], tokenizer, model.task, model.base.config)
-    head = SimpleNamespace(num_labels=3, max_position_embeddings=64)
-    with pytest.raises(RowError, match="the label 3 is outside the model's 3 classes"):
-        check_rows([text, replace(text, label=3)], tokenizer, "SEQ_CLS", head)
-    assert check_rows([], tokenizer, model.task, model.base.config) == 0
-
-
-# --- files --------------------------------------------------------------------------------------
-
-
-def test_both_formats_hold_the_same_values(
-    demo: tuple[tfb.BayesianModel, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Several Parquet blocks, the first without any label; nulls stay nulls."""
-    model, tokenizer = demo
-    monkeypatch.setattr(scoring, "WINDOW", 4)
-    rows = digit_rows(4, labels=False) + digit_rows(10)[4:]
-    for draws in (2, 4):
-        results = list(score(rows, model, tokenizer, draws=draws, per_draw=True))
-        lines, table = tmp_path / f"{draws}.jsonl", tmp_path / f"{draws}.parquet"
-        assert write_results(iter(results), lines, "jsonl") == 10
-        assert write_results(iter(results), table, "parquet") == 10
-        from_lines = [json.loads(line) for line in lines.read_text().splitlines()]
-        assert from_lines == pq.read_table(table).to_pylist() == results
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "2.jsonl", "2.parquet", "4.jsonl", "4.parquet"
-    ]  # fmt: skip
-
-
-def failing(results: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    yield from results
-    raise RuntimeError("the model failed")
-
-
-@pytest.mark.parametrize("file_format", scoring.FORMATS)
-def test_failure_leaves_nothing(tmp_path: Path, file_format: str) -> None:
-    good = [{"id": "a", "prediction": 0, "probs": [0.5, 0.5], "total": 0.1, "label": None}]
-    path = tmp_path / "out"
-    with pytest.raises(RuntimeError, match="the model failed"):
-        write_results(failing(good), path, file_format)
-    assert not list(tmp_path.iterdir())
-    assert write_results(good, path, file_format) == 1
-    before = path.read_bytes()
-    with pytest.raises(RuntimeError):
-        write_results(failing(good * 2), path, file_format)
-    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
-
-
-def test_nan_never_reaches_a_json_file(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        write_results([{"id": "a", "total": float("nan")}], tmp_path / "out", "jsonl")
-    assert not list(tmp_path.iterdir())
-
-
-def test_bad_format_and_nothing_to_write(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="format 'csv': expected one of jsonl, parquet"):
-        write_results([], tmp_path / "out", "csv")
-    with pytest.raises(ValueError, match="no results, so nothing"):
-        write_results([], tmp_path / "out", "parquet")
-    assert not list(tmp_path.iterdir())
-    assert write_results([], tmp_path / "out", "jsonl") == 0
 
 
 def test_predictions_default_to_no_draws() -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tfb.linear import BayesLoRALinear
     from tfb.posterior import AdapterError, LowRankPosterior
     from tfb.predictive import Predictive
+    from tfb.scoring import score
     from tfb.search import SearchError, SigmaFit, fit_sigma
     from tfb.selection import last_layers
 
@@ -51,6 +52,7 @@ _HOMES = {
     "load": "artifact",
     "load_adapter": "adapters",
     "load_base": "adapters",
+    "score": "scoring",
 }
 
 __all__ = [
@@ -73,6 +75,7 @@ __all__ = [
     "load",
     "load_adapter",
     "load_base",
+    "score",
 ]
 
 

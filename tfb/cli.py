@@ -22,6 +22,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from tfb.score_command import score
+
 app = typer.Typer(
     help="Training-Free Bayesianization of LoRA adapters: calibrated probabilities, no training.",
     no_args_is_help=True,
@@ -66,17 +68,9 @@ def progress_bar(label: str, total: int | None) -> Iterator[Callable[[int], None
 
 
 def _tokenizer(model: str) -> Any:
-    from transformers import AutoTokenizer
+    from tfb.scoring import load_tokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        # transformers explains itself over several lines, and not always by the model's name.
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"--model {model}: no tokenizer can be loaded from it; name a local folder with one, "
-            f"or a hub model ({reason})"
-        ) from error
+    return load_tokenizer(model)
 
 
 def _quiet() -> None:
@@ -121,9 +115,11 @@ def _load_artifact(
     model: str, artifact: Path, tokenizer: Any, mode: str | None = None, tail: int | None = None
 ) -> Any:
     import tfb
+    from tfb.scoring import set_padding, to_device
 
     bayes = tfb.load(model, artifact)
-    _set_padding(bayes, tokenizer)
+    set_padding(bayes, tokenizer)
+    to_device(bayes)
     if mode is not None and (mode, tail) != (bayes.mode, bayes.tail):
         Console(stderr=True).print(
             f"note: sigma was searched with mode={bayes.mode} tail={bayes.tail}; it need not suit "
@@ -132,12 +128,6 @@ def _load_artifact(
         )
         bayes.set_mode(mode, tail)
     return bayes
-
-
-def _set_padding(bayes: Any, tokenizer: Any) -> None:
-    # A SEQ_CLS head finds a row's last token by the padding id of the configuration.
-    if bayes.base.config.pad_token_id is None:
-        bayes.base.config.pad_token_id = tokenizer.pad_token_id
 
 
 @app.command()
@@ -171,7 +161,7 @@ def fit(
     from tfb.convert import bayesianize
     from tfb.engine import check_mode
     from tfb.rows import read_rows
-    from tfb.scoring import encode
+    from tfb.scoring import encode, set_padding, to_device
     from tfb.search import check_arguments, fit_sigma
 
     _quiet()
@@ -190,7 +180,8 @@ def fit(
         AnchorSet.of(encoded).check("pseudo_nll" if compat else metric)
     bayes = bayesianize(load_adapter(load_base(model, adapter), adapter), seed=seed)
     bayes.source, bayes.length_normalization = source, length_normalization
-    _set_padding(bayes, tokenizer)
+    set_padding(bayes, tokenizer)
+    to_device(bayes)
     encoded = encode(bayes, rows, tokenizer) if encoded is None else encoded
     with progress_bar("searching sigma (rows x draws)", None) as advance:
         found = fit_sigma(
@@ -355,56 +346,7 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
-@app.command()
-def score(
-    model: Model,
-    artifact: Annotated[Path, typer.Option(help="folder written by tfb fit")],
-    inputs: Annotated[list[Path], typer.Option("--input", help="rows, JSONL; repeatable")],
-    output: Annotated[Path, typer.Option(help="new folder for predictions.jsonl / .parquet")],
-    file_format: Annotated[str, typer.Option("--format", help="jsonl or parquet")] = "jsonl",
-    mode: Mode = None,
-    tail: Tail = None,
-    draws: Draws = 10,
-    limit: Limit = None,
-    batch_size: BatchSize = 50,
-    per_draw: Annotated[bool, typer.Option(help="keep every draw's probabilities")] = False,
-) -> None:
-    """Predictions and uncertainties of rows, streamed to a file."""
-    from tfb.artifact import check_output_folder, read_sidecar
-    from tfb.engine import check_mode
-    from tfb.rows import iter_rows
-    from tfb.scoring import FORMATS, check_rows, write_results
-    from tfb.scoring import score as stream
-
-    _quiet()
-    check_mode(mode or "full", tail)
-    _check_draws(draws)
-    _check_batch_size(batch_size)
-    check_output_folder(output)
-    if file_format not in FORMATS:
-        raise ValueError(f"--format {file_format}: expected one of {', '.join(FORMATS)}")
-    rows = iter_rows(inputs, limit=limit)
-    task = str(read_sidecar(artifact)["task"])
-    tokenizer = _tokenizer(model)
-    config = _early_config(model, task)
-    total = None if config is None else check_rows(rows, tokenizer, task, config)
-    bayes = _load_artifact(model, artifact, tokenizer, mode, tail)
-    if total is None:
-        total = check_rows(rows, tokenizer, task, bayes.base.config)
-    rows = iter_rows(inputs, limit=limit)
-    output.mkdir(parents=True, exist_ok=True)
-    path = output / f"predictions.{file_format}"
-    with progress_bar("scoring", total) as advance:
-
-        def counted() -> Iterator[dict[str, Any]]:
-            for result in stream(
-                rows, bayes, tokenizer, draws=draws, batch_size=batch_size, per_draw=per_draw
-            ):
-                advance(1)
-                yield result
-
-        count = write_results(counted(), path, file_format)
-    out.print(f"{count} rows: {path}", markup=False, soft_wrap=True)
+app.command()(score)
 
 
 @app.command()

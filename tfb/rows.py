@@ -79,7 +79,16 @@ def parse_row(line: str | bytes, source: str = "row") -> Row:
     Raises:
         RowError: malformed JSON, a wrong column, a wrong type or an impossible value.
     """
-    fields = _decode(line, source)
+    return make_row(decode_object(line, source), source)
+
+
+def make_row(fields: dict[str, Any], source: str = "row") -> Row:
+    """Check the columns of one row and their values.
+
+    Raises:
+        RowError: a wrong column, a wrong type or an impossible value.
+    """
+    _check_columns(fields, source)
     return _choice_row(fields, source) if "text" not in fields else _text_row(fields, source)
 
 
@@ -121,8 +130,12 @@ def _check_file(file: Path) -> None:
         _fail(str(file), "there is no such file", "check the path")
 
 
-def _decode(line: str | bytes, source: str) -> dict[str, Any]:
-    """The JSON object on a line, its columns checked."""
+def decode_object(line: str | bytes, source: str) -> dict[str, Any]:
+    """The JSON object on a line, whatever its columns.
+
+    Raises:
+        RowError: not UTF-8, not JSON, not an object, or a key that stands twice.
+    """
     try:
         text = line.decode("utf-8") if isinstance(line, bytes) else line
     except UnicodeDecodeError as error:
@@ -143,6 +156,10 @@ def _decode(line: str | bytes, source: str) -> dict[str, Any]:
             f"expected a JSON object, found {_kind(fields)}",
             'write {"id": ..., "prompt": ..., "choices": [...]} or {"id": ..., "text": ...}',
         )
+    return fields
+
+
+def _check_columns(fields: dict[str, Any], source: str) -> None:
     if "text" in fields and ("prompt" in fields or "choices" in fields):
         _fail(
             source,
@@ -162,7 +179,6 @@ def _decode(line: str | bytes, source: str) -> dict[str, Any]:
         _fail(source, "the row has no task", "add 'prompt' and 'choices', or add 'text'")
     if missing:
         _fail(source, f"missing column {', '.join(map(repr, missing))}", "add it to every row")
-    return fields
 
 
 def _unique(pairs: list[tuple[str, Any]], source: str) -> dict[str, Any]:
@@ -203,7 +219,7 @@ def _choice_row(fields: dict[str, Any], source: str) -> Row:
             f"use an index from 0 to {len(choices) - 1}",
         )
     return Row(
-        id=_id(fields["id"], source),
+        id=row_id(fields["id"], source),
         prompt=_string(fields["prompt"], "'prompt'", source),
         choices=tuple(choices),
         label=label,
@@ -216,14 +232,19 @@ def _text_row(fields: dict[str, Any], source: str) -> Row:
     if isinstance(label, str):
         _fail(source, f"the label {label!r} is a string", "use the index of the class")
     return Row(
-        id=_id(fields["id"], source),
+        id=row_id(fields["id"], source),
         text=_string(fields["text"], "'text'", source),
         label=_index(label, source),
         source=source,
     )
 
 
-def _id(value: Any, source: str) -> str:
+def row_id(value: Any, source: str = "row") -> str:
+    """An id as text.
+
+    Raises:
+        RowError: neither a string with text in it nor an integer.
+    """
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str):

@@ -1,21 +1,19 @@
-"""Predictions for many rows: over an encoded set, or streaming from files to a file.
+"""Predictions for many rows: over an encoded set, or streaming.
 
-Rows go out in the order they came in. Output files appear whole or not at all.
+Rows go out in the order they came in. From files to files: :mod:`tfb.offline`.
 """
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tfb.adaptive import Adaptive
 from tfb.batching import EncodedRows, batches
 from tfb.draws import Draws
 from tfb.encoding import encode_answers, encode_choices, encode_texts
@@ -23,7 +21,6 @@ from tfb.engine import BayesianModel
 from tfb.rows import Row
 
 WINDOW = 1024  # rows encoded at a time while streaming
-FORMATS = ("jsonl", "parquet")
 
 
 @dataclass(frozen=True)
@@ -53,6 +50,38 @@ def pad_token(bayes: BayesianModel, tokenizer: Any = None) -> int:
     return 0
 
 
+def to_device(bayes: BayesianModel, device: str | None = None) -> None:
+    """Move the model to ``device``; None: to a GPU if there is one."""
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if bayes.device.type != chosen.type:
+        bayes.model.to(chosen)
+
+
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer of a local folder or hub model.
+
+    Raises:
+        ValueError: none can be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        # transformers explains itself over several lines, and not always by the model's name.
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"--model {model}: no tokenizer can be loaded from it; name a local folder with one, "
+            f"or a hub model ({reason})"
+        ) from error
+
+
+def set_padding(bayes: BayesianModel, tokenizer: Any) -> None:
+    """Give the model a padding token: a SEQ_CLS head finds a row's last token by it."""
+    if bayes.base.config.pad_token_id is None:
+        bayes.base.config.pad_token_id = tokenizer.pad_token_id
+
+
 def encode(bayes: BayesianModel, rows: Sequence[Row], tokenizer: Any) -> EncodedRows:
     """Encode rows for the model's task, refusing prompts longer than the model.
 
@@ -72,38 +101,26 @@ def encode_rows(rows: Sequence[Row], tokenizer: Any, task: str, config: Any) -> 
     return encode_texts(rows, tokenizer, num_labels=int(config.num_labels), max_length=limit)
 
 
-def check_rows(rows: Iterable[Row], tokenizer: Any, task: str, config: Any) -> int:
-    """Encode every row and keep none; their number.
-
-    Tokenizing costs little beside S forward passes, and a bad row at the end of a long file is
-    found before the first of them.
-
-    Raises:
-        RowError: the first row that cannot be read or encoded.
-    """
-    stream, count = iter(rows), 0
-    while window := list(islice(stream, WINDOW)):
-        encode_rows(window, tokenizer, task, config)
-        count += len(window)
-    return count
-
-
 def predict_rows(
     bayes: BayesianModel,
     encoded: EncodedRows,
-    draws: int | Draws = 10,
+    draws: int | Draws | Adaptive | str = 10,
     *,
     batch_size: int = 50,
     pad_token_id: int = 0,
     keep_draws: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Predictions:
-    """Posterior predictions of every encoded row; ``progress`` gets the rows just finished."""
-    chosen = bayes.draws(draws)
+    """Posterior predictions of every encoded row; ``progress`` gets the rows just finished.
+
+    ``draws``: as for ``bayes.predict``; "auto" (:class:`Adaptive`) goes without ``keep_draws``.
+    """
+    adaptive = isinstance(draws, str | Adaptive)
+    chosen: Any = draws if adaptive else bayes.draws(draws)  # type: ignore[arg-type]
     N, K = len(encoded), max(encoded.num_choices(i) for i in range(len(encoded)))
     probs = torch.zeros(N, K)
     columns = torch.zeros(5, N)
-    kept = torch.zeros(len(chosen), N, K) if keep_draws else None
+    kept = torch.zeros(len(chosen), N, K) if keep_draws and not adaptive else None
     for batch in batches(
         encoded, batch_size=batch_size, pad_token_id=pad_token_id, sort_by_length=True
     ):
@@ -131,11 +148,14 @@ def score(
     bayes: BayesianModel,
     tokenizer: Any,
     *,
-    draws: int | Draws = 10,
+    draws: int | Draws | Adaptive | str = 10,
     batch_size: int = 50,
     per_draw: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Stream one result for each row, in order, reading at most ``WINDOW`` rows ahead.
+
+    ``draws``: as for ``bayes.predict``, "auto" included. Raises RowError at a bad row; the command
+    line (:mod:`tfb.offline`) makes rows with an error of them.
 
     Yields:
         dicts: id, prediction (index), choice (text, choice rows), probs, total, aleatoric,
@@ -162,59 +182,3 @@ def score(
             if out.draw_probs is not None:
                 result["draw_probs"] = out.draw_probs[:, i, :k].tolist()
             yield result
-
-
-def write_results(results: Iterable[dict[str, Any]], path: Path, file_format: str) -> int:
-    """Write results to ``path`` ("jsonl" or "parquet") by way of a temporary file; their number.
-
-    Raises:
-        ValueError: another format, or no results at all for Parquet, which has then no columns.
-    """
-    if file_format not in FORMATS:
-        raise ValueError(f"format {file_format!r}: expected one of {', '.join(FORMATS)}")
-    temporary = path.with_name(f".{path.name}.partial")
-    count = 0
-    try:
-        if file_format == "jsonl":
-            with temporary.open("w", encoding="utf-8") as file:
-                for result in results:
-                    count += 1
-                    file.write(json.dumps(result, ensure_ascii=False, allow_nan=False) + "\n")
-        else:
-            count = _write_parquet(results, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return count
-
-
-def _write_parquet(results: Iterable[dict[str, Any]], path: Path) -> int:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    stream, count, writer = iter(results), 0, None
-    schema = None
-    try:
-        while block := list(islice(stream, WINDOW)):
-            if schema is None:
-                # Fixed here, not inferred: a first block without labels must not type the column.
-                real, reals = pa.float32(), pa.list_(pa.float32())
-                types = {
-                    "id": pa.string(),
-                    "prediction": pa.int32(),
-                    "choice": pa.string(),
-                    "probs": reals,
-                    "label": pa.int32(),
-                    "draw_probs": pa.list_(reals),
-                }
-                schema = pa.schema([(k, types.get(k, real)) for k in block[0]])
-                writer = pq.ParquetWriter(str(path), schema)
-            assert writer is not None
-            writer.write_table(pa.Table.from_pylist(block, schema=schema))
-            count += len(block)
-        if writer is None:
-            raise ValueError("no results, so nothing to write as Parquet")
-    finally:
-        if writer is not None:
-            writer.close()
-    return count
