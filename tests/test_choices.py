@@ -508,7 +508,8 @@ def test_command_line(shared: Path, tmp_path: Path) -> None:
         ["fit", *common, "--adapter", adapter, "--anchors", str(data), "--out", str(made),
          "--tolerance", "0.1", "--length-normalization", "tokens"],
         ["evaluate", *common, "--artifact", str(made), "--data", str(data), "--json", str(figures)],
-        ["score", *common, "--artifact", str(made), "--input", str(data), "--output", str(scored)],
+        ["score", *common, "--artifact", str(made), "--input", str(data), "--output", str(scored),
+         "--format", "jsonl"],
     ]  # fmt: skip
     for call in calls:
         done = CliRunner().invoke(cli.app, call)
@@ -527,7 +528,7 @@ def test_command_line(shared: Path, tmp_path: Path) -> None:
     nll = json.loads(figures.read_text())["metrics"]["deterministic"]["nll"]
     # Sums of at most ten log-probabilities of size 10 in float32, in another order.
     assert nll == pytest.approx(float(torch.stack(losses).mean()), abs=1e-4)
-    results = [json.loads(x) for x in (scored / "predictions.jsonl").read_text().splitlines()]
+    results = [json.loads(x) for x in (scored / "part-00000.jsonl").read_text().splitlines()]
     assert [len(r["probs"]) for r in results] == [4] * 24
     assert {r["choice"] for r in results} <= {*WORDS, *TOPICS, "Z"}
 

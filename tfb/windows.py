@@ -80,7 +80,7 @@ class Reading:
     """How the input of a run is read.
 
     Attributes:
-        sources: the files, in order. task: "SEQ_CLS" (text rows) or a language model's (choice rows).
+        sources: the files, in order. task: "SEQ_CLS" (text rows) or another (choice rows).
         salt: hash of the run's configuration, at most 64 bytes; goes into every key.
         columns: for our names those of the input, where they differ. keep: columns that pass
             through. limit: read that many records; None: all.
