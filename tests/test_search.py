@@ -19,6 +19,7 @@ import tfb
 from tfb import Draws, SearchError, SigmaFit, search
 from tfb.anchor import AnchorSet, LossTable
 from tfb.posterior import LowRankPosterior
+from tfb.search import SEARCHES
 
 Curve = Callable[[float], float]
 N = 8
@@ -28,24 +29,40 @@ class FakeLoss:
     """AnchorLoss's interface on a curve l(sigma): every anchor has that loss, plus ``spread``
     times +-1, so that a paired difference has the standard error spread / sqrt(N - 1)."""
 
-    def __init__(self, curve: Curve, spread: float, anchors: AnchorSet, n: int, seed: int) -> None:
+    def __init__(
+        self, curve: Curve, spread: float, anchors: AnchorSet, n: int, seed: int, cost: float = 1.0
+    ) -> None:
         self.curve, self.anchors, self.n, self.seed = curve, anchors, n, seed
-        self.sign = spread * torch.tensor([1.0, -1.0] * (N // 2), dtype=torch.float64)
+        self.N = len(anchors)
+        self.sign = spread * torch.tensor([1.0, -1.0] * (self.N // 2), dtype=torch.float64)
         self.passes = 1.0
-        self.measured: list[float] = []
+        self.cost = SimpleNamespace(draw_cost=cost)
+        self.probabilities = None
+        self.measured = torch.ones(self.N, dtype=torch.bool)
+        self.asked: list[float] = []
 
     @property
     def baseline(self) -> torch.Tensor:
-        return torch.full((N,), self.curve(0.0), dtype=torch.float64)
+        return torch.full((self.N,), self.curve(0.0), dtype=torch.float64)
+
+    def baseline_of(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.baseline[rows]
 
     def __call__(
-        self, sigmas: Sequence[float], *, antithetic: bool = True, first_stream: int = 0
+        self,
+        sigmas: Sequence[float],
+        *,
+        antithetic: bool = True,
+        first_stream: int = 0,
+        rows: torch.Tensor | None = None,
     ) -> LossTable:
-        self.measured += sigmas
-        self.passes += len(sigmas) * self.n
-        rows = torch.stack([self.curve(s) + self.sign for s in sigmas])
-        error = torch.full((len(sigmas),), math.nan if self.n == 2 else 0.0, dtype=torch.float64)
-        return LossTable(rows, error)
+        rows = torch.arange(self.N) if rows is None else rows
+        self.asked += sigmas
+        # One sweep: what is common to all draws, and the draws.
+        cost = self.cost.draw_cost
+        self.passes += (1 - cost + len(sigmas) * self.n * cost) * len(rows) / self.N
+        found = torch.stack([self.curve(s) + self.sign[rows] for s in sigmas])
+        return LossTable(found, found.mean(1, keepdim=True).expand(-1, self.n // 2))
 
 
 def posteriors() -> dict[str, LowRankPosterior]:
@@ -62,27 +79,35 @@ ENTRIES = 2 * 5 + 3 * 7
 PRIOR = tfb.posterior.default_prior_sigma(list(POSTERIORS.values()))
 
 
-def anchor_set() -> AnchorSet:
-    batch = make_batch(*[2] * N) | {"labels": torch.arange(N) % 2}
+def anchor_set(rows: int = N) -> AnchorSet:
+    batch = make_batch(*[2] * rows) | {"labels": torch.arange(rows) % 2}
     return AnchorSet.of([batch])
 
 
-def find(curve: Curve, *, spread: float = 0.0, **options: Any) -> tuple[SigmaFit, FakeLoss, Any]:
+def find(
+    curve: Curve,
+    *,
+    spread: float = 0.0,
+    rows: int = N,
+    cost: float = 1.0,
+    make: Callable[..., Any] = FakeLoss,
+    **options: Any,
+) -> tuple[SigmaFit, Any, Any]:
     """fit_sigma with AnchorLoss replaced; the fit, the fake loss, the fake model."""
     bayes = SimpleNamespace(
         base=SimpleNamespace(config=SimpleNamespace(pad_token_id=0)),
         posteriors=POSTERIORS, seed=11, mode="full", tail=None, sigma=None,
     )  # fmt: skip
-    made: list[FakeLoss] = []
+    made: list[Any] = []
 
     def fake(_: Any, anchors: AnchorSet, metric: str, *, draws: int, seed: int, **__: Any) -> Any:
-        made.append(FakeLoss(curve, spread, anchors, draws, seed))
+        made.append(make(curve, spread, anchors, draws, seed, cost))
         return made[-1]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "AnchorLoss", fake)
         try:
-            fit = tfb.fit_sigma(bayes, anchor_set(), **options)  # type: ignore[arg-type]
+            fit = tfb.fit_sigma(bayes, anchor_set(rows), **options)  # type: ignore[arg-type]
         except SearchError:
             assert bayes.sigma is None  # a failed search leaves the model as it was
             raise
@@ -100,7 +125,7 @@ def power(crossing: float, exponent: float = 2.0, rise: float = 0.003) -> Curve:
 
 @pytest.mark.parametrize("resolution", [0.01, 0.001])
 @pytest.mark.parametrize("crossing", [2e-5, 1.0e-3, 0.017, 0.1, 3.0, 300.0])
-@pytest.mark.parametrize("how", ["grid", "bisection"])
+@pytest.mark.parametrize("how", SEARCHES)
 def test_known_crossing_is_found_to_resolution(
     how: str, crossing: float, resolution: float
 ) -> None:
@@ -108,13 +133,13 @@ def test_known_crossing_is_found_to_resolution(
     fit, loss, _ = find(power(crossing), search=how, resolution=resolution, steps=60)
     assert crossing * (1 - resolution) <= fit.sigma <= crossing
     assert fit.baseline == 1.0 and fit.limit == pytest.approx(1.003, abs=1e-15)
-    assert fit.passes == loss.passes == 1 + 10 * len(loss.measured)
+    assert fit.passes == loss.passes == 1 + 4 * len(loss.asked)
 
 
 @given(
     crossing=st.floats(1e-6, 100.0),
     exponent=st.floats(0.3, 4.0),
-    how=st.sampled_from(["grid", "bisection"]),
+    how=st.sampled_from(SEARCHES),
 )
 def test_answer_was_measured_and_never_violates(crossing: float, exponent: float, how: str) -> None:
     """Concave curves too, where a chord overshoots the crossing. The chord of a bracket of
@@ -123,24 +148,24 @@ def test_answer_was_measured_and_never_violates(crossing: float, exponent: float
     fit, loss, _ = find(curve, search=how, steps=60)
     assert curve(fit.sigma) - 1.0 <= 0.003
     assert crossing * 0.99 <= fit.sigma <= crossing * (1 + 1e-12)
-    assert fit.sigma in loss.measured
-    assert len(set(loss.measured)) == len(loss.measured)  # nothing is measured twice
-    assert [p.sigma for p in fit.curve] == sorted([0.0, *loss.measured])
+    assert fit.sigma in loss.asked
+    assert len(set(loss.asked)) == len(loss.asked)  # nothing is measured twice
+    assert [p.sigma for p in fit.curve] == sorted([0.0, *loss.asked])
 
 
-@pytest.mark.parametrize("how", ["grid", "bisection"])
+@pytest.mark.parametrize("how", SEARCHES)
 @given(edge=st.floats(1e-5, 10.0))
 def test_answer_of_a_step_lies_below_it(how: str, edge: float) -> None:
-    """An error rate is a step function: the last point below the step, within the bracket."""
+    """An error rate is a step function: the last point below the step, to resolution."""
     fit, _, _ = find(lambda s: 0.1 if s <= edge else 0.2, search=how, metric="accuracy", steps=60)
-    assert edge / 1.08 <= fit.sigma <= edge
+    assert edge / 1.01 <= fit.sigma <= edge
 
 
 @pytest.mark.parametrize("crossing", [0.0011, 0.0072, 0.02, 0.099])
 def test_grid_brackets_in_few_passes(crossing: float) -> None:
-    """Steps of 93 %, cut into thirds at most three times until 8 %, then one chord."""
+    """Six sigmas of the grid; linear in sigma^2, a line hits, and the next confirms."""
     _, loss, _ = find(power(crossing))
-    assert len(loss.measured) <= 8 + 3 * 2 + 1
+    assert len(loss.asked) <= 6 + 2
 
 
 DIP = 0.01  # sigma of the least loss of the curve below
@@ -152,7 +177,7 @@ def dip(sigma: float) -> float:
     return 1.0 - 0.4 * u + 0.2 * u * u
 
 
-@pytest.mark.parametrize("how", ["grid", "bisection"])
+@pytest.mark.parametrize("how", SEARCHES)
 def test_one_sided_passes_a_dip_and_two_sided_stops_at_its_edge(how: str) -> None:
     u = (0.4 + (0.16 + 4 * 0.2 * 0.003) ** 0.5) / 0.4  # 0.2 u^2 - 0.4 u = 0.003
     fit, _, _ = find(dip, search=how, steps=60)
@@ -174,10 +199,10 @@ def test_feasible_set_is_connected_to_zero() -> None:
     assert 0.003 / 1.08 <= fit.sigma <= 0.003
     accepted_beyond = [p for p in fit.curve if p.sigma > 0.003 and p.loss < 1.1]
     assert accepted_beyond  # it was seen, and not taken
-    assert "the loss is not monotone in sigma" in fit.notes
+    assert any(note.startswith("the loss is not monotone in sigma: it falls") for note in fit.notes)
 
 
-@pytest.mark.parametrize("how", ["grid", "bisection"])
+@pytest.mark.parametrize("how", SEARCHES)
 @given(cuts=st.lists(st.floats(-4, 0.5), min_size=1, max_size=5, unique=True))
 def test_answer_is_connected_among_what_was_measured(how: str, cuts: list[float]) -> None:
     """Curves that jump between fine and too bad at 1 to 5 places: no measured violation lies below
@@ -193,7 +218,7 @@ def test_answer_is_connected_among_what_was_measured(how: str, cuts: list[float]
     assert any(p.loss > 1.003 for p in fit.curve if p.sigma > fit.sigma)
 
 
-@pytest.mark.parametrize("how", ["grid", "bisection"])
+@pytest.mark.parametrize("how", SEARCHES)
 def test_unbracketed_is_an_error_that_says_so(how: str) -> None:
     with pytest.raises(SearchError, match=r"unbracketed: even sigma=.* less than the tolerance"):
         find(lambda s: 1.0, search=how)
@@ -203,14 +228,14 @@ def test_unbracketed_is_an_error_that_says_so(how: str) -> None:
 
 def test_bisection_reaches_as_far_as_the_grid() -> None:
     """Its own doubling ends at bounds[1] * 4^4; the grid's range goes on, and so does it."""
-    for how in ("grid", "bisection"):
+    for how in SEARCHES:
         fit, _, _ = find(power(1000.0), search=how, steps=60)
         assert 990 <= fit.sigma <= 1000
 
 
 def test_bisection_stops_after_its_steps_with_an_accepted_sigma() -> None:
     fit, loss, _ = find(power(0.02), search="bisection", steps=4)
-    assert len(loss.measured) == 5 and "4 steps; largest accepted" in fit.stopped
+    assert len(loss.asked) == 5 and "4 steps; largest accepted" in fit.stopped
     assert fit.sigma == 0.1 / 16 * 3
     with pytest.raises(SearchError, match=r"no sigma down to 0.0125 was accepted in 3 steps"):
         find(power(1e-3), search="bisection", steps=3)
@@ -284,7 +309,7 @@ def test_min_nll_finds_the_least_loss(best: float) -> None:
     i = order.index(fit.sigma)
     assert order[i - 1] <= best <= order[i + 1] <= 1.25 * order[i - 1] * (1 + 1e-12)
     assert min(p.loss for p in fit.curve) == fit.curve[i].loss
-    assert fit.limit is None and fit.passes == 1 + 10 * len(loss.measured)
+    assert fit.limit is None and fit.passes == 1 + 4 * len(loss.asked)
 
 
 def test_min_nll_is_zero_where_variance_never_helps() -> None:
@@ -319,8 +344,8 @@ def test_gvi_against_its_closed_form(a: float, weight: float) -> None:
     i = order.index(fit.sigma)
     left, right = order[i - 1], order[i + 1]
     assert left <= best <= right <= 1.25 * left * (1 + 1e-12)
-    # A parabola's difference quotient is a (left + right); lambda = -l' / KL'.
-    assert fit.implied_lambda == pytest.approx(-a * (left + right) / kl_slope(fit.sigma), rel=1e-6)
+    # The difference quotient in sigma^2 is a parabola's own slope; lambda = -l' / KL'.
+    assert fit.implied_lambda == pytest.approx(-2 * a * fit.sigma / kl_slope(fit.sigma), rel=1e-6)
     # The lambda for which a sigma below the prior's is optimal grows with it, so the grid step
     # bounds its error.
     assert right < PRIOR
@@ -335,11 +360,10 @@ def test_gvi_with_a_given_prior() -> None:
 
 
 def test_implied_lambda_of_the_largest_accepted_sigma() -> None:
-    """l' = 2 rise / crossing at the crossing; neighbours 3 % away change a parabola's quotient by
-    as much at most."""
+    """l' = 2 rise sigma / crossing^2, from a quotient in sigma^2."""
     fit, _, _ = find(power(0.02))
-    wanted = -(2 * 0.003 / 0.02) / kl_slope(fit.sigma)
-    assert fit.implied_lambda == pytest.approx(wanted, rel=0.05)
+    wanted = -(2 * 0.003 * fit.sigma / 0.02**2) / kl_slope(fit.sigma)
+    assert fit.implied_lambda == pytest.approx(wanted, rel=1e-6)
 
 
 @pytest.mark.parametrize("options", [{}, {"objective": "gvi"}, {"prior_sigma": 0.3}])
@@ -371,7 +395,7 @@ def test_round_trip_through_json(draws: int) -> None:
 ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"metric": "ece"}, "metric='ece': expected one of nll, accuracy, pseudo_nll, embedding_norm"),
     ({"objective": "elbo"}, "objective='elbo': expected one of max_variance, min_nll, gvi"),
-    ({"search": "random"}, "search='random': expected one of grid, bisection"),
+    ({"search": "random"}, "search='random': expected one of grid, root, bisection"),
     ({"compat": "paper"}, "compat='paper': expected None or 'reference'"),
     ({"objective": "gvi", "search": "bisection"}, "is a minimisation: use search='grid'"),
     ({"objective": "min_nll", "metric": "accuracy"}, "needs metric='nll'"),
@@ -437,7 +461,7 @@ def test_reference_rule_on_known_curves(name: str, upper: float) -> None:
     assert (fit.sigma == upper) == (name == "nothing violates")
     assert fit.stopped.startswith("upper bound" if fit.sigma == upper else "smallest violating")
     assert fit.compat == "reference" and fit.metric == "pseudo_nll" and fit.two_sided
-    assert len(loss.measured) == 5 and fit.passes == 1 + 5 * 10
+    assert len(loss.asked) == 5 and fit.passes == 1 + 5 * 10
     assert SigmaFit.from_dict(json.loads(json.dumps(fit.to_dict()))) == fit
 
 
@@ -489,10 +513,10 @@ def test_reference_rule_on_a_model(model: tfb.BayesianModel, upper: float) -> No
 
 
 def test_fit_sets_sigma_and_repeats_by_seed(model: tfb.BayesianModel) -> None:
-    first = tfb.fit_sigma(model, small_anchors(), draws=4, tolerance=0.01)
+    first = tfb.fit_sigma(model, small_anchors(), "pseudo_nll", draws=4)
     assert model.sigma == first.sigma > 0 and first.seed == 3
-    assert tfb.fit_sigma(small(), small_anchors(), draws=4, tolerance=0.01) == first
-    other = tfb.fit_sigma(model, small_anchors(), draws=4, tolerance=0.01, seed=4)
+    assert tfb.fit_sigma(small(), small_anchors(), "pseudo_nll", draws=4) == first
+    other = tfb.fit_sigma(model, small_anchors(), "pseudo_nll", draws=4, seed=4)
     assert other.seed == 4 and other.sigma != first.sigma and model.sigma == other.sigma
     assert replace(other, seed=3) != first
 
@@ -522,17 +546,15 @@ def test_search_accepts_batches_and_reports_the_models_own_losses(
     model: tfb.BayesianModel,
 ) -> None:
     seen: list[int] = []
-    fit = tfb.fit_sigma(
-        model, small_anchors().batches, draws=4, tolerance=0.01, progress=seen.append
-    )
+    fit = tfb.fit_sigma(model, small_anchors().batches, "pseudo_nll", draws=4, progress=seen.append)
     assert sum(seen) == 8 * (fit.passes - 1)
     assert fit.limit is not None
-    found, losses = [], []
+    found = []
     for batch in small_anchors().batches:
         inputs = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask")}
         p = model.predict(inputs, 4, label_ids=batch["label_ids"]).probs  # at the fitted sigma
-        found += p[torch.arange(4), batch["labels"]].log().neg().tolist()
-        losses.append(p)
+        own = model.predict(inputs, Draws.mean(), label_ids=batch["label_ids"]).probs.argmax(-1)
+        found += p[torch.arange(4), own].log().neg().tolist()
     at = next(p for p in fit.curve if p.sigma == fit.sigma)
     assert sum(found) / 8 == pytest.approx(at.loss, rel=1e-10)
     assert at.loss <= fit.limit
