@@ -17,7 +17,7 @@ from tfb.curve import LossCurve
 from tfb.sigma_fit import SearchError
 
 MAX_EXTENSIONS = 4
-COARSE_BLOCKS = 2  # of the anchors' blocks: as many as a grid takes at most
+COARSE_SHARE = 1 / 8  # of the anchors: as many as a grid takes at most
 SIGMA_LIMITS = (1e-8, 1e4)
 CLOSE = 1.25  # widest gap from which a slope is taken for the crossing's
 
@@ -38,9 +38,9 @@ def geometric(low: float, high: float, points: int) -> list[float]:
     return [low, *inner[1:-1].tolist(), high]
 
 
-def locate(curve: LossCurve, blocks: int = COARSE_BLOCKS) -> tuple[float, float]:
+def locate(curve: LossCurve, share: float = COARSE_SHARE) -> tuple[float, float]:
     """(accepted sigma > 0, violation), neighbours; the range is extended until it holds both, on
-    ``blocks`` of the anchors.
+    at most a ``share`` of the anchors.
 
     Raises:
         SearchError: it never does.
@@ -55,7 +55,7 @@ def locate(curve: LossCurve, blocks: int = COARSE_BLOCKS) -> tuple[float, float]
             return accepted, violating
         if low >= high:  # at a limit
             break
-        curve.decide(geometric(low, high, 3), blocks)
+        curve.decide(geometric(low, high, 3), share)
     accepted, violating = curve.crossing()
     if violating is None:
         raise SearchError(
@@ -122,5 +122,7 @@ def predict(curve: LossCurve, low: float, high: float) -> float:
     elif below > 0:
         ahead = line(curve, known[known.index(below) - 1], below)
         if low < ahead < high:
-            return ahead
+            # Past a dip the curve bends upwards: a line ahead comes too late, a chord too early.
+            dips = any(curve.change(s) < 0 for s in curve.points)
+            return math.sqrt(ahead * interpolate(curve, low, high)) if dips else ahead
     return interpolate(curve, low, high)

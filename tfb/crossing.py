@@ -9,8 +9,9 @@ Each is a solver of one state, a bracket: ``init`` finds one, ``step`` measures 
     root       the same start, then SciPy's bracketing root finder (Brent) in sigma^2
     bisection  halves; a sigma takes as many anchors as its decision needs
 
-All extend a range that does not bracket and raise an error after that. Both ends of the final
-bracket are measured on all anchors; the answer is its lower end, never a bound.
+All extend a range that does not bracket and raise an error after that. The answer is the lower end
+of the final bracket, accepted by all anchors, and never a bound; the upper end violates on all of
+them, or on a part that with its neighbours' help is sure.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from scipy import optimize
 
 from tfb.bracket import (
     CLOSE,
-    COARSE_BLOCKS,
+    COARSE_SHARE,
     MAX_EXTENSIONS,
     Bracket,
     geometric,
@@ -36,6 +37,7 @@ from tfb.curve import LossCurve
 from tfb.sigma_fit import SearchError
 
 MAX_STEPS = 200
+CONFIRMING_SHARE = 1 / 4  # of the anchors
 SWEEP = 5  # most sigmas of a sweep in tail mode
 SPAN = 1.9  # how far such a sweep reaches in both directions, while the crossing is uncertain
 
@@ -76,24 +78,36 @@ class GridSearch:
     resolution: float
 
     def init(self, curve: LossCurve) -> Bracket:
-        blocks, points = COARSE_BLOCKS, self.points
+        share, points = COARSE_SHARE, self.points
         if _sweep(curve) > 1:  # draws are cheap and sweeps are not: begin nearer
-            blocks, points = blocks + 1, 2 * points - 1
-        curve.decide(geometric(*self.bounds, points), blocks)
-        return Bracket(*locate(curve, blocks))
+            share, points = 2 * share, 2 * points - 1
+        curve.decide(geometric(*self.bounds, points), share)
+        return Bracket(*locate(curve, share))
 
     def step(self, curve: LossCurve, state: Bracket) -> Bracket:
-        curve.measure(self._sigmas(curve, state))
+        low, tight = state.low, 1 + 0.99 * self.resolution
+        root = predict(curve, low, state.high)
+        if curve.complete(low) and low < root <= low * (1 + 0.75 * self.resolution):
+            # Only the violation just above is missing. With a neighbour known on all anchors, part
+            # of them tells.
+            curve.decide([low * tight], CONFIRMING_SHARE)
+            curve.measure([] if curve.sure(low * tight) else [low * tight])
+        else:
+            wanted = self._sigmas(curve, state, root, tight)
+            new = [s for s in wanted if not curve.complete(s)]
+            curve.measure(new or [(low * state.high) ** 0.5])
         return Bracket(*locate(curve), state.steps + 1)
 
     def terminate(self, curve: LossCurve, state: Bracket) -> str | None:
         low, high = state.low, state.high
-        if not (curve.complete(low) and curve.complete(high)):
+        if not (curve.complete(low) and curve.sure(high)):
             return None
         if high / low - 1 <= self.resolution:
             return f"bracket [{low:.6g}, {high:.6g}] within resolution"
         # An error rate has steps, between which there is nothing to interpolate.
         if curve.metric == "accuracy" or high / low > 2 * CLOSE:
+            return None
+        if not curve.complete(high) and high / low > CLOSE:
             return None
         near = [s for s in whole(curve) if s < low <= s * CLOSE]
         ahead = line(curve, near[-1], low) if near else math.inf
@@ -104,21 +118,18 @@ class GridSearch:
             return f"crossing interpolated in [{low:.6g}, {high:.6g}], measured below it"
         return None
 
-    def _sigmas(self, curve: LossCurve, state: Bracket) -> list[float]:
+    def _sigmas(self, curve: LossCurve, state: Bracket, root: float, tight: float) -> list[float]:
         """What to measure next, on all anchors."""
-        low, high, tight = state.low, state.high, 1 + 0.99 * self.resolution
-        if state.steps % 2 and state.steps >= (1 if curve.metric == "accuracy" else 4):
+        low, high = state.low, state.high
+        if state.steps % 2 and state.steps >= (1 if curve.metric == "accuracy" else 6):
             return [(low * high) ** 0.5]  # interpolation does not get there: halve now and then
-        root = predict(curve, low, high)
         both = curve.complete(low) and curve.complete(high)
         if _sweep(curve) > 1:
             if both:  # one of these brackets is the last, if all is smooth
-                around = [root * tight**e for e in (-1.75, -0.75, 0.25, 1.25)]
+                around = [root * tight**e for e in (-1.4, -0.4, 0.6)]
                 return [s for s in around if low < s < high] or [(low * high) ** 0.5]
             return geometric(root / SPAN, root * SPAN, _sweep(curve))
-        if curve.complete(low) and low < root <= low * (1 + 0.75 * self.resolution):
-            aim = low * tight
-        elif curve.complete(high) and high > root >= high / (1 + 0.25 * self.resolution):
+        if curve.complete(high) and high > root >= high / (1 + 0.25 * self.resolution):
             aim = high / tight
         else:
             aim = root * (1 - self.resolution / 2)
@@ -150,7 +161,7 @@ class RootSearch:
     resolution: float
 
     def init(self, curve: LossCurve) -> Bracket:
-        curve.decide(geometric(*self.bounds, self.points), COARSE_BLOCKS)
+        curve.decide(geometric(*self.bounds, self.points), COARSE_SHARE)
         return Bracket(*locate(curve))
 
     def step(self, curve: LossCurve, state: Bracket) -> Bracket:

@@ -29,6 +29,7 @@ SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # of the anchors, cumulative
 FEWEST = 16  # rows in the first block: fewer say little about their own spread
 HIDING = 1.6  # ratio of two sigmas that make one in between unnecessary
 FARTHEST = 1.5  # times the correction at the last sigma: it says little of those far beyond
+SURE = 3.3  # standard errors, for a corrected value
 DECIDED = 0.001  # two-sided level at which a part of the anchors decides
 
 
@@ -74,9 +75,11 @@ class LossCurve:
         for count in sorted({self._count(s) for s in wanted} - {self.N}):
             self._extend([s for s in wanted if self._count(s) == count], count, self.N)
 
-    def decide(self, sigmas: Sequence[float], blocks: int | None = None) -> None:
-        """Losses at these sigmas on as many anchors as their decision takes, at most ``blocks``."""
-        for count in self.blocks[:blocks]:
+    def decide(self, sigmas: Sequence[float], share: float = 1.0) -> None:
+        """Losses at these sigmas on as many anchors as their decision takes, at most a ``share``
+        of them (and at least the first block)."""
+        most = max(self.blocks[0], math.ceil(share * self.N))
+        for count in [b for b in self.blocks if b <= most]:
             open_ = [s for s in dict.fromkeys(sigmas) if not self._settled(s, count)]
             for known in sorted({self._count(s) for s in open_}):
                 self._extend([s for s in open_ if self._count(s) == known], known, count)
@@ -185,6 +188,11 @@ class LossCurve:
         scale = 1.0 - baseline if self.metric == "accuracy" else baseline
         return change - self.tolerance * scale
 
+    def sure(self, sigma: float) -> bool:
+        """Whether all anchors would accept or violate ``sigma`` as what was measured says."""
+        error = self.part_error(sigma)
+        return self.complete(sigma) or abs(self.excess(sigma)) > SURE * error
+
     def sign(self, sigma: float) -> float:
         """Which direction of the change at ``sigma`` is degradation."""
         return -1.0 if self.two_sided and self.change(sigma) < 0 else 1.0
@@ -204,13 +212,13 @@ class LossCurve:
     def crossing(self) -> tuple[float, float | None]:
         """(largest accepted sigma connected to 0, next measured sigma: a violation, or None).
 
-        A sigma known on part of the anchors is passed over where others, known on all, stand close
-        on both sides."""
+        A sigma that part of the anchors is not sure of is passed over where others, known on all,
+        stand close on both sides."""
         whole = [s for s in sorted(self.points) if self.complete(s)]
         hidden = [(a, b) for a, b in pairwise(whole) if b <= a * HIDING]
         accepted = 0.0
         for sigma in sorted(self.points):
-            if not self.complete(sigma) and any(a < sigma < b for a, b in hidden):
+            if any(a < sigma < b for a, b in hidden) and not self.sure(sigma):
                 continue
             if self.excess(sigma) > 0:
                 return accepted, sigma

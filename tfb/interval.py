@@ -39,29 +39,20 @@ def crossing_interval(curve: LossCurve, sigma: float) -> tuple[float, float | No
     last_whole = max(s for s in whole if s * APART <= whole[-1])
     allowance = curve.excess_rows(0.0)  # [N], minus what is allowed
     rows = {s: sign * curve.differences(s) + allowance for s in whole}
+    draws = {s: curve.draw_standard_error(s) for s in whole}
+    excess = {s: (sign * curve.change(s) - curve.allowed, curve.part_error(s)) for s in nodes}
     N, U = curve.N, curve.streams
-
-    def between(known: list[float], before: float, at: float) -> list[tuple[float, float]]:
-        """(node, weight) of linear interpolation in sigma^2."""
-        right = min((s for s in known if s >= at), default=known[-1])
-        left = before if right < at else max((s for s in known if s < at), default=0.0)
-        if right == left:
-            return [(right, 1.0)]
-        share = (at * at - left * left) / (right * right - left * left)
-        return [(left, 1 - share), (right, share)]
 
     def distance(at: float, direction: int) -> float:
         """Positive where ``at`` is outside, on the side of ``direction``."""
-        mine = between(nodes, last, at)
-        mean = sum(w * sign * curve.change(s) for s, w in mine) - curve.allowed
-        part = sum(w * curve.part_error(s) for s, w in mine)
-        full = between(whole, last_whole, at)
+        mine = _between(nodes, last, at)
+        mean = sum(w * excess[s][0] for s, w in mine)
+        part = sum(w * excess[s][1] for s, w in mine)
+        full = _between(whole, last_whole, at)
         mixed = torch.stack([w * rows[s] for s, w in full]).sum(0)
         anchors = math.hypot(float(mixed.std()) / N**0.5 if N > 1 else 0.0, part)
-        draws = 0.0
-        if U > 1:
-            draws = abs(sum(w * curve.draw_standard_error(s) for s, w in full))
-        return direction * mean - _quantile(anchors, N - 1, draws, U - 1, 1 - (1 - LEVEL) / 2)
+        over_draws = abs(sum(w * draws[s] for s, w in full)) if U > 1 else 0.0
+        return direction * mean - _quantile(anchors, N - 1, over_draws, U - 1, (1 + LEVEL) / 2)
 
     limits: list[float | None] = []
     for direction in (-1, 1):
@@ -74,6 +65,16 @@ def crossing_interval(curve: LossCurve, sigma: float) -> tuple[float, float | No
                 break
         limits.append(found)
     return limits[0] or 0.0, limits[1]
+
+
+def _between(known: list[float], before: float, at: float) -> list[tuple[float, float]]:
+    """(node, weight) of linear interpolation in sigma^2; beyond the last node, from ``before``."""
+    right = min((s for s in known if s >= at), default=known[-1])
+    left = before if right < at else max((s for s in known if s < at), default=0.0)
+    if right == left:
+        return [(right, 1.0)]
+    share = (at * at - left * left) / (right * right - left * left)
+    return [(left, 1 - share), (right, share)]
 
 
 def minimum_interval(
