@@ -123,7 +123,7 @@ class GridSearch:
         low, high = state.low, state.high
         if state.steps % 2 and state.steps >= (1 if curve.metric == "accuracy" else 6):
             return [(low * high) ** 0.5]  # interpolation does not get there: halve now and then
-        both = curve.complete(low) and curve.complete(high)
+        both = curve.complete(low) and curve.sure(high)
         if _sweep(curve) > 1:
             if both:  # one of these brackets is the last, if all is smooth
                 around = [root * tight**e for e in (-1.4, -0.4, 0.6)]

@@ -212,15 +212,16 @@ class LossCurve:
     def crossing(self) -> tuple[float, float | None]:
         """(largest accepted sigma connected to 0, next measured sigma: a violation, or None).
 
-        A sigma that part of the anchors is not sure of is passed over where others, known on all,
-        stand close on both sides."""
+        A sigma known on part of the anchors is passed over where others, known on all, stand close
+        on both sides, unless the part is sure of a violation."""
         whole = [s for s in sorted(self.points) if self.complete(s)]
         hidden = [(a, b) for a, b in pairwise(whole) if b <= a * HIDING]
         accepted = 0.0
         for sigma in sorted(self.points):
-            if any(a < sigma < b for a, b in hidden) and not self.sure(sigma):
+            violates = self.excess(sigma) > 0
+            if any(a < sigma < b for a, b in hidden) and not (violates and self.sure(sigma)):
                 continue
-            if self.excess(sigma) > 0:
+            if violates:
                 return accepted, sigma
             accepted = sigma
         return accepted, None
