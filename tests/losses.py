@@ -90,7 +90,7 @@ def find(
     """fit_sigma with AnchorLoss replaced; the fit, the fake loss, the fake model."""
     bayes = SimpleNamespace(
         base=SimpleNamespace(config=SimpleNamespace(pad_token_id=0)),
-        posteriors=POSTERIORS, seed=11, mode="full", tail=None, sigma=None,
+        posteriors=POSTERIORS, family="low_rank", seed=11, mode="full", tail=None, sigma=None,
     )  # fmt: skip
     made: list[Any] = []
 

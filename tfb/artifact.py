@@ -75,7 +75,8 @@ def save(
         folder: absent or empty. fit: the search's record. extra: JSON values kept under "extra".
 
     Raises:
-        ArtifactError: the folder holds something, or sigma is not set.
+        ArtifactError: the folder holds something, sigma is not set, or the posterior is of another
+            family than TFB's.
         ValueError: the model no longer carries the posterior, or carries it merged.
     """
     path = check_output_folder(folder)
@@ -83,6 +84,11 @@ def save(
         raise ArtifactError("sigma is not set: run tfb.fit_sigma or assign bayes.sigma first")
     if not (math.isfinite(bayes.sigma) and bayes.sigma >= 0):
         raise ArtifactError(f"sigma={bayes.sigma}: expected a finite number >= 0")
+    if bayes.family != "low_rank":
+        raise ArtifactError(
+            f"family={bayes.family!r} is for ablations and cannot be saved; bayesianize with the "
+            "default family"
+        )
     bayes.check_attached()
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))

@@ -45,6 +45,7 @@ class BayesianModel:
         posteriors: one :class:`LowRankPosterior` for each Bayesian module, by qualified name.
         sigma: the posterior's scale, None until ``fit_sigma`` or the caller sets it.
         seed: the default seed of draws.
+        family: of the posteriors; see :mod:`tfb.families`.
         mode, tail: how draws reach the model ("full"; "tail" with k positions); set by the
             search that found sigma, kept in the artifact.
     """
@@ -57,12 +58,14 @@ class BayesianModel:
         *,
         task: str,
         seed: int = 0,
+        family: str = "low_rank",
     ) -> None:
         self.model = model
         self.adapter = adapter
         self.samplers = dict(samplers)
         self.task = task
         self.seed = seed
+        self.family = family
         self.sigma: float | None = None
         self.mode = "full"
         self.tail: int | None = None

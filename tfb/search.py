@@ -201,6 +201,7 @@ def fit_sigma(
                 stopped=stopped,
                 interval=limits,
                 notes=tuple(notes),
+                family=bayes.family,
                 **_variational(curve, sigma, bayes, prior),
             )
     except BaseException:
