@@ -458,3 +458,37 @@ def test_search_accepts_batches_and_reports_the_models_own_losses(
     at = next(p for p in fit.curve if p.sigma == fit.sigma)
     assert sum(found) / 8 == pytest.approx(at.loss, rel=1e-10)
     assert at.loss <= fit.limit
+
+
+def test_gvi_with_expected_nll_and_one_over_rows_is_variational_inference() -> None:
+    """-ELBO / N from draws and torch's own KL, at every measured sigma; the answer has the least.
+    The averaged prediction's likelihood is the smaller one (Jensen), so it is another objective."""
+    bayes, batch = small(), dict(small_anchors().batches[0])
+    ids = batch.pop("label_ids")
+    labels = batch.pop("labels")
+    rows = [batch | {"labels": labels, "label_ids": ids}]
+    fit = tfb.fit_sigma(bayes, rows, "expected_nll", objective="gvi", draws=4)
+    assert fit.prior_sigma is not None
+    elbos = {}
+    for point in fit.curve[1:]:
+        p = bayes.predict(
+            batch, Draws.antithetic(4, point.sigma, seed=3), label_ids=ids, keep_draws=True
+        )
+        assert p.draw_probs is not None
+        each = p.draw_probs[:, torch.arange(4), labels].log()
+        assert point.loss == pytest.approx(-float(each.mean()), abs=1e-10)
+        assert -float(p.probs[torch.arange(4), labels].log().mean()) < point.loss
+        kl = 0.0
+        for q in bayes.posteriors.values():
+            scale = q.inv_d[:, None].expand(q.A.shape)
+            normal = torch.distributions.Normal
+            kl += float(
+                torch.distributions.kl_divergence(
+                    normal(q.A.double(), point.sigma * scale), normal(0.0, fit.prior_sigma * scale)
+                ).sum()
+            )
+        elbos[point.sigma] = float(each.mean()) * 4 - kl
+    assert fit.sigma == max(elbos, key=lambda s: elbos[s])
+    at = next(p.loss for p in fit.curve if p.sigma == fit.sigma)
+    assert fit.kl is not None
+    assert at + fit.kl / 4 == pytest.approx(-elbos[fit.sigma] / 4, rel=1e-9)
