@@ -90,7 +90,8 @@ def find(
     """fit_sigma with AnchorLoss replaced; the fit, the fake loss, the fake model."""
     bayes = SimpleNamespace(
         base=SimpleNamespace(config=SimpleNamespace(pad_token_id=0)),
-        posteriors=POSTERIORS, family="low_rank", seed=11, mode="full", tail=None, sigma=None,
+        posteriors=POSTERIORS, layer_scales=dict.fromkeys(POSTERIORS, 1.0), family="low_rank",
+        seed=11, mode="full", tail=None, sigma=None,
     )  # fmt: skip
     made: list[Any] = []
 

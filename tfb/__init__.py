@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tfb.draws import Draws
     from tfb.engine import BayesianModel
     from tfb.generation import Generation
+    from tfb.layer_scale import fit_layer_scales
     from tfb.linear import BayesLoRALinear
     from tfb.posterior import AdapterError, LowRankPosterior
     from tfb.predictive import Predictive
@@ -44,6 +45,7 @@ _HOMES = {
     "SearchError": "search",
     "SigmaFit": "search",
     "bayesianize": "convert",
+    "fit_layer_scales": "layer_scale",
     "fit_sigma": "search",
     "last_layers": "selection",
     "load": "artifact",
@@ -65,6 +67,7 @@ __all__ = [
     "SearchError",
     "SigmaFit",
     "bayesianize",
+    "fit_layer_scales",
     "fit_sigma",
     "last_layers",
     "load",

@@ -107,6 +107,7 @@ def save(
             "tail": bayes.tail,
             "task": bayes.task,
             "layers": {name: p.scaling for name, p in bayes.posteriors.items()},
+            "layer_scales": bayes.layer_scales,
             "adapter_sha256": _sha256(staging / ADAPTER),
             "factors_sha256": _sha256(staging / FACTORS),
             "base": base_fingerprint(bayes.base),
@@ -198,6 +199,7 @@ def load(base_model: nn.Module | str | Path, folder: str | Path) -> BayesianMode
     )
     _check_fingerprint(folder, sidecar["base"], base_fingerprint(bayes.base))
     bayes.sigma, bayes.source = sidecar["sigma"], folder
+    bayes.set_layer_scales(sidecar.get("layer_scales") or bayes.layer_scales)
     bayes.set_mode(sidecar["mode"], sidecar.get("tail"))
     return bayes
 

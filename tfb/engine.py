@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,24 @@ class BayesianModel:
         self._forward_names = frozenset(inspect.signature(inner.forward).parameters)
         self._fan_out = FanOut(self.owner, model, inner, list(samplers))
         narrow_head(inner, task)
+
+    @property
+    def layer_scales(self) -> dict[str, float]:
+        """Multipliers of sigma by module; all 1 unless :mod:`tfb.layer_scale` set them."""
+        return {name: s.scale for name, s in self.samplers.items()}
+
+    def set_layer_scales(self, scales: Mapping[str, float]) -> None:
+        """Multiply sigma in each module; sigma should be searched again.
+
+        Raises:
+            ValueError: other modules than the model's, or a negative or non-finite number.
+        """
+        if set(scales) != set(self.samplers):
+            raise ValueError("layer scales: need one for every Bayesian module, by its name")
+        if bad := {n: m for n, m in scales.items() if not 0 <= m < math.inf}:
+            raise ValueError(f"layer scales: expected finite numbers >= 0, got {bad}")
+        for name, sampler in self.samplers.items():
+            sampler.set_scale(scales[name])
 
     # --- sampling -------------------------------------------------------------------------------
 

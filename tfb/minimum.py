@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from tfb.bracket import MAX_EXTENSIONS, SIGMA_LIMITS, geometric
 from tfb.curve import LossCurve
@@ -14,13 +15,35 @@ APART = 1.25  # neighbours of the answer are at most this far from each other
 Objective = Callable[[float], float]
 
 
-def objective_of(
-    curve: LossCurve,
-    objective: str,
-    posteriors: Sequence[LowRankPosterior],
-    prior_sigma: float,
-    kl_weight: float,
-) -> Objective:
+@dataclass(frozen=True)
+class Divergence:
+    """KL(q || p) in nats of all layers as a function of sigma, for one isotropic prior.
+
+    scales: multipliers of sigma by layer; layers without noise (0) have no part in it.
+    """
+
+    posteriors: Mapping[str, LowRankPosterior]
+    scales: Mapping[str, float]
+    prior_sigma: float
+
+    def __call__(self, sigma: float) -> float:
+        return sum(
+            p.kl(sigma * self.scales[n], self.prior_sigma)
+            for n, p in self.posteriors.items()
+            if self.scales[n] > 0
+        )
+
+    def slope(self, sigma: float) -> float:
+        """d KL / d sigma."""
+        return sum(
+            p.effective_rank * p.in_features
+            * (self.scales[n] ** 2 * sigma / self.prior_sigma**2 - 1.0 / sigma)
+            for n, p in self.posteriors.items()
+            if self.scales[n] > 0
+        )  # fmt: skip
+
+
+def objective_of(curve: LossCurve, objective: str, kl: Divergence, kl_weight: float) -> Objective:
     """What is minimised, for measured sigmas."""
 
     def loss(sigma: float) -> float:
@@ -29,7 +52,7 @@ def objective_of(
     def gvi(sigma: float) -> float:
         if sigma == 0.0:
             return math.inf  # KL diverges
-        return loss(sigma) + kl_weight * sum(p.kl(sigma, prior_sigma) for p in posteriors)
+        return loss(sigma) + kl_weight * kl(sigma)
 
     return loss if objective == "min_nll" else gvi
 

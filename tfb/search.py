@@ -16,8 +16,9 @@
     nll + gvi       labelled, training rows     where nothing was held out: the likelihood alone is
                                                 best at sigma = 0 there, the KL is what pushes back
     pseudo_nll      unlabelled                  how much predictions may move away from the
-                                                adapter's own; it can only rise, so it says nothing
-                                                of calibration (max_variance only in earnest)
+                                                adapter's own; it rises whether or not variance
+                                                helps, so it says nothing of calibration and has
+                                                no minimum worth finding
     embedding_norm  unlabelled, without choices the last hidden state's norm; two-sided
 
 On training rows nll rises at once and max_variance returns a sigma far too small; a note says so.
@@ -48,7 +49,7 @@ from tfb.curve import LIKELIHOODS, LossCurve
 from tfb.doubts import compare_held_out, doubts
 from tfb.engine import BayesianModel
 from tfb.interval import crossing_interval, minimum_interval
-from tfb.minimum import find_minimum, objective_of
+from tfb.minimum import Divergence, find_minimum, objective_of
 from tfb.posterior import default_prior_sigma
 from tfb.reference_rule import REFERENCE_BOUNDS, reference_rule
 from tfb.sigma_fit import CurvePoint, SearchError, SigmaFit
@@ -103,7 +104,7 @@ def fit_sigma(
             relative precision of the crossing. steps: most bisection steps.
         prior_sigma: the prior's scale for KL; default: the adapter's own scale
             (:func:`tfb.posterior.default_prior_sigma`). kl_weight: lambda of gvi, default
-            1 / anchors.
+            1 / anchors; 1 / training rows where the anchors are a sample of those.
         mode, tail: how draws reach the model, in the search as in later predictions ("full";
             "tail" with k positions, see :meth:`BayesianModel.predict`); default: the model's own.
         seed: of the noise and of the anchors' order, default ``bayes.seed``.
@@ -167,12 +168,12 @@ def fit_sigma(
             }
             prior = prior_sigma or default_prior_sigma(list(bayes.posteriors.values()))
             weight = kl_weight if kl_weight is not None else 1.0 / len(anchor_set)
-            posteriors = list(bayes.posteriors.values())
+            kl = Divergence(bayes.posteriors, bayes.layer_scales, prior)
             if objective == "max_variance":
                 sigma, stopped = find_crossing(searches[search], curve)
                 limits = crossing_interval(curve, sigma)
             else:
-                least = objective_of(curve, objective, posteriors, prior, weight)
+                least = objective_of(curve, objective, kl, weight)
                 sigma, stopped = find_minimum(
                     curve, least, bounds=bounds, points=points, resolution=resolution
                 )
@@ -202,7 +203,7 @@ def fit_sigma(
                 interval=limits,
                 notes=tuple(notes),
                 family=bayes.family,
-                **_variational(curve, sigma, bayes, prior),
+                **_variational(curve, sigma, kl),
             )
     except BaseException:
         bayes.mode, bayes.tail = before  # a sigma of an earlier search belongs to that mode
@@ -244,22 +245,18 @@ def check_arguments(
         raise ValueError(f"points={points}: a grid needs at least 3")
 
 
-def _variational(
-    curve: LossCurve, sigma: float, bayes: BayesianModel, prior_sigma: float
-) -> dict[str, Any]:
+def _variational(curve: LossCurve, sigma: float, kl: Divergence) -> dict[str, Any]:
     """KL and implied lambda at the answer (Theorem 4.2)."""
     if sigma <= 0.0:
-        return {"prior_sigma": prior_sigma}
-    posteriors = list(bayes.posteriors.values())
-    entries = sum(p.effective_rank * p.in_features for p in posteriors)
-    slope_kl = entries * (sigma / prior_sigma**2 - 1.0 / sigma)
+        return {"prior_sigma": kl.prior_sigma}
     # The answer's neighbours on the curve: a difference across it, not to one side, in sigma^2.
     # Objectives all end with a measured point beyond the answer.
     a = max(s for s in (0.0, *curve.points) if s < sigma)
     b = min(s for s in curve.points if s > sigma)
     slope_loss = 2 * sigma * (curve.change(b) - curve.change(a)) / (b * b - a * a)
+    slope_kl = kl.slope(sigma)
     return {
-        "prior_sigma": prior_sigma,
-        "kl": sum(p.kl(sigma, prior_sigma) for p in posteriors),
+        "prior_sigma": kl.prior_sigma,
+        "kl": kl(sigma),
         "implied_lambda": -slope_loss / slope_kl if slope_kl != 0.0 else None,
     }
