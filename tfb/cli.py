@@ -153,7 +153,9 @@ def fit(
     compat: Annotated[str | None, typer.Option(help="reference: the authors' rule")] = None,
     mode: Annotated[str, typer.Option(help="how draws reach the model: full or tail")] = "full",
     tail: Tail = None,
-    draws: Annotated[int, typer.Option(help="antithetic draws at each sigma")] = 4,
+    draws: Annotated[
+        int | None, typer.Option(help="antithetic draws at each sigma; default 4 (compat: 10)")
+    ] = None,
     limit: Limit = None,
     seed: Annotated[int, typer.Option(help="seed of the noise")] = 0,
     batch_size: BatchSize = 50,
@@ -166,14 +168,15 @@ def fit(
     from tfb.engine import check_mode
     from tfb.rows import read_rows
     from tfb.scoring import encode
-    from tfb.search import check_arguments, fit_sigma
+    from tfb.search import SEARCH_DRAWS, check_arguments, fit_sigma
 
     _quiet()
     check_output_folder(output)
     check_mode(mode, tail)
-    _check_draws(draws)
+    if draws is not None:
+        _check_draws(draws)
     _check_batch_size(batch_size)
-    check_arguments(metric, tolerance, search, objective, draws, compat=compat)
+    check_arguments(metric, tolerance, search, objective, draws or SEARCH_DRAWS, compat=compat)
     rows = read_rows(anchors, limit=limit)
     source = local_folder(adapter, ["adapter_config.json", "adapter_model.safetensors"])
     tokenizer = _tokenizer(model)

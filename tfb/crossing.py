@@ -126,7 +126,7 @@ class GridSearch:
         both = curve.complete(low) and curve.sure(high)
         if _sweep(curve) > 1:
             if both:  # one of these brackets is the last, if all is smooth
-                around = [root * tight**e for e in (-1.4, -0.4, 0.6)]
+                around = [root * tight**e for e in (-1.8, -0.8, 0.2, 1.2)]
                 return [s for s in around if low < s < high] or [(low * high) ** 0.5]
             return geometric(root / SPAN, root * SPAN, _sweep(curve))
         if curve.complete(high) and high > root >= high / (1 + 0.25 * self.resolution):
