@@ -26,6 +26,7 @@ from tfb.bracket import (
     CLOSE,
     COARSE_SHARE,
     MAX_EXTENSIONS,
+    SIGMA_LIMITS,
     Bracket,
     geometric,
     line,
@@ -170,9 +171,11 @@ class RootSearch:
         if not curve.complete(high):
             high = predict(curve, low, high)
             curve.measure([high])
-            while curve.excess(high) <= 0:
+            while curve.excess(high) <= 0 and high < SIGMA_LIMITS[1]:
                 high *= CLOSE
                 curve.measure([high])
+            if curve.excess(high) <= 0:
+                return Bracket(*locate(curve), state.steps + 1)  # which raises
         low = max(s for s in (0.0, *curve.points) if s < high and curve.complete(s)
                   and curve.excess(s) <= 0)  # fmt: skip
         sigma_of = {low * low: low, high * high: high}
