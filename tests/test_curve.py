@@ -14,6 +14,7 @@ from tfb.anchor import AnchorLoss, AnchorSet
 from tfb.batching import EncodedRows
 from tfb.cost import PassCounter
 from tfb.curve import LossCurve
+from tfb.search import SEARCHES
 
 GRID = [0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32]
 
@@ -187,6 +188,32 @@ def test_budget_and_precision_on_gaussian_losses(seed: int) -> None:
     assert loss.passes <= 20
     at = next(p for p in fit.curve if p.sigma == fit.sigma)
     assert at.anchors == 400
+
+
+@pytest.mark.parametrize("how", SEARCHES)
+def test_an_error_rate_is_bracketed_on_all_anchors(how: str) -> None:
+    """Row i is wrong from a sigma of its own on, spread evenly over log sigma: the tolerance of 4 %
+    of 400 rows lets 16 of them go wrong."""
+
+    class Steps(FakeLoss):
+        def __call__(self, sigmas: Any, **options: Any) -> Any:
+            table = super().__call__(sigmas, **options)
+            at = options.get("rows")
+            at = torch.arange(400) if at is None else at
+            edges = 0.002 * 1.02 ** (at * 37 % 400)
+            found = (torch.tensor(sigmas)[:, None] > edges).double()
+            return type(table)(found, table.left_out)
+
+    fit, _, _ = find(
+        lambda _: 0.0, rows=400, make=Steps, metric="accuracy", tolerance=0.04, search=how, steps=60
+    )
+    edge = 0.002 * 1.02**16
+    assert edge / 1.01 <= fit.sigma <= edge
+    known = [p for p in fit.curve if p.anchors == 400]
+    low = next(p for p in known if p.sigma == fit.sigma)
+    high = known[known.index(low) + 1]
+    assert high.sigma <= low.sigma * 1.01
+    assert low.loss == 16 / 400 and high.loss > 16 / 400
 
 
 @pytest.mark.parametrize("how", ["root", "bisection"])

@@ -190,8 +190,9 @@ class LossCurve:
 
     def sure(self, sigma: float) -> bool:
         """Whether all anchors would accept or violate ``sigma`` as what was measured says."""
-        error = self.part_error(sigma)
-        return self.complete(sigma) or abs(self.excess(sigma)) > SURE * error
+        if self.complete(sigma) or self.metric == "accuracy":  # which moves in steps
+            return self.complete(sigma)
+        return abs(self.excess(sigma)) > SURE * self.part_error(sigma)
 
     def sign(self, sigma: float) -> float:
         """Which direction of the change at ``sigma`` is degradation."""
@@ -207,7 +208,10 @@ class LossCurve:
         if n < 2:
             return False
         error = float(rows.std()) * math.sqrt((1 - n / self.N) / n)
-        return abs(float(rows.mean())) > float(stats.t.ppf(1 - DECIDED / 2, n - 1)) * error
+        margin = float(stats.t.ppf(1 - DECIDED / 2, n - 1)) * error
+        if self.metric == "accuracy":  # n rows without an error leave a rate of so much possible
+            margin = max(margin, -math.log(DECIDED) / n)
+        return abs(float(rows.mean())) > margin
 
     def crossing(self) -> tuple[float, float | None]:
         """(largest accepted sigma connected to 0, next measured sigma: a violation, or None).
