@@ -158,6 +158,10 @@ def explicit(bayes: tfb.BayesianModel, batch: Any, draws: Draws, metric: str) ->
     assert probs.dtype == torch.float64
     if metric == "accuracy":
         return (probs.argmax(-1) != batch["labels"]).double()
+    if metric == "expected_nll":
+        each = bayes.predict(inputs, draws, label_ids=ids, keep_draws=True).draw_probs
+        assert each is not None
+        return -each[:, torch.arange(len(probs)), batch["labels"]].log().mean(0)
     if metric == "nll":
         target = batch["labels"]
     else:

@@ -116,6 +116,20 @@ def test_each_adapter_is_a_draw_of_the_engine(tmp_path: Path, kind: str) -> None
     assert relative(mean, bayes.predict(batch, draws).probs) < EXACT
 
 
+def test_layer_scales_are_exported(tmp_path: Path) -> None:
+    bayes, batch = bayesian(double=True), ALL["llama"].batch()
+    bayes.set_layer_scales({name: 0.25 * (i % 4) for i, name in enumerate(bayes.samplers)})
+    folder = bayes.export(tmp_path / "out", draws=2)
+    logits = serve(base(double=True), draw_folders(folder), lambda m: run(m, batch))
+    expected = sampled(bayes, Draws.antithetic(2, SIGMA, seed=SEED), batch)
+    assert relative(logits, expected) < EXACT
+
+
+def test_ablation_families_are_not_exported(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="family='full_rank' is for ablations"):
+        bayesian(family="full_rank").export(tmp_path / "out", draws=2)
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "llama_classifier"])
 def test_float32_files_cost_no_accuracy(tmp_path: Path, kind: str) -> None:
     """No further from the float64 truth than twice the engine's own float32 rounding.

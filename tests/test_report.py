@@ -55,6 +55,23 @@ def size(png: bytes) -> tuple[int, int]:
     return width, height
 
 
+@pytest.mark.parametrize(
+    ("interval", "said"),
+    [
+        ((0.012, 0.034), "0.012 to\n0.034."),
+        ((0.012, None), "0.012 to\nbeyond what was measured."),
+        (None, None),
+    ],
+)
+def test_page_states_the_interval(
+    tmp_path: Path, interval: tuple[float, float | None] | None, said: str | None
+) -> None:
+    page = write_report(tmp_path / "report", [plain()], fit(interval=interval), title="A title")
+    text = page.read_text()
+    assert ("95 % interval over anchors and draws" in text) == (interval is not None)
+    assert said is None or said in text
+
+
 def test_pictures_and_page(tmp_path: Path) -> None:
     page = write_report(tmp_path / "new" / "report", BOTH, fit(), title="A title", notes=["So."])
     assert page == tmp_path / "new" / "report" / PAGE

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tfb.engine import BayesianModel
     from tfb.exporting import export
     from tfb.generation import Generation
+    from tfb.layer_scale import fit_layer_scales
     from tfb.linear import BayesLoRALinear
     from tfb.posterior import AdapterError, LowRankPosterior
     from tfb.predictive import Predictive
@@ -47,6 +48,7 @@ _HOMES = {
     "SigmaFit": "search",
     "bayesianize": "convert",
     "export": "exporting",
+    "fit_layer_scales": "layer_scale",
     "fit_sigma": "search",
     "last_layers": "selection",
     "load": "artifact",
@@ -70,6 +72,7 @@ __all__ = [
     "SigmaFit",
     "bayesianize",
     "export",
+    "fit_layer_scales",
     "fit_sigma",
     "last_layers",
     "load",

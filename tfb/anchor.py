@@ -2,12 +2,21 @@
 
 ``AnchorLoss`` evaluates many sigmas at once on common antithetic streams, and keeps per-row
 losses, so that every difference to sigma = 0 is a paired one.
+
+    nll             -log of the averaged probability of the label
+    accuracy        error rate of the averaged prediction
+    expected_nll    the draws' mean of -log probability of the label (the likelihood of an ELBO)
+    pseudo_nll      nll with the deterministic prediction as label
+    embedding_norm  norm of the last hidden state, no labels and no head
+
+When to use which: :func:`tfb.search.fit_sigma`. To add one: a branch in ``_outputs`` or
+``_losses``.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,11 +25,13 @@ import torch
 from torch import Tensor
 
 from tfb.batching import NO_LABEL, EncodedRows, batches
+from tfb.cost import PassCounter
 from tfb.draws import Draws
 from tfb.engine import BayesianModel
 
-METRICS = ("nll", "accuracy", "pseudo_nll", "embedding_norm")
-SUPERVISED = ("nll", "accuracy")
+METRICS = ("nll", "accuracy", "pseudo_nll", "embedding_norm", "expected_nll")
+SUPERVISED = ("nll", "accuracy", "expected_nll")
+PER_ROW = ("expected_nll", "embedding_norm")  # a draw's output is the row's loss already
 PROBABILITY_FLOOR = 1e-12  # as in the authors' scripts; keeps log finite
 ROWS_PER_PASS = 1024  # rows x draws in one forward pass
 
@@ -118,12 +129,19 @@ class LossTable:
 
     Attributes:
         rows: [G, N] float64, each anchor's loss.
-        draw_standard_error: [G] float64, jackknife over streams of the mean loss; NaN when there
-            is one stream only.
+        left_out: [G, U] float64, mean loss without each of the U streams (U = 1: with it).
     """
 
     rows: Tensor
-    draw_standard_error: Tensor
+    left_out: Tensor
+
+    @property
+    def draw_standard_error(self) -> Tensor:
+        """[G] float64, jackknife over streams of the mean loss; NaN if there is one only."""
+        U = self.left_out.shape[1]
+        if U == 1:
+            return torch.full((len(self.rows),), float("nan"), dtype=torch.float64)
+        return ((U - 1) * self.left_out.var(1, unbiased=False)).sqrt()
 
 
 class AnchorLoss:
@@ -150,13 +168,37 @@ class AnchorLoss:
         self.bayes, self.anchors, self.metric = bayes, anchors, metric
         self.n, self.seed, self.noise = draws, seed, noise
         self.progress, self.additive_floor = progress, additive_floor
-        self.passes = 0.0  # whole-set forward passes, one for each draw
-        self._mean = self._deterministic()
+        self.cost = PassCounter(anchors.batches, bayes.tail)
+        self._mean: Tensor | None = None  # [N, K] probabilities (widest K), or [N] losses
+        self._known = torch.zeros(len(anchors), dtype=torch.bool)
+        if bayes.mode == "full":
+            self._measure_baseline()
+
+    @property
+    def passes(self) -> float:
+        """Deterministic passes spent so far; see :mod:`tfb.cost`."""
+        return self.cost.passes
 
     @property
     def baseline(self) -> Tensor:
         """[N] float64, losses at sigma = 0."""
-        return self._losses(self._mean[None], 0, len(self.anchors))[0]
+        self._measure_baseline()
+        return self.baseline_of(torch.arange(len(self.anchors)))
+
+    def baseline_of(self, rows: Tensor) -> Tensor:
+        """Losses at sigma = 0 of rows that have been measured at some sigma."""
+        assert self._mean is not None
+        return self._losses(self._mean[rows], rows)
+
+    @property
+    def measured(self) -> Tensor:
+        """[N] bool, the rows whose loss at sigma = 0 is known."""
+        return self._known
+
+    @property
+    def probabilities(self) -> Tensor | None:
+        """[N, K] probabilities at sigma = 0, None for metrics without."""
+        return None if self.metric in PER_ROW else self._mean
 
     @property
     def correct(self) -> float:
@@ -164,56 +206,86 @@ class AnchorLoss:
         return 1.0 - float(self.baseline.mean())
 
     def __call__(
-        self, sigmas: Sequence[float], *, antithetic: bool = True, first_stream: int = 0
+        self,
+        sigmas: Sequence[float],
+        *,
+        antithetic: bool = True,
+        first_stream: int = 0,
+        rows: Tensor | None = None,
     ) -> LossTable:
-        """Losses at ``sigmas`` (> 0), all on the same streams."""
+        """Losses at ``sigmas`` (> 0), all on the same streams.
+
+        Args:
+            rows: which anchors, ascending [N'] int64; None: all. Where their loss at sigma = 0 is
+                not known (tail mode), sigma = 0 joins the sweep.
+        """
         k = 2 if antithetic else 1
         units = self.n // k
         G = len(sigmas)
-        rows, held_out, start = [], torch.zeros(G, units, dtype=torch.float64), 0
-        for batch in self.anchors.batches:
-            B = int(batch["input_ids"].shape[0])
-            per_pass = max(1, ROWS_PER_PASS // (self.n * B))
+        found, left_out = [], torch.zeros(G, units, dtype=torch.float64)
+        rows = torch.arange(len(self.anchors)) if rows is None else rows
+        for batch, at in self._pieces(rows):
+            first = [] if bool(self._known[at].all()) else [0.0]
+            wanted = [*first, *sigmas]
+            per_pass = len(wanted)
+            if self.bayes.mode == "full":  # in tail mode each part would run the prompt again
+                per_pass = max(1, ROWS_PER_PASS // (self.n * len(at)))
             parts = []
-            for g in range(0, G, per_pass):
+            for g in range(0, len(wanted), per_pass):
                 draws = Draws.grid(
-                    sigmas[g : g + per_pass],
+                    wanted[g : g + per_pass],
                     self.n,
                     antithetic=antithetic,
                     seed=self.seed,
                     noise=self.noise,
                     first_stream=first_stream,
                 )
-                out = self._outputs(batch, draws)  # [units * g * k, B, ...]
+                out = self._outputs(batch, draws, at)  # [units * g * k, B, ...]
                 parts.append(out.unflatten(0, (units, -1, k)).mean(2))
                 if self.progress is not None:
-                    self.progress(len(draws) * B)
+                    self.progress(len(draws) * len(at))
+            self.cost.spend(at, len(wanted) * self.n)
             per_unit = torch.cat(parts, dim=1)  # [units, G, B, ...]
+            if first:
+                self._remember(at, per_unit[0, 0])
+                per_unit = per_unit[:, 1:]
             mean = per_unit.mean(0)
-            rows.append(self._losses(mean, start, start + B))
-            if units > 1:
-                for u in range(units):
-                    without = (mean * units - per_unit[u]) / (units - 1)
-                    held_out[:, u] += self._losses(without, start, start + B).sum(-1)
+            found.append(self._losses(mean, at))
+            for u in range(units):
+                without = (mean * units - per_unit[u]) / (units - 1) if units > 1 else mean
+                left_out[:, u] += self._losses(without, at).sum(-1)
+        return LossTable(torch.cat(found, dim=1), left_out / len(rows))
+
+    def _pieces(self, rows: Tensor) -> Iterator[tuple[Mapping[str, Any], Tensor]]:
+        """Each batch's share of ``rows``, and their places among all anchors."""
+        start = 0
+        for batch in self.anchors.batches:
+            B = int(batch["input_ids"].shape[0])
+            at = rows[(rows >= start) & (rows < start + B)]
+            if len(at):
+                yield (batch if len(at) == B else _take(batch, at - start, B)), at
             start += B
-        self.passes += G * self.n
-        spread = held_out / len(self.anchors)
-        error = torch.full((G,), float("nan"), dtype=torch.float64)
-        if units > 1:
-            error = ((units - 1) * spread.var(1, unbiased=False)).sqrt()
-        return LossTable(torch.cat(rows, dim=1), error)
 
-    def _deterministic(self) -> Tensor:
-        """[N, K] probabilities (padded to the widest K) or [N] norms at sigma = 0."""
-        parts = [self._outputs(b, Draws.mean())[0] for b in self.anchors.batches]
-        self.passes += 1
-        if self.metric == "embedding_norm":
-            return torch.cat(parts)
-        K = max(p.shape[-1] for p in parts)
-        return torch.cat([torch.nn.functional.pad(p, (0, K - p.shape[-1])) for p in parts])
+    def _measure_baseline(self) -> None:
+        """Losses at sigma = 0 of all rows that lack it."""
+        for batch, at in self._pieces((~self._known).nonzero()[:, 0]):
+            self._remember(at, self._outputs(batch, Draws.mean(), at)[0])
+            self.cost.spend(at, 1)
 
-    def _outputs(self, batch: Mapping[str, Any], draws: Draws) -> Tensor:
-        """Each draw's probabilities [S, B, K], or hidden-state norms [S, B], in float64 on CPU."""
+    def _remember(self, at: Tensor, out: Tensor) -> None:
+        """Outputs at sigma = 0 of the rows ``at``: [B, K] or [B]."""
+        if self._mean is None:
+            self._mean = torch.zeros(len(self.anchors), *out.shape[1:], dtype=torch.float64)
+        if out.dim() == 2:
+            K = max(self._mean.shape[1], out.shape[1])
+            self._mean, out = (
+                torch.nn.functional.pad(t, (0, K - t.shape[1])) for t in (self._mean, out)
+            )
+        self._mean[at] = out
+        self._known[at] = True
+
+    def _outputs(self, batch: Mapping[str, Any], draws: Draws, at: Tensor) -> Tensor:
+        """Each draw's probabilities [S, B, K], or losses [S, B], in float64 on CPU."""
         inputs = {k: v for k, v in batch.items() if k not in ("labels", "label_ids")}
         if self.metric == "embedding_norm":
             out = self.bayes.hidden_norms(inputs, draws).double().cpu()
@@ -222,18 +294,21 @@ class AnchorLoss:
             out = logits.double().softmax(-1).cpu()
         if not bool(out.isfinite().all()):
             raise ValueError("anchors: the model returned NaN or Inf; check weights and inputs")
-        return out
+        return self._label_loss(out, at) if self.metric == "expected_nll" else out
 
-    def _losses(self, out: Tensor, start: int, stop: int) -> Tensor:
-        """[..., N'] losses from averaged outputs [..., N', K] of rows start..stop."""
-        if self.metric == "embedding_norm":
-            return out
+    def _losses(self, out: Tensor, at: Tensor) -> Tensor:
+        """[..., N'] losses from averaged outputs [..., N', K] of the rows ``at``."""
+        return out if self.metric in PER_ROW else self._label_loss(out, at)
+
+    def _label_loss(self, out: Tensor, at: Tensor) -> Tensor:
+        """[..., N'] losses from probabilities [..., N', K] of the rows ``at``."""
         if self.metric == "pseudo_nll":
-            target = self._mean[start:stop].argmax(-1)
+            assert self._mean is not None
+            target = self._mean[at].argmax(-1)
         else:
             labels = self.anchors.labels
             assert labels is not None  # check() said so
-            target = labels[start:stop]
+            target = labels[at]
             if bool(((target < 0) | (target >= out.shape[-1])).any()):
                 raise ValueError(f"anchors: a label lies outside the {out.shape[-1]} choices")
         if self.metric == "accuracy":
@@ -243,3 +318,14 @@ class AnchorLoss:
         if self.additive_floor:
             return -(p + PROBABILITY_FLOOR).log()
         return -p.clamp_min(PROBABILITY_FLOOR).log()
+
+
+def _take(batch: Mapping[str, Any], rows: Tensor, B: int) -> dict[str, Any]:
+    """Some of a batch's B rows; label_ids [K] hold for all rows."""
+    return {
+        name: value[rows.to(value.device)]
+        if isinstance(value, Tensor) and value.dim() and len(value) == B
+        and not (name == "label_ids" and value.dim() == 1)
+        else value
+        for name, value in batch.items()
+    }  # fmt: skip

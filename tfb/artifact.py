@@ -69,6 +69,15 @@ def check_output_folder(folder: str | Path) -> Path:
     return path
 
 
+def check_family(family: str) -> None:
+    """Raise ArtifactError for a posterior that is not TFB's own (:mod:`tfb.families`)."""
+    if family != "low_rank":
+        raise ArtifactError(
+            f"family={family!r} is for ablations and cannot be saved; bayesianize with the default "
+            "family"
+        )
+
+
 @contextlib.contextmanager
 def staged_folder(path: Path) -> Iterator[Path]:
     """A folder beside ``path`` (absent or empty) that takes its place if the block succeeds, and
@@ -95,7 +104,8 @@ def save(
         folder: absent or empty. fit: the search's record. extra: JSON values kept under "extra".
 
     Raises:
-        ArtifactError: the folder holds something, or sigma is not set.
+        ArtifactError: the folder holds something, sigma is not set, or the posterior is of another
+            family than TFB's.
         ValueError: the model no longer carries the posterior, or carries it merged.
     """
     path = check_output_folder(folder)
@@ -103,6 +113,7 @@ def save(
         raise ArtifactError("sigma is not set: run tfb.fit_sigma or assign bayes.sigma first")
     if not (math.isfinite(bayes.sigma) and bayes.sigma >= 0):
         raise ArtifactError(f"sigma={bayes.sigma}: expected a finite number >= 0")
+    check_family(bayes.family)
     bayes.check_attached()
     with staged_folder(path) as staging:
         save_adapter(bayes.model, bayes.adapter, staging, source=bayes.source)
@@ -120,6 +131,7 @@ def save(
             "length_normalization": bayes.length_normalization,
             "task": bayes.task,
             "layers": {name: p.scaling for name, p in bayes.posteriors.items()},
+            "layer_scales": bayes.layer_scales,
             "adapter_sha256": file_sha256(staging / ADAPTER),
             "factors_sha256": file_sha256(staging / FACTORS),
             "base": base_fingerprint(bayes.base),
@@ -206,6 +218,7 @@ def load(base_model: nn.Module | str | Path, folder: str | Path) -> BayesianMode
     )
     _check_fingerprint(folder, sidecar["base"], base_fingerprint(bayes.base))
     bayes.sigma, bayes.source = sidecar["sigma"], folder
+    bayes.set_layer_scales(sidecar.get("layer_scales") or bayes.layer_scales)
     bayes.set_mode(sidecar["mode"], sidecar.get("tail"))
     bayes.length_normalization = normalization
     return bayes

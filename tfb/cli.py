@@ -136,11 +136,13 @@ def fit(
     adapter: Annotated[str, typer.Option(help="PEFT LoRA adapter: folder or hub name")],
     anchors: Annotated[Path, typer.Option(help="anchor rows, JSONL")],
     output: Annotated[Path, typer.Option("--out", help="new folder for the artifact")],
-    metric: Annotated[str, typer.Option(help="nll, accuracy, pseudo_nll, embedding_norm")] = "nll",
+    metric: Annotated[
+        str, typer.Option(help="nll, accuracy, pseudo_nll, embedding_norm, expected_nll")
+    ] = "nll",
     objective: Annotated[str, typer.Option(help="max_variance, min_nll, gvi")] = "max_variance",
     tolerance: Annotated[float, typer.Option(help="accepted relative degradation")] = 0.003,
     absolute: Annotated[bool, typer.Option(help="tolerance in the loss's own units")] = False,
-    search: Annotated[str, typer.Option(help="grid or bisection")] = "grid",
+    search: Annotated[str, typer.Option(help="grid, root or bisection")] = "grid",
     compat: Annotated[str | None, typer.Option(help="reference: the authors' rule")] = None,
     mode: Annotated[str, typer.Option(help="how draws reach the model: full or tail")] = "full",
     tail: Tail = None,
@@ -148,7 +150,9 @@ def fit(
         str,
         typer.Option(help="choices of several tokens: none (sum of log-probs) or tokens (mean)"),
     ] = "none",
-    draws: Draws = 10,
+    draws: Annotated[
+        int | None, typer.Option(help="antithetic draws at each sigma; default 4 (compat: 10)")
+    ] = None,
     limit: Limit = None,
     seed: Annotated[int, typer.Option(help="seed of the noise")] = 0,
     batch_size: BatchSize = 50,
@@ -162,15 +166,16 @@ def fit(
     from tfb.engine import check_mode
     from tfb.rows import read_rows
     from tfb.scoring import encode, set_padding, to_device
-    from tfb.search import check_arguments, fit_sigma
+    from tfb.search import SEARCH_DRAWS, check_arguments, fit_sigma
 
     _quiet()
     check_output_folder(output)
     check_mode(mode, tail)
     check_length_normalization(length_normalization)
-    _check_draws(draws)
+    if draws is not None:
+        _check_draws(draws)
     _check_batch_size(batch_size)
-    check_arguments(metric, tolerance, search, objective, draws, compat=compat)
+    check_arguments(metric, tolerance, search, objective, draws or SEARCH_DRAWS, compat=compat)
     rows = read_rows(anchors, limit=limit)
     source = local_folder(adapter, ["adapter_config.json", "adapter_model.safetensors"])
     tokenizer = _tokenizer(model)
@@ -207,21 +212,25 @@ def fit(
 def print_fit(found: Any) -> None:
     """The curve and the answer."""
     table = Table(title=f"{found.metric} on {found.anchors} anchors")
-    for heading in ("sigma", "loss", "change", "± anchors", "± draws"):
+    for heading in ("sigma", "loss", "change", "± anchors", "± draws", "anchors"):
         table.add_column(heading, justify="right")
     for p in found.curve:
         change = p.loss - found.baseline
         table.add_row(
             f"{p.sigma:.5g}", f"{p.loss:.4f}", f"{change:+.4f}", f"{p.standard_error:.4f}",
-            f"{p.draw_standard_error:.4f}",
+            f"{p.draw_standard_error:.4f}", str(p.anchors or found.anchors),
         )  # fmt: skip
     out.print(table)
     kl = "" if found.kl is None else f", KL {found.kl:.4g} nats"
     lam = "" if found.implied_lambda is None else f", implied lambda {found.implied_lambda:.3g}"
     out.print(
         f"sigma = {found.sigma:.6g} ({found.objective}; {found.stopped}; "
-        f"{found.passes:g} passes{kl}{lam})", markup=False, soft_wrap=True
+        f"{found.passes:.4g} passes{kl}{lam})", markup=False, soft_wrap=True
     )  # fmt: skip
+    if found.interval is not None:
+        low, high = found.interval
+        end = "beyond what was measured" if high is None else f"{high:.4g}"
+        out.print(f"95 % interval over anchors and draws: {low:.4g} to {end}", soft_wrap=True)
     for note in found.notes:
         out.print(f"note: {note}", markup=False, soft_wrap=True)
 

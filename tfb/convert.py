@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tfb.adapters import TASKS
 from tfb.draws import stable_layer_id
 from tfb.engine import BayesianModel
+from tfb.families import FAMILIES, in_family
 from tfb.linear import LowRankSampler
 from tfb.posterior import AdapterError, LowRankPosterior
 from tfb.sampling import SamplingState, sampling_state
@@ -109,6 +110,7 @@ def bayesianize(
     seed: int = 0,
     *,
     posteriors: dict[str, LowRankPosterior] | None = None,
+    family: str = "low_rank",
 ) -> BayesianModel:
     """Give a PEFT LoRA model's adapter a posterior, in place (TFB, section 3).
 
@@ -124,6 +126,8 @@ def bayesianize(
             others stay deterministic.
         seed: default seed of the draws.
         posteriors: saved factors by module name (an artifact's); default: computed here.
+        family: "low_rank" (TFB), or "constant" or "full_rank" for the ablation, which no artifact
+            can hold; see :mod:`tfb.families`.
 
     Returns:
         The model's :class:`BayesianModel`; ``sigma`` is None until it is fitted or set.
@@ -131,8 +135,10 @@ def bayesianize(
     Raises:
         AdapterError: no such adapter, not LoRA, an unsupported kind of layer or LoRA variant
             (named), an untrained, merged, damaged or already Bayesianized adapter.
-        ValueError: ``layers`` selects nothing.
+        ValueError: ``layers`` selects nothing; an unknown family.
     """
+    if family not in FAMILIES:
+        raise ValueError(f"family={family!r}: expected one of {', '.join(FAMILIES)}")
     task = _check_adapter(peft_model, adapter)
     assert isinstance(peft_model, PeftModel)  # _check_adapter said so
     base = peft_model.get_base_model()
@@ -153,11 +159,13 @@ def bayesianize(
         raise AdapterError(f"saved posterior and adapter differ in modules: {', '.join(odd[:8])}")
     samplers = {
         name: LowRankSampler(
-            posteriors[name] if posteriors else _posterior(name, adapted[name], adapter)
+            in_family(
+                posteriors[name] if posteriors else _posterior(name, adapted[name], adapter), family
+            )
         )
         for name in names
     }
-    bayes = BayesianModel(peft_model, adapter, samplers, task=task, seed=seed)
+    bayes = BayesianModel(peft_model, adapter, samplers, task=task, seed=seed, family=family)
     for name, sampler in samplers.items():
         adapted[name].lora_variant[adapter] = BayesVariant(bayes.owner, sampler)
     return bayes

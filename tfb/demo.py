@@ -59,14 +59,14 @@ def run(folder: Path | None, *, draws: int) -> None:
         soft_wrap=True,
     )
     with progress_bar("searching sigma", None) as advance:
-        fit = tfb.fit_sigma(bayes, anchors, draws=draws, progress=advance)
+        fit = tfb.fit_sigma(bayes, anchors, progress=advance)
     print_fit(fit)
     mean = predict_rows(bayes, anchors, Draws.mean(), pad_token_id=pad)
     labels = torch.tensor(anchors.labels)
     temperature = fit_temperature(mean.probs.clamp_min(1e-30).log(), labels)
     out.print(f"temperature fitted on the same anchors: {temperature:.3f}")
     with progress_bar("searching sigma (min_nll)", None) as advance:
-        held_out = tfb.fit_sigma(bayes, anchors, objective="min_nll", draws=draws, progress=advance)
+        held_out = tfb.fit_sigma(bayes, anchors, objective="min_nll", progress=advance)
     out.print(f"sigma of least anchor NLL (objective min_nll): {held_out.sigma:.6g}")
     sigmas = {"tfb max_variance": fit.sigma, "tfb min_nll": held_out.sigma}
     found = []

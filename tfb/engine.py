@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ class BayesianModel:
         posteriors: one :class:`LowRankPosterior` for each Bayesian module, by qualified name.
         sigma: the posterior's scale, None until ``fit_sigma`` or the caller sets it.
         seed: the default seed of draws.
+        family: of the posteriors; see :mod:`tfb.families`.
         mode, tail: how draws reach the model ("full"; "tail" with k positions); set by the
             search that found sigma, kept in the artifact.
         length_normalization: how choices of several tokens are scored, "none" (sum of
@@ -62,12 +64,14 @@ class BayesianModel:
         *,
         task: str,
         seed: int = 0,
+        family: str = "low_rank",
     ) -> None:
         self.model = model
         self.adapter = adapter
         self.samplers = dict(samplers)
         self.task = task
         self.seed = seed
+        self.family = family
         self.sigma: float | None = None
         self.mode = "full"
         self.tail: int | None = None
@@ -79,6 +83,24 @@ class BayesianModel:
         self._fan_out = FanOut(self.owner, model, inner, list(samplers))
         narrow_head(inner, task)
         make_replayable(self.blocks_below, inner)
+
+    @property
+    def layer_scales(self) -> dict[str, float]:
+        """Multipliers of sigma by module; all 1 unless :mod:`tfb.layer_scale` set them."""
+        return {name: s.scale for name, s in self.samplers.items()}
+
+    def set_layer_scales(self, scales: Mapping[str, float]) -> None:
+        """Multiply sigma in each module; sigma should be searched again.
+
+        Raises:
+            ValueError: other modules than the model's, or a negative or non-finite number.
+        """
+        if set(scales) != set(self.samplers):
+            raise ValueError("layer scales: need one for every Bayesian module, by its name")
+        if bad := {n: m for n, m in scales.items() if not 0 <= m < math.inf}:
+            raise ValueError(f"layer scales: expected finite numbers >= 0, got {bad}")
+        for name, sampler in self.samplers.items():
+            sampler.set_scale(scales[name])
 
     # --- sampling -------------------------------------------------------------------------------
 

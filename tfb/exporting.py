@@ -39,6 +39,7 @@ from tfb.artifact import (
     FACTORS,
     SIDECAR,
     ArtifactError,
+    check_family,
     check_output_folder,
     file_sha256,
     library_versions,
@@ -80,13 +81,14 @@ def export(
 
     Raises:
         ArtifactError: the folder holds something, the disk has no room, sigma belongs to tail
-            mode, or a weight overflows ``dtype``.
+            mode or to a family for ablations, or a weight overflows ``dtype``.
         ValueError: sigma not set, an odd number of draws, token noise, an unknown ``dtype``, or a
             model that no longer carries the posterior.
     """
     path = check_output_folder(folder)
     check_dtype(dtype)
     check_exportable(bayes.mode, bayes.tail)
+    check_family(bayes.family)
     chosen = bayes.draws(draws)
     if chosen.noise != "weight":
         raise ValueError("export: needs weight noise; token noise is not a sample of weights")
@@ -189,7 +191,7 @@ def _sampled(
     """The sampled modules' tensors of one draw, by their names in the file."""
     found = {}
     for name, p in bayes.posteriors.items():
-        exact = p.sample_A(sigma, stream, seed)
+        exact = p.sample_A(sigma * bayes.layer_scales[name], stream, seed)
         A, B = exact.to(dtypes[name]), p.B.to(dtypes[name])
         if not bool(A.isfinite().all() and B.isfinite().all()):
             raise ArtifactError(

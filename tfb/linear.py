@@ -40,6 +40,7 @@ class LowRankSampler:
 
     def __init__(self, posterior: LowRankPosterior) -> None:
         self.posterior = posterior
+        self.scale = 1.0
         self._factors: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
         self._pool: Pool | None = None
 
@@ -81,12 +82,19 @@ class LowRankSampler:
             inplace=inplace,
         )
 
+    def set_scale(self, scale: float) -> None:
+        """This layer's noise is ``scale`` (>= 0) times the model's sigma from now on."""
+        if scale != self.scale:
+            self.scale = scale
+            self._factors.clear()
+
     def factors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """(A', B', 1/d) on ``device``."""
+        """(A', B', scale/d) on ``device``."""
         found = self._factors.get(device)
         if found is None:
             p = self.posterior
-            found = p.A.to(device), p.B.to(device), p.inv_d.to(device)
+            inv_d = p.inv_d * self.scale
+            found = p.A.to(device), p.B.to(device), inv_d.to(device)
             # What a compiled graph puts out need not outlive its next run (CUDA graphs).
             if not torch.compiler.is_compiling():
                 self._factors[device] = found
