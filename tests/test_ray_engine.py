@@ -245,6 +245,16 @@ def test_a_file_that_breaks_off_is_the_last_block(tmp_path: Path) -> None:
     assert {len(w.items) for w in found} == {64}
 
 
+def test_what_json_can_nest_can_travel() -> None:
+    kept = json.loads("[" * 900 + "]" * 900)
+    window = Window(0, [Item(1, "a", None, "no row", {"note": kept})], 1.0)
+    limit = sys.getrecursionlimit()
+    (data,) = ray_engine._column("window", window)["window"].to_pylist()
+    found = pickle.loads(data)
+    assert json.dumps(found.items[0].kept["note"]) == json.dumps(kept)
+    assert found.items[0].key == 1 and sys.getrecursionlimit() == limit
+
+
 @needs_ray
 def test_more_workers_than_fit(
     job: Job, cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -22,6 +22,7 @@ import logging
 import os
 import pickle
 import signal
+import sys
 import threading
 import warnings
 from collections import Counter
@@ -248,9 +249,16 @@ def _source(windows: Iterable[Window]) -> Any:
 
 
 def _column(name: str, value: Any) -> Any:
+    """A block of one row."""
     import pyarrow as pa
 
-    return pa.table({name: pa.array([pickle.dumps(value)], pa.binary())})
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(4 * limit)  # pickle takes two levels where JSON, which was read, took one
+    try:
+        data = pickle.dumps(value)
+    finally:
+        sys.setrecursionlimit(limit)
+    return pa.table({name: pa.array([data], pa.binary())})
 
 
 def _absolute(name: str) -> str:
