@@ -84,7 +84,7 @@ def test_what_is_finished(tmp_path: Path, file_format: str) -> None:
         out.write_part(0, [bad(2), bad(3)])
         out.write_part(5, [good(4)])
         assert [int(p.stem[5:]) for p in out.parts()] == [0, 2, 5]
-        free = out.free_numbers()
+        free = iter(out.free_numbers())
         assert [next(free) for _ in range(4)] == [1, 3, 4, 6]
         every, fine = out.finished(name_hash), out.finished(name_hash, errors=False)
         assert (every.rows, every.errors, fine.rows, fine.errors) == (5, 3, 2, 0)

@@ -35,7 +35,8 @@ class Job:
         file_format: "parquet" or "jsonl". batch_tokens: padded tokens of a batch (of one copy of
             its rows). part_rows: most rows of a part. columns, keep: see :class:`Reading`.
         per_draw, logits: keep every draw's probabilities, logits. limit: records to read.
-        device: None: a GPU if there is one.
+        device: None: a GPU if there is one. workers, ray_address: of the engine "ray", see
+            :class:`tfb.ray_engine.RayEngine`.
     """
 
     model: str
@@ -54,6 +55,8 @@ class Job:
     logits: bool = False
     limit: int | None = None
     device: str | None = None
+    workers: int | None = None
+    ray_address: str | None = None
 
     def check(self) -> None:
         """Raise ValueError for settings that cannot work, named as the command line names them."""
@@ -73,6 +76,7 @@ class Job:
             ("--batch-tokens", self.batch_tokens),
             ("--part-rows", self.part_rows),
             ("--limit", 1 if self.limit is None else self.limit),
+            ("--workers", 1 if self.workers is None else self.workers),
         ):
             if value < 1:
                 raise ValueError(f"{name} {value}: expected at least 1")

@@ -2,7 +2,7 @@
 
     job      what is to be done, plain data that can be sent to other processes (tfb/job.py)
     windows  the rows that are not finished, cut into the unit of a run (tfb/windows.py)
-    engine   windows -> scored windows, in any order (tfb/pipeline.py)
+    engine   windows -> scored windows, in any order (tfb/pipeline.py; tfb/ray_engine.py)
     parts    each scored window becomes one file, atomically (tfb/parts.py)
 
 A run that was stopped, killed or out of disk is continued with ``resume``: rows whose keys stand in
@@ -25,11 +25,12 @@ from tfb.hashset import HashSet
 from tfb.job import Job, configuration_sha256, differences, kept_types
 from tfb.parts import OutputError, OutputFolder, holds_something, part_schema, read_manifest
 from tfb.pipeline import LocalEngine, Stop
+from tfb.ray_engine import RayEngine, import_ray
 from tfb.scorer import Scored
 from tfb.sources import find_sources
-from tfb.windows import check_unchanged, windows
+from tfb.windows import Windows, check_unchanged
 
-ENGINES = {"local": LocalEngine}
+ENGINES: dict[str, Any] = {"local": LocalEngine, "ray": RayEngine}
 FORMAT_VERSION = 1
 LEAST_ROWS = 1000  # before which no share of errors stops a run
 RUNNING, COMPLETE, STOPPED, TOO_MANY_ERRORS = "running", "complete", "stopped", "too many errors"
@@ -87,16 +88,22 @@ def run(
         resume: go on in a folder that a run has begun; an absent or empty one is begun.
         retry_errors: resume, and do the error rows again.
         max_error_rate: the run stops once more than this share of all rows, of ``LEAST_ROWS`` at
-            least, are errors. report: is told of every finished window.
+            least, are errors. engine: "local" or "ray". report: is told of every finished
+            window.
 
     Raises:
         ValueError: settings that cannot work; RowError: input that cannot be read, or does not
             belong to the finished parts; ArtifactError: an artifact that cannot be used;
-            OutputError: a folder that cannot be written or not be continued.
+            OutputError: a folder that cannot be written or not be continued; EngineError: Ray's
+            workers failed; ImportError: no Ray.
     """
     job.check()
     if engine not in ENGINES:
         raise ValueError(f"--engine {engine}: expected one of {', '.join(ENGINES)}")
+    if engine == "ray":
+        import_ray()
+    elif (job.workers, job.ray_address) != (None, None):
+        raise ValueError("--workers and --ray-address: only with --engine ray")
     if not 0 <= max_error_rate <= 1:
         raise ValueError(f"--max-error-rate {max_error_rate}: expected a share from 0 to 1")
     path = Path(job.output)
@@ -127,7 +134,7 @@ def run(
         if retry_errors:
             folder.drop_errors()
         salt = bytes.fromhex(configuration_sha256(configuration))
-        pending = windows(replace(reading, salt=salt), job.part_rows, done, folder.free_numbers())
+        pending = Windows(replace(reading, salt=salt), job.part_rows, done, folder.free_numbers())
         parts = len(folder.parts())
         ledger = _Ledger(job, configuration, earlier, rows, errors, parts, max_error_rate)
         folder.write_manifest(ledger.manifest(RUNNING))

@@ -51,6 +51,16 @@ class Finished:
     errors: int
 
 
+@dataclass(frozen=True)
+class FreeNumbers:
+    """All numbers from 0 but those that are taken; can be sent to another process."""
+
+    taken: frozenset[int]
+
+    def __iter__(self) -> Iterator[int]:
+        return (n for n in count() if n not in self.taken)
+
+
 def part_schema(
     task: str, kept: Mapping[str, Any], *, per_draw: bool = False, logits: bool = False
 ) -> Any:
@@ -112,10 +122,9 @@ class OutputFolder:
         found = [(int(m[1]), p) for p in self.path.iterdir() if (m := named.fullmatch(p.name))]
         return [path for _, path in sorted(found)]
 
-    def free_numbers(self) -> Iterator[int]:
+    def free_numbers(self) -> FreeNumbers:
         """Numbers without a part, in order."""
-        taken = {int(path.stem.removeprefix("part-")) for path in self.parts()}
-        return (n for n in count() if n not in taken)
+        return FreeNumbers(frozenset(int(path.stem.removeprefix("part-")) for path in self.parts()))
 
     def write_part(self, number: int, rows: Sequence[Mapping[str, Any]]) -> Path:
         """Write the results of one window.

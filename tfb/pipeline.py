@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 from typing import Any
@@ -29,12 +29,13 @@ class LocalEngine:
         """See :meth:`Job.configuration`."""
         return self._job.configuration(self._bayes, self._tokenizer)
 
-    def scored(self, windows: Iterator[Window]) -> Generator[Scored, None, None]:
+    def scored(self, windows: Iterable[Window]) -> Generator[Scored, None, None]:
         """Score windows in turn; an error of the thread that reads ahead is raised here."""
         scorer = self._job.scorer(self._bayes, self._tokenizer)
+        stream = iter(windows)
 
         def prepare() -> Prepared | None:
-            window = next(windows, None)
+            window = next(stream, None)
             return None if window is None else scorer.prepare(window)
 
         reader = ThreadPoolExecutor(1, thread_name_prefix="tfb-reader")

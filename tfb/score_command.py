@@ -48,7 +48,15 @@ def score(
         bool, typer.Option("--retry-errors", help="go on, and do the error rows again")
     ] = False,
     max_error_rate: Annotated[float, typer.Option(help="stop above this share of errors")] = 0.05,
-    engine: Annotated[str, typer.Option(help="local: this process")] = "local",
+    engine: Annotated[
+        str, typer.Option(help="local: this process; ray: Ray Data (extra tfb[ray])")
+    ] = "local",
+    workers: Annotated[
+        int | None, typer.Option(help="models with --engine ray; default: as many as fit")
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="cluster of --engine ray; default: this machine")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="default: a GPU if there is one")] = None,
 ) -> None:
     """Predictions and uncertainties of any number of rows, as part files; can be resumed.
@@ -80,6 +88,8 @@ def score(
         logits=logits,
         limit=limit,
         device=device,
+        workers=workers,
+        ray_address=ray_address,
     )
     job.check()
     _note_mode(artifact, mode, tail)

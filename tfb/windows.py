@@ -209,6 +209,22 @@ def windows(
         yield Window(next(free), pending, 1.0)
 
 
+@dataclass(frozen=True)
+class Windows:
+    """The windows of a run; each time they are iterated over, in any process, the same ones.
+
+    Attributes: see :func:`windows`.
+    """
+
+    reading: Reading
+    size: int
+    done: HashSet
+    numbers: Iterable[int]
+
+    def __iter__(self) -> Iterator[Window]:
+        return windows(self.reading, self.size, self.done, self.numbers)
+
+
 def check_unchanged(reading: Reading, done: HashSet, done_ids: HashSet) -> None:
     """Every finished row is still in the input, as it was.
 
