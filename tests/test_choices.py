@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from models import CASES, make_batch, naive, randomize, relative, rows_of
+from models import CASES, HIDDEN, make_batch, naive, randomize, relative, rows_of
 from test_architectures import CAUSAL, DRAWS, KINDS, SPLIT, Kind, in_double, of, single_runs
 from test_prefix import prompts, tokens_of
 from torch import Tensor
@@ -25,7 +25,7 @@ from tfb.anchor import AnchorLoss, AnchorSet
 from tfb.batching import NO_TOKEN, EncodedRows, pad_choices
 from tfb.choices import ChoiceTokens
 from tfb.encoding import encode_choices
-from tfb.memory import CPU_TOKENS
+from tfb.memory import CPU_BYTES
 from tfb.rows import read_rows
 from tfb.scoring import predict_rows
 
@@ -330,8 +330,9 @@ def test_draws_of_a_pass_follow_the_continuations() -> None:
     than that where only a tail of them differs."""
     bayes = bayesian()
     choices = ChoiceTokens.of(bayes.base, IDS, 3)
-    assert choices.draws_that_fit(bayes.base, 1000, 7, None) == CPU_TOKENS // 50
-    assert choices.draws_that_fit(bayes.base, 1000, 7, 2) == CPU_TOKENS // 25
+    token = 2 * HIDDEN * 8  # bytes of the MLP's activation in float64
+    assert choices.draws_that_fit(bayes.base, 10**5, 7, None) == CPU_BYTES // (50 * token)
+    assert choices.draws_that_fit(bayes.base, 10**5, 7, 2) == CPU_BYTES // (25 * token)
     assert choices.draws_that_fit(bayes.base, 8, 7, None) == 8
 
 

@@ -3,6 +3,7 @@ that run in parts."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 import tfb
 from tfb import Draws
 from tfb.head import LabelColumns, is_narrowed
-from tfb.memory import CPU_TOKENS, chunks, draws_that_fit
+from tfb.memory import CPU_BYTES, chunks, draws_that_fit
 
 EXACT = 1e-10
 S, B = len(DRAWS), 3
@@ -227,9 +228,12 @@ def test_parts_are_the_whole(case: str) -> None:
 @pytest.mark.parametrize("name", SEQUENCES)
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 6, 7, 100])
 def test_parts_keep_streams_together(name: str, size: int) -> None:
-    """In order, nothing twice, no larger than asked for unless one stream's draws are."""
-    draws = SEQUENCES[name]
+    """In order, nothing twice, no larger than asked for unless one stream's draws are; on a CPU,
+    which keeps weight noise from part to part, never larger."""
     ids = torch.zeros(2, 3, dtype=torch.int64)
+    draws = SEQUENCES[name]
+    assert all(len(p) <= size for p in chunks(None, draws, ids, None, size))
+    draws = replace(draws, noise="token")
     parts = list(chunks(None, draws, ids, None, size))
     assert sum((p.sigmas for p in parts), ()) == draws.sigmas
     assert sum((p.streams for p in parts), ()) == draws.streams
@@ -244,26 +248,29 @@ def test_parts_keep_streams_together(name: str, size: int) -> None:
 @pytest.mark.parametrize("tokens", [1, 17, 5000])
 @pytest.mark.parametrize("tail", [None, 1, 4])
 def test_draws_that_fit_a_cpu(rows: int, tokens: int, tail: int | None) -> None:
-    """As many as the limit of tokens allows, never none, never more than there are."""
+    """As many as the limit allows, never none, never more than there are."""
     ids = torch.zeros(rows, tokens, dtype=torch.int64)
-    each = rows * (tokens if tail is None else tail)
+    each = rows * (tokens if tail is None else tail) * 2 * HIDDEN * 4  # bytes
+    base = KINDS["llama"].make()
     for draws in (1, 10, 10**6):
-        found = draws_that_fit(None, draws, ids, tail)
+        found = draws_that_fit(base, draws, ids, tail)
         assert 1 <= found <= draws
-        assert found * each <= CPU_TOKENS or found == 1
-        assert found == draws or (found + 1) * each > CPU_TOKENS
+        assert found * each <= CPU_BYTES or found == 1
+        assert found == draws or (found + 1) * each > CPU_BYTES
 
 
 def test_parts_are_made_without_being_asked_for() -> None:
     """More tokens than a pass takes: the default runs in parts, with the same numbers."""
     bayes = tfb.bayesianize(KINDS["llama"].build())
-    draws = Draws.antithetic(160, 0.2)  # 3 rows of 11 tokens: 124 draws a pass
+    # 3 rows of 11 tokens, 32 float64 wide: 1,489 draws a pass.
+    draws = Draws.antithetic(1500, 0.2)
     calls: list[int] = []
     hook = bayes.base.model.layers[1].mlp.register_forward_pre_hook(
         lambda m, args: calls.append(len(args[0]))
     )
     found = bayes.logits(batch_of(), draws)
     hook.remove()
-    assert calls == [3 * 124, 3 * 36]
+    most = CPU_BYTES // (3 * 11 * 2 * HIDDEN * 8)
+    assert calls == [3 * most, 3 * (1500 - most)]
     assert relative(found[:S], bayes.logits(batch_of(), draws[:S])) < EXACT
     assert relative(found[-S:], bayes.logits(batch_of(), draws[-S:])) < EXACT

@@ -17,7 +17,7 @@ from torch import Tensor
 import tfb
 from tfb import Draws, passes
 from tfb.adaptive import Adaptive
-from tfb.memory import CPU_TOKENS, draws_that_fit
+from tfb.memory import CPU_BYTES, draws_that_fit
 from tfb.prefix import LEAST_SAVING, find_shared_prefix
 from tfb.sampling import FOLDABLE
 
@@ -203,12 +203,13 @@ def test_a_replay_ends_with_its_batch() -> None:
 
 
 def test_memory_of_a_cpu() -> None:
-    """A fixed number of tokens a pass, at least one draw, never more than asked for."""
-    ids = torch.zeros(4, 100, dtype=torch.int64)
-    assert draws_that_fit(None, 10, ids, None) == 10
-    assert draws_that_fit(None, 1000, ids, None) == CPU_TOKENS // 400
-    assert draws_that_fit(None, 10**6, ids, 1) == CPU_TOKENS // 4
-    assert draws_that_fit(None, 5, torch.zeros(1, 2 * CPU_TOKENS), None) == 1
+    """As much as the widest activation may take, at least one draw, never more than asked for."""
+    base, ids = KINDS["llama"].make(), torch.zeros(4, 100, dtype=torch.int64)
+    token = 2 * HIDDEN * 4  # bytes, float32
+    assert draws_that_fit(base, 10, ids, None) == 10
+    assert draws_that_fit(base, 10**6, ids, None) == CPU_BYTES // (400 * token)
+    assert draws_that_fit(base, 10**6, ids, 1) == CPU_BYTES // (4 * token)
+    assert draws_that_fit(base, 5, torch.zeros(1, CPU_BYTES // token + 1), None) == 1
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "gpt2"])

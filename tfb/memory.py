@@ -10,10 +10,9 @@ from torch import Tensor
 
 from tfb.draws import Draws
 
-# Tokens x draws of one pass on a CPU. More bring no more speed there: the products are large
-# enough, and larger activations only leave the caches (measured on stories260K, 50 rows of 71
-# tokens: 10 draws in one pass take 1.2 times what they take two by two).
-CPU_TOKENS = 1 << 12
+# Bytes of the widest activation of one pass on a CPU. More bring no more speed: the products are
+# large enough, and larger activations only leave the caches (DESIGN.md has the measurements).
+CPU_BYTES = 12 << 20
 _SHARE = 0.6  # of the free memory: fragmentation, attention scores and the caller's own
 
 
@@ -30,12 +29,12 @@ def draws_that_fit(base: Any, draws: int, input_ids: Tensor, tail: int | None) -
 def draws_of(base: Any, draws: int, tokens: int, device: torch.device, scored: int = 0) -> int:
     """``draws_that_fit`` for draws of so many ``tokens`` each, and logits over the whole vocabulary
     at ``scored`` of them."""
-    if device.type != "cuda":
-        return max(1, min(draws, CPU_TOKENS // max(tokens, 1)))
     config = base.config.get_text_config()
     hidden = int(config.hidden_size)
     inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
     size = next(p.dtype.itemsize for p in base.parameters() if p.is_floating_point())
+    if device.type != "cuda":
+        return max(1, min(draws, CPU_BYTES // max(tokens * inner * size, 1)))
     free, _ = torch.cuda.mem_get_info(device)
     reserved = torch.cuda.memory_reserved(device)
     free += reserved - torch.cuda.memory_allocated(device)
@@ -47,15 +46,19 @@ def draws_of(base: Any, draws: int, tokens: int, device: torch.device, scored: i
 def chunks(
     base: Any, draws: Draws, input_ids: Tensor, tail: int | None, draws_per_pass: int | None
 ) -> Iterator[Draws]:
-    """The draws in parts that one forward pass takes; parts never split the draws of a stream that
-    stand side by side, and every part gives what it would give alone.
+    """The draws in parts that one forward pass takes; every part gives what it would give alone.
+
+    Parts do not split the draws of a stream that stand side by side, which share its noise; except
+    on a CPU, where noise is kept from part to part.
 
     draws_per_pass: None chooses by ``draws_that_fit``.
 
     Raises:
         ValueError: draws_per_pass below 1.
     """
-    S, run = len(draws), draws.tensors().draws_per_stream
+    S = len(draws)
+    kept = draws.noise == "weight" and input_ids.device.type == "cpu"
+    run = 1 if kept else draws.tensors().draws_per_stream
     if draws_per_pass is None:
         draws_per_pass = draws_that_fit(base, S, input_ids, tail)
     if draws_per_pass < 1:
