@@ -231,14 +231,15 @@ def test_parts_keep_streams_together(name: str, size: int) -> None:
     """In order, nothing twice, no larger than asked for unless one stream's draws are; on a CPU,
     which keeps weight noise from part to part, never larger."""
     ids = torch.zeros(2, 3, dtype=torch.int64)
+    run = {"antithetic": 2, "iid": 1, "grid": 6, "mixed": 1}[name]
     draws = SEQUENCES[name]
-    assert all(len(p) <= size for p in chunks(None, draws, ids, None, size))
+    kept = list(chunks(None, draws, ids, None, size))
+    assert all(len(p) <= size and (size < run or len(p) % run == 0) for p in kept)
     draws = replace(draws, noise="token")
     parts = list(chunks(None, draws, ids, None, size))
     assert sum((p.sigmas for p in parts), ()) == draws.sigmas
     assert sum((p.streams for p in parts), ()) == draws.streams
     assert all((p.seed, p.noise) == (draws.seed, draws.noise) for p in parts)
-    run = {"antithetic": 2, "iid": 1, "grid": 6, "mixed": 1}[name]
     assert all(len(p) % run == 0 and len(p) <= max(size, run) for p in parts)
     if run > 1:
         assert not any(set(a.streams) & set(b.streams) for a, b in pairwise(parts))

@@ -49,20 +49,22 @@ def chunks(
     """The draws in parts that one forward pass takes; every part gives what it would give alone.
 
     Parts do not split the draws of a stream that stand side by side, which share its noise; except
-    on a CPU, where noise is kept from part to part.
+    on a CPU, where noise is kept from part to part, where a part would be larger than asked for.
 
     draws_per_pass: None chooses by ``draws_that_fit``.
 
     Raises:
         ValueError: draws_per_pass below 1.
     """
-    S = len(draws)
-    kept = draws.noise == "weight" and input_ids.device.type == "cpu"
-    run = 1 if kept else draws.tensors().draws_per_stream
+    S, run = len(draws), draws.tensors().draws_per_stream
     if draws_per_pass is None:
         draws_per_pass = draws_that_fit(base, S, input_ids, tail)
     if draws_per_pass < 1:
         raise ValueError(f"draws_per_pass={draws_per_pass}: expected at least 1")
-    step = max(run, draws_per_pass // run * run)
+    kept = draws.noise == "weight" and input_ids.device.type == "cpu"
+    if draws_per_pass < run:
+        step = draws_per_pass if kept else run
+    else:
+        step = draws_per_pass // run * run
     for start in range(0, S, step):
         yield draws if step >= S else draws[start : start + step]
