@@ -9,6 +9,7 @@ a function here or in ``kernel_tables`` and its name in ``TABLES``.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -167,13 +168,15 @@ def plot_quality(rows: Sequence[Row], target: Path) -> None:
     """NLL against cost, and Monte-Carlo error against cost; log axes for cost and error."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     families = list(dict.fromkeys(r["point"]["family"] for r in rows))
-    colours = ("#777777", "#D55E00", "#0072B2", "#009E73", "#CC79A7")
-    for family, colour in zip(families, colours, strict=False):
+    # Okabe and Ito's palette, told apart by the colour-blind too.
+    palette = ("#777777", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+    for family, colour in zip(families, itertools.cycle(palette), strict=False):
         own = [r for r in rows if r["point"]["family"] == family]
         left.plot([r["passes"] for r in own], [r["nll"] for r in own], "o-", color=colour,
                   label=family, markersize=4)  # fmt: skip
@@ -186,7 +189,10 @@ def plot_quality(rows: Sequence[Row], target: Path) -> None:
               ylabel="mean squared error of probabilities")  # fmt: skip
     left.set_title("quality on held-out rows")
     reference = rows[0]["point"]["reference_draws"]
-    right.set_title(f"Monte-Carlo error against {reference} draws of the same predictive")
+    right.set_title(f"error against {reference} draws of the same predictive")
+    for axes in (left, right):
+        axes.set_xticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
+        axes.xaxis.set_minor_locator(NullLocator())
     left.legend(frameon=False)
     right.legend(frameon=False)
     target.parent.mkdir(parents=True, exist_ok=True)
