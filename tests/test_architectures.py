@@ -154,6 +154,18 @@ def t5(kind: str) -> Any:
     return getattr(transformers, f"T5For{kind}")(config)
 
 
+def varying_angles(kind: str) -> Kind:
+    """A Llama whose rotary angles, "longrope" or "dynamic", are others beyond 8 tokens."""
+    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 10000.0, "factor": 8.0}
+    most = 8
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0, 1.0], "long_factor": [3.0, 9.0]}
+        rope |= {"original_max_position_embeddings": 8}
+        most = 64
+    make = of("LlamaConfig:LlamaForCausalLM", rope_parameters=rope, max_position_embeddings=most)
+    return Kind(make, SPLIT)
+
+
 T5 = ["q", "k", "v", "o", "wi", "wo"]
 # The other members of FOLDABLE, and one that is not: checked against the definition only.
 OTHERS: dict[str, Kind] = {
@@ -415,14 +427,7 @@ def test_tail_of_padded_rows_is_the_definition(kind: str, k: int) -> None:
 def test_tails_where_angles_change_with_the_length(kind: str) -> None:
     """Beyond 8 tokens all angles are others. A prefix within, of a prompt beyond, is refused;
     elsewhere sigma = 0 is the deterministic adapter, as for every model."""
-    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 10000.0, "factor": 8.0}
-    most = 8
-    if kind == "longrope":
-        rope |= {"short_factor": [1.0, 1.0], "long_factor": [3.0, 9.0]}
-        rope |= {"original_max_position_embeddings": 8}
-        most = 64
-    make = of("LlamaConfig:LlamaForCausalLM", rope_parameters=rope, max_position_embeddings=most)
-    bayes = tfb.bayesianize(Kind(make, SPLIT).build())
+    bayes = tfb.bayesianize(varying_angles(kind).build())
     refused = [(9, 1), (11, 3)] + ([(20, 3)] if kind == "dynamic" else [])
     allowed = [(8, 1), (5, 3), (11, 11)] + ([(20, 3)] if kind == "longrope" else [])
     for length, k in allowed:

@@ -13,7 +13,15 @@ import pytest
 import torch
 import transformers
 from models import CASES, HIDDEN, make_batch, naive, randomize, relative, rows_of
-from test_architectures import CAUSAL, DRAWS, KINDS, SPLIT, Kind, in_double, of, single_runs
+from test_architectures import (
+    CAUSAL,
+    DRAWS,
+    KINDS,
+    Kind,
+    in_double,
+    single_runs,
+    varying_angles,
+)
 from test_prefix import prompts, tokens_of
 from torch import Tensor
 from typer.testing import CliRunner
@@ -286,14 +294,7 @@ def test_prefixes_of_several_prompts(how: dict[str, Any]) -> None:
 def test_angles_that_change_with_the_length(kind: str) -> None:
     """Such prompts are not taken apart: whole sequences give what each gives by itself, also where
     a choice crosses the length at which the angles change."""
-    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 10000.0, "factor": 8.0}
-    most = 8
-    if kind == "longrope":
-        rope |= {"short_factor": [1.0, 1.0], "long_factor": [3.0, 9.0]}
-        rope |= {"original_max_position_embeddings": 8}
-        most = 64
-    make = of("LlamaConfig:LlamaForCausalLM", rope_parameters=rope, max_position_embeddings=most)
-    build = Kind(make, SPLIT).build
+    build = varying_angles(kind).build
     bayes, batch, choices = tfb.bayesianize(build()), make_batch(7, 7), [CHOICES[1]] * 2
     expected = naive(build(), bayes.posteriors, DRAWS, lambda m: by_hand(batch, choices, whole(m)))
     assert relative(bayes.logits(batch, DRAWS, pad_choices(choices)), expected) < EXACT

@@ -138,10 +138,16 @@ class LossTable:
     @property
     def draw_standard_error(self) -> Tensor:
         """[G] float64, jackknife over streams of the mean loss; NaN if there is one only."""
-        U = self.left_out.shape[1]
-        if U == 1:
-            return torch.full((len(self.rows),), float("nan"), dtype=torch.float64)
-        return ((U - 1) * self.left_out.var(1, unbiased=False)).sqrt()
+        return jackknife_error(self.left_out)
+
+
+def jackknife_error(left_out: Tensor) -> Tensor:
+    """[...] standard error of a mean over U units, from its values without each, [..., U]; NaN for
+    one unit."""
+    U = left_out.shape[-1]
+    if U == 1:
+        return torch.full(left_out.shape[:-1], float("nan"), dtype=left_out.dtype)
+    return ((U - 1) * left_out.var(-1, unbiased=False)).sqrt()
 
 
 class AnchorLoss:

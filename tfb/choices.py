@@ -39,9 +39,9 @@ from tfb.passes import (
     DIVISIBLE,
     Plan,
     check_angles,
+    divisible,
     noisy_once,
     run_prefixes,
-    varying_angles,
 )
 from tfb.prefix import spread_cache
 from tfb.sampling import Replay, SamplingState, no_sampling
@@ -234,7 +234,7 @@ def _full(
     if plan.shared is not None:
         rest, cache = run_prefixes(bayes, inputs, plan)
     B, N, L = len(inputs["input_ids"]), len(choices.owner), choices.length
-    if N > B and noisy_once(plan.state, None) and _splits(bayes, rest):
+    if N > B and noisy_once(plan.state, None) and divisible(bayes, rest):
         cache = DynamicCache() if cache is None else cache
         first = prefix_inputs(rest, 1)
         if first["input_ids"].shape[1]:
@@ -286,12 +286,6 @@ def _tail(
             out = bayes.model(**several, past_key_values=cache, logits_to_keep=scored)
         cache.crop(-S * each)  # the draws' own tokens are not the next part's
         yield choices.reduce(out.logits.view(N, S, L, -1).transpose(0, 1))
-
-
-def _splits(bayes: Any, inputs: dict[str, Any]) -> bool:
-    """Whether prompts may be read before their choices."""
-    known = not set(inputs) - DIVISIBLE and "position_ids" in inputs
-    return known and not varying_angles(bayes.base.config)
 
 
 def _continue(inputs: dict[str, Any], choices: ChoiceTokens, keep: int) -> dict[str, Any]:

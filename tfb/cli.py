@@ -120,14 +120,20 @@ def _load_artifact(
     bayes = tfb.load(model, artifact)
     set_padding(bayes, tokenizer)
     to_device(bayes)
-    if mode is not None and (mode, tail) != (bayes.mode, bayes.tail):
-        Console(stderr=True).print(
-            f"note: sigma was searched with mode={bayes.mode} tail={bayes.tail}; it need not suit "
-            f"mode={mode} tail={tail}",
-            soft_wrap=True,
-        )
+    note_mode((bayes.mode, bayes.tail), mode, tail)
+    if mode is not None:
         bayes.set_mode(mode, tail)
     return bayes
+
+
+def note_mode(searched: tuple[str, int | None], mode: str | None, tail: int | None) -> None:
+    """Say that sigma was searched in another mode than the one asked for (None: in that one)."""
+    if mode is not None and searched != (mode, tail):
+        Console(stderr=True).print(
+            f"note: sigma was searched with mode={searched[0]} tail={searched[1]}; it need not "
+            f"suit mode={mode} tail={tail}",
+            soft_wrap=True,
+        )
 
 
 @app.command()

@@ -20,7 +20,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from tfb.anchor import AnchorLoss
+from tfb.anchor import AnchorLoss, jackknife_error
 from tfb.sigma_fit import CurvePoint
 
 LIKELIHOODS = ("nll", "pseudo_nll", "expected_nll")
@@ -243,8 +243,7 @@ class LossCurve:
 
     def draw_standard_error(self, sigma: float) -> float:
         """Jackknife over streams of the mean loss; NaN: one stream only."""
-        left_out, U = self.left_out(sigma), self.streams
-        return float(((U - 1) * left_out.var(unbiased=False)).sqrt()) if U > 1 else math.nan
+        return float(jackknife_error(self.left_out(sigma)))
 
     def reported(self) -> tuple[CurvePoint, ...]:
         """The curve, sigma = 0 first."""

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from scipy import optimize, stats
 
+from tfb.anchor import jackknife_error
 from tfb.curve import LossCurve
 
 LEVEL = 0.95
@@ -86,10 +87,8 @@ def minimum_interval(
     def worse(other: float) -> bool:
         paired = curve.differences(other) - curve.differences(sigma)
         anchors = float(paired.std()) / N**0.5 if N > 1 else 0.0
-        draws = 0.0
-        if U > 1:
-            spread = curve.left_out(other) - curve.left_out(sigma)
-            draws = float(((U - 1) * spread.var(unbiased=False)).sqrt())
+        spread = curve.left_out(other) - curve.left_out(sigma)
+        draws = float(jackknife_error(spread)) if U > 1 else 0.0
         return value(other) - value(sigma) > _quantile(anchors, N - 1, draws, U - 1, LEVEL)
 
     order = [0.0, *sorted(curve.points)]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tfb.artifact import SIDECAR, library_versions, load, read_sidecar
+from tfb.artifact import SIDECAR, file_sha256, library_versions, load, read_sidecar
 from tfb.engine import BayesianModel, check_mode
 from tfb.parts import FORMATS
 from tfb.readers import schema_of
@@ -133,9 +133,7 @@ class Job:
             **{name: getattr(self, name) for name in names},
             "columns": dict(self.columns),
             "keep": list(self.keep),
-            "artifact_sha256": hashlib.sha256(
-                (Path(self.artifact) / SIDECAR).read_bytes()
-            ).hexdigest(),
+            "artifact_sha256": file_sha256(Path(self.artifact) / SIDECAR),
             "versions": {"python": platform.python_version(), **library_versions()},
         }
 

@@ -25,11 +25,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from tfb.anchor import AnchorLoss, AnchorSet
-from tfb.curve import FEWEST, LossCurve
+from tfb.curve import LossCurve
 from tfb.engine import BayesianModel
+from tfb.scoring import pad_token
 from tfb.selection import block_number
 
-SHARE = 1 / 16  # of the anchors
 WIDEST = 4.0  # multipliers lie within 1 / WIDEST and WIDEST: a sensitivity is itself uncertain
 
 
@@ -73,13 +73,13 @@ def fit_layer_scales(
     sigma = bayes.sigma if sigma is None else sigma
     if sigma is None or not 0 < sigma < math.inf:
         raise ValueError(f"sigma={sigma}: sensitivities are measured at a positive sigma")
-    pad = getattr(bayes.base.config, "pad_token_id", None) or 0
+    pad = pad_token(bayes)
     loss = AnchorLoss(
         bayes, AnchorSet.of(anchors, pad_token_id=pad, batch_size=batch_size), "pseudo_nll",
         draws=draws, seed=bayes.seed if seed is None else seed,
     )  # fmt: skip
-    order = LossCurve(loss, "pseudo_nll", 1.0, True, False).order
-    rows = order[: max(FEWEST, math.ceil(SHARE * len(order)))].sort().values
+    curve = LossCurve(loss, "pseudo_nll", 1.0, True, False)
+    rows = curve.order[: curve.blocks[0]].sort().values
     members: dict[Any, list[str]] = {}
     for name in bayes.samplers:
         block = block_number(name)

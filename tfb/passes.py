@@ -52,20 +52,23 @@ def noisy_once(state: SamplingState, tail: int | None) -> bool:
     return state.draws.noise == "weight" or tail is not None
 
 
+def divisible(bayes: Any, inputs: dict[str, Any]) -> bool:
+    """Whether what a batch holds, and the model's angles, let sequences be read in two calls."""
+    known = not set(inputs) - DIVISIBLE and "position_ids" in inputs
+    return known and not varying_angles(bayes.base.config)
+
+
 def may_share(bayes: Any, inputs: dict[str, Any]) -> bool:
     """Whether rows of this batch may be split into prefix and rest."""
-    config = bayes.base.config
-    if bayes.task != "CAUSAL_LM" or set(inputs) - DIVISIBLE or "position_ids" not in inputs:
+    if bayes.task != "CAUSAL_LM" or not divisible(bayes, inputs):
         return False
     # A prefix's tokens are counted from 0; positions of the caller's own may say otherwise.
     mask, position = inputs["attention_mask"], inputs["position_ids"]
     counted = mask.cumsum(-1) - 1
     if position.shape != mask.shape or bool(((position != counted) & mask.bool()).any()):
         return False
-    if varying_angles(config):
-        return False
     # Padding comes to lie between prefix and rest, and a window counts columns, not tokens.
-    window = getattr(config, "sliding_window", None)
+    window = getattr(bayes.base.config, "sliding_window", None)
     return window is None or inputs["input_ids"].shape[1] <= window
 
 

@@ -65,7 +65,8 @@ def score(
     --max-error-rate, 130 or 143 stopped by SIGINT or SIGTERM after the part in flight. What was
     finished is kept in any case; --resume goes on with it.
     """
-    from tfb.cli import _quiet, out
+    from tfb.artifact import read_sidecar
+    from tfb.cli import _quiet, note_mode, out
     from tfb.job import Job
     from tfb.offline import run
     from tfb.windows import parse_columns
@@ -92,7 +93,8 @@ def score(
         ray_address=ray_address,
     )
     job.check()
-    _note_mode(artifact, mode, tail)
+    sidecar = read_sidecar(artifact)
+    note_mode((sidecar["mode"], sidecar.get("tail")), mode, tail)
     with _bar() as report:
         done = run(
             job,
@@ -118,19 +120,6 @@ def score(
             soft_wrap=True,
         )
         raise typer.Exit(TOO_MANY_ERRORS)
-
-
-def _note_mode(artifact: str, mode: str | None, tail: int | None) -> None:
-    from tfb.artifact import read_sidecar
-
-    sidecar = read_sidecar(artifact)
-    searched = sidecar["mode"], sidecar.get("tail")
-    if mode is not None and searched != (mode, tail):
-        Console(stderr=True).print(
-            f"note: sigma was searched with mode={searched[0]} tail={searched[1]}; it need not "
-            f"suit mode={mode} tail={tail}",
-            soft_wrap=True,
-        )
 
 
 @contextmanager

@@ -52,6 +52,7 @@ from tfb.interval import crossing_interval, minimum_interval
 from tfb.minimum import Divergence, find_minimum, objective_of
 from tfb.posterior import default_prior_sigma
 from tfb.reference_rule import REFERENCE_BOUNDS, reference_rule
+from tfb.scoring import pad_token
 from tfb.sigma_fit import CurvePoint, SearchError, SigmaFit
 
 __all__ = ["CurvePoint", "SearchError", "SigmaFit", "check_arguments", "fit_sigma"]
@@ -132,7 +133,7 @@ def fit_sigma(
     for name, value in (("steps", steps), ("prior_sigma", prior_sigma), ("kl_weight", kl_weight)):
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name}={value}: expected a positive number")
-    pad = getattr(bayes.base.config, "pad_token_id", None) or 0
+    pad = pad_token(bayes)
     anchor_set = AnchorSet.of(anchors, pad_token_id=pad, batch_size=batch_size)
     others = None
     if held_out is not None:
