@@ -166,6 +166,12 @@ def test_help_of_each_command(run: Run, command: str) -> None:
     assert code == 0 and "--draws" in out
 
 
+def test_help_names_the_extra(run: Run) -> None:
+    """Brackets are not eaten as markup."""
+    code, out, _ = run("score", "--help")
+    assert code == 0 and "tfb[ray]" in out
+
+
 # --- bad input ------------------------------------------------------------------------------------
 
 
