@@ -100,7 +100,7 @@ def test_interval_of_a_minimum_is_what_is_not_worse() -> None:
     order = [p.sigma for p in fit.curve]
     i = order.index(fit.sigma)
     assert fit.interval == (order[i - 1], order[i + 1])
-    wide, _, _ = find(well, objective="min_nll", spread=1.0, make=Uneven)
+    wide, _, _ = find(well, objective="min_nll", spread=30.0, make=Uneven)
     assert wide.interval is not None and wide.interval[0] < order[i - 1]
 
 
