@@ -7,15 +7,24 @@
     tail_engine the same in tail mode
 
 Models are loaded beforehand; everything else of a job or script is timed, from the file of rows to
-the file of results. A script's number of rows in a batch is the fastest of ``SIZES``, each script's
-own. Tail mode is another predictive than the scripts': targets compare it with their 10 full passes.
+the file of results. A script's batch size in rows is the fastest of ``SIZES``, each script's own.
+Tail mode is another predictive: its target compares it with the plain script's 10 full passes.
+
+On a GPU: ``test_score_large.py``.
 """
 
 from __future__ import annotations
 
+import logging
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +33,15 @@ import pytest
 import torch
 
 from benchmarks import offline
+from benchmarks.environment import REPOSITORY
 from benchmarks.harness import (
     Bench,
     Row,
     compare,
+    heading,
+    quantiles,
+    quartiles,
+    record,
     target,
 )
 from benchmarks.models import stories
@@ -35,13 +49,14 @@ from benchmarks.offline import Task, run_engine, run_job
 from benchmarks.scripts import best_batch_size, run_script
 from tfb.draws import Draws
 from tfb.linear import LowRankSampler
+from tfb.offline import Progress
 from tfb.scoring import load_tokenizer
 from tfb_kernels.testing import error_budget
 
 DRAWS, SIGMA, TAIL = 10, 0.01, 1
 ROWS = {"clinc-domain": 400, "skewed": 300}
 SIZES = (8, 16, 32, 64, 128)
-TOY_ROWS = 24
+TOY_ROWS = 12
 SETTINGS = Draws.antithetic(DRAWS, SIGMA)
 
 
@@ -145,3 +160,81 @@ def test_score(
             unit="engine", parts=("tail", "tail_engine"), judge=judge, rounds=(7, 20),
             details={"script_batch_rows": sizes, "model_loading": "not timed"},
         )  # fmt: skip
+
+
+# --- workers of Ray -------------------------------------------------------------------------------
+
+RAY_ROWS, RAY_PART, RAY_ROUNDS = 2560, 64, 3
+STARTING = 0.25  # of a run's rows, left out: until then workers may be starting
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def cluster(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A Ray of two CPUs."""
+    if find_spec("ray") is None:
+        pytest.skip("the extra tfb[ray] is not installed")
+    from tfb.ray_engine import import_ray
+
+    ray = import_ray()
+    # Its processes take the environment of here.
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(REPOSITORY), *filter(None, sys.path)]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    ray.init(
+        num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
+        object_store_memory=200 << 20,
+    )  # fmt: skip
+    yield
+    ray.shutdown()
+
+
+def seconds_a_row(task: Task, workers: int, part_rows: int) -> float:
+    """Of a run with Ray, from the first finished part after ``STARTING`` to the last."""
+    times: list[tuple[int, float]] = []
+
+    def note(progress: Progress) -> None:
+        times.append((progress.rows, time.perf_counter()))
+
+    with tempfile.TemporaryDirectory() as folder:
+        job = task.job(Path(folder) / "out", draws=DRAWS, workers=workers, part_rows=part_rows)
+        offline.finish(job, engine="ray", report=note)
+    first = next(t for t in times if t[0] >= STARTING * times[-1][0])
+    return (times[-1][1] - first[1]) / (times[-1][0] - first[0])
+
+
+def test_ray_workers(
+    benchmark: Any, bench: Bench, stories_task: Task, shared: Path, cluster: None
+) -> None:
+    """Two workers of one thread each ("ours") against one, without what starting them takes."""
+    rows, part = (TOY_ROWS, 2) if bench.toy else (RAY_ROWS, RAY_PART)
+    task = with_rows(stories_task, shared, "clinc-domain", rows)
+    names = {"ours": 2, "one_worker": 1}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+
+    def both() -> None:
+        order = list(names) if len(seconds["ours"]) % 2 else list(reversed(names))
+        for name in order:
+            seconds[name].append(seconds_a_row(task, names[name], part))
+
+    benchmark.pedantic(both, rounds=1 if bench.toy else RAY_ROUNDS, iterations=1)
+    each = {name: np.array(values) for name, values in seconds.items()}
+    ratio = quartiles(each["one_worker"] / each["ours"])
+    point = {
+        "model": "stories260K", "data": "clinc-domain", "rows": rows, "draws": DRAWS,
+        "part_rows": part, "threads": 1, "workers": 2,
+    }  # fmt: skip
+    row = heading(bench, "score", "ray workers", point) | {
+        "contenders": {k: {**quantiles(v), "rounds": len(v)} for k, v in each.items()},
+        "ratios": {"one_worker": ratio},
+        "timed": f"seconds a row after the first {STARTING:.0%} of the rows",
+        "losses": [],
+        "targets": [target("one worker / two", ratio["median"], 1.7, at_least=True)],
+    }
+    record(bench, row)
