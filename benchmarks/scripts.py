@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import elapsed
+from benchmarks.jobs import Task
 from benchmarks.models import Case, forward, lora_a
-from benchmarks.offline import Task
 from tfb.draws import Draws
 
 Noise = Callable[[str, int], Tensor]

@@ -32,7 +32,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import offline
+from benchmarks import jobs
 from benchmarks.environment import REPOSITORY
 from benchmarks.harness import (
     Bench,
@@ -44,8 +44,8 @@ from benchmarks.harness import (
     record,
     target,
 )
+from benchmarks.jobs import Task, run_engine, run_job
 from benchmarks.models import stories
-from benchmarks.offline import Task, run_engine, run_job
 from benchmarks.scripts import best_batch_size, run_script
 from tfb.draws import Draws
 from tfb.linear import LowRankSampler
@@ -77,12 +77,10 @@ def stories_task(bench: Bench, shared: Path, tmp_path_factory: pytest.TempPathFa
 def with_rows(task: Task, shared: Path, name: str, count: int) -> Task:
     source = shared / "data/clinc-domain/test.jsonl"
     if name == "skewed":
-        rows = offline.skewed_rows(source, count, task.tokenizer)
+        rows = jobs.skewed_rows(source, count, task.tokenizer)
     else:
-        rows = offline.shuffled_rows(source, count)
-    return replace(
-        task, rows=offline.write_rows(task.rows.with_name(f"{name}-{count}.jsonl"), rows)
-    )
+        rows = jobs.shuffled_rows(source, count)
+    return replace(task, rows=jobs.write_rows(task.rows.with_name(f"{name}-{count}.jsonl"), rows))
 
 
 def check(task: Task, folder: Path) -> None:
@@ -100,17 +98,17 @@ def check(task: Task, folder: Path) -> None:
     def script(which: Task, name: str, size: int, by_length: bool) -> torch.Tensor:
         path = folder / f"{name}.parquet"
         run_script(which, size, SETTINGS, by_length=by_length, noise=noise, output=path)
-        return offline.read_probs([path])
+        return jobs.read_probs([path])
 
     exact = script(replace(task, twin=deepcopy(task.twin).double()), "exact", 16, False)
     plain = script(task, "plain", 16, False)
-    with offline.preloaded(task):
+    with jobs.preloaded(task):
         job = task.job(folder / "job", draws=DRAWS)
-        offline.finish(job)
+        jobs.finish(job)
     parts = sorted((folder / "job").glob("part-*.parquet"))
     budget = error_budget(exact, plain)
     for name, found in (
-        ("the job", offline.read_probs(parts)), ("sorted", script(task, "sorted", 8, True)),
+        ("the job", jobs.read_probs(parts)), ("sorted", script(task, "sorted", 8, True)),
     ):  # fmt: skip
         error = float((found - exact).abs().max())
         assert error <= budget, f"{name}: error {error:.3g} over the budget of {budget:.3g}"
@@ -137,16 +135,16 @@ def test_score(
     torch.manual_seed(0)
     check(with_rows(stories_task, shared, data, TOY_ROWS), tmp_path)
     task = with_rows(stories_task, shared, data, TOY_ROWS if bench.toy else ROWS[data])
-    made = offline.engine_batches(task)
+    made = jobs.engine_batches(task)
     best = partial(best_batch_size, task, (8, 16) if bench.toy else SIZES)
     sizes = {"plain": best(by_length=False), "sorted": best(by_length=True)}
     lengths = np.array(task.lengths())
     point = {
         "model": "stories260K", "data": data, "rows": len(lengths), "draws": DRAWS,
         "tokens": int(lengths.sum()), "longest": int(lengths.max()),
-        "batch_tokens": offline.Job.batch_tokens,
+        "batch_tokens": jobs.Job.batch_tokens,
     }  # fmt: skip
-    with offline.preloaded(task):
+    with jobs.preloaded(task):
         compare(
             benchmark, bench, "score", "throughput", point,
             {
@@ -204,7 +202,7 @@ def seconds_a_row(task: Task, workers: int, part_rows: int) -> float:
 
     with tempfile.TemporaryDirectory() as folder:
         job = task.job(Path(folder) / "out", draws=DRAWS, workers=workers, part_rows=part_rows)
-        offline.finish(job, engine="ray", report=note)
+        jobs.finish(job, engine="ray", report=note)
     first = next(t for t in times if t[0] >= STARTING * times[-1][0])
     return (times[-1][1] - first[1]) / (times[-1][0] - first[0])
 

@@ -11,6 +11,7 @@ Energy is the integral of the GPU's power draw; of the machine around it nothing
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,11 +21,11 @@ from typing import Any
 import pytest
 
 import tfb
-from benchmarks import offline
+from benchmarks import jobs
 from benchmarks.energy import EnergyMeter
 from benchmarks.harness import Bench, Row, elapsed, heading, record
+from benchmarks.jobs import Task
 from benchmarks.models import reparameterized
-from benchmarks.offline import Task
 from benchmarks.scripts import best_batch_size, run_script
 from benchmarks.shapes import ADAPTERS, GPU, TOY, random_model, share_weights
 from tfb.draws import Draws
@@ -53,10 +54,10 @@ def word_tokenizer(vocabulary: int) -> Any:
 def prompts(count: int, mean: int, longest: int, words: int) -> list[dict[str, Any]]:
     """Rows of random words, no two of which begin alike for long."""
     generator = random.Random(0)
-    median = mean / 2.718281828 ** (SPREAD**2 / 2)
+    median = mean / math.exp(SPREAD**2 / 2)
     found = []
     for i in range(count):
-        length = offline.lognormal_length(generator, median, SPREAD, 4, longest)
+        length = jobs.lognormal_length(generator, median, SPREAD, 4, longest)
         text = " ".join(f"w{generator.randrange(words)}" for _ in range(length))
         found.append({"id": f"p{i}", "prompt": text, "choices": list(CHOICES)})
     return found
@@ -85,7 +86,7 @@ def large_tasks(bench: Bench, folder: Path) -> tuple[Task, Task]:
     tokenizer = word_tokenizer(shape.vocabulary)
     mean, longest = (12, 28) if bench.toy else (MEAN, LONGEST)
     rows = prompts(8 if bench.toy else PROMPTS, mean, longest, len(tokenizer) - 8)
-    path = offline.write_rows(folder / "rows.jsonl", rows)
+    path = jobs.write_rows(folder / "rows.jsonl", rows)
     full = Task(shape.name, bayes, twin, tokenizer, saved(bayes, "full"), path)
     return full, replace(full, bayes=last, artifact=saved(last, "last"))
 
@@ -115,30 +116,27 @@ def test_a_million_prompts(benchmark: Any, bench: Bench, tmp_path: Path) -> None
     size = best_batch_size(task, SIZES[:1] if bench.toy else SIZES, by_length=False, limit=32)
 
     def job(which: Task, **options: Any) -> Callable[[int], object]:
-        def call(rows: int) -> None:
-            with offline.preloaded(which):
-                offline.run_job(which, draws=DRAWS, limit=rows, **options)
+        return lambda rows: jobs.run_job(which, draws=DRAWS, limit=rows, **options)
 
-        return call
-
-    calls: dict[str, Callable[[int], object]] = {
-        "tail": job(task, tail=1),
-        "last": job(last),
-        "full": job(task),
-        "naive": lambda rows: run_script(task, size, draws, by_length=False, limit=rows),
+    calls: dict[str, tuple[Task, Callable[[int], object]]] = {
+        "tail": (task, job(task, tail=1)),
+        "last": (last, job(last)),
+        "full": (task, job(task)),
+        "naive": (task, lambda n: run_script(task, size, draws, by_length=False, limit=n)),
     }
     runs: dict[str, Row] = {}
 
     def run_all() -> None:
-        for name, call in calls.items():
-            call(4)  # kernels are compiled and chosen, memory is taken
-            runs[name] = measured(call, min(SHARES[name], len(tokens)), tokens, bench)
+        for name, (which, call) in calls.items():
+            with jobs.preloaded(which):
+                call(4)  # kernels are compiled and chosen, memory is taken
+                runs[name] = measured(call, min(SHARES[name], len(tokens)), tokens, bench)
 
     benchmark.pedantic(run_all, rounds=1, iterations=1)
     point = {
         "model": task.model, "adapter": ADAPTER, "rows": len(tokens), "tokens": sum(tokens),
         "draws": DRAWS, "dtype": str(bench.dtype).removeprefix("torch."),
-        "batch_tokens": offline.Job.batch_tokens,
+        "batch_tokens": jobs.Job.batch_tokens,
     }  # fmt: skip
     full = runs["full"]["hours_a_million"]
     ratios = {name: run["hours_a_million"] / full for name, run in runs.items() if name != "full"}
