@@ -55,7 +55,8 @@ def _throughput(rows: Sequence[Row]) -> str:
         "A job reads, tokenizes, predicts and writes Parquet parts. The plain script takes padded "
         "batches in the order of the file and runs 10 full passes with materialised noise; the "
         "sorted one sorts by length first; both have their best batch size. The engine is "
-        f"`predict` on the job's batches. {rounds} or more interleaved rounds; models are loaded beforehand."
+        f"`predict` on the job's batches. {rounds} or more interleaved rounds; models are loaded "
+        "beforehand."
     )
     return table(headings, body) + "\n\n" + note
 

@@ -66,7 +66,8 @@ def ratio(value: float) -> dict[str, float]:
 def score_rows() -> list[dict[str, Any]]:
     """One made-up row of each measure of the score suite."""
     environment = {
-        "cpu": {"model": "a CPU", "cores": 2}, "gpu": None, "commit": {"id": "0" * 40, "dirty": False},
+        "cpu": {"model": "a CPU", "cores": 2}, "gpu": None,
+        "commit": {"id": "0" * 40, "dirty": False},
         "versions": {"torch": "1", "transformers": "2", "peft": "3"},
     }  # fmt: skip
     common = {"device": "cpu", "environment": environment, "date": "2026-01-01", "targets": []}
@@ -86,8 +87,10 @@ def score_rows() -> list[dict[str, Any]]:
             "ratios": {"one_worker": ratio(1.8)}, "timed": "after the start",
         },
         common | {
-            "measure": "million", "point": {"model": "8B", "rows": 30, "tokens": 9000, "dtype": "b"},
-            "runs": {k: run for k in ("tail", "last", "naive")} | {"full": {**run, "kwh_a_million": None}},
+            "measure": "million",
+            "point": {"model": "8B", "rows": 30, "tokens": 9000, "dtype": "b"},
+            "runs": dict.fromkeys(("tail", "last", "naive"), run)
+            | {"full": {**run, "kwh_a_million": None}},
         },
     ]  # fmt: skip
 
