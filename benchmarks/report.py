@@ -3,7 +3,7 @@
 Of each point the newest row counts, apart for each device and not for toy sizes. --readme puts the
 tables between ``<!-- benchmarks:NAME -->`` and ``<!-- /benchmarks:NAME -->`` of README.md; --plots
 draws benchmarks/plots/*.png. Absolute times are shown only where a GPU took them. To add a table:
-a function here or in ``kernel_tables`` and its name in ``TABLES``.
+a function here, in ``kernel_tables`` or in ``score_tables``, and its name in ``TABLES``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from benchmarks.kernel_tables import linear_table, predictive_table
 from benchmarks.markdown import Row, spread, table, taken_on
+from benchmarks.score_tables import score_table
 
 FOLDER = Path(__file__).resolve().parent
 README = FOLDER.parent / "README.md"
@@ -155,6 +156,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "passes": passes_table,
     "linear": linear_table,
     "quality": quality_table,
+    "score": score_table,
 }
 
 # Printed, not in the README.
