@@ -23,11 +23,11 @@ import torch
 
 from tfb import offline
 from tfb.batching import Batch, batches
-from tfb.budget import token_batches
 from tfb.engine import BayesianModel
 from tfb.job import Job
 from tfb.pipeline import LocalEngine
 from tfb.rows import read_rows
+from tfb.scorer import Scorer
 from tfb.scoring import encode, pad_token
 
 
@@ -99,13 +99,14 @@ def read_probs(paths: Iterable[Path]) -> torch.Tensor:
     return torch.tensor([row["probs"] for row in rows], dtype=torch.float64)
 
 
-def engine_batches(task: Task, budget: int = Job.batch_tokens) -> list[Batch]:
+def engine_batches(task: Task, draws: int, tail: int | None = None) -> list[Batch]:
     """The batches of a job whose rows fit into one part."""
+    task.bayes.set_mode("full" if tail is None else "tail", tail)
     encoded = encode(task.bayes, read_rows(task.rows), task.tokenizer)
     pad = pad_token(task.bayes, task.tokenizer)
     return [
         batch
-        for rows in token_batches(encoded, budget)
+        for rows in Scorer(task.bayes, task.tokenizer, draws=draws).batches(encoded)
         for batch in batches(encoded.subset(rows), batch_size=len(rows), pad_token_id=pad)
     ]
 

@@ -135,7 +135,7 @@ def test_score(
     torch.manual_seed(0)
     check(with_rows(stories_task, shared, data, TOY_ROWS), tmp_path)
     task = with_rows(stories_task, shared, data, TOY_ROWS if bench.toy else ROWS[data])
-    made = jobs.engine_batches(task)
+    made, tail_made = (jobs.engine_batches(task, DRAWS, tail) for tail in (None, TAIL))
     best = partial(best_batch_size, task, (8, 16) if bench.toy else SIZES)
     sizes = {"plain": best(by_length=False), "sorted": best(by_length=True)}
     lengths = np.array(task.lengths())
@@ -153,7 +153,7 @@ def test_score(
                 "sorted": lambda i: run_script(task, sizes["sorted"], SETTINGS, by_length=True),
                 "engine": lambda i: run_engine(task, made, DRAWS),
                 "tail": lambda i: run_job(task, draws=DRAWS, tail=TAIL),
-                "tail_engine": lambda i: run_engine(task, made, DRAWS, TAIL),
+                "tail_engine": lambda i: run_engine(task, tail_made, DRAWS, TAIL),
             },
             unit="engine", parts=("tail", "tail_engine"), judge=judge, rounds=(7, 20),
             details={"script_batch_rows": sizes, "model_loading": "not timed"},
