@@ -188,7 +188,7 @@ def test_label_tokens(shared: Path) -> None:
 
 
 def published(
-    plain: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], None] = lambda t: None
+    plain: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], object] = len
 ) -> Path:
     """A checkpoint as the authors' wrapper saves it: keys with their prefix twice, a rho for every
     A, and the output embedding's frozen weight."""
@@ -232,12 +232,45 @@ def test_published_checkpoint(shared: Path, plain: Path, tmp_path: Path) -> None
         logits(checkpoint)
 
 
+@pytest.mark.filterwarnings(  # PEFT's advice on wrapping twice and on adapted, tied embeddings
+    "ignore:Already found a `peft_config` attribute:UserWarning",
+    "ignore:Model has `tie_word_embeddings=True`:UserWarning",
+    "ignore:Setting `save_embedding_layers` to `True`:UserWarning",
+)
+def test_checkpoint_written_by_peft(shared: Path, tmp_path: Path) -> None:
+    """What PEFT itself writes of a model wrapped twice, with a rho and an adapted output embedding,
+    as the scripts do it: the mean predicts what the wrapped model does, bit for bit."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft.tuners.lora import LoraLayer
+    from transformers import AutoModelForCausalLM
+
+    model = str(shared / "models/stories260K")
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "lm_head"]
+    )
+    inner: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(model), config)
+    wrapped = PeftModel(inner, config, "default").eval()
+    torch.manual_seed(0)
+    for module in wrapped.modules():
+        if isinstance(module, LoraLayer):
+            A, B = module.lora_A["default"].weight, module.lora_B["default"].weight
+            module.lora_A_rho = torch.nn.ParameterDict({"default": torch.rand_like(A)})
+            B.data.normal_(0, 0.02)
+    wrapped.save_pretrained(str(tmp_path / "blob"))
+    made = blob.mean_adapter(tmp_path / "blob", tmp_path / "mean")
+    assert made.left_out == {"lm_head": 1, "lora_A_rho": 11} and made.modules == 11
+    loaded = tfb.load_adapter(tfb.load_base(model, made.folder), made.folder)
+    ids = torch.arange(3, 63).reshape(2, 30)
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, wrapped(input_ids=ids).logits)
+
+
 def test_checkpoints_that_are_refused(plain: Path, tmp_path: Path) -> None:
     """By the key that is not understood, missing or of another shape; nothing is left behind."""
     prefix = "base_model.model.base_model.model.model.layers.0.self_attn.q_proj"
 
     def refused(
-        number: int, message: str, change: Callable[[dict[str, torch.Tensor]], None]
+        number: int, message: str, change: Callable[[dict[str, torch.Tensor]], object]
     ) -> None:
         source = published(plain, tmp_path / f"in-{number}", change)
         with pytest.raises(AdapterError, match=message):

@@ -11,8 +11,8 @@ standard deviations. The mean A and B are taken; what is left out is reported:
     lm_head.*.weight, embed_tokens.*.weight         copies of the base's frozen weights, which PEFT
                                                     adds where the output embedding is adapted
 
-Any other key is refused by name. Written from the scripts' sources and tested on a checkpoint of
-that form: the published files themselves could not be had here.
+Any other key is refused by name. Written from the scripts' sources and tested on what PEFT writes
+of a model wrapped as theirs is: the published files themselves could not be had here.
 """
 
 from __future__ import annotations

@@ -247,6 +247,7 @@ def _measure(
                 "suite": "paper", "measure": "paper", "point": point, "device": bayes.device.type,
                 "toy": bench.toy, "dtype": str(bayes.dtype).removeprefix("torch."),
                 **evaluation.metrics.to_dict(),
+                "anchors": len(encoded.anchors),
                 "sigma": fit.sigma if sampled else 0.0,
                 "interval": fit.interval if sampled else None,
                 "search_passes": fit.passes if sampled else None,

@@ -69,7 +69,9 @@ def paper_table(rows: Sequence[Row]) -> str:
 def _heading(group: Sequence[Row]) -> str:
     p = group[0]["point"]
     s = p["setting"]
-    rule = "the scripts' rule" if s["compat"] else f"{s['objective']}, tolerance {s['tolerance']:g}"
+    rule = "the scripts' rule" if s["compat"] else s["objective"]
+    if s["compat"] or rule == "max_variance":
+        rule += f", tolerance {s['tolerance']:g}"
     splits = sorted({r["point"]["setting"]["split"] for r in group})
     cut = "" if s["limit"] is None else f", first {s['limit']} rows only"
     return (
