@@ -251,11 +251,11 @@ def test_checkpoint_written_by_peft(shared: Path, tmp_path: Path) -> None:
     inner: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(model), config)
     wrapped = PeftModel(inner, config, "default").eval()
     torch.manual_seed(0)
-    for module in wrapped.modules():
-        if isinstance(module, LoraLayer):
-            A, B = module.lora_A["default"].weight, module.lora_B["default"].weight
-            module.lora_A_rho = torch.nn.ParameterDict({"default": torch.rand_like(A)})
-            B.data.normal_(0, 0.02)
+    layers: list[Any] = [m for m in wrapped.modules() if isinstance(m, LoraLayer)]
+    for module in layers:
+        A, B = module.lora_A["default"].weight, module.lora_B["default"].weight
+        module.lora_A_rho = torch.nn.ParameterDict({"default": torch.rand_like(A)})
+        B.data.normal_(0, 0.02)
     wrapped.save_pretrained(str(tmp_path / "blob"))
     made = blob.mean_adapter(tmp_path / "blob", tmp_path / "mean")
     assert made.left_out == {"lm_head": 1, "lora_A_rho": 11} and made.modules == 11
