@@ -17,6 +17,7 @@ from pathlib import Path
 
 from benchmarks.kernel_tables import linear_table, predictive_table
 from benchmarks.markdown import Row, spread, table, taken_on
+from benchmarks.paper.tables import paper_table
 from benchmarks.score_tables import score_table
 
 FOLDER = Path(__file__).resolve().parent
@@ -159,6 +160,11 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "score": score_table,
 }
 
+# Suites with a README of their own.
+PAGES: dict[str, tuple[Path, Callable[[Sequence[Row]], str]]] = {
+    "paper": (FOLDER / "paper" / "README.md", paper_table),
+}
+
 # Printed, not in the README.
 MORE: dict[str, Callable[[Sequence[Row]], str]] = {"predictive": predictive_table}
 
@@ -221,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--results", type=Path, default=FOLDER / "results")
-    parser.add_argument("--readme", action="store_true", help="fill the tables of README.md")
+    parser.add_argument("--readme", action="store_true", help="fill the tables of the READMEs")
     parser.add_argument("--plots", action="store_true", help="draw benchmarks/plots")
     parser.add_argument("--toy", action="store_true", help="only toy rows, to try the tables out")
     options = parser.parse_args(arguments)
@@ -233,6 +239,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"## {name}\n\n{content}\n")
         if options.readme and name in TABLES:
             text = fill(text, name, content)
+    for name, (page, make) in PAGES.items():
+        content = make(read(name, options.results, toy=options.toy))
+        print(f"## {name}\n\n{content}\n")
+        if options.readme:
+            page.write_text(fill(page.read_text(encoding="utf-8"), name, content), encoding="utf-8")
     if options.readme:
         README.write_text(text, encoding="utf-8")
     if options.plots and (rows := read("quality", options.results)):

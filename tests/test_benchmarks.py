@@ -23,6 +23,13 @@ def test_readme_tables_are_generated_from_the_rows(name: str) -> None:
     assert report.fill(text, name, made) == text
 
 
+@pytest.mark.parametrize("name", report.PAGES)
+def test_pages_of_suites_are_generated_from_the_rows(name: str) -> None:
+    page, make = report.PAGES[name]
+    text = page.read_text(encoding="utf-8")
+    assert report.fill(text, name, make(report.read(name, RESULTS))) == text
+
+
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.jsonl")), ids=lambda p: p.stem)
 def test_rows_say_where_they_come_from(path: Path) -> None:
     """Hardware, versions, commit and configuration on every row; no path of a machine."""
