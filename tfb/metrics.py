@@ -92,6 +92,8 @@ class Evaluation:
     Attributes:
         name: the method. dataset: the rows. probs: [N, K]. labels: [N] or None.
         total, aleatoric, epistemic: [N] nats, or None.
+        draws: posterior draws that were averaged, or None. passes: deterministic-pass equivalents
+            a row (:mod:`tfb.cost`), or None.
     """
 
     name: str
@@ -101,6 +103,15 @@ class Evaluation:
     total: Tensor | None = None
     aleatoric: Tensor | None = None
     epistemic: Tensor | None = None
+    draws: int | None = None
+    passes: float | None = None
+
+    @property
+    def correct(self) -> Tensor:
+        """[N] bool. Raises ValueError without labels."""
+        if self.labels is None:
+            raise ValueError(f"{self.name} on {self.dataset}: no labels, so none is right or wrong")
+        return self.probs.argmax(-1) == self.labels
 
     @property
     def metrics(self) -> Metrics:
@@ -163,8 +174,7 @@ def reliability(probs: Tensor, labels: Tensor, n_bins: int = 15) -> ReliabilityB
     confidence, prediction = probs.double().max(-1)
     correct = (prediction == labels).double()
     edges = torch.linspace(0, 1, n_bins + 1, dtype=torch.float32)
-    # In float32, as torchmetrics has it: a confidence of 0.6 belongs to the bin that starts there.
-    index = (torch.bucketize(confidence.float(), edges, right=True) - 1).clamp(0, n_bins - 1)
+    index = bin_of_confidence(confidence, n_bins)
     counts = torch.zeros(n_bins, dtype=torch.int64).index_add_(0, index, torch.ones_like(index))
     total = counts.clamp_min(1).double()
 
@@ -214,6 +224,13 @@ def auroc(positive: Tensor, negative: Tensor) -> float:
             raise ValueError(f"{name}: expected at least one score and no NaN")
     u = mannwhitneyu(positive.numpy(), negative.numpy(), method="asymptotic").statistic
     return float(u) / (len(positive) * len(negative))
+
+
+def bin_of_confidence(confidence: Tensor, n_bins: int = 15) -> Tensor:
+    """[N] int64, the bin of the ECE that each confidence [N] belongs to."""
+    edges = torch.linspace(0, 1, n_bins + 1, dtype=torch.float32)
+    # In float32, as torchmetrics has it: a confidence of 0.6 belongs to the bin that starts there.
+    return (torch.bucketize(confidence.float(), edges, right=True) - 1).clamp(0, n_bins - 1)
 
 
 def fit_temperature(log_probs: Tensor, labels: Tensor) -> float:
