@@ -85,7 +85,7 @@ def facts(sidecar: Mapping[str, Any], draws: int) -> dict[str, str]:
     }
     fit = sidecar.get("fit")
     if fit is not None:
-        # An unlabelled set of names: an artifact saved from Python need not name its file.
+        # An artifact that was saved from Python need not name its file of anchors.
         file = (sidecar.get("extra") or {}).get("anchors")
         named = f"{file}, " if isinstance(file, str) else ""
         found["Search"] = f"{fit['search']}, {fit['draws']} draws at each σ, seed {fit['seed']}"
