@@ -133,7 +133,9 @@ def _page(
         headline=headline,
         cautions=findings.cautions(evaluations),
         claims=[findings.claims(e) for e in first],
-        sentences=[s for c in compared if (s := findings.sentence(c)) != headline],
+        sentences=[
+            f"{c.after.name}: {s}" for c in compared if (s := findings.sentence(c)) != headline
+        ],
         decision=[] if fit is None else findings.decision(fit),
         selective=[findings.selective(e) for e in first if e.total is not None],
         ranked=[findings.ranked(c) for c in compared if "aurc" in c.changes],
