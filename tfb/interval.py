@@ -113,6 +113,13 @@ def minimum_interval(
     return limits[0] or 0.0, limits[1]
 
 
+def point_margin(anchors: float, n: int, draws: float, streams: int) -> float:
+    """Half the 95 % interval of a curve point's loss, from its standard errors over n anchors and
+    over independent streams (NaN: unknown, left out)."""
+    over_draws = draws if streams > 1 and math.isfinite(draws) else 0.0
+    return _quantile(anchors, n - 1, over_draws, streams - 1, (1 + LEVEL) / 2)
+
+
 def _quantile(a: float, df_a: int, b: float, df_b: int, level: float) -> float:
     """t * sqrt(a^2 + b^2) with Welch and Satterthwaite's degrees of freedom."""
     total = a * a + b * b
