@@ -16,23 +16,30 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks import minilm
-from benchmarks.questions import Question, arc, mmlu, openbookqa, winogrande
+from benchmarks.calibration.pairs import (
+    arc_questions,
+    cut,
+    ending,
+    filled,
+    one_each,
+    pair,
+    wrong,
+)
+from benchmarks.questions import mmlu, openbookqa, winogrande
 from tfb.rows import Row, read_rows
 
 TASKS = ("clinc-domain", "clinc150", "clinc-fewshot", "winogrande", "arc")
 GIVEN = {"clinc-domain": "stories260K-clinc-domain", "clinc150": "stories260K-clinc150"}
-TOKENS = 48  # the most of a question with its answer; longer ones lose their beginning
 SHOTS = 10  # training rows of an intent, clinc-fewshot
 DOMAIN_ROWS = 2000  # training rows of clinc-domain, as many as the given adapter had
 ARC_QUESTIONS = 600  # training questions of arc
 ARC_POOL = 2400  # questions of ARC's training files that training rows are drawn from
-WRONG, RIGHT = 0, 1
 
 
 @dataclass(frozen=True)
@@ -205,30 +212,30 @@ def _winogrande(data: Path, seed: int, rows: int, anchors: int, shift_rows: int)
     train = [
         row
         for q in winogrande(data / "winogrande/train_s.jsonl")
-        for row in (_pair(q, q.label, _filled), _pair(q, 1 - q.label, _filled))
+        for row in (pair(q, q.label, filled), pair(q, 1 - q.label, filled))
     ]
     # Twin sentences differ in a word or two: one of each, so that rows are independent.
     twins = {q.id.rsplit("-", 1)[0]: q for q in winogrande(data / "winogrande/dev.jsonl")}
     held = _shuffled(twins.values(), f"winogrande {seed}")
     return _pairs_task(
         "winogrande", seed, train,
-        anchors=_one_each(held[:anchors], f"winogrande anchors {seed}", _filled),
-        test=_one_each(held[anchors : anchors + rows], f"winogrande test {seed}", _filled),
-        shifts={"arc": _one_each(
-            _shuffled(_arc_questions(data, "test"), f"winogrande arc {seed}")[:shift_rows],
+        anchors=one_each(held[:anchors], f"winogrande anchors {seed}", filled),
+        test=one_each(held[anchors:][::-1][:rows], f"winogrande test {seed}", filled),
+        shifts={"arc": one_each(
+            _shuffled(arc_questions(data, "test"), f"winogrande arc {seed}")[:shift_rows],
             f"winogrande arc {seed}",
         )},
     )  # fmt: skip
 
 
 def _arc(data: Path, seed: int, rows: int, anchors: int, shift_rows: int) -> Task:
-    pool = _shuffled(_arc_questions(data, "train"), "arc")  # of no seed: see the head of the file
-    stems = {q.stem for q in pool}
+    pool = _shuffled(arc_questions(data, "train"), "arc")  # of no seed: see the head of the file
+    known = {ending(q) for q in pool}
     training = _shuffled(pool[:ARC_POOL], f"arc train {seed}")[:ARC_QUESTIONS]
     rng = random.Random(f"arc pairs {seed}")
-    train = [row for q in training for row in (_pair(q, q.label), _pair(q, rng.choice(_wrong(q))))]
+    train = [row for q in training for row in (pair(q, q.label), pair(q, rng.choice(wrong(q))))]
     held = _shuffled(pool[ARC_POOL:], f"arc anchors {seed}")[:anchors]
-    test = [q for q in _arc_questions(data, "test") if q.stem not in stems]
+    test = [q for q in arc_questions(data, "test") if ending(q) not in known]
     subjects = sorted((data / "mmlu/test").glob("*.csv"))
     others = {
         "openbookqa": openbookqa(data / "openbookqa/test.tsv"),
@@ -236,10 +243,10 @@ def _arc(data: Path, seed: int, rows: int, anchors: int, shift_rows: int) -> Tas
     }
     return _pairs_task(
         "arc", seed, train,
-        anchors=_one_each(held, f"arc anchors {seed}"),
-        test=_one_each(_shuffled(test, f"arc test {seed}")[:rows], f"arc test {seed}"),
+        anchors=one_each(held, f"arc anchors {seed}"),
+        test=one_each(_shuffled(test, f"arc test {seed}")[:rows], f"arc test {seed}"),
         shifts={
-            name: _one_each(_shuffled(found, f"arc {name} {seed}")[:shift_rows], f"{name} {seed}")
+            name: one_each(_shuffled(found, f"arc {name} {seed}")[:shift_rows], f"{name} {seed}")
             for name, found in others.items()
         },
     )  # fmt: skip
@@ -258,7 +265,7 @@ def _pairs_task(
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(minilm.folder()))
-    train = _cut(_shuffled(train, f"{name} train order {seed}"), tokenizer)
+    train = cut(_shuffled(train, f"{name} train order {seed}"), tokenizer)
     return Task(
         name=name,
         seed=seed,
@@ -266,60 +273,11 @@ def _pairs_task(
         task_type="SEQ_CLS",
         classes=2,
         train=train,
-        anchors=_cut(anchors, tokenizer),
-        test=_cut(test, tokenizer),
+        anchors=cut(anchors, tokenizer),
+        test=cut(test, tokenizer),
         train_anchors=train[: len(anchors)],
-        shifts={name: _cut(rows, tokenizer) for name, rows in shifts.items()},
+        shifts={name: cut(rows, tokenizer) for name, rows in shifts.items()},
     )
-
-
-def _arc_questions(data: Path, split: str) -> list[Question]:
-    """Challenge and Easy, each stem once."""
-    found = [
-        q for kind in ("Challenge", "Easy") for q in arc(data / f"arc/ARC-{kind}/{split}.json")
-    ]
-    return list({q.stem: q for q in found}.values())
-
-
-def _answered(question: Question, choice: int) -> str:
-    return f"{question.stem} {question.choices[choice]}"
-
-
-def _filled(question: Question, choice: int) -> str:
-    return question.stem.replace("_", question.choices[choice])
-
-
-def _pair(question: Question, choice: int, text: Callable[[Question, int], str] = _answered) -> Row:
-    name = f"{question.id}/{choice}"
-    label = RIGHT if choice == question.label else WRONG
-    return Row(id=name, text=text(question, choice), label=label, source=name)
-
-
-def _wrong(question: Question) -> list[int]:
-    return [i for i in range(len(question.choices)) if i != question.label]
-
-
-def _one_each(
-    questions: Sequence[Question], key: str, text: Callable[[Question, int], str] = _answered
-) -> list[Row]:
-    """One row of every question, half of them right; both rows of one would be dependent."""
-    rng = random.Random(key)
-    chosen = [q.label if i % 2 else rng.choice(_wrong(q)) for i, q in enumerate(questions)]
-    return _shuffled([_pair(q, c, text) for q, c in zip(questions, chosen, strict=True)], key)
-
-
-def _cut(rows: Sequence[Row], tokenizer: Any) -> list[Row]:
-    """The last ``TOKENS`` tokens of every text: answers come last."""
-    texts = [row.text or "" for row in rows]
-    spans = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
-        "offset_mapping"
-    ]
-    return [
-        row if len(at) <= TOKENS else Row(
-            id=row.id, text=text[at[-TOKENS][0] :], label=row.label, source=row.source
-        )
-        for row, text, at in zip(rows, texts, spans, strict=True)
-    ]  # fmt: skip
 
 
 def _shuffled(items: Iterable[Any], key: str) -> list[Any]:

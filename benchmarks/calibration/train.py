@@ -222,7 +222,7 @@ def _save(model: Any, record: dict[str, Any], folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        model.save_pretrained(str(made), safe_serialization=True)
+        model.save_pretrained(str(made), save_embedding_layers=False)
         (made / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
         (made / "train.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         made.chmod(0o755)
