@@ -15,8 +15,8 @@ RESULTS = report.FOLDER / "results"
 @pytest.mark.parametrize("name", report.TABLES)
 def test_readme_tables_are_generated_from_the_rows(name: str) -> None:
     """Filling them in again changes nothing."""
-    text = report.README.read_text(encoding="utf-8")
-    made = report.TABLES[name](report.read(name, RESULTS))
+    text = report.PAGES.get(name, report.README).read_text(encoding="utf-8")
+    made = report.TABLES[name](report.read(report.SUITES.get(name, name), RESULTS))
     assert report.fill(text, name, made) == text
 
 

@@ -205,7 +205,8 @@ class Methods:
         draws = bayes.draws(s.draws) if fit.sigma > 0 else Draws.mean()
         passes = prediction_passes(bayes, s.judged["test"], draws)
         outcome = Outcome(
-            self._everywhere(bayes, draws), passes, fitting=fit.passes * len(anchors) / len(s.anchors),
+            self._everywhere(bayes, draws), passes,
+            fitting=fit.passes * len(anchors) / len(s.anchors),
             details={
                 "sigma": fit.sigma, "interval": fit.interval, "stopped": fit.stopped,
                 "objective": fit.objective, "metric": fit.metric, "mode": fit.mode,

@@ -1,4 +1,4 @@
-"""A task ready to predict on: encoded rows, models loaded when asked for, predictions of a model."""
+"""A task ready to predict on: encoded rows, models loaded when asked for, their predictions."""
 
 from __future__ import annotations
 
@@ -162,9 +162,10 @@ class training:
 
     def __init__(self, bayes: BayesianModel) -> None:
         self.model = bayes.model
-        self.slots = [
+        modules: list[Any] = list(bayes.model.modules())
+        self.slots: list[tuple[Any, str]] = [
             (m.lora_dropout, bayes.adapter)
-            for m in bayes.model.modules()
+            for m in modules
             if hasattr(m, "lora_dropout") and bayes.adapter in m.lora_dropout
         ]
 
