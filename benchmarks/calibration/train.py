@@ -39,7 +39,7 @@ KINDS = ("mle", "map")
 SEEDS = (0, 1, 2)
 PRIOR_STD = 0.1  # of every entry of A and B, for kind "map"
 LLAMA = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-BERT = ("query", "value")
+BERT = ("query", "value", "dense")
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class Recipe:
 RECIPES = {
     "clinc-domain": Recipe(LLAMA, epochs=20, learning_rate=2e-3),
     "clinc150": Recipe(LLAMA, epochs=6, learning_rate=2e-3, batch_size=64),
-    "clinc-fewshot": Recipe(BERT, epochs=18, learning_rate=1e-3),
-    "winogrande": Recipe(BERT, epochs=8, learning_rate=1e-3),
-    "arc": Recipe(BERT, epochs=6, learning_rate=1e-3),
+    "clinc-fewshot": Recipe(BERT, epochs=12, learning_rate=5e-3),
+    "exam": Recipe(BERT, epochs=12, learning_rate=3e-3),
+    "subject": Recipe(BERT, epochs=12, learning_rate=3e-3, batch_size=16),
 }
 
 
