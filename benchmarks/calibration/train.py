@@ -135,7 +135,9 @@ def evaluate_rows(
     model.eval()
     probs, labels = [], []
     pad = int(model.config.pad_token_id)
-    for batch in batches(encoded, batch_size=100, pad_token_id=pad, sort_by_length=True):
+    for batch in batches(
+        encoded, batch_size=100, pad_token_id=pad, padding_side=_side(encoded), sort_by_length=True
+    ):
         with torch.no_grad():
             probs.append(_logits(model, batch, task).softmax(-1))
         labels.append(torch.as_tensor(batch.labels))
@@ -210,11 +212,15 @@ def _epoch(rows: EncodedRows, batch_size: int, pad: int, key: str) -> Iterator[B
     order = sorted(range(len(rows)), key=lengths.__getitem__)
     groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     rng.shuffle(groups)
-    side = "left" if rows.label_ids is not None else "right"
     for group in groups:
         yield from batches(
-            rows.subset(group), batch_size=batch_size, pad_token_id=pad, padding_side=side
+            rows.subset(group), batch_size=batch_size, pad_token_id=pad, padding_side=_side(rows)
         )
+
+
+def _side(rows: EncodedRows) -> str:
+    """A decoder's prompts end together; an encoder's positions count from the left."""
+    return "left" if rows.label_ids is not None else "right"
 
 
 def _save(model: Any, record: dict[str, Any], folder: Path) -> None:
