@@ -39,7 +39,7 @@ KINDS = ("mle", "map")
 SEEDS = (0, 1, 2)
 PRIOR_STD = 0.1  # of every entry of A and B, for kind "map"
 LLAMA = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-BERT = ("query", "value")
+BERT = ("query", "value", "dense")
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class Recipe:
 RECIPES = {
     "clinc-domain": Recipe(LLAMA, epochs=20, learning_rate=2e-3),
     "clinc150": Recipe(LLAMA, epochs=6, learning_rate=2e-3, batch_size=64),
-    "clinc-fewshot": Recipe(BERT, epochs=18, learning_rate=1e-3),
-    "winogrande": Recipe(BERT, epochs=8, learning_rate=1e-3),
-    "arc": Recipe(BERT, epochs=6, learning_rate=1e-3),
+    "clinc-fewshot": Recipe(BERT, epochs=12, learning_rate=5e-3),
+    "exam": Recipe(BERT, epochs=12, learning_rate=3e-3),
+    "subject": Recipe(BERT, epochs=12, learning_rate=3e-3, batch_size=16),
 }
 
 
@@ -135,7 +135,9 @@ def evaluate_rows(
     model.eval()
     probs, labels = [], []
     pad = int(model.config.pad_token_id)
-    for batch in batches(encoded, batch_size=100, pad_token_id=pad, sort_by_length=True):
+    for batch in batches(
+        encoded, batch_size=100, pad_token_id=pad, padding_side=_side(encoded), sort_by_length=True
+    ):
         with torch.no_grad():
             probs.append(_logits(model, batch, task).softmax(-1))
         labels.append(torch.as_tensor(batch.labels))
@@ -210,11 +212,15 @@ def _epoch(rows: EncodedRows, batch_size: int, pad: int, key: str) -> Iterator[B
     order = sorted(range(len(rows)), key=lengths.__getitem__)
     groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     rng.shuffle(groups)
-    side = "left" if rows.label_ids is not None else "right"
     for group in groups:
         yield from batches(
-            rows.subset(group), batch_size=batch_size, pad_token_id=pad, padding_side=side
+            rows.subset(group), batch_size=batch_size, pad_token_id=pad, padding_side=_side(rows)
         )
+
+
+def _side(rows: EncodedRows) -> str:
+    """A decoder's prompts end together; an encoder's positions count from the left."""
+    return "left" if rows.label_ids is not None else "right"
 
 
 def _save(model: Any, record: dict[str, Any], folder: Path) -> None:
