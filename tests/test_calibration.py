@@ -274,6 +274,7 @@ def made_row(method: str, seed: int, nll: float, *, better: bool | None = None, 
         "miscalibration": 0.1, "passes": 1.0, "fitting": 0.0, "trained": 0,
         "auroc": {"errors": {"total": 0.7}, "oos": {"total": 0.8 + seed / 100}},
         "against": {} if method == "mle" else {"mle": against},
+        "sizes": {"train": 9, "anchors": 5, "test": 10, "oos": 5},
         "environment": environment, "date": "2026-01-01", **more,
     }  # fmt: skip
 

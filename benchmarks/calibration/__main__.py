@@ -27,7 +27,7 @@ from benchmarks.calibration.methods import METHODS, LeftOut, Methods, Outcome
 from benchmarks.calibration.setting import Setting
 from benchmarks.calibration.tasks import GIVEN, TASKS, load_task, shared_folder
 from benchmarks.calibration.train import ADAPTERS, SEEDS, adapter
-from benchmarks.environment import REPOSITORY
+from benchmarks.environment import REPOSITORY, environment
 from benchmarks.harness import Bench, Ceilings, Row, record
 
 RESULTS = REPOSITORY / "benchmarks/results"
@@ -40,7 +40,7 @@ REFERENCES = ("mle", "temperature")  # what every method is compared with
 SOURCES = (
     "tfb", "tfb_kernels", "benchmarks/questions.py", "benchmarks/minilm.py",
     *(f"benchmarks/calibration/{name}.py" for name in (
-        "__main__", "evaluation", "laplace", "methods", "pairs", "setting", "tasks",
+        "__main__", "evaluation", "laplace", "methods", "setting", "stems", "tasks",
     )),
 )  # fmt: skip
 
@@ -87,7 +87,10 @@ def describe(
     return {
         **figures(outcome.predicted, setting.labels),
         "passes": outcome.passes, "fitting": outcome.fitting, "trained": outcome.trained,
-        "details": dict(outcome.details), "against": against,
+        "details": dict(outcome.details), "against": against, "sizes": {
+            "train": len(setting.train), "anchors": len(setting.anchors),
+            **{found: len(rows) for found, rows in setting.judged.items()},
+        },
     }  # fmt: skip
 
 
@@ -151,6 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         device=torch.device("cpu"), dtype=torch.float32, toy=False, seconds=0.0,
         results=RESULTS if options.record else None, ceilings=Ceilings(1.0, 1.0),
     )  # fmt: skip
+    environment()  # of the sources that are loaded now; they may change while this runs
     shared = shared_folder()
     for seed in options.seed:  # all tasks at one seed first
         for name in options.task:

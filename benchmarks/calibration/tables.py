@@ -20,8 +20,8 @@ TASKS = {
     "clinc-domain": "clinc-domain: stories260K, next token, 10 domains",
     "clinc150": "clinc150: stories260K, classifier, 150 intents",
     "clinc-fewshot": "clinc-fewshot: MiniLM, classifier, 150 intents, 10 rows each",
-    "winogrande": "winogrande: MiniLM, sentence pairs",
-    "arc": "arc: MiniLM, question and answer pairs",
+    "exam": "exam: MiniLM, classifier, three sources of science questions",
+    "subject": "subject: MiniLM, classifier, four subjects of MMLU, few rows",
 }
 SHORT = ("mle", "temperature", "ensemble", "laplace", "authors_rule", "tfb", "tfb_min_nll",
          "tfb_tail", "tfb_temperature")  # fmt: skip
@@ -239,10 +239,12 @@ def _fitting(rows: Sequence[Row]) -> str:
 
 def _sizes(methods: dict[str, list[Row]]) -> str:
     rows = [r for own in methods.values() for r in own]
-    p, seeds = rows[0]["point"], sorted({r["point"]["seed"] for r in rows})
+    sizes = next(r["sizes"] for r in rows if "sizes" in r)
+    shifts = ", ".join(f"{sizes[name]} of {name}" for name in _shifts(methods))
+    seeds = ", ".join(map(str, sorted({r["point"]["seed"] for r in rows})))
     return (
-        f"At most {p['rows']} test rows, {p['anchors']} anchors, {p['shift_rows']} rows of each "
-        f"shift; seeds {', '.join(map(str, seeds))}."
+        f"{sizes['test']} test rows, {sizes['anchors']} anchors; out of scope: {shifts}; "
+        f"{sizes['train']} training rows; seeds {seeds}."
     )
 
 
