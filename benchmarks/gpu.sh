@@ -92,8 +92,9 @@ if [ -n "$gpu" ] && command -v compute-sanitizer > /dev/null; then
     "$PYTHON" -m pytest -q -W default -p no:cacheprovider tests/kernels/test_gpu.py -k bitwise
 fi
 stage 60 "resources" "$PYTHON" -m tfb_kernels.aot --check --quick --dtype bf16 --arch "$compiled"
-# In order of what a short run must not miss; "passes" at 8B parameters is the longest by far.
-for suite in linear predictive predict passes; do
+# In order of what a short run must not miss; "passes" and "score_large", at 8B parameters, are the
+# longest by far: BUDGET=1000 has time for both.
+for suite in linear predictive predict passes score_large; do
   [ -f "benchmarks/test_$suite.py" ] && stage 300 "$suite" "$PYTHON" "${bench[@]}" "benchmarks/test_$suite.py"
 done
 # Made of what is there, also when the time is spent.

@@ -222,26 +222,22 @@ def compare(
     contenders = {"ours": mine, **contenders}
     each = {k: np.array(v) / contenders[k].repeats for k, v in seconds.items()}
     row: Row = {
-        "suite": suite,
-        "measure": measure,
-        "point": dict(point),
-        "device": bench.device.type,
-        "toy": bench.toy,
+        **heading(bench, suite, measure, point),
         "contenders": {
             k: {
-                **_quantiles(v),
+                **quantiles(v),
                 "rounds": len(v),
                 "repeats": contenders[k].repeats,
                 "peak_bytes": contenders[k].peak_bytes,
             }
             for k, v in each.items()
         },
-        "ratios": {k: _quartiles(v / each["ours"]) for k, v in each.items() if k != "ours"},
+        "ratios": {k: quartiles(v / each["ours"]) for k, v in each.items() if k != "ours"},
         "skipped": left_out,
         **(details or {}),
     }
     if unit is not None:
-        units = {k: _quartiles(v / each[unit]) for k, v in each.items() if k != unit}
+        units = {k: quartiles(v / each[unit]) for k, v in each.items() if k != unit}
         row["in_units_of"] = {"name": unit, "ratios": units}
     if work is not None:
         row["floor"] = _floor(work, bench.ceilings, row["contenders"])
@@ -258,8 +254,18 @@ def compare(
 
 def record_skip(bench: Bench, suite: str, measure: str, point: Mapping[str, Any], why: str) -> None:
     """A row that says why a point has no measurement."""
-    row = {"suite": suite, "measure": measure, "point": dict(point), "skipped_point": why}
-    record(bench, row | {"device": bench.device.type, "toy": bench.toy})
+    record(bench, heading(bench, suite, measure, point) | {"skipped_point": why})
+
+
+def heading(bench: Bench, suite: str, measure: str, point: Mapping[str, Any]) -> Row:
+    """What every row begins with."""
+    return {
+        "suite": suite,
+        "measure": measure,
+        "point": dict(point),
+        "device": bench.device.type,
+        "toy": bench.toy,
+    }
 
 
 def record(bench: Bench, row: Row) -> Row:
@@ -301,13 +307,13 @@ def _start(
 # --- summaries ------------------------------------------------------------------------------------
 
 
-def _quantiles(values: np.ndarray) -> dict[str, float]:
+def quantiles(values: np.ndarray) -> dict[str, float]:
     names = {"median": 0.5, "q10": 0.1, "q25": 0.25, "q75": 0.75, "q90": 0.9}
     return {k: float(np.quantile(values, q)) for k, q in names.items()}
 
 
-def _quartiles(values: np.ndarray) -> dict[str, float]:
-    return {k: v for k, v in _quantiles(values).items() if k in ("median", "q25", "q75")}
+def quartiles(values: np.ndarray) -> dict[str, float]:
+    return {k: v for k, v in quantiles(values).items() if k in ("median", "q25", "q75")}
 
 
 def _floor(work: Work, ceilings: Ceilings, contenders: Mapping[str, Any]) -> dict[str, float]:

@@ -95,7 +95,7 @@ def naive_loop(
 
     With ``call(case, model)`` in place of ``forward`` nothing is averaged.
     """
-    layers = _lora_a(case)
+    layers = lora_a(case.bayes, case.twin).values()
     means = [(weight, weight.clone(), sigma * inv_d) for weight, inv_d in layers]
     found = []
     for _ in range(draws):
@@ -140,14 +140,14 @@ def _flipout(case: Case, sigma: float) -> Iterator[None]:
             handle.remove()
 
 
-def _lora_a(case: Case) -> list[tuple[Tensor, Tensor]]:
-    """Each sampled layer's lora_A weight [r, n] and 1 / d [r, 1]."""
-    base = case.twin.get_base_model()
-    weights = (
-        (base.get_submodule(name).lora_A["default"].weight, p)
-        for name, p in case.bayes.posteriors.items()
-    )
-    return [(w.data, p.inv_d[:, None].to(w)) for w, p in weights]
+def lora_a(bayes: BayesianModel, twin: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """By name each sampled layer's lora_A weight [r, n] of the twin, and 1 / d [r, 1]."""
+    base = twin.get_base_model()
+    weights = {
+        name: (base.get_submodule(name).lora_A["default"].weight.data, p)
+        for name, p in bayes.posteriors.items()
+    }
+    return {name: (w, p.inv_d[:, None].to(w)) for name, (w, p) in weights.items()}
 
 
 # --- the models -----------------------------------------------------------------------------------

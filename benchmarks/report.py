@@ -20,6 +20,8 @@ from benchmarks.calibration.pictures import plot_calibration
 from benchmarks.calibration.tables import calibration_table, evidence_table
 from benchmarks.kernel_tables import linear_table, predictive_table
 from benchmarks.markdown import Row, spread, table, taken_on
+from benchmarks.paper.tables import paper_table
+from benchmarks.score_tables import score_table
 
 FOLDER = Path(__file__).resolve().parent
 README = FOLDER.parent / "README.md"
@@ -158,11 +160,16 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "passes": passes_table,
     "linear": linear_table,
     "quality": quality_table,
+    "score": score_table,
     "evidence": evidence_table,
     "calibration": calibration_table,
+    "paper": paper_table,
 }
 SUITES = {"evidence": "calibration"}  # whose rows a table shows, where not those of its name
-PAGES = {"calibration": FOLDER / "calibration" / "README.md"}  # where not in the README
+PAGES = {  # where not in the README
+    "calibration": FOLDER / "calibration" / "README.md",
+    "paper": FOLDER / "paper" / "README.md",
+}
 
 # Printed, not in the README.
 MORE: dict[str, Callable[[Sequence[Row]], str]] = {"predictive": predictive_table}
@@ -232,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--results", type=Path, default=FOLDER / "results")
-    parser.add_argument("--readme", action="store_true", help="fill the tables of README.md")
+    parser.add_argument("--readme", action="store_true", help="fill the tables of the READMEs")
     parser.add_argument("--plots", action="store_true", help="draw benchmarks/plots")
     parser.add_argument("--toy", action="store_true", help="only toy rows, to try the tables out")
     options = parser.parse_args(arguments)

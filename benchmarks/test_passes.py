@@ -15,7 +15,7 @@ depend on the values of weights.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,61 +27,12 @@ from torch import Tensor
 import tfb
 from benchmarks.harness import Bench, Row, Step, compare, target
 from benchmarks.models import CASES, Case, flipout_loop, forward, naive_loop, reparameterized
+from benchmarks.shapes import ADAPTERS, CPU, GPU, TOY, Shape, random_model, share_weights
 from tfb.draws import Draws
 
 SIGMA = 0.01
-ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A random Llama, and the batch that runs through it."""
-
-    name: str
-    hidden: int
-    inner: int
-    layers: int
-    heads: int
-    kv_heads: int
-    vocabulary: int
-    rows: int
-    tokens: int
-
-
-CPU = Shape("Llama 8 x 512", 512, 1408, 8, 8, 4, 8192, 8, 256)
-TOY = Shape("toy", 32, 64, 4, 4, 2, 128, 2, 16)
-GPU = Shape("Llama-3.1-8B", 4096, 14336, 32, 32, 8, 128256, 50, 300)
 GPU_ROWS = (50, 8, 1)
 NEW_TOKENS = 16
-
-ADAPTERS = {
-    "r8-q,v,head": (8, ("q_proj", "v_proj", "lm_head")),
-    "r16-all": (16, ALL),
-}
-
-
-def model(shape: Shape, rank: int, targets: tuple[str, ...], bench: Bench) -> Any:
-    """A PEFT model with random weights, the same at every call."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.inner,
-        num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads, max_position_embeddings=2 * shape.tokens,
-        pad_token_id=0,
-    )  # fmt: skip
-    with torch.device(bench.device):
-        base = LlamaForCausalLM(config).to(bench.dtype)
-    lora = LoraConfig(
-        task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules=list(targets)
-    )
-    made = get_peft_model(base, lora)
-    for name, p in made.named_parameters():
-        if "lora_B" in name:
-            p.data.normal_(0, 0.02)
-    return made.eval()
 
 
 def models(
@@ -89,16 +40,16 @@ def models(
 ) -> tuple[Case, Any, Any]:
     """Noise in all layers, in the last quarter of the blocks and in the head, on one batch; models
     share the base's weights."""
-    source = model(shape, rank, targets, bench)
+    source = random_model(shape, rank, targets, bench)
     bayes = tfb.bayesianize(source)
 
     def with_noise_in(layers: Any) -> Any:
-        twin = model(shape, rank, targets, bench)
-        _share_weights(source, twin)
+        twin = random_model(shape, rank, targets, bench)
+        share_weights(source, twin)
         return tfb.bayesianize(twin, layers=layers)
 
-    plain = model(shape, rank, targets, bench)
-    _share_weights(source, plain)
+    plain = random_model(shape, rank, targets, bench)
+    share_weights(source, plain)
     ids = torch.randint(1, shape.vocabulary, (shape.rows, shape.tokens), device=bench.device)
     ids[:, 0] = torch.arange(1, shape.rows + 1, device=bench.device)  # no prefix in common
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -135,14 +86,6 @@ def steps(shape: Shape, rank: int, targets: tuple[str, ...], bench: Bench) -> di
         "tail_10": ours(bayes, 10, mode="tail", tail=1),
         "tail_32": ours(bayes, 32, mode="tail", tail=1),
     }
-
-
-def _share_weights(source: Any, twin: Any) -> None:
-    """Let both models hold the same base tensors: several copies of 8B parameters do not fit."""
-    own = dict(source.named_parameters())
-    for name, p in twin.named_parameters():
-        if "lora_" not in name:
-            p.data = own[name].data
 
 
 def judge(row: Row, gpu: bool) -> list[Row]:

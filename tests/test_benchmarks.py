@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import report
+from benchmarks.energy import EnergyMeter, integral
 
 RESULTS = report.FOLDER / "results"
 
@@ -54,3 +57,64 @@ def test_the_newest_row_of_a_point_counts(tmp_path: Path) -> None:
 
 def test_kernels_without_gpu_rows_claim_nothing() -> None:
     assert "Not measured on a GPU yet" in report.linear_table([])
+
+
+def ratio(value: float) -> dict[str, float]:
+    return {"median": value, "q25": value, "q75": value}
+
+
+def score_rows() -> list[dict[str, Any]]:
+    """One made-up row of each measure of the score suite."""
+    environment = {
+        "cpu": {"model": "a CPU", "cores": 2}, "gpu": None,
+        "commit": {"id": "0" * 40, "dirty": False},
+        "versions": {"torch": "1", "transformers": "2", "peft": "3"},
+    }  # fmt: skip
+    common = {"device": "cpu", "environment": environment, "date": "2026-01-01", "targets": []}
+    missed = {"name": "plain script / full job", "value": 1.5, "bound": 2, "met": False}
+    units = {"ours": 1.02, "plain": 1.53, "sorted": 1.25, "tail": 0.25, "tail_engine": 0.2}
+    run = {"prompts": 7, "prompts_per_second": 50.0, "hours_a_million": 5.56, "kwh_a_million": 3.9}
+    return [
+        common | {
+            "measure": "throughput", "targets": [missed],
+            "point": {"model": "m", "data": "skewed", "rows": 10, "tokens": 1000},
+            "ratios": {"plain": ratio(1.5), "sorted": ratio(1.2)},
+            "in_units_of": {"ratios": {k: ratio(v) for k, v in units.items()}},
+            "contenders": {"ours": {"rounds": 7}},
+        },
+        common | {
+            "measure": "ray workers", "point": {"model": "m", "data": "d", "rows": 20},
+            "ratios": {"one_worker": ratio(1.8)}, "timed": "after the start",
+        },
+        common | {
+            "measure": "million",
+            "point": {"model": "8B", "rows": 30, "tokens": 9000, "dtype": "b"},
+            "runs": dict.fromkeys(("tail", "last", "naive"), run)
+            | {"full": {**run, "kwh_a_million": None}},
+        },
+    ]  # fmt: skip
+
+
+def test_score_table_shows_what_there_is() -> None:
+    """Ratios of jobs over scripts and engines, each part alone or together, and what is missed."""
+    rows = score_rows()
+    text = report.score_table(rows)
+    cells = "| 1.50 [1.50, 1.50] | 1.20 [1.20, 1.20] | 6.1 | 5.0 | 1.02 [1.02, 1.02] | 1.25 |"
+    workers = "Two single-threaded Ray workers score 1.80 [1.80, 1.80] times"
+    assert "m, skewed, 10 rows (cpu), 100 tokens a row " + cells in text
+    assert workers in text
+    assert "| tail k = 1, S = 10 | 50.0 | 5.6 | 3.9 | 7 |" in text
+    assert "| full, S = 10 | 50.0 | 5.6 |  | 7 |" in text  # no energy known
+    assert "- m, skewed, 10 rows (cpu): plain script / full job is 1.50, the target 2.00" in text
+    assert workers in report.score_table(rows[1:2]) and "missed" not in report.score_table(rows[1:])
+    assert "Not measured yet" in report.score_table([])
+
+
+def test_energy_is_the_integral_of_power() -> None:
+    """Trapezoids between samples; unknown without a GPU."""
+    assert integral([(0.0, 100.0), (2.0, 300.0), (3.0, 300.0)]) == 2 * 200 + 300
+    assert integral([(0.0, 100.0)]) == 0
+    if not torch.cuda.is_available():
+        with EnergyMeter() as meter:
+            pass
+        assert meter.joules is None

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import tfb
 from tfb import cli, digits
 from tfb.metrics import evaluate
+from tfb.report import PAGE, PICTURES
 from tfb.rows import RowError, read_rows
 from tfb.scoring import encode, pad_token, predict_rows
 
@@ -101,11 +102,20 @@ def test_fit_evaluate_score_report(run: Run, data: dict[str, Path], tmp_path: Pa
     )
 
     page = tmp_path / "report"
-    code, out, err = run("report", *common, "--data", data["test"], "--output", page)
+    unlabelled = tmp_path / "unfamiliar.jsonl"
+    bare = [{k: v for k, v in json.loads(x).items() if k != "label"}
+            for x in data["test"].read_text().splitlines()[-ROWS:]]  # fmt: skip
+    jsonl(unlabelled, *bare)
+    code, out, err = run(
+        "report", *common, "--data", data["test"], "--shift", unlabelled, "--output", page
+    )
     assert code == 0, err
-    assert {p.name for p in page.iterdir()} == {
-        "index.html", "reliability.png", "sigma_curve.png", "uncertainty.png",
-    }  # fmt: skip
+    assert {p.name for p in page.iterdir()} == {*PICTURES, PAGE}
+    text = page.joinpath(PAGE).read_text()
+    assert "unfamiliar (24)" in text and "Averaging 2 draws" in text
+    for option in ("--limit 20", "--tolerance 0.05", "--draws 2 --seed 5", "--objective max_var"):
+        assert option in text  # the command that makes the fit again
+    assert f"--shift {unlabelled}" in text and "seed 5" in text and "torch " in text
 
 
 def test_evaluate_is_the_librarys_evaluation(
@@ -164,6 +174,12 @@ def test_module_and_help() -> None:
 def test_help_of_each_command(run: Run, command: str) -> None:
     code, out, _ = run(command, "--help")
     assert code == 0 and "--draws" in out
+
+
+def test_help_names_the_extra(run: Run) -> None:
+    """Brackets are not eaten as markup."""
+    code, out, _ = run("score", "--help")
+    assert code == 0 and "tfb[ray]" in out
 
 
 # --- bad input ------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from tfb.anchor import AnchorLoss, AnchorSet
 from tfb.batching import EncodedRows
 from tfb.curve import LossCurve
 from tfb.doubts import doubts, label_nll
-from tfb.interval import crossing_interval
+from tfb.interval import crossing_interval, point_margin
 from tfb.rows import read_rows
 from tfb.scoring import encode
 from tfb.search import SEARCHES
@@ -100,7 +100,7 @@ def test_interval_of_a_minimum_is_what_is_not_worse() -> None:
     order = [p.sigma for p in fit.curve]
     i = order.index(fit.sigma)
     assert fit.interval == (order[i - 1], order[i + 1])
-    wide, _, _ = find(well, objective="min_nll", spread=1.0, make=Uneven)
+    wide, _, _ = find(well, objective="min_nll", spread=30.0, make=Uneven)
     assert wide.interval is not None and wide.interval[0] < order[i - 1]
 
 
@@ -220,3 +220,15 @@ def test_nll_of_labels() -> None:
     probs = torch.tensor([[0.25, 0.75], [1.0, 0.0]], dtype=torch.float64)
     found = label_nll(probs, torch.tensor([0, 0]))
     assert found.tolist() == [pytest.approx(math.log(4)), 0.0]
+
+
+def test_margin_of_a_point() -> None:
+    """One source alone: t with its own degrees of freedom. Both: no less than either."""
+    over_anchors = point_margin(0.01, 500, 0.0, 2)
+    assert over_anchors == pytest.approx(stats.t.ppf(0.975, 499) * 0.01, rel=1e-12)
+    over_draws = point_margin(0.0, 500, 0.01, 2)
+    assert over_draws == pytest.approx(stats.t.ppf(0.975, 1) * 0.01, rel=1e-12)
+    assert point_margin(0.01, 500, 0.01, 5) > point_margin(0.01, 500, 0.0, 5)
+    # One stream leaves the error over draws unknown.
+    assert point_margin(0.01, 500, math.nan, 1) == over_anchors == point_margin(0.01, 500, 9.0, 1)
+    assert point_margin(0.0, 500, math.nan, 2) == 0.0

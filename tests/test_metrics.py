@@ -14,9 +14,11 @@ from torch import Tensor
 from tfb.metrics import (
     Evaluation,
     apply_temperature,
+    auroc,
     evaluate,
     fit_temperature,
     reliability,
+    risk_coverage,
 )
 
 # torchmetrics returns float32: one rounding of a figure in [0, 1].
@@ -261,3 +263,67 @@ def test_bad_reference_and_temperature() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             fit_temperature(scores, labels)
+
+
+# --- selective prediction -----------------------------------------------------------------------
+
+
+def test_risk_coverage_by_hand() -> None:
+    """The surest of four rows is wrong, the others right: errors 1, 1, 1, 1 of 1, 2, 3, 4."""
+    curve = risk_coverage(
+        torch.tensor([0.9, 0.1, 0.5, 0.7]), torch.tensor([True, False, True, True])
+    )
+    assert curve.coverage.tolist() == [0.25, 0.5, 0.75, 1.0]
+    assert curve.risk.tolist() == pytest.approx([1, 1 / 2, 1 / 3, 1 / 4], rel=1e-14)
+    assert curve.aurc == pytest.approx((1 + 1 / 2 + 1 / 3 + 1 / 4) / 4, rel=1e-14)
+
+
+def test_perfect_order_is_the_least_aurc() -> None:
+    """N - E right rows first: risk 0, then j / (N - E + j) for j = 1..E."""
+    correct = torch.arange(20) < 15
+    best = risk_coverage(torch.arange(20.0), correct).aurc
+    assert best == pytest.approx(sum(j / (15 + j) for j in range(1, 6)) / 20, rel=1e-12)
+    worst = risk_coverage(-torch.arange(20.0), correct).aurc
+    assert worst == pytest.approx((5 + sum(5 / k for k in range(6, 21))) / 20, rel=1e-12)
+
+
+def test_rows_of_equal_uncertainty_are_in_no_order() -> None:
+    """All equal: the error rate at every coverage. A tie: the mean over its orders."""
+    correct = torch.tensor([True, False, True, True])
+    flat = risk_coverage(torch.ones(4), correct)
+    assert flat.risk.tolist() == [0.25] * 4 and flat.aurc == 0.25
+    tied = risk_coverage(torch.tensor([0.0, 1.0, 1.0, 2.0]), correct).aurc
+    first = risk_coverage(torch.tensor([0.0, 1.0, 1.5, 2.0]), correct).aurc
+    second = risk_coverage(torch.tensor([0.0, 1.5, 1.0, 2.0]), correct).aurc
+    assert tied == pytest.approx((first + second) / 2, rel=1e-14)
+
+
+def test_risk_coverage_of_all_right_and_all_wrong() -> None:
+    scores = torch.tensor([0.3, 0.1, 0.2])
+    assert risk_coverage(scores, torch.ones(3, dtype=torch.bool)).aurc == 0.0
+    assert risk_coverage(scores, torch.zeros(3, dtype=torch.bool)).aurc == 1.0
+
+
+@pytest.mark.parametrize(
+    ("uncertainty", "correct", "message"),
+    [
+        (torch.zeros(0), torch.zeros(0, dtype=torch.bool), "N at least 1"),
+        (torch.zeros(2), torch.zeros(3, dtype=torch.bool), r"\[2\] and \[3\]"),
+        (torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.bool), "expected uncertainty"),
+        (torch.tensor([math.nan]), torch.tensor([True]), "holds NaN"),
+    ],
+)
+def test_risk_coverage_refuses(uncertainty: Tensor, correct: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        risk_coverage(uncertainty, correct)
+
+
+def test_auroc_by_hand() -> None:
+    """Of six pairs four are in order and one is a tie."""
+    assert auroc(torch.tensor([3.0, 2.0]), torch.tensor([1.0, 2.0, 2.5])) == 4.5 / 6
+    assert auroc(torch.tensor([2.0]), torch.tensor([1.0])) == 1.0
+    assert auroc(torch.ones(3), torch.ones(4)) == 0.5
+    with pytest.raises(ValueError, match="negative: expected at least one score"):
+        auroc(torch.ones(1), torch.ones(0))
+    with pytest.raises(ValueError, match=r"positive: expected .* no NaN"):
+        auroc(torch.tensor([math.nan]), torch.ones(1))

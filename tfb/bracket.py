@@ -19,6 +19,7 @@ from tfb.sigma_fit import SearchError
 MAX_EXTENSIONS = 4
 COARSE_SHARE = 1 / 8  # of the anchors: as many as a grid takes at most
 SIGMA_LIMITS = (1e-8, 1e4)
+SWEEP = 5  # most sigmas of a sweep in tail mode
 CLOSE = 1.25  # widest gap from which a slope is taken for the crossing's
 
 
@@ -36,6 +37,13 @@ def geometric(low: float, high: float, points: int) -> list[float]:
     extended range is measured twice."""
     inner = torch.logspace(math.log10(low), math.log10(high), points, dtype=torch.float64)
     return [low, *inner[1:-1].tolist(), high]
+
+
+def sweep(curve: LossCurve) -> int:
+    """Sigmas in one sweep over all anchors: several if they cost less than the sweep itself (tail
+    mode), else one."""
+    sigmas = int(1 / (curve.loss.n * curve.loss.cost.draw_cost))
+    return min(SWEEP, sigmas) if sigmas >= 3 else 1
 
 
 def locate(curve: LossCurve, share: float = COARSE_SHARE) -> tuple[float, float]:

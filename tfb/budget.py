@@ -6,19 +6,22 @@ from collections.abc import Iterable
 
 from tfb.batching import EncodedRows
 
-BUCKET = 1.125  # lengths of a bucket differ by less than this factor: the most that padding costs
+BUCKET = 1.125  # lengths of a bucket differ by less than this factor
+FIXED = 256  # tokens that cost about as much as one pass more: padding that is worth saving one
 
 
 def token_batches(
-    encoded: EncodedRows, budget: int, rows: Iterable[int] | None = None
+    encoded: EncodedRows, budget: int, rows: Iterable[int] | None = None, *, copies: int = 1
 ) -> list[list[int]]:
     """Rows in batches whose rows x longest row stay within ``budget`` tokens; longest rows first.
 
-    Rows of a batch have the same number of choices and lie in one bucket of lengths, in which they
-    are sorted by their tokens: rows that begin alike meet in a batch, where the engine computes
-    their prefix once. A row longer than the budget is a batch of its own.
+    Rows of a batch have the same number of choices. They lie in one bucket of lengths, in which
+    they are sorted by their tokens: rows that begin alike meet in a batch, where the engine
+    computes their prefix once. Then neighbours are joined where the budget holds both and padding
+    costs less than one more batch. A row longer than the budget is a batch of its own.
 
     Args:
+        copies: of every row in a pass, the draws in full mode: they share what a batch costs.
         rows: positions to be distributed; None: all. The result depends on them as a set only.
     """
     groups: dict[tuple[int, int], list[int]] = {}
@@ -38,7 +41,25 @@ def token_batches(
             batch.append(i)
             longest = length
         found.append(batch)
-    return found
+    return _joined(encoded, found, budget, FIXED // copies)
+
+
+def _joined(
+    encoded: EncodedRows, found: list[list[int]], budget: int, worth: int
+) -> list[list[int]]:
+    """Neighbouring batches, longest first, joined where that costs at most ``worth`` tokens."""
+    joined: list[list[int]] = []
+    for batch in found:
+        if joined and encoded.num_choices(joined[-1][0]) == encoded.num_choices(batch[0]):
+            both = joined[-1] + batch
+            tokens = padded_tokens(encoded, both)
+            added = tokens - padded_tokens(encoded, joined[-1]) - padded_tokens(encoded, batch)
+            if tokens <= budget and added <= worth:
+                both.sort(key=lambda i: encoded.input_ids[i])
+                joined[-1] = both
+                continue
+        joined.append(batch)
+    return joined
 
 
 def padded_tokens(encoded: EncodedRows, batch: list[int]) -> int:

@@ -22,6 +22,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from tfb.report_command import report
 from tfb.score_command import score
 
 app = typer.Typer(
@@ -259,6 +260,7 @@ def evaluations(
     """
     import torch
 
+    from tfb.cost import passes_per_row
     from tfb.draws import Draws as PosteriorDraws
     from tfb.metrics import Evaluation, apply_temperature
     from tfb.scoring import predict_rows
@@ -267,16 +269,20 @@ def evaluations(
     mean = predict_rows(bayes, encoded, PosteriorDraws.mean(), **common)
     labels = torch.tensor([-1 if y is None else y for y in encoded.labels])
     known = None if bool((labels < 0).any()) else labels
-    found = [Evaluation("deterministic", dataset, mean.probs, known, total=mean.total)]
+    found = [Evaluation("deterministic", dataset, mean.probs, known, total=mean.total, passes=1.0)]
     if temperature is not None:
         scaled = apply_temperature(mean.probs.clamp_min(1e-30).log(), temperature)
-        found.append(Evaluation("temperature-scaled", dataset, scaled, known))
+        entropy = torch.special.entr(scaled).sum(-1)
+        found.append(
+            Evaluation("temperature-scaled", dataset, scaled, known, total=entropy, passes=1.0)
+        )
+    passes = passes_per_row([len(ids) for ids in encoded.input_ids], draws, bayes.tail)
     for name, sigma in (sigmas or {"tfb": bayes.sigma}).items():
         chosen = PosteriorDraws.antithetic(draws, sigma, seed=bayes.seed)
         p = predict_rows(bayes, encoded, chosen, **common)
         found.append(
             Evaluation(name, dataset, p.probs, known, total=p.total, aleatoric=p.aleatoric,
-                       epistemic=p.epistemic)
+                       epistemic=p.epistemic, draws=draws, passes=passes)
         )  # fmt: skip
     return found
 
@@ -364,48 +370,7 @@ def write_json(path: Path, value: Any) -> None:
 app.command()(score)
 
 
-@app.command()
-def report(
-    model: Model,
-    artifact: Annotated[Path, typer.Option(help="folder written by tfb fit")],
-    data: Annotated[list[Path], typer.Option(help="labelled rows, JSONL; repeatable")],
-    output: Annotated[Path, typer.Option(help="new folder for the pictures and the page")],
-    draws: Draws = 10,
-    limit: Limit = None,
-    batch_size: BatchSize = 50,
-) -> None:
-    """Pictures and one HTML page: reliability, the sigma curve, uncertainties."""
-    from tfb.artifact import read_sidecar
-    from tfb.report import check_report_folder, write_report
-    from tfb.rows import read_rows
-    from tfb.scoring import encode, pad_token
-
-    _quiet()
-    _check_draws(draws)
-    _check_batch_size(batch_size)
-    check_report_folder(output)
-    sidecar = read_sidecar(artifact)
-    task, fitted = str(sidecar["task"]), sidecar.get("fit")
-    names = [path.stem for path in data]
-    if twice := sorted({n for n in names if names.count(n) > 1}):
-        raise ValueError(f"--data: two files are called {twice[0]!r}; rename one")
-    tables = {path: read_rows(path, limit=limit) for path in data}
-    if missing := [r.source for rows in tables.values() for r in rows if r.label is None]:
-        raise ValueError(f"{missing[0]}: no label; report needs one on every row")
-    tokenizer = _tokenizer(model)
-    early = {path: _encode_early(rows, tokenizer, model, task) for path, rows in tables.items()}
-    bayes = _load_artifact(model, artifact, tokenizer)
-    found = []
-    for path, rows in tables.items():
-        encoded = encode(bayes, rows, tokenizer) if early[path] is None else early[path]
-        with progress_bar(path.name, 2 * len(rows)) as advance:
-            found += evaluations(
-                bayes, encoded, dataset=path.stem, draws=draws, batch_size=batch_size,
-                pad=pad_token(bayes, tokenizer), progress=advance,
-            )  # fmt: skip
-    print_metrics(found)
-    page = write_report(output, found, fitted, title=f"{artifact.name}: sigma = {bayes.sigma:.4g}")
-    out.print(f"report: {page}", markup=False, soft_wrap=True)
+app.command()(report)
 
 
 @app.command()

@@ -39,6 +39,14 @@ class PassCounter:
         return int(self._drawn.sum()) / self._total
 
 
+def passes_per_row(lengths: Sequence[int], draws: int, tail: int | None = None) -> float:
+    """What ``draws`` draws of prompts of these many tokens cost, in deterministic passes, by the
+    rule above; tokens of choices are left out."""
+    total = sum(lengths)
+    drawn = total if tail is None else sum(min(n, tail) for n in lengths)
+    return (total - drawn + draws * drawn) / total
+
+
 def _lengths(batch: Mapping[str, Any]) -> Tensor:
     """[B] tokens of each row."""
     ids, mask = batch["input_ids"], batch.get("attention_mask")

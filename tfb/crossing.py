@@ -32,6 +32,7 @@ from tfb.bracket import (
     line,
     locate,
     predict,
+    sweep,
     whole,
 )
 from tfb.curve import LossCurve
@@ -39,7 +40,6 @@ from tfb.sigma_fit import SearchError
 
 MAX_STEPS = 200
 CONFIRMING_SHARE = 1 / 4  # of the anchors
-SWEEP = 5  # most sigmas of a sweep in tail mode
 SPAN = 1.9  # how far such a sweep reaches in both directions, while the crossing is uncertain
 
 
@@ -80,7 +80,7 @@ class GridSearch:
 
     def init(self, curve: LossCurve) -> Bracket:
         share, points = COARSE_SHARE, self.points
-        if _sweep(curve) > 1:  # draws are cheap and sweeps are not: begin nearer
+        if sweep(curve) > 1:  # draws are cheap and sweeps are not: begin nearer
             share, points = 2 * share, 2 * points - 1
         curve.decide(geometric(*self.bounds, points), share)
         return Bracket(*locate(curve, share))
@@ -125,11 +125,11 @@ class GridSearch:
         if state.steps % 2 and state.steps >= (1 if curve.metric == "accuracy" else 6):
             return [(low * high) ** 0.5]  # interpolation does not get there: halve now and then
         both = curve.complete(low) and curve.sure(high)
-        if _sweep(curve) > 1:
+        if sweep(curve) > 1:
             if both:  # one of these brackets is the last, if all is smooth
                 around = [root * tight**e for e in (-1.8, -0.8, 0.2, 1.2)]
                 return [s for s in around if low < s < high] or [(low * high) ** 0.5]
-            return geometric(root / SPAN, root * SPAN, _sweep(curve))
+            return geometric(root / SPAN, root * SPAN, sweep(curve))
         if curve.complete(high) and high > root >= high / (1 + 0.25 * self.resolution):
             aim = high / tight
         else:
@@ -141,13 +141,6 @@ class GridSearch:
         if not both:
             return [aim]
         return [min(max(aim, low * (1 + self.resolution / 4)), high / (1 + self.resolution / 4))]
-
-
-def _sweep(curve: LossCurve) -> int:
-    """Sigmas in one sweep over all anchors: several if they cost less than the sweep itself (tail
-    mode), else one."""
-    sigmas = int(1 / (curve.loss.n * curve.loss.cost.draw_cost))
-    return min(SWEEP, sigmas) if sigmas >= 3 else 1
 
 
 # --- root ---------------------------------------------------------------------------------------

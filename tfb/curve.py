@@ -67,13 +67,16 @@ class LossCurve:
 
     # --- measuring ------------------------------------------------------------------------------
 
-    def measure(self, sigmas: Sequence[float]) -> None:
-        """Losses at these sigmas on all anchors."""
-        wanted = list(dict.fromkeys(sigmas))
+    def measure(self, sigmas: Sequence[float], share: float = 1.0) -> None:
+        """Losses at these sigmas on all anchors, or on a ``share`` of them (at least the first
+        block)."""
+        most = max(self.blocks[0], math.ceil(share * self.N))
+        target = max(b for b in self.blocks if b <= most)
+        wanted = [s for s in dict.fromkeys(sigmas) if self._count(s) < target]
         # Sigmas begun on the same part go on together, the least known first: in tail mode that
         # sweep finds the losses at sigma = 0 for the others.
-        for count in sorted({self._count(s) for s in wanted} - {self.N}):
-            self._extend([s for s in wanted if self._count(s) == count], count, self.N)
+        for count in sorted({self._count(s) for s in wanted}):
+            self._extend([s for s in wanted if self._count(s) == count], count, target)
 
     def decide(self, sigmas: Sequence[float], share: float = 1.0) -> None:
         """Losses at these sigmas on as many anchors as their decision takes, at most a ``share``

@@ -83,7 +83,7 @@ def run(folder: Path | None, *, draws: int) -> None:
         out.print(line, soft_wrap=True)
     page = write_report(
         folder, found, fit.to_dict(), title="Digits: an over-fitted adapter", notes=verdicts,
-        overwrite=replace,
+        commands=["tfb demo"], overwrite=replace,
     )  # fmt: skip
     out.print(f"pictures and page: {page}  ({time.perf_counter() - started:.0f} s in all)")
 

@@ -61,7 +61,8 @@ def align(batch: Batch, side: str, device: torch.device) -> dict[str, Any]:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in eval mode; what was training before is again after."""
     training = [m for m in model.modules() if m.training]
-    model.eval()
+    if training:  # eval() walks all modules once more, at every batch
+        model.eval()
     try:
         yield
     finally:

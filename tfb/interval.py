@@ -8,8 +8,8 @@ measured sigmas e and the anchors' rows are linear in sigma^2. t has the degrees
 Welch and Satterthwaite: few streams count for little. With one antithetic pair the error over draws
 is unknown and left out.
 
-min_nll, gvi: the measured sigmas whose objective is not worse than the answer's by a paired
-one-sided test, out to the next one that is.
+min_nll, gvi: the sigmas whose objective is not worse than the answer's by a paired one-sided test;
+the test's margin is linear in sigma^2 between measured sigmas.
 """
 
 from __future__ import annotations
@@ -81,19 +81,43 @@ def _between(known: list[float], before: float, at: float) -> list[tuple[float, 
 def minimum_interval(
     curve: LossCurve, sigma: float, value: Callable[[float], float]
 ) -> tuple[float, float | None]:
-    """Confidence limits of the sigma of least ``value``, from sigmas measured on all anchors."""
+    """Confidence limits of the sigma of least ``value``; ``sigma`` is measured on all anchors."""
     U, N = curve.streams, curve.N
 
-    def worse(other: float) -> bool:
-        paired = curve.differences(other) - curve.differences(sigma)
+    def distance(other: float) -> float:
+        """Positive where ``other`` is worse."""
+        if other == sigma:
+            return 0.0
+        count = N if other == 0.0 else curve.points[other].count
+        paired = curve.differences(other) - curve.differences(sigma, count)
         anchors = float(paired.std()) / N**0.5 if N > 1 else 0.0
+        # A constant between parts of the anchors does not change the jackknife.
         spread = curve.left_out(other) - curve.left_out(sigma)
         draws = float(jackknife_error(spread)) if U > 1 else 0.0
-        return value(other) - value(sigma) > _quantile(anchors, N - 1, draws, U - 1, LEVEL)
+        anchors = math.hypot(anchors, curve.part_error(other))
+        return value(other) - value(sigma) - _quantile(anchors, N - 1, draws, U - 1, LEVEL)
 
     order = [0.0, *sorted(curve.points)]
-    low = max((s for s in order if s < sigma and worse(s)), default=0.0)
-    return low, min((s for s in order if s > sigma and worse(s)), default=None)
+    limits: list[float | None] = []
+    for nodes in ([s for s in reversed(order) if s <= sigma], [s for s in order if s >= sigma]):
+        found = None
+        for near, far in pairwise(nodes):
+            inside, outside = distance(near), distance(far)
+            if outside > 0:
+                # Next to the answer the test says nothing of the shape: out to the neighbour.
+                far_out = near == sigma or not math.isfinite(outside)
+                share = 1.0 if far_out else inside / (inside - outside)
+                found = math.sqrt(near**2 + share * (far**2 - near**2))
+                break
+        limits.append(found)
+    return limits[0] or 0.0, limits[1]
+
+
+def point_margin(anchors: float, n: int, draws: float, streams: int) -> float:
+    """Half the 95 % interval of a curve point's loss, from its standard errors over n anchors and
+    over independent streams (NaN: unknown, left out)."""
+    over_draws = draws if streams > 1 and math.isfinite(draws) else 0.0
+    return _quantile(anchors, n - 1, over_draws, streams - 1, (1 + LEVEL) / 2)
 
 
 def _quantile(a: float, df_a: int, b: float, df_b: int, level: float) -> float:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 from scipy.optimize import minimize_scalar
+from scipy.stats import mannwhitneyu
 from torch import Tensor
 from torchmetrics.functional.classification import (
     multiclass_accuracy,
@@ -67,12 +68,32 @@ class ReliabilityBins:
 
 
 @dataclass(frozen=True, eq=False)
+class RiskCoverage:
+    """Selective prediction: answer the surest rows only, from one of them to all N.
+
+    coverage, risk [N]: the share of rows answered, ascending to 1, and the share of those answered
+    that are wrong.
+    """
+
+    coverage: Tensor
+    risk: Tensor
+
+    @property
+    def aurc(self) -> float:
+        """Area under the risk-coverage curve, the mean risk over the N coverages (Geifman, Uziel
+        and El-Yaniv, ICLR 2019); lower is better, an order at random gives the error rate."""
+        return float(self.risk.mean())
+
+
+@dataclass(frozen=True, eq=False)
 class Evaluation:
     """One method's probabilities on one data set.
 
     Attributes:
         name: the method. dataset: the rows. probs: [N, K]. labels: [N] or None.
         total, aleatoric, epistemic: [N] nats, or None.
+        draws: posterior draws that were averaged, or None. passes: deterministic-pass equivalents
+            a row (:mod:`tfb.cost`), or None.
     """
 
     name: str
@@ -82,6 +103,15 @@ class Evaluation:
     total: Tensor | None = None
     aleatoric: Tensor | None = None
     epistemic: Tensor | None = None
+    draws: int | None = None
+    passes: float | None = None
+
+    @property
+    def correct(self) -> Tensor:
+        """[N] bool. Raises ValueError without labels."""
+        if self.labels is None:
+            raise ValueError(f"{self.name} on {self.dataset}: no labels, so none is right or wrong")
+        return self.probs.argmax(-1) == self.labels
 
     @property
     def metrics(self) -> Metrics:
@@ -144,8 +174,7 @@ def reliability(probs: Tensor, labels: Tensor, n_bins: int = 15) -> ReliabilityB
     confidence, prediction = probs.double().max(-1)
     correct = (prediction == labels).double()
     edges = torch.linspace(0, 1, n_bins + 1, dtype=torch.float32)
-    # In float32, as torchmetrics has it: a confidence of 0.6 belongs to the bin that starts there.
-    index = (torch.bucketize(confidence.float(), edges, right=True) - 1).clamp(0, n_bins - 1)
+    index = bin_of_confidence(confidence, n_bins)
     counts = torch.zeros(n_bins, dtype=torch.int64).index_add_(0, index, torch.ones_like(index))
     total = counts.clamp_min(1).double()
 
@@ -153,6 +182,55 @@ def reliability(probs: Tensor, labels: Tensor, n_bins: int = 15) -> ReliabilityB
         return torch.zeros(n_bins, dtype=torch.float64).index_add_(0, index, values) / total
 
     return ReliabilityBins(edges, counts, mean(correct), mean(confidence))
+
+
+def risk_coverage(uncertainty: Tensor, correct: Tensor) -> RiskCoverage:
+    """The risk of answering only the rows of least uncertainty (El-Yaniv and Wiener, JMLR 2010).
+
+    Rows of equal uncertainty are in no order: their errors count as spread evenly over them, which
+    is the mean over all of their orders.
+
+    Args:
+        uncertainty: [N], any scale (1 - confidence, entropy, mutual information), larger is less
+            sure. correct: [N] bool.
+
+    Raises:
+        ValueError: empty input, shapes, NaN.
+    """
+    if uncertainty.dim() != 1 or uncertainty.shape != correct.shape or not len(correct):
+        raise ValueError(
+            f"expected uncertainty [N] and correct [N], N at least 1, got "
+            f"{list(uncertainty.shape)} and {list(correct.shape)}"
+        )
+    if bool(uncertainty.isnan().any()):
+        raise ValueError("uncertainty: holds NaN; check the model's outputs")
+    _, group, size = uncertainty.unique(return_inverse=True, return_counts=True)
+    wrong = (~correct.bool()).double()
+    share = torch.zeros(len(size), dtype=torch.float64).index_add_(0, group, wrong) / size
+    answered = torch.arange(1, len(correct) + 1, dtype=torch.float64)
+    errors = share.repeat_interleave(size).cumsum(0)
+    return RiskCoverage(answered / len(correct), errors / answered)
+
+
+def auroc(positive: Tensor, negative: Tensor) -> float:
+    """The chance that a row of ``positive`` [P] scores above one of ``negative`` [M], ties half:
+    the area under the ROC curve, as Mann and Whitney's U.
+
+    Raises:
+        ValueError: either is empty or holds NaN.
+    """
+    for name, scores in (("positive", positive), ("negative", negative)):
+        if not len(scores) or bool(scores.isnan().any()):
+            raise ValueError(f"{name}: expected at least one score and no NaN")
+    u = mannwhitneyu(positive.numpy(), negative.numpy(), method="asymptotic").statistic
+    return float(u) / (len(positive) * len(negative))
+
+
+def bin_of_confidence(confidence: Tensor, n_bins: int = 15) -> Tensor:
+    """[N] int64, the bin of the ECE that each confidence [N] belongs to."""
+    edges = torch.linspace(0, 1, n_bins + 1, dtype=torch.float32)
+    # In float32, as torchmetrics has it: a confidence of 0.6 belongs to the bin that starts there.
+    return (torch.bucketize(confidence.float(), edges, right=True) - 1).clamp(0, n_bins - 1)
 
 
 def fit_temperature(log_probs: Tensor, labels: Tensor) -> float:

@@ -49,7 +49,7 @@ def score(
     ] = False,
     max_error_rate: Annotated[float, typer.Option(help="stop above this share of errors")] = 0.05,
     engine: Annotated[
-        str, typer.Option(help="local: this process; ray: Ray Data (extra tfb[ray])")
+        str, typer.Option(help="local: this process; ray: Ray Data (extra tfb\\[ray])")
     ] = "local",
     workers: Annotated[
         int | None, typer.Option(help="models with --engine ray; default: as many as fit")

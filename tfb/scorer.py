@@ -7,6 +7,7 @@ out are batches other ones; results are then the same to rounding.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +83,7 @@ class Scorer:
         # shape rounds differently.
         all_draws = MOST if isinstance(draws, str) else draws
         self._draws_per_pass = None if bayes.device.type == "cpu" else all_draws
+        self._copies = all_draws if bayes.mode == "full" else 1
 
     def prepare(self, window: Window) -> Prepared:
         """Encode a window; touches the tokenizer only, so that another thread may do it."""
@@ -126,10 +128,14 @@ class Scorer:
         empty = [i for i, ids in zip(at, encoded.input_ids, strict=True) if not ids]
         return encoded, dict.fromkeys(empty, "no tokens; write text that the tokenizer knows")
 
+    def batches(self, encoded: EncodedRows, rows: Iterable[int] | None = None) -> list[list[int]]:
+        """The rows of a window (positions; None: all) as this scorer batches them."""
+        return token_batches(encoded, self.budget, rows, copies=self._copies)
+
     def _predict(self, encoded: EncodedRows) -> dict[int, dict[str, Any]]:
         """Results by position. Where memory runs out, the batch is split and the budget lowered."""
         results: dict[int, dict[str, Any]] = {}
-        waiting = token_batches(encoded, self.budget)
+        waiting = self.batches(encoded)
         while waiting:
             batch = waiting.pop(0)
             try:
@@ -150,7 +156,7 @@ class Scorer:
             else:
                 self.budget = max(1, min(self.budget, padded_tokens(encoded, batch)) // 2)
                 left = [i for b in [batch, *waiting] for i in b]
-                waiting = token_batches(encoded, self.budget, left)
+                waiting = self.batches(encoded, left)
         return results
 
     def _batch(

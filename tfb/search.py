@@ -49,7 +49,7 @@ from tfb.curve import LIKELIHOODS, LossCurve
 from tfb.doubts import compare_held_out, doubts
 from tfb.engine import BayesianModel
 from tfb.interval import crossing_interval, minimum_interval
-from tfb.minimum import Divergence, find_minimum, objective_of
+from tfb.minimum import Divergence, Objective, find_minimum
 from tfb.posterior import default_prior_sigma
 from tfb.reference_rule import REFERENCE_BOUNDS, reference_rule
 from tfb.scoring import pad_token
@@ -174,9 +174,9 @@ def fit_sigma(
                 sigma, stopped = find_crossing(searches[search], curve)
                 limits = crossing_interval(curve, sigma)
             else:
-                least = objective_of(curve, objective, kl, weight)
+                least = Objective(curve, kl if objective == "gvi" else None, weight)
                 sigma, stopped = find_minimum(
-                    curve, least, bounds=bounds, points=points, resolution=resolution
+                    least, bounds=bounds, points=points, resolution=resolution
                 )
                 limits = minimum_interval(curve, sigma, least)
             notes = doubts(curve, objective, sigma)

@@ -1,0 +1,160 @@
+"""Whole scoring jobs in this process, the engine beneath them, and the files that they score.
+
+    job     ``tfb.offline.run`` into a fresh folder: reading, tokenizing, predicting, Parquet parts
+    engine  ``bayes.predict`` on the batches of that job, made beforehand; nothing is written
+
+Both have a model that is loaded already. Scripts to compare with: :mod:`benchmarks.scripts`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from tfb import offline
+from tfb.batching import Batch, batches
+from tfb.engine import BayesianModel
+from tfb.job import Job
+from tfb.pipeline import LocalEngine
+from tfb.rows import read_rows
+from tfb.scorer import Scorer
+from tfb.scoring import encode, pad_token
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A model in both forms, and a file that it is to score.
+
+    bayes, twin: see ``models.Case``. model: the base's folder, or a name where no job loads it.
+    artifact: ``bayes``, saved. rows: JSONL; all rows have as many choices.
+    """
+
+    model: str
+    bayes: BayesianModel
+    twin: Any
+    tokenizer: Any
+    artifact: Path
+    rows: Path
+
+    def job(self, output: Path, *, tail: int | None = None, **options: Any) -> Job:
+        return Job(
+            self.model, str(self.artifact), (str(self.rows),), str(output),
+            mode="full" if tail is None else "tail", tail=tail, **options,
+        )  # fmt: skip
+
+    def lengths(self) -> list[int]:
+        """Tokens of each prompt."""
+        texts = [str(row.prompt) for row in read_rows(self.rows)]
+        return [len(ids) for ids in self.tokenizer(texts)["input_ids"]]
+
+
+# --- jobs and the engine --------------------------------------------------------------------------
+
+
+@contextmanager
+def preloaded(task: Task) -> Iterator[None]:
+    """Within this context jobs take the model of ``task`` in place of loading one, and leave out
+    the hash of its weights, which takes as long as reading them."""
+
+    class Preloaded(LocalEngine):
+        def __init__(self, job: Job) -> None:
+            self._job, self._bayes, self._tokenizer = job, task.bayes, task.tokenizer
+            task.bayes.set_mode(job.mode or "full", job.tail)
+
+    unhashed = patch("tfb.job.model_sha256", return_value="not computed")
+    with unhashed, patch.dict(offline.ENGINES, local=Preloaded):
+        yield
+
+
+def run_job(task: Task, **options: Any) -> None:
+    """One job, within ``preloaded``; its folder is dropped."""
+    with tempfile.TemporaryDirectory() as folder:
+        job = task.job(Path(folder) / "out", **options)
+        finish(job)
+
+
+def finish(job: Job, **how: Any) -> None:
+    """Run a job to its end, without errors."""
+    outcome = offline.run(job, **how)
+    if outcome.status != offline.COMPLETE or outcome.errors:
+        raise RuntimeError(f"the job ended as {outcome}")
+
+
+def read_probs(paths: Iterable[Path]) -> torch.Tensor:
+    """[N, K] float64: the probabilities of all rows, in the order of their ids."""
+    import pyarrow.parquet as pq
+
+    rows = [r for path in paths for r in pq.read_table(path, partitioning=None).to_pylist()]
+    rows.sort(key=lambda row: str(row["id"]))
+    return torch.tensor([row["probs"] for row in rows], dtype=torch.float64)
+
+
+def engine_batches(task: Task, draws: int, tail: int | None = None) -> list[Batch]:
+    """The batches of a job whose rows fit into one part."""
+    task.bayes.set_mode("full" if tail is None else "tail", tail)
+    encoded = encode(task.bayes, read_rows(task.rows), task.tokenizer)
+    pad = pad_token(task.bayes, task.tokenizer)
+    return [
+        batch
+        for rows in Scorer(task.bayes, task.tokenizer, draws=draws).batches(encoded)
+        for batch in batches(encoded.subset(rows), batch_size=len(rows), pad_token_id=pad)
+    ]
+
+
+def run_engine(task: Task, made: Sequence[Batch], draws: int, tail: int | None = None) -> None:
+    """Predict batches as a job does, and drop the results."""
+    mode = "full" if tail is None else "tail"
+    each = None if task.bayes.device.type == "cpu" else draws
+    for batch in made:
+        task.bayes.predict(
+            batch.model_inputs(), draws, mode, batch.label_ids, tail=tail, draws_per_pass=each
+        )
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def shuffled_rows(source: Path, count: int) -> list[dict[str, Any]]:
+    """``count`` rows of a JSONL file in random order, always the same."""
+    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    random.Random(0).shuffle(rows)
+    return rows[:count]
+
+
+def skewed_rows(source: Path, count: int, tokenizer: Any) -> list[dict[str, Any]]:
+    """Rows whose lengths in tokens are lognormal (median 80, sigma 0.9 in the logarithm), clipped
+    to 16 to 480: other utterances are put in front, and words of the front left out."""
+    rows = shuffled_rows(source, count)
+    texts = [row["prompt"].removesuffix(" Topic") for row in rows]
+    generator = random.Random(1)
+    found = []
+    for i, row in enumerate(rows):
+        wanted = lognormal_length(generator, 80, 0.9, 16, 480)
+        words = row["prompt"].split()
+        while len(tokenizer(" ".join(words))["input_ids"]) < wanted:
+            words = [*generator.choice(texts).split(), *words]
+        while len(words) > 1 and len(tokenizer(" ".join(words))["input_ids"]) > wanted:
+            words = words[1:]
+        found.append({**row, "id": f"skewed-{i}", "prompt": " ".join(words), "label": None})
+    return found
+
+
+def lognormal_length(
+    generator: random.Random, median: float, sigma: float, least: int, most: int
+) -> int:
+    return round(min(most, max(least, generator.lognormvariate(math.log(median), sigma))))

@@ -1,0 +1,116 @@
+"""Accuracy, ECE and NLL of adapters with and without TFB, on the tasks of the paper's table."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.harness import Bench, Ceilings
+from benchmarks.paper import run, tables, tasks
+from benchmarks.paper.prompts import FORMS
+from benchmarks.report import FOLDER
+from tfb.cli import write_json
+
+DEFAULTS = run.Setting("", "", "mle", ())
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python -m benchmarks.paper", description=__doc__)
+    add = made.add_argument
+    add("--base", required=True, help="base model: folder or hub name")
+    add(
+        "--adapter",
+        required=True,
+        help="folder, hub name or owner/repository/folder; {task} and {seed} are filled in",
+    )
+    add("--kind", choices=run.KINDS, default="mle", help="what trained it (default: mle)")
+    add(
+        "--checkpoint",
+        choices=run.CHECKPOINTS,
+        default="peft",
+        help="published: the authors' files, of which the mean is taken",
+    )
+    add(
+        "--task",
+        nargs="+",
+        default=list(tasks.TRAINED),
+        metavar="TASK",
+        help=f"default: {' '.join(tasks.TRAINED)}",
+    )
+    add(
+        "--ood",
+        nargs="*",
+        metavar="TASK",
+        help=f"evaluate {tasks.OOD_FROM}'s adapter on these too; without a name: "
+        f"{' '.join(tasks.OOD)}",
+    )
+    add("--seeds", nargs="+", type=int, default=list(DEFAULTS.seeds))
+    add("--data", type=Path, help="folder of the tasks' files; default: from the hub")
+    add(
+        "--split",
+        choices=("validation", "test"),
+        default="validation",
+        help="evaluated rows; validation, as the scripts, by default",
+    )
+    add(
+        "--prompts",
+        choices=FORMS,
+        default="script",
+        help="script: as published adapters were trained; plain: without the scripts' slips",
+    )
+    add(
+        "--anchors",
+        choices=tasks.ANCHORS,
+        default="train",
+        help="train: training rows, as the paper; held-out: taken out of the evaluated rows",
+    )
+    add("--anchor-rows", type=int, default=DEFAULTS.anchor_rows)
+    add("--objective", default=DEFAULTS.objective, help="max_variance, min_nll or gvi")
+    add("--tolerance", type=float, default=DEFAULTS.tolerance)
+    add("--compat", choices=("reference",), help="reference: search as the authors' scripts do")
+    add("--draws", type=int, default=DEFAULTS.draws, help="posterior draws of the evaluation")
+    add("--batch-size", type=int, default=DEFAULTS.batch_size)
+    add("--limit", type=int, help="first rows of each evaluated split: to try it out, no result")
+    add("--json", type=Path, help="also write this run's rows to a new file")
+    add("--record", action="store_true", help="append the rows to benchmarks/results/paper.jsonl")
+    return made  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what the arguments say and print its tables; a mistake ends in one line and status 1."""
+    options = parser().parse_args(arguments)
+    ood = () if options.ood is None else tuple(options.ood) or tasks.OOD
+    setting = run.Setting(
+        base=options.base, adapter=options.adapter, kind=options.kind,
+        tasks=tuple(dict.fromkeys(options.task)), ood=ood,
+        seeds=tuple(dict.fromkeys(options.seeds)), checkpoint=options.checkpoint,
+        data=options.data, split=options.split, form=options.prompts, anchors=options.anchors,
+        anchor_rows=options.anchor_rows, objective=options.objective, tolerance=options.tolerance,
+        compat=options.compat, draws=options.draws, batch_size=options.batch_size,
+        limit=options.limit,
+    )  # fmt: skip
+    folder = Path(os.environ.get("TFB_BENCH_RESULTS") or FOLDER / "results")
+    bench = Bench(
+        device=torch.device("cpu"), dtype=torch.float32, toy=options.limit is not None,
+        seconds=0.0, results=folder if options.record else None, ceilings=Ceilings(1.0, 1.0),
+    )  # fmt: skip
+    found = []
+    try:
+        if options.json is not None and options.json.exists():
+            raise ValueError(f"--json {options.json} exists already; choose another name")
+        for row in run.run(setting, bench):
+            found.append(row)
+            print(tables.line(row), flush=True)
+        if options.json is not None:
+            write_json(options.json, found)
+    except (ValueError, OSError, ImportError, NotImplementedError) as error:
+        raise SystemExit(f"error: {error}") from error
+    print("\n" + tables.results(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Tables of the score suite: whole jobs against scripts, workers, a million prompts on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.markdown import Row, spread, table, taken_on
+
+NOT_MEASURED = (
+    "*Not measured yet: `python -m pytest benchmarks/test_score.py --record` (two quiet cores), "
+    "`benchmarks/gpu.sh` (a GPU).*"
+)
+
+
+def score_table(rows: Sequence[Row]) -> str:
+    """Jobs, Ray's workers and a million prompts, as far as there are rows; targets missed."""
+    if not rows:
+        return NOT_MEASURED
+    by_measure = {
+        name: [r for r in rows if r["measure"] == name]
+        for name in ("throughput", "ray workers", "million")
+    }
+    parts = [
+        _throughput(by_measure["throughput"]), *map(_workers, by_measure["ray workers"]),
+        *map(_million, by_measure["million"]), _missed(rows), taken_on(rows),
+    ]  # fmt: skip
+    return "\n\n".join(part for part in parts if part)
+
+
+def _name(row: Row) -> str:
+    p = row["point"]
+    return f"{p['model']}, {p.get('data', 'synthetic')}, {p['rows']} rows ({row['device']})"
+
+
+def _throughput(rows: Sequence[Row]) -> str:
+    if not rows:
+        return ""
+    body = []
+    for row in rows:
+        units = row["in_units_of"]["ratios"]
+        tail = units["tail"]["median"]
+        body.append([
+            f"{_name(row)}, {row['point']['tokens'] / row['point']['rows']:.0f} tokens a row",
+            spread(row["ratios"]["plain"]), spread(row["ratios"]["sorted"]),
+            f"{units['plain']['median'] / tail:.1f}", f"{units['sorted']['median'] / tail:.1f}",
+            spread(units["ours"]), f"{tail / units['tail_engine']['median']:.2f}",
+        ])  # fmt: skip
+    headings = (
+        "rows/s, S = 10", "full job over plain script", "over sorted script",
+        "tail job over plain script", "over sorted script", "time of full job / engine",
+        "tail job / engine",
+    )  # fmt: skip
+    rounds = min(r["contenders"]["ours"]["rounds"] for r in rows)
+    note = (
+        "A job reads, tokenizes, predicts and writes Parquet parts. The plain script takes padded "
+        "batches in the order of the file and runs 10 full passes with materialised noise; the "
+        "sorted one sorts by length first; both have their best batch size. The engine is "
+        f"`predict` on the job's batches. {rounds} or more interleaved rounds; models are loaded "
+        "beforehand."
+    )
+    return table(headings, body) + "\n\n" + note
+
+
+def _workers(row: Row) -> str:
+    return (
+        f"Two single-threaded Ray workers score {spread(row['ratios']['one_worker'])} times the "
+        f"rows of one in the same time ({_name(row)}; {row['timed']})."
+    )
+
+
+_LABELS = {
+    "full": "full, S = 10", "tail": "tail k = 1, S = 10", "last": "last layer, S = 10",
+    "naive": "plain script, 10 passes",
+}  # fmt: skip
+
+
+def _million(row: Row) -> str:
+    body = []
+    for name, label in _LABELS.items():
+        run = row["runs"][name]
+        energy = run["kwh_a_million"]
+        body.append([
+            label, f"{run['prompts_per_second']:.1f}", f"{run['hours_a_million']:.1f}",
+            "" if energy is None else f"{energy:.1f}", str(run["prompts"]),
+        ])  # fmt: skip
+    point = row["point"]
+    headings = ("a million prompts", "rows/s", "hours", "kWh of the GPU", "prompts measured")
+    note = (
+        f"{point['model']}, random weights ({point['dtype']}), prompts of "
+        f"{point['tokens'] / point['rows']:.0f} tokens on average; seconds and energy of the "
+        "prompts that were measured are scaled by tokens."
+    )
+    return table(headings, body) + "\n\n" + note
+
+
+def _missed(rows: Sequence[Row]) -> str:
+    missed = [
+        f"- {_name(row)}: {t['name']} is {t['value']:.2f}, the target {t['bound']:.2f}"
+        for row in rows
+        for t in row["targets"]
+        if not t["met"]
+    ]
+    return "Targets that are missed:\n\n" + "\n".join(missed) if missed else ""

@@ -1,0 +1,69 @@
+"""PEFT models of a given shape with random weights: times do not depend on their values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.harness import Bench
+
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A random Llama, and the batch that runs through it."""
+
+    name: str
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    rows: int
+    tokens: int
+
+
+CPU = Shape("Llama 8 x 512", 512, 1408, 8, 8, 4, 8192, 8, 256)
+TOY = Shape("toy", 32, 64, 4, 4, 2, 128, 2, 16)
+GPU = Shape("Llama-3.1-8B", 4096, 14336, 32, 32, 8, 128256, 50, 300)
+
+ADAPTERS = {
+    "r8-q,v,head": (8, ("q_proj", "v_proj", "lm_head")),
+    "r16-all": (16, ALL),
+}
+
+
+def random_model(shape: Shape, rank: int, targets: tuple[str, ...], bench: Bench) -> Any:
+    """A PEFT model with random weights, the same at every call."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.inner,
+        num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads, max_position_embeddings=2 * shape.tokens,
+        pad_token_id=0,
+    )  # fmt: skip
+    with torch.device(bench.device):
+        base = LlamaForCausalLM(config).to(bench.dtype)
+    lora = LoraConfig(
+        task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules=list(targets)
+    )
+    made = get_peft_model(base, lora)
+    for name, p in made.named_parameters():
+        if "lora_B" in name:
+            p.data.normal_(0, 0.02)
+    return made.eval()
+
+
+def share_weights(source: Any, twin: Any) -> None:
+    """Let both models hold the same base tensors: several copies of 8B parameters do not fit."""
+    own = dict(source.named_parameters())
+    for name, p in twin.named_parameters():
+        if "lora_" not in name:
+            p.data = own[name].data

@@ -1,0 +1,150 @@
+"""Hours and energy of a million prompts: jobs at Llama-3.1-8B's shape on a GPU, random weights.
+
+    full   the job with 10 draws through the whole model     tail   in tail mode, k = 1
+    last   the job with noise in the head alone              naive  the plain script of 10 passes
+
+2,000 prompts of lognormal lengths, 300 tokens on average, in words of a tokenizer made here. Tail
+and last layer score all of them; the full job and the naive script, which would take minutes, the
+first of them (``SHARES``), and their seconds are scaled by tokens. Each runs once, after a warm-up.
+Energy is the integral of the GPU's power draw; of the machine around it nothing is known.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tfb
+from benchmarks import jobs
+from benchmarks.energy import EnergyMeter
+from benchmarks.harness import Bench, Row, elapsed, heading, record
+from benchmarks.jobs import Task
+from benchmarks.models import reparameterized
+from benchmarks.scripts import best_batch_size, run_script
+from benchmarks.shapes import ADAPTERS, GPU, TOY, random_model, share_weights
+from tfb.draws import Draws
+
+DRAWS, SIGMA = 10, 0.01
+ADAPTER = "r8-q,v,head"
+PROMPTS, MEAN, SPREAD, LONGEST = 2000, 300, 0.5, 1500  # tokens; of the logarithm
+SHARES = {"full": 400, "tail": 2000, "last": 2000, "naive": 80}  # prompts
+SIZES = (4, 8, 16)
+MILLION = 1_000_000
+CHOICES = ("A", "B", "C", "D")
+
+
+def word_tokenizer(vocabulary: int) -> Any:
+    """One token for each word "w5" and each choice."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<pad>", "<unk>", *CHOICES]
+    names += [f"w{i}" for i in range(min(vocabulary, 4096) - len(names))]
+    made = Tokenizer(models.WordLevel({n: i for i, n in enumerate(names)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", unk_token="<unk>")
+
+
+def prompts(count: int, mean: int, longest: int, words: int) -> list[dict[str, Any]]:
+    """Rows of random words, no two of which begin alike for long."""
+    generator = random.Random(0)
+    median = mean / math.exp(SPREAD**2 / 2)
+    found = []
+    for i in range(count):
+        length = jobs.lognormal_length(generator, median, SPREAD, 4, longest)
+        text = " ".join(f"w{generator.randrange(words)}" for _ in range(length))
+        found.append({"id": f"p{i}", "prompt": text, "choices": list(CHOICES)})
+    return found
+
+
+def large_tasks(bench: Bench, folder: Path) -> tuple[Task, Task]:
+    """Noise in all layers, and in the head alone; both and the scripts' twin share the weights."""
+    shape = TOY if bench.toy else replace(GPU, tokens=LONGEST)
+    rank, targets = ADAPTERS[ADAPTER]
+    source = random_model(shape, rank, targets, bench)
+
+    def another() -> Any:
+        made = random_model(shape, rank, targets, bench)
+        share_weights(source, made)
+        return made
+
+    def saved(bayes: Any, name: str) -> Path:
+        bayes.sigma, bayes.source = SIGMA, folder / f"{name}-adapter"
+        # PEFT would add the whole output embedding, a gigabyte.
+        bayes.model.save_pretrained(str(bayes.source), save_embedding_layers=False)
+        return Path(bayes.save(folder / name))
+
+    bayes = tfb.bayesianize(source)
+    last = tfb.bayesianize(another(), layers=tfb.last_layers(0))
+    twin = reparameterized(another(), bayes)
+    tokenizer = word_tokenizer(shape.vocabulary)
+    mean, longest = (12, 28) if bench.toy else (MEAN, LONGEST)
+    rows = prompts(8 if bench.toy else PROMPTS, mean, longest, len(tokenizer) - 8)
+    path = jobs.write_rows(folder / "rows.jsonl", rows)
+    full = Task(shape.name, bayes, twin, tokenizer, saved(bayes, "full"), path)
+    return full, replace(full, bayes=last, artifact=saved(last, "last"))
+
+
+def measured(call: Callable[[int], object], rows: int, tokens: list[int], bench: Bench) -> Row:
+    """One run of the first ``rows`` prompts, and what a million of all would take."""
+    with EnergyMeter() as meter:
+        seconds = elapsed(lambda: call(rows), bench.device)
+    scale = MILLION * (sum(tokens) / len(tokens)) / sum(tokens[:rows])
+    joules = meter.joules
+    return {
+        "prompts": rows,
+        "tokens": sum(tokens[:rows]),
+        "seconds": seconds,
+        "joules": joules,
+        "prompts_per_second": MILLION / (seconds * scale),
+        "hours_a_million": seconds * scale / 3600,
+        "kwh_a_million": None if joules is None else joules * scale / 3.6e6,
+    }
+
+
+def test_a_million_prompts(benchmark: Any, bench: Bench, tmp_path: Path) -> None:
+    if bench.device.type != "cuda" and not bench.toy:
+        pytest.skip("8B parameters: on a GPU")
+    task, last = large_tasks(bench, tmp_path)
+    tokens, draws = task.lengths(), Draws.antithetic(DRAWS, SIGMA)
+    size = best_batch_size(task, SIZES[:1] if bench.toy else SIZES, by_length=False, limit=32)
+
+    def job(which: Task, **options: Any) -> Callable[[int], object]:
+        return lambda rows: jobs.run_job(which, draws=DRAWS, limit=rows, **options)
+
+    calls: dict[str, tuple[Task, Callable[[int], object]]] = {
+        "tail": (task, job(task, tail=1)),
+        "last": (last, job(last)),
+        "full": (task, job(task)),
+        "naive": (task, lambda n: run_script(task, size, draws, by_length=False, limit=n)),
+    }
+    runs: dict[str, Row] = {}
+
+    def run_all() -> None:
+        for name, (which, call) in calls.items():
+            with jobs.preloaded(which):
+                call(4)  # kernels are compiled and chosen, memory is taken
+                runs[name] = measured(call, min(SHARES[name], len(tokens)), tokens, bench)
+
+    benchmark.pedantic(run_all, rounds=1, iterations=1)
+    point = {
+        "model": task.model, "adapter": ADAPTER, "rows": len(tokens), "tokens": sum(tokens),
+        "draws": DRAWS, "dtype": str(bench.dtype).removeprefix("torch."),
+        "batch_tokens": jobs.Job.batch_tokens,
+    }  # fmt: skip
+    full = runs["full"]["hours_a_million"]
+    ratios = {name: run["hours_a_million"] / full for name, run in runs.items() if name != "full"}
+    row = heading(bench, "score", "million", point) | {
+        "runs": runs,
+        "ratios": {name: {"median": r, "q25": r, "q75": r} for name, r in ratios.items()},
+        "script_batch_rows": {"plain": size},
+        "losses": [],
+        "targets": [],
+    }
+    record(bench, row)

@@ -1,0 +1,70 @@
+"""What a report's last section says of how it was made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tfb.report_command import facts, fit_line
+
+FIT: dict[str, Any] = {
+    "metric": "nll", "objective": "max_variance", "search": "grid", "tolerance": 0.003,
+    "relative": True, "mode": "full", "tail": None, "draws": 4, "seed": 5, "anchors": 500,
+    "anchor_hash": "f9f44bf0e20a1234", "kl": 34490.0, "prior_sigma": 0.1221, "compat": None,
+}  # fmt: skip
+SIDECAR: dict[str, Any] = {
+    "sigma": 0.0214928, "seed": 5, "mode": "full", "tail": None, "layers": {"a": 1.0, "b": 1.0},
+    "base": {"model_type": "llama"}, "adapter_sha256": "0123456789abcdef", "fit": FIT,
+    "extra": {"anchors": "my anchors.jsonl"}, "versions": {"tfb": "0.1.0", "torch": "2.13"},
+}  # fmt: skip
+
+
+def changed(**fit: Any) -> dict[str, Any]:
+    return {**SIDECAR, "fit": {**FIT, **fit}}
+
+
+def test_facts_name_what_the_artifact_keeps() -> None:
+    assert facts(SIDECAR, 10) == {
+        "σ": "0.0214928",
+        "Mode": "full: noise at every token",
+        "Draws": "10 in this report, in pairs of opposite noise; seed 5",
+        "Model": "llama, 2 layers with noise",
+        "Search": "grid, 4 draws at each σ, seed 5",
+        "Anchors": "my anchors.jsonl, 500 rows, hash f9f44bf0e20a",
+        "KL divergence": "3.449e+04 nats from a prior of scale 0.1221",
+        "Versions at the fit": "tfb 0.1.0, torch 2.13",
+        "Adapter": "SHA-256 0123456789ab",
+    }
+
+
+def test_facts_of_an_artifact_without_a_fit() -> None:
+    """Saved from Python: no search, no file of anchors."""
+    found = facts({**SIDECAR, "fit": None, "extra": {}, "mode": "tail", "tail": 2}, 10)
+    assert found["Mode"] == "tail: noise at the last 2 tokens of a prompt"
+    assert not {"Search", "Anchors", "KL divergence"} & set(found)
+    assert fit_line("M", Path("A"), {**SIDECAR, "fit": None}) == []
+    assert fit_line("M", Path("A"), {**SIDECAR, "extra": {}}) == []
+
+
+def test_fit_can_be_made_again() -> None:
+    assert fit_line("M", Path("A"), SIDECAR) == [
+        "tfb fit --model M --adapter A --anchors 'my anchors.jsonl' --limit 500 --out NEW "
+        "--metric nll --objective max_variance --search grid --tolerance 0.003 --mode full "
+        "--draws 4 --seed 5"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sidecar", "options", "missing"),
+    [
+        (changed(relative=False), "--tolerance 0.003 --absolute", "--tail"),
+        (changed(mode="tail", tail=2), "--mode tail --tail 2", "--absolute"),
+        (changed(compat="reference"), "--out NEW --compat reference", "--objective"),
+        ({**SIDECAR, "length_normalization": "tokens"}, "--length-normalization tokens", "--tail"),
+    ],
+)
+def test_fit_line_of_other_settings(sidecar: dict[str, Any], options: str, missing: str) -> None:
+    [line] = fit_line("M", Path("A"), sidecar)
+    assert options in line and missing not in line
