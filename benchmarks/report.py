@@ -1,9 +1,10 @@
 """Tables and pictures from the committed rows: ``python -m benchmarks.report``.
 
 Of each point the newest row counts, apart for each device and not for toy sizes. --readme puts the
-tables between ``<!-- benchmarks:NAME -->`` and ``<!-- /benchmarks:NAME -->`` of README.md; --plots
-draws benchmarks/plots/*.png. Absolute times are shown only where a GPU took them. To add a table:
-a function here, in ``kernel_tables`` or in ``score_tables``, and its name in ``TABLES``.
+tables between ``<!-- benchmarks:NAME -->`` and ``<!-- /benchmarks:NAME -->`` of README.md or of
+their own page (``PAGES``); --plots draws benchmarks/plots/*.png. Absolute times are shown only
+where a GPU took them. To add a table: a function here or in a file of its suite, and its name in
+``TABLES``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from benchmarks.calibration.pictures import plot_calibration
+from benchmarks.calibration.tables import calibration_table, evidence_table
 from benchmarks.kernel_tables import linear_table, predictive_table
 from benchmarks.markdown import Row, spread, table, taken_on
 from benchmarks.paper.tables import paper_table
@@ -158,11 +161,14 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "linear": linear_table,
     "quality": quality_table,
     "score": score_table,
+    "evidence": evidence_table,
+    "calibration": calibration_table,
+    "paper": paper_table,
 }
-
-# Suites with a README of their own.
-PAGES: dict[str, tuple[Path, Callable[[Sequence[Row]], str]]] = {
-    "paper": (FOLDER / "paper" / "README.md", paper_table),
+SUITES = {"evidence": "calibration"}  # whose rows a table shows, where not those of its name
+PAGES = {  # where not in the README
+    "calibration": FOLDER / "calibration" / "README.md",
+    "paper": FOLDER / "paper" / "README.md",
 }
 
 # Printed, not in the README.
@@ -207,6 +213,12 @@ def plot_quality(rows: Sequence[Row], target: Path) -> None:
     figure.savefig(target, dpi=110)
 
 
+PLOTS: dict[str, Callable[[Sequence[Row], Path], None]] = {
+    "quality": plot_quality,
+    "calibration": plot_calibration,
+}
+
+
 # --- command line ---------------------------------------------------------------------------------
 
 
@@ -233,21 +245,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.toy and (options.readme or options.plots):
         parser.error("toy rows are no results: leave --readme and --plots out")
-    text = README.read_text(encoding="utf-8")
     for name, make in (TABLES | MORE).items():
-        content = make(read(name, options.results, toy=options.toy))
+        content = make(read(SUITES.get(name, name), options.results, toy=options.toy))
         print(f"## {name}\n\n{content}\n")
         if options.readme and name in TABLES:
-            text = fill(text, name, content)
-    for name, (page, make) in PAGES.items():
-        content = make(read(name, options.results, toy=options.toy))
-        print(f"## {name}\n\n{content}\n")
-        if options.readme:
-            page.write_text(fill(page.read_text(encoding="utf-8"), name, content), encoding="utf-8")
-    if options.readme:
-        README.write_text(text, encoding="utf-8")
-    if options.plots and (rows := read("quality", options.results)):
-        plot_quality(rows, FOLDER / "plots" / "quality.png")
+            page = PAGES.get(name, README)
+            text = fill(page.read_text(encoding="utf-8"), name, content)
+            page.write_text(text, encoding="utf-8")
+    for name, draw in PLOTS.items():
+        if options.plots and (rows := read(name, options.results)):
+            draw(rows, FOLDER / "plots" / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""What TFB buys on real tasks, beside every method a sceptic would name."""

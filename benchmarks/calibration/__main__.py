@@ -1,0 +1,175 @@
+"""All methods on the same rows: ``python -m benchmarks.calibration``.
+
+Trained adapters come from ``python -m benchmarks.calibration.train``. For the tasks whose adapter
+is given, seeds choose anchors, test rows and noise; for the others the adapter as well. A (task,
+seed) is written as soon as all of its methods are done; --record appends to
+benchmarks/results/calibration.jsonl and skips what is there from the same sources.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+
+import tfb
+from benchmarks.calibration.evaluation import Bootstrap, figures
+from benchmarks.calibration.methods import METHODS, LeftOut, Methods, Outcome
+from benchmarks.calibration.setting import Setting
+from benchmarks.calibration.tasks import GIVEN, TASKS, load_task, shared_folder
+from benchmarks.calibration.train import ADAPTERS, SEEDS, adapter
+from benchmarks.environment import REPOSITORY, environment
+from benchmarks.harness import Bench, Ceilings, Row, record
+
+RESULTS = REPOSITORY / "benchmarks/results"
+SUITE = "calibration"
+ROWS = {"clinc-domain": 1000, "clinc150": 1000, "clinc-fewshot": 1000}
+SHIFT_ROWS = {"clinc-domain": 500, "clinc150": 500, "clinc-fewshot": 500}
+DEFAULT_ROWS, DEFAULT_SHIFT_ROWS, DEFAULT_ANCHORS = 600, 300, 300
+REFERENCES = ("mle", "temperature")  # what every method is compared with
+# What decides a row's figures; tables and pictures do not.
+SOURCES = (
+    "tfb", "tfb_kernels", "benchmarks/questions.py", "benchmarks/minilm.py",
+    *(f"benchmarks/calibration/{name}.py" for name in (
+        "__main__", "evaluation", "laplace", "methods", "setting", "stems", "tasks",
+    )),
+)  # fmt: skip
+
+
+def run(setting: Setting, names: Sequence[str], point: Row, bench: Bench) -> list[Row]:
+    """One row a method, of which none is written before all are there.
+
+    Args:
+        point: the configuration, without the method.
+    """
+    methods = Methods(setting)
+    outcomes: dict[str, Outcome | str] = {}
+    for name in dict.fromkeys((*REFERENCES, *names)):
+        try:
+            outcomes[name] = methods.run(name)
+        except (LeftOut, tfb.SearchError) as error:
+            outcomes[name] = str(error)
+        print(f"{point['task']} {point['seed']} {name}: {_line(outcomes[name])}", flush=True)
+    bootstrap = Bootstrap(setting.labels)
+    rows = [describe(outcomes, name, setting, bootstrap) for name in names]
+    return [
+        record(bench, {
+            "suite": SUITE, "measure": "calibration", "point": {**point, "method": name},
+            "device": bench.device.type, "toy": bench.toy, **row,
+        })
+        for name, row in zip(names, rows, strict=True)
+    ]  # fmt: skip
+
+
+def describe(
+    outcomes: dict[str, Outcome | str], name: str, setting: Setting, bootstrap: Bootstrap
+) -> Row:
+    """Figures, cost, details, and differences to the references."""
+    outcome = outcomes[name]
+    if isinstance(outcome, str):
+        return {"left_out": outcome}
+    against = {}
+    for reference in REFERENCES:
+        other = outcomes[reference]
+        if reference != name and isinstance(other, Outcome):
+            against[reference] = bootstrap.compare(
+                outcome.predicted["test"].probs, other.predicted["test"].probs
+            )
+    return {
+        **figures(outcome.predicted, setting.labels),
+        "passes": outcome.passes, "fitting": outcome.fitting, "trained": outcome.trained,
+        "details": dict(outcome.details), "against": against, "sizes": {
+            "train": len(setting.train), "anchors": len(setting.anchors),
+            **{found: len(rows) for found, rows in setting.judged.items()},
+        },
+    }  # fmt: skip
+
+
+def sizes(task: str, options: argparse.Namespace) -> dict[str, int]:
+    """rows, anchors and shift_rows of a task."""
+    return {
+        "rows": options.rows or ROWS.get(task, DEFAULT_ROWS),
+        "anchors": options.anchors or DEFAULT_ANCHORS,
+        "shift_rows": options.shift_rows or SHIFT_ROWS.get(task, DEFAULT_SHIFT_ROWS),
+    }
+
+
+def finished(point: Row, names: Sequence[str], results: Path) -> bool:
+    """Whether rows of all methods are there, made by the same sources as now."""
+    path = results / f"{SUITE}.jsonl"
+    if not path.is_file():
+        return False
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    own = [r for r in rows if all(r["point"].get(k) == v for k, v in point.items())]
+    commits = {r["environment"]["commit"]["id"] for r in own if not _dirty(r)}
+    same = {commit for commit in commits if commit and same_sources(commit)}
+    there = {r["point"]["method"] for r in own if r["environment"]["commit"]["id"] in same}
+    return set(names) <= there
+
+
+def _dirty(row: Row) -> bool:
+    return bool(row["environment"]["commit"]["dirty"])
+
+
+def same_sources(commit: str) -> bool:
+    """Whether what decides the figures is now what it was at ``commit``."""
+    command = ["git", "-C", str(REPOSITORY), "diff", "--quiet", commit, "--", *SOURCES]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def _line(outcome: Outcome | str) -> str:
+    if isinstance(outcome, str):
+        return f"left out: {outcome}"
+    shown = {k: v for k, v in outcome.details.items() if isinstance(v, float)}
+    return " ".join([f"{outcome.passes:.2f} passes", *(f"{k}={v:.4g}" for k, v in shown.items())])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.calibration", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--task", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--seed", nargs="+", type=int, choices=SEEDS, default=SEEDS)
+    parser.add_argument("--method", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--rows", type=int, help="test rows (default: by task)")
+    parser.add_argument("--anchors", type=int, help=f"default {DEFAULT_ANCHORS}")
+    parser.add_argument("--shift-rows", type=int, help="rows of each shift (default: by task)")
+    parser.add_argument("--adapters", type=Path, default=ADAPTERS, help="folder of all adapters")
+    parser.add_argument("--threads", type=int, help="torch's threads")
+    parser.add_argument("--record", action="store_true", help="append to benchmarks/results")
+    parser.add_argument("--again", action="store_true", help="also what is recorded already")
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    bench = Bench(
+        device=torch.device("cpu"), dtype=torch.float32, toy=False, seconds=0.0,
+        results=RESULTS if options.record else None, ceilings=Ceilings(1.0, 1.0),
+    )  # fmt: skip
+    environment()  # of the sources that are loaded now; they may change while this runs
+    shared = shared_folder()
+    for seed in options.seed:  # all tasks at one seed first
+        for name in options.task:
+            size = sizes(name, options)
+            point: dict[str, Any] = {"task": name, "seed": seed, **size}
+            if not options.again and finished(point, options.method, RESULTS):
+                print(f"{name} {seed}: recorded already", flush=True)
+                continue
+            setting = Setting(
+                load_task(name, shared, seed, **size),
+                adapters=partial(adapter, options.adapters, name),
+                mle_seed=0 if name in GIVEN else seed,
+            )
+            run(setting, options.method, point, bench)
+
+
+if __name__ == "__main__":
+    main()

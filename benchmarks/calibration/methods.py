@@ -1,0 +1,258 @@
+"""Every method of the comparison: fits on anchors, predicts the test rows and every shift.
+
+    mle             the adapter as it is            map          trained with a Gaussian prior
+    temperature     mle, one temperature            mc_dropout   dropout as in training, 10 passes
+    ensemble        three adapters                  laplace      last-layer Laplace
+    authors_rule    TFB, sigma by the authors' scripts' rule
+    tfb             TFB with the defaults of fit_sigma: max_variance, nll, 10 antithetic draws
+    tfb_min_nll     sigma of least NLL              tfb_gvi      of least l + KL / |D|, on training
+                                                                 rows
+    tfb_tail        min_nll, noise at the last position only
+    tfb_last        min_nll, noise in the last block only
+    tfb_temperature tfb_min_nll, then a temperature
+
+Fitting sees held-out anchors, or training rows (gvi, laplace), never a test row. To add a method: a
+function here and its line in ``METHODS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+import tfb
+from benchmarks.calibration.laplace import SAMPLES, fit_laplace, sample_laplace
+from benchmarks.calibration.setting import (
+    GIVEN_DROPOUT,
+    Predicted,
+    Setting,
+    dropped_out,
+    features,
+    head,
+    labels_of,
+    sampled,
+)
+from tfb.batching import EncodedRows
+from tfb.draws import Draws
+from tfb.metrics import apply_temperature, fit_temperature
+from tfb.tail import why_no_tail
+
+TAIL = 1
+
+
+class LeftOut(Exception):
+    """The method does not exist for this task; the message says why."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a method did.
+
+    Attributes:
+        predicted: by set of rows: "test" and the shifts.
+        passes: deterministic passes a row of prediction.
+        fitting: deterministic passes over the anchors, trained models aside.
+        trained: models trained beside the adapter.
+        details: sigma, temperature and the like.
+    """
+
+    predicted: Mapping[str, Predicted]
+    passes: float
+    fitting: float = 0.0
+    trained: int = 0
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Methods:
+    """The methods on one setting; predictions that several of them need are made once."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+
+    def run(self, name: str) -> Outcome:
+        """One method by its name.
+
+        Raises:
+            LeftOut: it does not exist for this task. tfb.SearchError: its search has no answer.
+        """
+        return METHODS[name](self)
+
+    # --- one adapter, or several --------------------------------------------------------------
+
+    def mle(self) -> Outcome:
+        return Outcome(self._deterministic, passes=1.0)
+
+    def map(self) -> Outcome:
+        bayes = self.setting.model("map", self.setting.task.seed)
+        return Outcome(self._everywhere(bayes, Draws.mean()), passes=1.0, trained=1)
+
+    def ensemble(self) -> Outcome:
+        """Lakshminarayanan et al. 2017: the mean of the members' probabilities."""
+        s = self.setting
+        members = [
+            self._deterministic if seed == s.mle_seed
+            else self._everywhere(s.model("mle", seed), Draws.mean())
+            for seed in s.members
+        ]  # fmt: skip
+        predicted = {
+            name: Predicted.of_draws(torch.stack([m[name].probs for m in members]))
+            for name in s.judged
+        }
+        return Outcome(predicted, passes=len(members), trained=len(members) - 1,
+                       details={"members": list(s.members)})  # fmt: skip
+
+    def mc_dropout(self) -> Outcome:
+        s = self.setting
+        bayes = s.model()
+        config = bayes.model.peft_config[bayes.adapter]
+        predicted = {
+            name: dropped_out(bayes, rows, s.draws, s.task.seed) for name, rows in s.judged.items()
+        }
+        rate = config.lora_dropout or GIVEN_DROPOUT
+        return Outcome(predicted, passes=s.draws, details={
+            "lora_dropout": rate, "trained_with_dropout": bool(config.lora_dropout),
+        })  # fmt: skip
+
+    # --- temperature --------------------------------------------------------------------------
+
+    def temperature(self) -> Outcome:
+        """Guo et al. 2017."""
+        anchors = sampled(self.setting.model(), self.setting.anchors, Draws.mean())
+        predicted, T = self._tempered(self._deterministic, anchors)
+        return Outcome(predicted, passes=1.0, fitting=1.0, details={"temperature": T})
+
+    def tfb_temperature(self) -> Outcome:
+        plain, draws = self._min_nll
+        anchors = sampled(self.setting.model(), self.setting.anchors, draws)
+        predicted, T = self._tempered(plain.predicted, anchors)
+        return Outcome(
+            predicted, plain.passes, fitting=plain.fitting + plain.passes,
+            details={**plain.details, "temperature": T},
+        )  # fmt: skip
+
+    def _tempered(
+        self, predicted: Mapping[str, Predicted], anchors: Predicted
+    ) -> tuple[dict[str, Predicted], float]:
+        """Averaged probabilities at the temperature of least NLL on the anchors.
+
+        What draws disagree on is that of before: it is a matter of the weights.
+        """
+        T = fit_temperature(anchors.log_probs, labels_of(self.setting.anchors))
+        scaled = {
+            name: Predicted.of_probs(apply_temperature(p.log_probs, T))
+            for name, p in predicted.items()
+        }
+        return {
+            name: Predicted(p.probs, p.total, predicted[name].epistemic)
+            for name, p in scaled.items()
+        }, T
+
+    # --- Laplace ------------------------------------------------------------------------------
+
+    def laplace(self) -> Outcome:
+        s = self.setting
+        bayes = s.model()
+        fitted = fit_laplace(head(bayes, s.train), features(bayes, s.train), labels_of(s.train))
+        predicted = {
+            name: Predicted.of_draws(
+                sample_laplace(fitted, features(bayes, rows), s.task.seed).double()
+            )
+            for name, rows in s.judged.items()
+        }
+        details = {"prior_precision": float(fitted.prior_precision), "samples_of_head": SAMPLES}
+        return Outcome(predicted, passes=1.0, fitting=len(s.train) / len(s.anchors),
+                       details=details)  # fmt: skip
+
+    # --- TFB ----------------------------------------------------------------------------------
+
+    def authors_rule(self) -> Outcome:
+        return self._tfb(self.setting.anchors, compat="reference")[0]
+
+    def tfb(self) -> Outcome:
+        return self._tfb(self.setting.anchors)[0]
+
+    def tfb_min_nll(self) -> Outcome:
+        return self._min_nll[0]
+
+    def tfb_gvi(self) -> Outcome:
+        s = self.setting
+        outcome, _ = self._tfb(
+            s.train_anchors, objective="gvi", metric="expected_nll", kl_weight=1 / len(s.train)
+        )
+        return outcome
+
+    def tfb_tail(self) -> Outcome:
+        bayes = self.setting.model()
+        if reason := why_no_tail(bayes.base, bayes.task):
+            raise LeftOut(reason)
+        return self._tfb(self.setting.anchors, objective="min_nll", mode="tail", tail=TAIL)[0]
+
+    def tfb_last(self) -> Outcome:
+        bayes = self.setting.model(layers=tfb.last_layers(1))
+        return self._tfb(self.setting.anchors, bayes=bayes, objective="min_nll")[0]
+
+    def _tfb(
+        self, anchors: EncodedRows, *, bayes: Any = None, mode: str = "full", **search: Any
+    ) -> tuple[Outcome, Draws]:
+        """Search sigma, predict with antithetic draws."""
+        s = self.setting
+        bayes = s.model() if bayes is None else bayes
+        fit = tfb.fit_sigma(bayes, anchors, mode=mode, **search)
+        draws = bayes.draws(s.draws) if fit.sigma > 0 else Draws.mean()
+        passes = prediction_passes(bayes, s.judged["test"], draws)
+        outcome = Outcome(
+            self._everywhere(bayes, draws), passes,
+            fitting=fit.passes * len(anchors) / len(s.anchors),
+            details={
+                "sigma": fit.sigma, "interval": fit.interval, "stopped": fit.stopped,
+                "objective": fit.objective, "metric": fit.metric, "mode": fit.mode,
+                "search_draws": fit.draws, "kl": fit.kl, "notes": list(fit.notes),
+            },
+        )  # fmt: skip
+        bayes.set_mode("full")  # the model is shared, and every method's default is full
+        return outcome, draws
+
+    # --- made once ----------------------------------------------------------------------------
+
+    @cached_property
+    def _deterministic(self) -> dict[str, Predicted]:
+        return self._everywhere(self.setting.model(), Draws.mean())
+
+    @cached_property
+    def _min_nll(self) -> tuple[Outcome, Draws]:
+        return self._tfb(self.setting.anchors, objective="min_nll")
+
+    def _everywhere(self, bayes: Any, draws: Draws) -> dict[str, Predicted]:
+        return {name: sampled(bayes, rows, draws) for name, rows in self.setting.judged.items()}
+
+
+def prediction_passes(bayes: Any, rows: EncodedRows, draws: Draws) -> float:
+    """Passes a row of ``draws``: blocks below the noise and tokens before the tail count once."""
+    S = len(draws)
+    if bayes.mode == "tail":
+        tokens = sum(map(len, rows.input_ids))
+        tail = sum(min(bayes.tail, len(ids)) for ids in rows.input_ids)
+        return 1 + (S - 1) * tail / tokens
+    share = len(bayes.blocks_below) / bayes.base.config.num_hidden_layers
+    return share + S * (1 - share)
+
+
+METHODS: dict[str, Callable[[Methods], Outcome]] = {
+    "mle": Methods.mle,
+    "map": Methods.map,
+    "temperature": Methods.temperature,
+    "mc_dropout": Methods.mc_dropout,
+    "ensemble": Methods.ensemble,
+    "laplace": Methods.laplace,
+    "authors_rule": Methods.authors_rule,
+    "tfb": Methods.tfb,
+    "tfb_min_nll": Methods.tfb_min_nll,
+    "tfb_gvi": Methods.tfb_gvi,
+    "tfb_tail": Methods.tfb_tail,
+    "tfb_last": Methods.tfb_last,
+    "tfb_temperature": Methods.tfb_temperature,
+}

@@ -1,0 +1,45 @@
+"""ECE and NLL of every method on every task, from the calibration rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+
+from benchmarks.calibration.tables import LABELS, group
+from benchmarks.markdown import Row
+
+OTHERS, OURS = "#777777", "#0072B2"  # Okabe and Ito's palette
+FIGURES = (("nll", "NLL (nats a row)", 1.0), ("ece", "ECE (%)", 100.0))
+
+
+def plot_calibration(rows: Sequence[Row], target: Path) -> None:
+    """A column for each task, a line for each method; bars are standard deviations over seeds."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    tasks = group(rows)
+    figure = Figure(figsize=(3.0 * len(tasks) + 2.2, 7.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(FIGURES), len(tasks), squeeze=False, sharey=True)
+    names = list(LABELS)
+    for column, (task, methods) in enumerate(tasks.items()):
+        for line, (key, label, factor) in enumerate(FIGURES):
+            ax = axes[line][column]
+            for place, name in enumerate(names):
+                values = [factor * r[key] for r in methods.get(name, []) if "left_out" not in r]
+                if not values:
+                    continue
+                ax.errorbar(
+                    mean(values), place, xerr=stdev(values) if len(values) > 1 else None, fmt="o",
+                    markersize=5, color=OURS if name.startswith(("tfb", "authors")) else OTHERS,
+                )  # fmt: skip
+                if name == "mle":
+                    ax.axvline(mean(values), color=OTHERS, linewidth=0.8, linestyle=":")
+            ax.set(xlabel=label, title=task if line == 0 else "")
+            ax.set_yticks(range(len(names)), [LABELS[n] for n in names])
+            ax.grid(axis="x", linewidth=0.4)
+            ax.margins(x=0.12)
+    axes[0][0].set_ylim(len(names) - 0.5, -0.5)  # shared: the first method on top
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=110)

@@ -1,0 +1,261 @@
+"""Tables of the calibration rows, mean and standard deviation over seeds, and the targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import mean, stdev
+from typing import Any
+
+from benchmarks.markdown import Row, table, taken_on
+
+LABELS = {
+    "mle": "MLE (the adapter)", "map": "MAP (weight decay)", "temperature": "temperature scaling",
+    "mc_dropout": "MC dropout", "ensemble": "ensemble of 3", "laplace": "last-layer Laplace",
+    "authors_rule": "TFB, the authors' rule", "tfb": "TFB, max_variance (the default)",
+    "tfb_min_nll": "TFB, min_nll", "tfb_gvi": "TFB, gvi on training rows",
+    "tfb_tail": "TFB, min_nll, tail k=1", "tfb_last": "TFB, min_nll, last block",
+    "tfb_temperature": "TFB, min_nll + temperature",
+}  # fmt: skip
+TASKS = {
+    "clinc-domain": "clinc-domain: stories260K, next token, 10 domains",
+    "clinc150": "clinc150: stories260K, classifier, 150 intents",
+    "clinc-fewshot": "clinc-fewshot: MiniLM, classifier, 150 intents, 10 rows each",
+    "exam": "exam: MiniLM, classifier, three sources of science questions",
+    "subject": "subject: MiniLM, classifier, four subjects of MMLU, few rows",
+}
+SHORT = ("mle", "temperature", "ensemble", "laplace", "authors_rule", "tfb", "tfb_min_nll",
+         "tfb_tail", "tfb_temperature")  # fmt: skip
+JUDGED = ("tfb", "tfb_min_nll")
+LOWER = ("nll", "ece")  # figures of which less is better
+ACCURACY_MARGIN, TAIL_ECE, TAIL_NLL = 0.01, 0.01, 0.02
+NO_ROWS = (
+    "*Not run yet: `python -m benchmarks.calibration.train`, then "
+    "`python -m benchmarks.calibration --record`.*"
+)
+Rows = dict[str, dict[str, list[Row]]]
+"""By task and method the rows of all seeds, in the order of ``TASKS`` and ``LABELS``."""
+
+
+def calibration_table(rows: Sequence[Row]) -> str:
+    """All figures of all methods, a table for each task, and the targets."""
+    if not rows:
+        return NO_ROWS
+    parts = []
+    for task, methods in group(rows).items():
+        shifts = _shifts(methods)
+        headings = (
+            "method", "NLL", "ECE %", "accuracy %", "Brier", "AURC %",
+            *(f"AUROC {name}: total, epistemic" for name in ("errors", *shifts)),
+            "passes", "fitting",
+        )  # fmt: skip
+        body = [
+            [
+                LABELS[name], marked(own, "nll", 3), marked(own, "ece", 1, 100),
+                marked(own, "accuracy", 1, 100), over(own, lambda r: r["brier"], 3),
+                over(own, lambda r: r["aurc"], 1, 100),
+                *(_aurocs(own, found) for found in ("errors", *shifts)),
+                over(own, lambda r: r["passes"], 1, spread=False), _fitting(own),
+            ]
+            for name, own in methods.items() if _measured(own)
+        ]  # fmt: skip
+        parts.append(f"### {TASKS[task]}\n\n{_sizes(methods)}\n\n{table(headings, body)}")
+        if missing := _left_out(methods):
+            parts.append(missing)
+    return "\n\n".join([*parts, LEGEND, targets(rows), taken_on(rows)])
+
+
+def evidence_table(rows: Sequence[Row]) -> str:
+    """The README's: fewer methods, fewer columns."""
+    if not rows:
+        return NO_ROWS
+    body = []
+    for task, methods in group(rows).items():
+        for name in SHORT:
+            own = _measured(methods.get(name, []))
+            if own:
+                body.append([
+                    task if name == SHORT[0] else "", LABELS[name], marked(own, "nll", 3),
+                    marked(own, "ece", 1, 100), marked(own, "accuracy", 1, 100),
+                    " / ".join(_auroc(own, shift, "total") for shift in _shifts(methods)),
+                    over(own, lambda r: r["passes"], 1, spread=False),
+                ])  # fmt: skip
+    headings = ("task", "method", "NLL", "ECE %", "accuracy %", "AUROC out of scope", "passes")
+    return "\n\n".join([table(headings, body), SHORT_LEGEND, targets(rows), taken_on(rows)])
+
+
+SHORT_LEGEND = (
+    "Mean ± standard deviation over seeds of training (MiniLM), anchors, test rows and noise. "
+    "(+a −b): better than MLE in a, worse in b of the seeds by a paired bootstrap over test rows "
+    "(95 %). AUROC: rows out of scope told from test rows by the entropy of the averaged "
+    "prediction."
+)
+LEGEND = (
+    SHORT_LEGEND + " AURC: mean error rate of the most certain rows, over coverage. Passes: "
+    "deterministic passes a row. Fitting: passes over the anchors, and models trained beside the "
+    "adapter. The three members of the ensemble are the same at every seed. MC dropout acts where "
+    "it acted in training; the given adapters of stories260K had none and get 0.1 on LoRA's input. "
+    "Laplace is fitted to training rows. Only σ differs between the authors' rule and the other "
+    "TFB rows; all predict with 10 antithetic draws of weight noise."
+)
+
+
+# --- targets --------------------------------------------------------------------------------------
+
+
+def targets(rows: Sequence[Row]) -> str:
+    """The targets of the comparison, by method that they are judged for, and what misses them."""
+    met: list[str] = []
+    missed: list[str] = []
+    for name, value, ok in judge(rows):
+        (met if ok else missed).append(f"- {name}: {value}")
+    return "\n\n".join(
+        f"{title}\n\n" + "\n".join(lines)
+        for title, lines in (("Targets that are missed:", missed), ("Targets that are met:", met))
+        if lines
+    )
+
+
+def judge(rows: Sequence[Row]) -> list[tuple[str, str, bool]]:
+    """(target, what was found, met) of every task."""
+    found = []
+    for task, methods in group(rows).items():
+        mle = _measured(methods.get("mle", []))
+        if not mle:
+            continue
+        over_confident = mean(r["miscalibration"] for r in mle) > 0
+        for method in JUDGED:
+            own = _measured(methods.get(method, []))
+            if not own:
+                continue
+            label = f"{task}, {LABELS[method]}"
+            for name in LOWER:
+                better, worse = votes(own, name)
+                text = f"better in {better}, worse in {worse} of {len(own)} seeds"
+                if over_confident:
+                    found.append((f"{label}, {name.upper()} below MLE's", text,
+                                  better == len(own)))  # fmt: skip
+                else:
+                    found.append((f"{label}, {name.upper()} not above MLE's", text, worse == 0))
+            lost = mean(_vs_mle(r, "accuracy")["difference"] for r in own)
+            found.append((f"{label}, accuracy within 1 point of MLE's", f"{100 * lost:+.2f} points",
+                          lost >= -ACCURACY_MARGIN))  # fmt: skip
+            for shift in _shifts(methods):
+                ours, theirs = (_mean_auroc(r, shift) for r in (own, mle))
+                found.append((f"{label}, AUROC {shift} at least MLE's",
+                              f"{ours:.3f} against {theirs:.3f}", ours >= theirs))  # fmt: skip
+        tail, full = (_measured(methods.get(m, [])) for m in ("tfb_tail", "tfb_min_nll"))
+        if tail and full:
+            gap = 100 * (mean(r["ece"] for r in tail) - mean(r["ece"] for r in full))
+            ratio = mean(r["nll"] for r in tail) / mean(r["nll"] for r in full) - 1
+            found.append((f"{task}, tail within 1 ECE point of full", f"{gap:+.2f} points",
+                          gap <= 100 * TAIL_ECE))  # fmt: skip
+            found.append((f"{task}, tail within 2 % NLL of full", f"{100 * ratio:+.2f} %",
+                          ratio <= TAIL_NLL))  # fmt: skip
+    return found
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
+def group(rows: Sequence[Row]) -> Rows:
+    """By task and method, the newest row of each seed."""
+    newest = {(r["point"]["task"], r["point"]["method"], r["point"]["seed"]): r for r in rows}
+    return {
+        task: {
+            method: own
+            for method in LABELS
+            if (own := [r for (t, m, _seed), r in sorted(newest.items(), key=lambda i: i[0])
+                        if (t, m) == (task, method)])
+        }
+        for task in TASKS
+        if any(t == task for t, _m, _seed in newest)
+    }  # fmt: skip
+
+
+def votes(rows: Sequence[Row], name: str, reference: str = "mle") -> tuple[int, int]:
+    """In how many seeds a figure is significantly (better, worse) than the reference's."""
+    better = worse = 0
+    for row in rows:
+        if reference in row["against"] and row["against"][reference][name]["significant"]:
+            lower = row["against"][reference][name]["difference"] < 0
+            good = lower == (name in LOWER)
+            better, worse = better + good, worse + (not good)
+    return better, worse
+
+
+def marked(rows: Sequence[Row], name: str, digits: int, factor: float = 1.0) -> str:
+    """mean ± standard deviation, and in how many seeds it differs from MLE's."""
+    text = over(rows, lambda r: r[name], digits, factor)
+    better, worse = votes(rows, name)
+    marks = " ".join([*([f"+{better}"] if better else []), *([f"−{worse}"] if worse else [])])
+    return f"{text} ({marks})" if marks else text
+
+
+def over(
+    rows: Sequence[Row],
+    value: Callable[[Row], float],
+    digits: int,
+    factor: float = 1.0,
+    *,
+    spread: bool = True,
+) -> str:
+    """mean ± standard deviation over seeds; the mean alone of one."""
+    values = [factor * value(r) for r in rows]
+    text = f"{mean(values):.{digits}f}"
+    return f"{text} ± {stdev(values):.{digits}f}" if spread and len(values) > 1 else text
+
+
+def _measured(rows: Sequence[Row]) -> list[Row]:
+    return [r for r in rows if "left_out" not in r]
+
+
+def _vs_mle(row: Row, name: str) -> dict[str, Any]:
+    return dict(row["against"]["mle"][name])
+
+
+def _shifts(methods: dict[str, list[Row]]) -> list[str]:
+    first = next(r for own in methods.values() for r in own if "left_out" not in r)
+    return [name for name in first["auroc"] if name != "errors"]
+
+
+def _auroc(rows: Sequence[Row], found: str, kind: str) -> str:
+    values = [r["auroc"][found].get(kind) for r in rows]
+    return f"{mean(values):.3f}" if values and None not in values else "–"
+
+
+def _aurocs(rows: Sequence[Row], found: str) -> str:
+    return ", ".join(_auroc(rows, found, kind) for kind in ("total", "epistemic"))
+
+
+def _mean_auroc(rows: Sequence[Row], shift: str) -> float:
+    return mean(r["auroc"][shift]["total"] for r in rows)
+
+
+def _fitting(rows: Sequence[Row]) -> str:
+    passes = over(rows, lambda r: r["fitting"], 0, spread=False)
+    trained = max(r["trained"] for r in rows)
+    return f"{trained} trained" if trained else passes
+
+
+def _sizes(methods: dict[str, list[Row]]) -> str:
+    rows = [r for own in methods.values() for r in own]
+    sizes = next(r["sizes"] for r in rows if "sizes" in r)
+    shifts = ", ".join(f"{sizes[name]} of {name}" for name in _shifts(methods))
+    seeds = ", ".join(map(str, sorted({r["point"]["seed"] for r in rows})))
+    return (
+        f"{sizes['test']} test rows, {sizes['anchors']} anchors; out of scope: {shifts}; "
+        f"{sizes['train']} training rows; seeds {seeds}."
+    )
+
+
+def _left_out(methods: dict[str, list[Row]]) -> str:
+    """Why methods have no figures, and for which seeds."""
+    reasons: dict[str, list[int]] = {}
+    for name, own in methods.items():
+        for r in own:
+            if "left_out" in r:
+                reasons.setdefault(f"{LABELS[name]}: {r['left_out']}", []).append(
+                    r["point"]["seed"]
+                )
+    lines = [f"- {why} (seeds {', '.join(map(str, s))})" for why, s in reasons.items()]
+    return "Left out:\n\n" + "\n".join(lines) if lines else ""

@@ -1,0 +1,263 @@
+"""Trains the adapters that the shared data lacks: ``python -m benchmarks.calibration.train``.
+
+Plain LoRA as people train it: AdamW, linear decay, a fixed number of epochs, no early stop, no
+tuning for any method. "map" differs from "mle" in one term of the loss, a Gaussian prior on the
+LoRA factors. An adapter is an ordinary PEFT folder with ``train.json`` beside it: configuration,
+losses, versions, seconds. Folders are complete or not there; what is there is not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks import minilm
+from benchmarks.calibration.tasks import GIVEN, TASKS, Task, load_task, shared_folder
+from benchmarks.environment import environment
+from tfb.batching import Batch, EncodedRows, batches
+from tfb.rows import Row
+from tfb.scoring import encode_rows
+
+ADAPTERS = Path(__file__).resolve().parent / "adapters"
+KINDS = ("mle", "map")
+SEEDS = (0, 1, 2)
+PRIOR_STD = 0.1  # of every entry of A and B, for kind "map"
+LLAMA = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+BERT = ("query", "value", "dense")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a task's adapters are trained."""
+
+    targets: tuple[str, ...]
+    epochs: int
+    learning_rate: float
+    batch_size: int = 32
+    warmup: float = 0.05
+    r: int = 8
+    alpha: int = 16
+    dropout: float = 0.1
+
+
+RECIPES = {
+    "clinc-domain": Recipe(LLAMA, epochs=20, learning_rate=2e-3),
+    "clinc150": Recipe(LLAMA, epochs=6, learning_rate=2e-3, batch_size=64),
+    "clinc-fewshot": Recipe(BERT, epochs=12, learning_rate=5e-3),
+    "exam": Recipe(BERT, epochs=12, learning_rate=3e-3),
+    "subject": Recipe(BERT, epochs=12, learning_rate=3e-3, batch_size=16),
+}
+
+
+def adapter(root: Path, task: str, kind: str, seed: int) -> Path:
+    """The folder of an adapter: "<task>-<kind>-<seed>" in ``root``, or the given one in ``shared``.
+
+    Raises:
+        ValueError: an unknown task or kind. FileNotFoundError: not trained yet.
+    """
+    if task not in TASKS or kind not in KINDS:
+        raise ValueError(f"adapter {task} {kind}: tasks {', '.join(TASKS)}; kinds mle, map")
+    if is_given(task, kind, seed):
+        return shared_folder() / "adapters" / GIVEN[task]
+    folder = root / f"{task}-{kind}-{seed}"
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder} is not trained: python -m benchmarks.calibration.train --root {root} "
+            f"--task {task} --kind {kind} --seed {seed}"
+        )
+    return folder
+
+
+def is_given(task: str, kind: str, seed: int) -> bool:
+    """Whether the adapter comes with the shared data."""
+    return task in GIVEN and (kind, seed) == ("mle", 0)
+
+
+def train(task: Task, kind: str, recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """Train one adapter and put it at ``folder``, which must not be there. Returns train.json."""
+    if folder.exists():
+        raise FileExistsError(f"{folder} is there already; remove it to train again")
+    started = time.perf_counter()
+    torch.manual_seed(task.seed)  # of the head, of LoRA's A and of dropout
+    model, tokenizer = _model(task, recipe)
+    rows = encode_rows(task.train, tokenizer, task.task_type, model.config)
+    pad = int(model.config.pad_token_id)
+    prior = [p for name, p in model.named_parameters() if "lora_" in name] if kind == "map" else []
+    losses = []
+    steps = _schedule(model, recipe, math.ceil(len(rows) / recipe.batch_size))
+    model.train()
+    for epoch in range(recipe.epochs):
+        total = 0.0
+        for batch in _epoch(rows, recipe.batch_size, pad, f"{task.name} {task.seed} {epoch}"):
+            assert batch.labels is not None
+            nll = F.cross_entropy(_logits(model, batch, task), batch.labels)
+            decay = sum((p.square().sum() for p in prior), torch.zeros(()))
+            (nll + decay / (2 * PRIOR_STD**2 * len(rows))).backward()
+            next(steps)
+            total += float(nll.detach()) * len(batch)
+        losses.append(total / len(rows))
+        print(f"{folder.name} epoch {epoch + 1}: {losses[-1]:.4f}", flush=True)
+    measured = {
+        name: evaluate_rows(model, part, task, tokenizer)
+        for name, part in (("train", task.train_anchors), ("held_out", task.anchors))
+    }
+    record = {
+        "task": task.name, "kind": kind, "seed": task.seed, "rows": len(rows),
+        "recipe": asdict(recipe), "prior_std": PRIOR_STD if prior else None,
+        "train_loss": losses, "figures": measured, "seconds": time.perf_counter() - started,
+        "environment": environment(),
+    }  # fmt: skip
+    _save(model, record, folder)
+    return record
+
+
+def evaluate_rows(
+    model: Any, rows: Sequence[Row], task: Task, tokenizer: Any
+) -> dict[str, float | int]:
+    """Accuracy, NLL and mean confidence of the deterministic model."""
+    encoded = encode_rows(rows, tokenizer, task.task_type, model.config)
+    model.eval()
+    probs, labels = [], []
+    pad = int(model.config.pad_token_id)
+    for batch in batches(
+        encoded, batch_size=100, pad_token_id=pad, padding_side=_side(encoded), sort_by_length=True
+    ):
+        with torch.no_grad():
+            probs.append(_logits(model, batch, task).softmax(-1))
+        labels.append(torch.as_tensor(batch.labels))
+    p, y = torch.cat(probs), torch.cat(labels)
+    return {
+        "rows": len(y),
+        "accuracy": float((p.argmax(-1) == y).float().mean()),
+        "nll": float(F.nll_loss(p.clamp_min(1e-12).log(), y)),
+        "confidence": float(p.amax(-1).mean()),
+    }
+
+
+def _model(task: Task, recipe: Recipe) -> tuple[Any, Any]:
+    """The base model with fresh LoRA factors (and head), and its tokenizer."""
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    base = str(task.base)
+    causal = task.task_type == "CAUSAL_LM"
+    if causal:
+        model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    else:
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(
+            base, num_labels=task.classes, dtype=torch.float32
+        )
+    config = LoraConfig(
+        task_type=task.task_type,
+        r=recipe.r,
+        lora_alpha=recipe.alpha,
+        lora_dropout=recipe.dropout,
+        target_modules=list(recipe.targets),
+        modules_to_save=None if causal else ["classifier", "score"],
+    )
+    wrapped = get_peft_model(model, config)
+    # A name, not a folder of the machine that it was trained on.
+    name = minilm.NAME if task.base.name == "model" else task.base.name
+    wrapped.peft_config["default"].base_model_name_or_path = name
+    return wrapped, transformers.AutoTokenizer.from_pretrained(base)
+
+
+def _logits(model: Any, batch: Batch, task: Task) -> Tensor:
+    """[B, K] logits of the classes or choices."""
+    if batch.label_ids is None:
+        return model(**batch.model_inputs()).logits
+    logits = model(
+        **batch.model_inputs(), position_ids=batch.position_ids, logits_to_keep=1
+    ).logits[:, -1]
+    return logits.gather(-1, batch.label_ids)
+
+
+def _schedule(model: Any, recipe: Recipe, steps_per_epoch: int) -> Iterator[None]:
+    """Each ``next`` is one step of AdamW, with warm-up and linear decay to 0."""
+    from transformers import get_linear_schedule_with_warmup
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    # No decoupled decay: the prior is a term of the loss, and a head has none.
+    optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.0)
+    steps = recipe.epochs * steps_per_epoch
+    schedule = get_linear_schedule_with_warmup(optimizer, int(recipe.warmup * steps), steps)
+    for _ in range(steps):
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        yield
+
+
+def _epoch(rows: EncodedRows, batch_size: int, pad: int, key: str) -> Iterator[Batch]:
+    """Batches of rows of about one length, in random order; every row once."""
+    rng = random.Random(key)
+    lengths = [len(ids) * rng.uniform(0.8, 1.2) for ids in rows.input_ids]
+    order = sorted(range(len(rows)), key=lengths.__getitem__)
+    groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    rng.shuffle(groups)
+    for group in groups:
+        yield from batches(
+            rows.subset(group), batch_size=batch_size, pad_token_id=pad, padding_side=_side(rows)
+        )
+
+
+def _side(rows: EncodedRows) -> str:
+    """A decoder's prompts end together; an encoder's positions count from the left."""
+    return "left" if rows.label_ids is not None else "right"
+
+
+def _save(model: Any, record: dict[str, Any], folder: Path) -> None:
+    """All files, then the folder's name."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        model.save_pretrained(str(made), save_embedding_layers=False)
+        (made / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+        (made / "train.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        made.chmod(0o755)
+        made.rename(folder)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--root", type=Path, default=ADAPTERS, help="folder of all adapters")
+    parser.add_argument("--task", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--kind", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--seed", nargs="+", type=int, choices=SEEDS, default=SEEDS)
+    parser.add_argument("--threads", type=int, help="torch's threads")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    shared = shared_folder()
+    for seed in options.seed:  # all of the first seed, so that it can be used
+        for name in options.task:
+            for kind in options.kind:
+                folder = options.root / f"{name}-{kind}-{seed}"
+                if is_given(name, kind, seed) or folder.is_dir():
+                    continue
+                record = train(load_task(name, shared, seed), kind, RECIPES[name], folder)
+                print(f"{folder.name}: {record['seconds']:.0f} s", record["figures"], flush=True)
+
+
+if __name__ == "__main__":
+    main()

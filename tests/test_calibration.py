@@ -1,0 +1,318 @@
+"""The comparison of methods: known answers of its figures, its methods' identities, its tables."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.calibration import __main__ as comparison
+from benchmarks.calibration import setting as settings
+from benchmarks.calibration import tables
+from benchmarks.calibration.evaluation import Bootstrap, aurc, auroc, figures
+from benchmarks.calibration.laplace import SAMPLES, fit_laplace, sample_laplace
+from benchmarks.calibration.methods import LeftOut, Methods, prediction_passes
+from benchmarks.calibration.setting import Predicted, Setting, features, head, labels_of, sampled
+from benchmarks.calibration.tasks import load_task
+from benchmarks.calibration.train import adapter
+from tfb.draws import Draws
+from tfb.metrics import evaluate
+
+FLOAT32 = 1e-5  # of probabilities: two orders of the same sums
+
+
+# --- figures --------------------------------------------------------------------------------------
+
+
+def test_aurc_of_known_orders() -> None:
+    """Errors last: mean of 0, 0, 1/3, 2/4. Errors first: of 1, 1, 2/3, 2/4. No order: the rate."""
+    wrong = np.array([False, False, True, True])
+    u = np.arange(4.0)
+    assert aurc(u, wrong) == pytest.approx((0 + 0 + 1 / 3 + 2 / 4) / 4)
+    assert aurc(-u, wrong) == pytest.approx((1 + 1 + 2 / 3 + 2 / 4) / 4)
+    assert aurc(np.zeros(4), wrong) == pytest.approx(0.5)
+
+
+def test_auroc_counts_pairs() -> None:
+    """3 of 4 pairs in order; a tie is a half; nothing to find is None."""
+    assert auroc(np.array([0.0, 2.0]), np.array([1.0, 3.0])) == pytest.approx(3 / 4)
+    assert auroc(np.array([1.0]), np.array([1.0])) == pytest.approx(1 / 2)
+    assert auroc(np.array([1.0]), np.array([])) is None
+
+
+def test_figures_of_a_perfect_method() -> None:
+    """Right and sure of it, and unsure out of scope: nothing to lose, everything found."""
+    labels = torch.tensor([0, 1, 1])
+    sure = torch.nn.functional.one_hot(labels, 2).double()
+    found = figures(
+        {"test": Predicted.of_probs(sure), "oos": Predicted.of_probs(torch.full((2, 2), 0.5))},
+        labels,
+    )
+    assert (found["accuracy"], found["nll"], found["brier"], found["aurc"]) == (1, 0, 0, 0)
+    assert found["auroc"] == {"errors": {"total": None}, "oos": {"total": 1.0}}
+
+
+def test_epistemic_uncertainty_is_what_members_disagree_on() -> None:
+    """Two opposed certain members: entropy and mutual information are both log 2."""
+    p = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
+    found = Predicted.of_draws(p)
+    assert found.epistemic is not None
+    assert float(found.total[0]) == pytest.approx(math.log(2))
+    assert float(found.epistemic[0]) == pytest.approx(math.log(2))
+
+
+# --- bootstrap ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def noisy() -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities [400, 3] and labels [400]."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(400, 3, generator=generator, dtype=torch.float64)
+    labels = (logits + 2 * torch.randn(400, 3, generator=generator)).argmax(-1)
+    return logits.softmax(-1), labels
+
+
+def test_bootstrap_of_a_constant_difference(noisy: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """.9 against .5 on every label: log(.5 / .9) in every resample, float32 weights aside."""
+    _p, labels = noisy
+    rows = torch.arange(len(labels))
+    high, low = torch.full((400, 3), 0.05), torch.full((400, 3), 0.25)
+    high[rows, labels], low[rows, labels] = 0.9, 0.5
+    found = Bootstrap(labels, resamples=200).compare(high, low)
+    for key in ("difference", "low", "high"):
+        assert found["nll"][key] == pytest.approx(math.log(0.5 / 0.9), abs=FLOAT32)
+        assert found["ece"][key] == pytest.approx(0.1 - 0.5, abs=FLOAT32)
+        assert found["accuracy"][key] == 0
+    assert found["nll"]["significant"] and not found["accuracy"]["significant"]
+
+
+def test_bootstrap_of_a_method_with_itself(noisy: tuple[torch.Tensor, torch.Tensor]) -> None:
+    p, labels = noisy
+    found = Bootstrap(labels, resamples=50).compare(p, p)
+    assert all(f["difference"] == 0 and not f["significant"] for f in found.values())
+
+
+def test_bootstrap_figures_are_those_of_the_table(
+    noisy: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    """Every row once: NLL, ECE and accuracy of ``tfb.metrics``."""
+    p, labels = noisy
+    other = torch.full_like(p, 1 / 3)
+    found = Bootstrap(labels, resamples=10).compare(p, other)
+    ours, flat = evaluate(p, labels), evaluate(other, labels)
+    for name in ("nll", "ece", "accuracy"):
+        expected = getattr(ours, name) - getattr(flat, name)
+        assert found[name]["difference"] == pytest.approx(expected, abs=FLOAT32)
+
+
+def test_bootstrap_interval_is_the_normal_one(noisy: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """A mean over 400 rows: 1.96 standard errors on either side. A 2.5 % quantile of 10,000 has a
+    standard error of .027 standard errors (binomial), the skewness of 400 rows adds as much."""
+    p, labels = noisy
+    found = Bootstrap(labels).compare(p, torch.full_like(p, 1 / 3))["nll"]
+    rows = -p.gather(1, labels[:, None])[:, 0].log()
+    error = float(rows.std(unbiased=False)) / 20
+    assert found["low"] == pytest.approx(found["difference"] - 1.96 * error, abs=0.15 * error)
+    assert found["high"] == pytest.approx(found["difference"] + 1.96 * error, abs=0.15 * error)
+
+
+# --- methods on the given adapters ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def make(shared: Path) -> Callable[[str], Setting]:
+    def of(task: str) -> Setting:
+        rows = load_task(task, shared, 0, rows=24, anchors=24, shift_rows=8)
+        return Setting(rows, lambda kind, seed: adapter(Path("none"), task, kind, seed), 0, (0,))
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def causal(make: Callable[[str], Setting]) -> Setting:
+    return make("clinc-domain")
+
+
+@pytest.fixture(scope="module")
+def classifier(make: Callable[[str], Setting]) -> Setting:
+    return make("clinc150")
+
+
+def test_identities_of_the_methods(causal: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An ensemble of one, temperature 1, TFB at sigma 0 and dropout at rate 0 are the adapter."""
+    methods = Methods(causal)
+    mle = methods.run("mle").predicted["test"].probs
+    one = methods.run("ensemble")
+    assert torch.equal(one.predicted["test"].probs, mle) and (one.passes, one.trained) == (1, 0)
+    monkeypatch.setattr("benchmarks.calibration.methods.fit_temperature", lambda *_: 1.0)
+    tempered = methods.run("temperature").predicted["test"].probs
+    torch.testing.assert_close(tempered, mle, rtol=0, atol=FLOAT32)
+    still = sampled(causal.model(), causal.judged["test"], Draws.antithetic(4, 0.0))
+    torch.testing.assert_close(still.probs, mle, rtol=0, atol=FLOAT32)
+    assert still.epistemic is not None and float(still.epistemic.max()) < FLOAT32
+    monkeypatch.setattr(settings, "GIVEN_DROPOUT", 0.0)
+    dropped = methods.run("mc_dropout").predicted["test"]
+    torch.testing.assert_close(dropped.probs, mle, rtol=0, atol=FLOAT32)
+
+
+def test_dropout_acts_and_leaves_no_trace(causal: Setting) -> None:
+    """Passes differ; afterwards the model predicts as before and PEFT's modules are back."""
+    bayes, rows = causal.model(), causal.judged["test"]
+    before, kinds = sampled(bayes, rows, Draws.mean()), [type(m) for m in bayes.model.modules()]
+    found = settings.dropped_out(bayes, rows, 3, seed=0)
+    assert found.epistemic is not None and float(found.epistemic.mean()) > 1e-4
+    assert torch.equal(sampled(bayes, rows, Draws.mean()).probs, before.probs)
+    assert [type(m) for m in bayes.model.modules()] == kinds and not bayes.model.training
+    again = settings.dropped_out(bayes, rows, 3, seed=0)
+    assert torch.equal(again.probs, found.probs)
+
+
+@pytest.mark.parametrize("task", ["causal", "classifier"])
+def test_head_of_features_is_the_model(task: str, request: pytest.FixtureRequest) -> None:
+    """What Laplace is given: the linear head on the features puts out the model's predictions."""
+    setting = request.getfixturevalue(task)
+    bayes, rows = setting.model(), setting.judged["test"]
+    with torch.no_grad():
+        found = head(bayes, rows)(features(bayes, rows)).softmax(-1)
+    expected = sampled(bayes, rows, Draws.mean()).probs
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=FLOAT32)
+
+
+def test_laplace_of_infinite_prior_precision_is_the_head() -> None:
+    """The posterior shrinks to its mean, the trained head; a finite precision has spread."""
+    pytest.importorskip("opt_einsum")  # of laplace-torch, whose own import warns
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.jit.script", lambda f: f)  # deprecated; an import still calls it
+        pytest.importorskip("laplace")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 4, generator=generator)
+    labels = torch.randint(0, 3, (60,), generator=generator)
+    linear = torch.nn.Linear(4, 3)
+    fitted = fit_laplace(linear, x, labels)
+    loose = sample_laplace(fitted, x, seed=0)
+    assert loose.shape == (SAMPLES, 60, 3) and float(loose.std(0).mean()) > 1e-3
+    fitted.prior_precision = 1e12  # standard deviations of 1e-6
+    tight = sample_laplace(fitted, x, seed=0)
+    expected = linear(x).softmax(-1).detach().expand_as(tight)
+    torch.testing.assert_close(tight, expected, rtol=0, atol=1e-4)
+
+
+def test_passes_are_counted_by_blocks_and_tokens(causal: Setting) -> None:
+    """Full: S. Noise in one of five blocks: 4/5 + S/5. Tail k = 1: 1 + (S - 1) / mean length."""
+    rows, draws = causal.judged["test"], Draws.antithetic(10, 0.01)
+    bayes = causal.model()
+    assert prediction_passes(bayes, rows, draws) == 10
+    bayes.set_mode("tail", 1)
+    length = sum(map(len, rows.input_ids)) / len(rows)
+    assert prediction_passes(bayes, rows, draws) == pytest.approx(1 + 9 / length)
+    bayes.set_mode("full")
+    import tfb
+
+    last = causal.model(layers=tfb.last_layers(1))
+    assert prediction_passes(last, rows, draws) == pytest.approx(0.8 + 10 / 5)
+
+
+def test_rows_without_labels_are_no_anchors(causal: Setting) -> None:
+    with pytest.raises(ValueError, match="has no label"):
+        labels_of(causal.judged["oos"])
+
+
+def test_a_toy_comparison_end_to_end(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows with all figures, differences to both references, and nothing twice."""
+    monkeypatch.setattr(comparison, "RESULTS", tmp_path)
+    monkeypatch.setattr(comparison, "same_sources", lambda commit: True)
+    monkeypatch.setattr(comparison, "_dirty", lambda row: False)
+    names = ["mle", "temperature", "tfb_min_nll", "tfb_tail", "tfb_temperature"]
+    call = ["--task", "clinc-domain", "--seed", "0", "--rows", "20", "--anchors", "20",
+            "--shift-rows", "10", "--record", "--method", *names]  # fmt: skip
+    comparison.main(call)
+    lines = (tmp_path / "calibration.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [r["point"]["method"] for r in rows] == names
+    mle, scaled, full, tail, both = rows
+    assert set(mle["against"]) == {"temperature"} and set(full["against"]) == set(
+        comparison.REFERENCES
+    )
+    assert scaled["accuracy"] == mle["accuracy"]  # a temperature moves no argmax
+    assert set(full["auroc"]["oos"]) == {"total", "epistemic"} and full["passes"] == 10
+    assert 1 < tail["passes"] < 2 and both["details"]["sigma"] == full["details"]["sigma"]
+    text = tables.calibration_table(rows)
+    assert "### clinc-domain" in text and tables.LABELS["tfb_tail"] in text
+    comparison.main(call)
+    assert (tmp_path / "calibration.jsonl").read_text().splitlines() == lines
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def made_row(method: str, seed: int, nll: float, *, better: bool | None = None, **more: Any) -> Any:
+    """A row whose NLL and ECE differ from MLE's significantly (better, worse) or not (None)."""
+    difference = {True: -0.1, False: 0.1, None: 0.01}[better]
+    compared = {"difference": difference, "low": 0.0, "high": 0.0}
+    against = {
+        "nll": compared | {"significant": better is not None},
+        "ece": compared | {"significant": better is not None},
+        "accuracy": {"difference": -0.005, "low": 0.0, "high": 0.0, "significant": False},
+    }
+    point = {"task": "clinc-domain", "seed": seed, "method": method, "rows": 10, "anchors": 5,
+             "shift_rows": 5}  # fmt: skip
+    environment = {
+        "gpu": None, "cpu": {"model": "c", "cores": 2}, "commit": {"id": "0" * 40, "dirty": False},
+        "versions": {"torch": "1", "transformers": "1", "peft": "1"},
+    }  # fmt: skip
+    return {
+        "point": point, "nll": nll, "ece": nll / 10, "accuracy": 0.8, "brier": 0.3, "aurc": 0.1,
+        "miscalibration": 0.1, "passes": 1.0, "fitting": 0.0, "trained": 0,
+        "auroc": {"errors": {"total": 0.7}, "oos": {"total": 0.8 + seed / 100}},
+        "against": {} if method == "mle" else {"mle": against},
+        "sizes": {"train": 9, "anchors": 5, "test": 10, "oos": 5},
+        "environment": environment, "date": "2026-01-01", **more,
+    }  # fmt: skip
+
+
+def test_table_means_spreads_and_marks() -> None:
+    rows = [made_row("mle", s, 1.0 + s) for s in (0, 1, 2)]
+    rows += [made_row("tfb", 0, 0.5, better=True), made_row("tfb", 1, 0.7, better=True),
+             made_row("tfb", 2, 0.9, better=False)]  # fmt: skip
+    text = tables.calibration_table(rows)
+    assert "2.000 ± 1.000 |" in text and "0.700 ± 0.200 (+2 −1)" in text
+    assert "seeds 0, 1, 2" in text and "0.810, –" in text  # no epistemic uncertainty
+    assert "better in 2, worse in 1 of 3 seeds" in text
+    assert "NLL below MLE's" in text.split("Targets that are met")[0]
+    assert "AUROC oos at least MLE's: 0.810 against 0.810" in text.split("Targets that are met")[1]
+    assert tables.calibration_table([]) == tables.evidence_table([]) == tables.NO_ROWS
+
+
+def test_table_says_what_was_left_out() -> None:
+    """A method without figures has a reason; one that failed at one seed keeps the others."""
+    rows = [made_row("mle", 0, 1.0), made_row("tfb", 0, 0.5)]
+    rows += [{"point": {**rows[0]["point"], "method": "tfb_tail"}, "left_out": "an encoder",
+              "environment": rows[0]["environment"], "date": "2026-01-01"}]  # fmt: skip
+    text = tables.calibration_table(rows)
+    assert "- TFB, min_nll, tail k=1: an encoder (seeds 0)" in text
+    assert "tail k=1" not in tables.evidence_table(rows)
+
+
+def test_under_confident_adapters_are_judged_otherwise() -> None:
+    """Not worse is enough."""
+    rows = [made_row("mle", 0, 1.0, miscalibration=-0.1), made_row("tfb", 0, 1.0)]
+    found = {name: ok for name, _value, ok in tables.judge(rows)}
+    label = f"clinc-domain, {tables.LABELS['tfb']}"
+    assert found[f"{label}, NLL not above MLE's"] and f"{label}, NLL below MLE's" not in found
+
+
+def test_methods_that_do_not_exist_say_why(
+    causal: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.calibration.methods.why_no_tail", lambda *_: "no prefix")
+    with pytest.raises(LeftOut, match="no prefix"):
+        Methods(causal).run("tfb_tail")
