@@ -8,14 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from benchmarks.calibration import __main__ as comparison
 from benchmarks.calibration import setting as settings
 from benchmarks.calibration import tables
-from benchmarks.calibration.evaluation import Bootstrap, aurc, auroc, figures
+from benchmarks.calibration.evaluation import Bootstrap, figures
 from benchmarks.calibration.laplace import SAMPLES, fit_laplace, sample_laplace
 from benchmarks.calibration.methods import LeftOut, Methods, prediction_passes
 from benchmarks.calibration.setting import Predicted, Setting, features, head, labels_of, sampled
@@ -28,22 +27,6 @@ FLOAT32 = 1e-5  # of probabilities: two orders of the same sums
 
 
 # --- figures --------------------------------------------------------------------------------------
-
-
-def test_aurc_of_known_orders() -> None:
-    """Errors last: mean of 0, 0, 1/3, 2/4. Errors first: of 1, 1, 2/3, 2/4. No order: the rate."""
-    wrong = np.array([False, False, True, True])
-    u = np.arange(4.0)
-    assert aurc(u, wrong) == pytest.approx((0 + 0 + 1 / 3 + 2 / 4) / 4)
-    assert aurc(-u, wrong) == pytest.approx((1 + 1 + 2 / 3 + 2 / 4) / 4)
-    assert aurc(np.zeros(4), wrong) == pytest.approx(0.5)
-
-
-def test_auroc_counts_pairs() -> None:
-    """3 of 4 pairs in order; a tie is a half; nothing to find is None."""
-    assert auroc(np.array([0.0, 2.0]), np.array([1.0, 3.0])) == pytest.approx(3 / 4)
-    assert auroc(np.array([1.0]), np.array([1.0])) == pytest.approx(1 / 2)
-    assert auroc(np.array([1.0]), np.array([])) is None
 
 
 def test_figures_of_a_perfect_method() -> None:
