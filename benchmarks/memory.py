@@ -99,7 +99,7 @@ def measure(shared: Path, bench: Bench, rows: int, threads: int) -> Row:
     settled = median(after[:10])
     growth = max(after[10:]) / settled
     return record(bench, {
-        "suite": "memory", "measure": "resident memory", "device": "cpu", "toy": False,
+        "suite": "score", "measure": "resident memory", "device": "cpu", "toy": False,
         "point": {"rows": rows, "draws": DRAWS, "mode": "tail", "tail": TAIL, "threads": threads,
                   "model": "stories260K", "adapter": "stories260K-clinc-domain"},
         "bytes": {"after_first_minute": settled, "median": median(after), "most": max(after),

@@ -18,11 +18,12 @@ def score_table(rows: Sequence[Row]) -> str:
         return NOT_MEASURED
     by_measure = {
         name: [r for r in rows if r["measure"] == name]
-        for name in ("throughput", "ray workers", "million")
+        for name in ("throughput", "ray workers", "million", "resident memory")
     }
     parts = [
         _throughput(by_measure["throughput"]), *map(_workers, by_measure["ray workers"]),
-        *map(_million, by_measure["million"]), _missed(rows), taken_on(rows),
+        *map(_memory, by_measure["resident memory"]), *map(_million, by_measure["million"]),
+        _missed(rows), taken_on(rows),
     ]  # fmt: skip
     return "\n\n".join(part for part in parts if part)
 
@@ -65,6 +66,17 @@ def _workers(row: Row) -> str:
     return (
         f"Two single-threaded Ray workers score {spread(row['ratios']['one_worker'])} times the "
         f"rows of one in the same time ({_name(row)}; {row['timed']})."
+    )
+
+
+def _memory(row: Row) -> str:
+    held = row["bytes"]
+    return (
+        f"Memory: {row['point']['rows']:,} rows ({row['point']['model']}, {row['point']['mode']} "
+        f"k = {row['point']['tail']}, {row['point']['draws']} draws) held "
+        f"{held['after_first_minute'] / 2**20:.0f} MiB after the first minute, at most "
+        f"{held['most'] / 2**20:.0f} MiB ({100 * (row['growth'] - 1):+.1f} %) in the "
+        f"{row['seconds'] / 60:.0f} minutes of the run, {held['last'] / 2**20:.0f} MiB at its end."
     )
 
 

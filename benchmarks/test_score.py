@@ -54,7 +54,7 @@ from tfb.scoring import load_tokenizer
 from tfb_kernels.testing import error_budget
 
 DRAWS, SIGMA, TAIL = 10, 0.01, 1
-ROWS = {"clinc-domain": 400, "skewed": 300}
+ROWS = {"clinc-domain": 400, "skewed": 150}
 SIZES = (8, 16, 32, 64, 128)
 TOY_ROWS = 12
 SETTINGS = Draws.antithetic(DRAWS, SIGMA)

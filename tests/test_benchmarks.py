@@ -92,6 +92,11 @@ def score_rows() -> list[dict[str, Any]]:
             "runs": dict.fromkeys(("tail", "last", "naive"), run)
             | {"full": {**run, "kwh_a_million": None}},
         },
+        common | {
+            "measure": "resident memory", "growth": 1.02, "seconds": 600.0,
+            "point": {"model": "m", "rows": 40, "mode": "tail", "tail": 1, "draws": 10},
+            "bytes": {"after_first_minute": 100 << 20, "most": 102 << 20, "last": 99 << 20},
+        },
     ]  # fmt: skip
 
 
@@ -105,6 +110,7 @@ def test_score_table_shows_what_there_is() -> None:
     assert workers in text
     assert "| tail k = 1, S = 10 | 50.0 | 5.6 | 3.9 | 7 |" in text
     assert "| full, S = 10 | 50.0 | 5.6 |  | 7 |" in text  # no energy known
+    assert "held 100 MiB after the first minute, at most 102 MiB (+2.0 %) in the 10 min" in text
     assert "- m, skewed, 10 rows (cpu): plain script / full job is 1.50, the target 2.00" in text
     assert workers in report.score_table(rows[1:2]) and "missed" not in report.score_table(rows[1:])
     assert "Not measured yet" in report.score_table([])
