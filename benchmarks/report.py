@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from benchmarks.calibration.ablation_tables import ablations_table, plot_ablations
 from benchmarks.calibration.pictures import plot_calibration
 from benchmarks.calibration.tables import calibration_table, evidence_table
 from benchmarks.kernel_tables import linear_table, predictive_table
@@ -163,11 +164,13 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "score": score_table,
     "evidence": evidence_table,
     "calibration": calibration_table,
+    "ablations": ablations_table,
     "paper": paper_table,
 }
 SUITES = {"evidence": "calibration"}  # whose rows a table shows, where not those of its name
 PAGES = {  # where not in the README
     "calibration": FOLDER / "calibration" / "README.md",
+    "ablations": FOLDER / "calibration" / "README.md",
     "paper": FOLDER / "paper" / "README.md",
 }
 
@@ -216,6 +219,7 @@ def plot_quality(rows: Sequence[Row], target: Path) -> None:
 PLOTS: dict[str, Callable[[Sequence[Row], Path], None]] = {
     "quality": plot_quality,
     "calibration": plot_calibration,
+    "ablations": plot_ablations,
 }
 
 

@@ -1,0 +1,267 @@
+"""What each choice of the search is worth: ``python -m benchmarks.calibration.ablations``.
+
+One thing is varied at a time, from the defaults of ``fit_sigma`` (metric nll, objective
+max_variance, tolerance 0.3 %, 4 draws) on held-out anchors, with 10 draws in prediction:
+
+    family       low_rank (TFB), constant, full_rank (tfb/families.py), two objectives
+    metric       every metric of fit_sigma, max_variance
+    objective    max_variance, min_nll, gvi; held-out and training anchors
+    tolerance    0.1 % to 30 %, held-out and training anchors
+    draws        of the prediction, at the sigma of the defaults
+    search_draws of the search
+    anchors      50 to 1,000, three disjoint samples of each size, two objectives
+
+A row is one sigma, its interval, what the search cost, and the figures on test and out-of-scope
+rows. Those are predicted once for each family and power of 1.1 next to sigma, which is at most 5 %
+off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+from torch import Tensor
+
+import tfb
+from benchmarks.calibration.tasks import Task, load_task, shared_folder
+from benchmarks.calibration.train import ADAPTERS, adapter
+from benchmarks.harness import Bench, Ceilings, Row, record
+from tfb.anchor import METRICS
+from tfb.batching import EncodedRows
+from tfb.draws import Draws
+from tfb.engine import BayesianModel
+from tfb.families import FAMILIES
+from tfb.metrics import auroc, evaluate
+from tfb.scoring import encode, load_tokenizer, pad_token, predict_rows
+from tfb.sigma_fit import SearchError, SigmaFit
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+TOLERANCES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+DRAWS = (2, 4, 10, 20, 40)
+SEARCH_DRAWS = (2, 4, 10, 20)
+SUBSETS = 3
+BATCH = 50
+STEP = 1.1  # between sigmas that are predicted with
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Rows of each kind, and the numbers of anchors compared."""
+
+    rows: int
+    shift_rows: int
+    anchors: int
+    counts: tuple[int, ...]
+
+
+SIZES = {
+    "clinc-domain": Sizes(600, 300, 500, (50, 100, 200, 500, 1000)),
+    "clinc-fewshot": Sizes(300, 150, 150, (50, 100, 200)),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One search and one prediction. value: what the ablation varies; options: of fit_sigma."""
+
+    ablation: str
+    value: str | int | float
+    count: int
+    source: str = "held_out"
+    subset: int = 0
+    family: str = "low_rank"
+    draws: int = 10
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def search(self) -> tuple[Any, ...]:
+        """What the answer of the search depends on."""
+        return self.family, self.source, self.count, self.subset, *sorted(self.options.items())
+
+
+def settings(sizes: Sizes, training_rows: int) -> Iterator[Setting]:
+    """All points of the study."""
+    n = sizes.anchors
+    for family in FAMILIES:
+        for objective in ("max_variance", "min_nll"):
+            yield Setting("family", family, n, family=family, options={"objective": objective})
+    for metric in METRICS:
+        tolerance = 0.01 if metric == "accuracy" else 0.003  # as in the paper
+        yield Setting("metric", metric, n, options={"metric": metric, "tolerance": tolerance})
+    for source in ("held_out", "train"):
+        for objective in ("max_variance", "min_nll"):
+            yield Setting("objective", objective, n, source, options={"objective": objective})
+        # Ordinary variational inference: lambda is one over the rows of the likelihood.
+        weight = 1 / (training_rows if source == "train" else n)
+        options = {"objective": "gvi", "metric": "expected_nll", "kl_weight": weight}
+        yield Setting("objective", "gvi", n, source, options=options)
+        for tolerance in TOLERANCES:
+            yield Setting("tolerance", tolerance, n, source, options={"tolerance": tolerance})
+    for draws in DRAWS:
+        yield Setting("draws", draws, n, draws=draws)
+    for draws in SEARCH_DRAWS:
+        yield Setting("search_draws", draws, n, options={"draws": draws})
+    for count in sizes.counts:
+        for subset in range(SUBSETS):
+            for objective in ("max_variance", "min_nll"):
+                options = {"objective": objective}
+                yield Setting("anchors", count, count, subset=subset, options=options)
+
+
+@dataclass
+class Study:
+    """One task: models by family, rows, and what was already searched or predicted."""
+
+    task: Task
+    folder: Path
+    sizes: Sizes
+    models: dict[str, BayesianModel] = field(default_factory=dict)
+    fits: dict[tuple[Any, ...], SigmaFit | str] = field(default_factory=dict)
+    predicted: dict[tuple[str, float], dict[str, Tensor]] = field(default_factory=dict)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(str(self.task.base))
+
+    def model(self, family: str) -> BayesianModel:
+        if family not in self.models:
+            base = tfb.load_base(self.task.base, self.folder)
+            model = tfb.load_adapter(base, self.folder)
+            self.models[family] = tfb.bayesianize(model, family=family)
+        return self.models[family]
+
+    @cached_property
+    def encoded(self) -> dict[str, EncodedRows]:
+        rows = {
+            "held_out": self.task.anchors, "train": self.task.train_anchors,
+            "test": self.task.test, "oos": self.task.shifts["oos"],
+        }  # fmt: skip
+        return {k: encode(self.model("low_rank"), v, self.tokenizer) for k, v in rows.items()}
+
+    def anchors(self, setting: Setting) -> EncodedRows:
+        """The first ``count`` rows of a subset; subsets are disjoint."""
+        start = setting.subset * max(self.sizes.counts)
+        return self.encoded[setting.source].subset(range(start, start + setting.count))
+
+    def fit(self, setting: Setting) -> SigmaFit | str:
+        """The search's answer, or why it has none."""
+        key = setting.search()
+        if key not in self.fits:
+            bayes = self.model(setting.family)
+            try:
+                self.fits[key] = tfb.fit_sigma(bayes, self.anchors(setting), **setting.options)
+            except SearchError as error:
+                self.fits[key] = str(error)
+        return self.fits[key]
+
+    def figures(self, family: str, sigma: float, draws: int) -> dict[str, float | None]:
+        """On test rows, and how well uncertainty tells out-of-scope rows from them (epistemic:
+        None at sigma = 0, which has none)."""
+        rounded = STEP ** round(math.log(sigma, STEP)) if sigma > 0 else 0.0
+        found = self.predicted.get((family, rounded), {})
+        if not found or len(found["test"]) < draws:
+            found = {name: self._draws(family, rounded, draws, name) for name in ("test", "oos")}
+            self.predicted[family, rounded] = found
+        probs, total, epistemic = _summary(found["test"][:draws])
+        _, oos_total, oos_epistemic = _summary(found["oos"][:draws])
+        m = evaluate(probs, torch.tensor(self.encoded["test"].labels))
+        return {
+            "sigma_tested": rounded, "accuracy": m.accuracy, "nll": m.nll, "ece": m.ece,
+            "brier": m.brier, "auroc_total": auroc(oos_total, total),
+            "auroc_epistemic": auroc(oos_epistemic, epistemic) if sigma > 0 else None,
+        }  # fmt: skip
+
+    def _draws(self, family: str, sigma: float, draws: int, rows: str) -> Tensor:
+        """Each draw's probabilities [S, N, K]; the first of many draws are those of few."""
+        bayes = self.model(family)
+        found = predict_rows(
+            bayes, self.encoded[rows], Draws.antithetic(draws, sigma, seed=bayes.seed),
+            batch_size=BATCH, pad_token_id=pad_token(bayes, self.tokenizer), keep_draws=True,
+        )  # fmt: skip
+        assert found.draw_probs is not None
+        return found.draw_probs
+
+
+def _summary(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean [N, K], its entropy [N], and mutual information [N] of p [S, N, K]."""
+    p = p.double()
+    probs = p.mean(0)
+    total = torch.special.entr(probs).sum(-1)
+    return probs, total, (total - torch.special.entr(p).sum(-1).mean(0)).clamp_min(0.0)
+
+
+def measure(study: Study, bench: Bench) -> None:
+    """All rows of one task, the deterministic adapter's first."""
+    task, sizes = study.task, study.sizes
+    common = {"task": task.name, "seed": task.seed, "rows": len(task.test),
+              "shift_rows": len(task.shifts["oos"])}  # fmt: skip
+    point = common | {"value": "deterministic"}
+    _record(bench, "deterministic", point, {"sigma": 0.0} | study.figures("low_rank", 0.0, 2))
+    for s in settings(sizes, len(task.train)):
+        point = common | {"value": s.value, "anchors": s.count, "source": s.source,
+                          "subset": s.subset, "family": s.family, "draws": s.draws,
+                          "options": s.options}  # fmt: skip
+        fit = study.fit(s)
+        if isinstance(fit, str):
+            values: dict[str, Any] = {"sigma": None, "error": fit}
+        else:
+            values = {"sigma": fit.sigma, "interval": fit.interval, "passes": fit.passes,
+                      "notes": len(fit.notes)}  # fmt: skip
+            values |= study.figures(s.family, fit.sigma, s.draws)
+        _record(bench, s.ablation, point, values)
+
+
+def _record(bench: Bench, ablation: str, point: Row, values: Row) -> None:
+    head = {"suite": "ablations", "measure": ablation, "point": point, "device": "cpu",
+            "toy": bench.toy}  # fmt: skip
+    record(bench, head | values)
+    shown = {k: round(v, 4) for k, v in values.items() if isinstance(v, float)}
+    print(point["task"], ablation, point["value"], shown, flush=True)
+
+
+def load_study(name: str, root: Path, sizes: Sizes) -> Study:
+    """The task at seed 0 with as many anchors as all subsets take.
+
+    Raises:
+        ValueError: the task has fewer anchors or training rows than that.
+    """
+    wanted = max(SUBSETS * max(sizes.counts), sizes.anchors)
+    task = load_task(
+        name, shared_folder(), 0, rows=sizes.rows, anchors=wanted, shift_rows=sizes.shift_rows
+    )
+    for what, rows, least in (("anchors", task.anchors, wanted - 4),
+                              ("training rows", task.train_anchors, sizes.anchors)):  # fmt: skip
+        if len(rows) < least:
+            raise ValueError(f"{name}: {len(rows)} {what} are too few for {sizes}")
+    return Study(task, adapter(root, name, "mle", 0), sizes)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--task", nargs="+", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument("--adapters", type=Path, default=ADAPTERS, help="folder of all adapters")
+    parser.add_argument("--threads", type=int, help="torch's threads")
+    parser.add_argument("--record", action="store_true", help="append rows to benchmarks/results")
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    bench = Bench(
+        device=torch.device("cpu"), dtype=torch.float32, toy=False, seconds=0.0,
+        results=RESULTS if options.record else None, ceilings=Ceilings(1.0, 1.0),
+    )  # fmt: skip
+    studies = [load_study(name, options.adapters, SIZES[name]) for name in options.task]
+    for study in studies:
+        measure(study, bench)
+
+
+if __name__ == "__main__":
+    main()
