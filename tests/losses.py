@@ -87,7 +87,9 @@ def find(
     make: Callable[..., Any] = FakeLoss,
     **options: Any,
 ) -> tuple[SigmaFit, Any, Any]:
-    """fit_sigma with AnchorLoss replaced; the fit, the fake loss, the fake model."""
+    """fit_sigma with AnchorLoss replaced; the fit, the fake loss, the fake model. The objective is
+    max_variance unless another is given."""
+    options.setdefault("objective", "max_variance")
     bayes = SimpleNamespace(
         base=SimpleNamespace(config=SimpleNamespace(pad_token_id=0)),
         posteriors=POSTERIORS, layer_scales=dict.fromkeys(POSTERIORS, 1.0), family="low_rank",

@@ -16,7 +16,7 @@ from losses import ENTRIES, POSTERIORS, PRIOR, Curve, N, anchor_set, find, power
 from models import CASES, exact, make_batch
 
 import tfb
-from tfb import Draws, SearchError, SigmaFit
+from tfb import Draws, SearchError, SigmaFit, search
 from tfb.anchor import AnchorSet
 from tfb.search import SEARCHES
 
@@ -294,6 +294,36 @@ def test_kl_is_the_sum_over_layers(options: dict[str, Any]) -> None:
     assert fit.prior_sigma == prior
     wanted = sum(p.kl(fit.sigma, prior) for p in POSTERIORS.values())
     assert fit.kl == pytest.approx(wanted, rel=1e-12)
+
+
+# --- the default objective ----------------------------------------------------------------------
+
+
+def test_the_objective_that_is_meant() -> None:
+    """The least loss, unless something is said that only a crossing can answer."""
+    assert search.default_objective(None, "nll", None, "grid") == "min_nll"
+    assert search.default_objective(None, "nll", 0.003, "grid") == "max_variance"
+    assert search.default_objective(None, "nll", None, "root") == "max_variance"
+    assert search.default_objective(None, "pseudo_nll", None, "grid") == "max_variance"
+    assert search.default_objective(None, "nll", None, "grid", "reference") == "max_variance"
+    assert search.default_objective("gvi", "nll", 0.003, "grid") == "gvi"
+
+
+def test_default_stops_at_the_least_loss() -> None:
+    """An adapter whose loss is above that of a guess has nothing that stops max_variance: the loss
+    falls to its least, rises, and stays below l(0) up to a guess."""
+
+    def over_confident(s: float) -> float:
+        return 1.0 - 0.5 * s / 0.02 * math.exp(1 - s / 0.02) - 0.2 * s / (s + 0.02)
+
+    fit, _, _ = find(over_confident, objective=None)
+    assert fit.objective == "min_nll" and fit.limit is None
+    least = min((s / 1e4 for s in range(1, 1000)), key=over_confident)
+    assert abs(math.log(fit.sigma / least)) <= 0.1
+    with pytest.raises(SearchError, match="unbracketed"):
+        find(over_confident)
+    asked, _, _ = find(power(0.02), objective=None, tolerance=0.003)
+    assert asked.objective == "max_variance"
 
 
 # --- records and arguments ----------------------------------------------------------------------

@@ -146,8 +146,17 @@ def fit(
     metric: Annotated[
         str, typer.Option(help="nll, accuracy, pseudo_nll, embedding_norm, expected_nll")
     ] = "nll",
-    objective: Annotated[str, typer.Option(help="max_variance, min_nll, gvi")] = "max_variance",
-    tolerance: Annotated[float, typer.Option(help="accepted relative degradation")] = 0.003,
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            help="min_nll, max_variance or gvi; default: min_nll, but max_variance with "
+            "--tolerance, another metric or another search"
+        ),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="degradation that max_variance accepts, relative; default 0.003"),
+    ] = None,
     absolute: Annotated[bool, typer.Option(help="tolerance in the loss's own units")] = False,
     search: Annotated[str, typer.Option(help="grid, root or bisection")] = "grid",
     compat: Annotated[str | None, typer.Option(help="reference: the authors' rule")] = None,
@@ -173,7 +182,13 @@ def fit(
     from tfb.engine import check_mode
     from tfb.rows import read_rows
     from tfb.scoring import encode, set_padding, to_device
-    from tfb.search import SEARCH_DRAWS, check_arguments, fit_sigma
+    from tfb.search import (
+        SEARCH_DRAWS,
+        TOLERANCE,
+        check_arguments,
+        default_objective,
+        fit_sigma,
+    )
 
     _quiet()
     check_output_folder(output)
@@ -182,6 +197,10 @@ def fit(
     if draws is not None:
         _check_draws(draws)
     _check_batch_size(batch_size)
+    if absolute and tolerance is None:
+        raise ValueError("--absolute says how --tolerance is meant: give --tolerance as well")
+    objective = default_objective(objective, metric, tolerance, search, compat)
+    tolerance = TOLERANCE if tolerance is None else tolerance
     check_arguments(metric, tolerance, search, objective, draws or SEARCH_DRAWS, compat=compat)
     rows = read_rows(anchors, limit=limit)
     source = local_folder(adapter, ["adapter_config.json", "adapter_model.safetensors"])

@@ -59,7 +59,7 @@ def run(folder: Path | None, *, draws: int) -> None:
         soft_wrap=True,
     )
     with progress_bar("searching sigma", None) as advance:
-        fit = tfb.fit_sigma(bayes, anchors, progress=advance)
+        fit = tfb.fit_sigma(bayes, anchors, objective="max_variance", progress=advance)
     print_fit(fit)
     mean = predict_rows(bayes, anchors, Draws.mean(), pad_token_id=pad)
     labels = torch.tensor(anchors.labels)

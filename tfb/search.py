@@ -1,27 +1,32 @@
 """The sigma search: how much posterior scale the anchors tolerate (TFB, section 3.3).
 
     objective      answer                                           use it
-    max_variance   the largest sigma, connected to 0, with          the paper's rule; the anchors'
-                   l(sigma) - l(0) <= tolerance                     loss must mean something at
-                                                                    the scale of the tolerance
-    min_nll        the sigma of least loss                          labelled, held-out anchors
-    gvi            the sigma of least l(sigma) + lambda KL(q || p)  labelled rows, training rows
-                   (Theorem 4.2)                                    too, and a prior you mean
+    min_nll        the sigma of least loss                          the default with metric nll:
+                                                                    labelled, held-out anchors
+    max_variance   the largest sigma, connected to 0, with          the paper's rule, taken where a
+                   l(sigma) - l(0) <= tolerance                     tolerance is given, and by other
+                                                                    metrics and searches
+    gvi            the sigma of least l(sigma) + lambda KL(q || p)  for study: a prior you mean
+                   (Theorem 4.2)
+
+On held-out rows of an over-confident adapter the loss first falls, and max_variance goes past its
+least value until all of the improvement is used up; where the adapter's NLL is above that of a
+guess, to predictions that are one (benchmarks/calibration). Hence the default.
 
     metric          anchors                     use it
     nll             labelled, held out          the default: calibration on rows like these
     accuracy        labelled, held out          only decisions count; needs many rows, since the
                                                 error rate moves in steps of 1 / N
     expected_nll    labelled                    with gvi: the likelihood of an ELBO
-    nll + gvi       labelled, training rows     where nothing was held out: the likelihood alone is
-                                                best at sigma = 0 there, the KL is what pushes back
     pseudo_nll      unlabelled                  how much predictions may move away from the
                                                 adapter's own; it rises whether or not variance
                                                 helps, so it says nothing of calibration and has
                                                 no minimum worth finding
     embedding_norm  unlabelled, without choices the last hidden state's norm; two-sided
 
-On training rows nll rises at once and max_variance returns a sigma far too small; a note says so.
+On training rows nll rises at once: min_nll returns 0 and max_variance a sigma far too small; a note
+says so. gvi pushes back by its KL, with the default prior up to a sigma that ruins the adapter on
+one of the tasks measured: judge its answer on held-out rows.
 
 Only a worse loss counts as degradation unless ``two_sided``. All sigmas share antithetic streams
 (common random numbers), without which the curve is not even monotone. The crossing is found on
@@ -55,23 +60,31 @@ from tfb.reference_rule import REFERENCE_BOUNDS, reference_rule
 from tfb.scoring import pad_token
 from tfb.sigma_fit import CurvePoint, SearchError, SigmaFit
 
-__all__ = ["CurvePoint", "SearchError", "SigmaFit", "check_arguments", "fit_sigma"]
+__all__ = [
+    "CurvePoint",
+    "SearchError",
+    "SigmaFit",
+    "check_arguments",
+    "default_objective",
+    "fit_sigma",
+]
 
 OBJECTIVES = ("max_variance", "min_nll", "gvi")
 SEARCHES = ("grid", "root", "bisection")
 MIN_RESOLUTION = 1e-9  # a bracket cannot be narrower than a few ulp
 DEFAULT_BOUNDS = (1e-3, 0.1)
 SEARCH_DRAWS = 4
+TOLERANCE = 0.003
 
 
 def fit_sigma(
     bayes: BayesianModel,
     anchors: Any,
     metric: str = "nll",
-    tolerance: float = 0.003,
+    tolerance: float | None = None,
     search: str = "grid",
     *,
-    objective: str = "max_variance",
+    objective: str | None = None,
     relative: bool = True,
     two_sided: bool | None = None,
     draws: int | None = None,
@@ -95,8 +108,11 @@ def fit_sigma(
         bayes: the model. anchors: an :class:`AnchorSet`, encoded rows, or batches (dicts of
             tokenizer tensors with "labels" and, for causal LMs, "label_ids").
         metric, objective: what degrades, and what is looked for; see the head of this file.
-        tolerance: accepted degradation; ``relative`` to l(0) (for accuracy: to the accuracy),
-            with a floor of 0.01 nats under a relative NLL, or absolute in the loss's units.
+            objective None: "min_nll" with metric "nll", search "grid" and no tolerance given;
+            else "max_variance".
+        tolerance: accepted degradation of max_variance, default 0.003; ``relative`` to l(0) (for
+            accuracy: to the accuracy), with a floor of 0.01 nats under a relative NLL, or absolute
+            in the loss's units.
         search: "grid", "root" or "bisection" (:mod:`tfb.crossing`; max_variance only).
         two_sided: also count an improved loss as change (default: for embedding_norm).
         draws: antithetic draws at each sigma, default 4 (compat: 10, as in the scripts).
@@ -123,6 +139,8 @@ def fit_sigma(
         SearchError: nothing brackets the tolerance, also in the extended range.
     """
     reference = compat == "reference"
+    objective = default_objective(objective, metric, tolerance, search, compat)
+    tolerance = TOLERANCE if tolerance is None else tolerance
     if bounds is None:
         bounds = REFERENCE_BOUNDS if reference else DEFAULT_BOUNDS
     if draws is None:
@@ -211,6 +229,20 @@ def fit_sigma(
         raise
     bayes.sigma = fit.sigma
     return fit
+
+
+def default_objective(
+    objective: str | None,
+    metric: str,
+    tolerance: float | None,
+    search: str,
+    compat: str | None = None,
+) -> str:
+    """The objective itself, or the one that is meant where none is named."""
+    if objective is not None:
+        return objective
+    plain = metric == "nll" and search == "grid" and tolerance is None and compat is None
+    return "min_nll" if plain else "max_variance"
 
 
 def check_arguments(

@@ -15,7 +15,7 @@ TITLES = {
     "objective": "Objective, held-out or training anchors (gvi: expected_nll, λ = 1 / rows of the "
     "likelihood)",
     "tolerance": "Tolerance of max_variance, held-out or training anchors",
-    "draws": "Draws in prediction, at the σ of the defaults",
+    "draws": "Draws in prediction, at the σ of max_variance",
     "search_draws": "Draws in the search",
     "anchors": "Number of held-out anchors: mean ± standard deviation over three disjoint samples",
 }
@@ -112,7 +112,7 @@ def _note(rows: Sequence[Row]) -> str:
             "out-of-scope rows"
         )
     return (
-        f"{'; '.join(sizes)}. One thing varies, the rest are the defaults: nll, max_variance, "
+        f"{'; '.join(sizes)}. One thing varies, the rest is the paper's rule: nll, max_variance, "
         "0.3 %, 4 draws in the search, 10 in prediction, held-out anchors. Passes are those of "
         "the search, over its anchors; AUROC tells out-of-scope rows from test rows by total or "
         "epistemic uncertainty. A question mark: the search saw no upper limit."

@@ -11,8 +11,8 @@ from benchmarks.markdown import Row, table, taken_on
 LABELS = {
     "mle": "MLE (the adapter)", "map": "MAP (weight decay)", "temperature": "temperature scaling",
     "mc_dropout": "MC dropout", "ensemble": "ensemble of 3", "laplace": "last-layer Laplace",
-    "authors_rule": "TFB, the authors' rule", "tfb": "TFB, max_variance (the default)",
-    "tfb_min_nll": "TFB, min_nll", "tfb_gvi": "TFB, gvi on training rows",
+    "authors_rule": "TFB, the authors' rule", "tfb": "TFB, max_variance",
+    "tfb_min_nll": "TFB, min_nll (the default)", "tfb_gvi": "TFB, gvi on training rows",
     "tfb_tail": "TFB, min_nll, tail k=1", "tfb_last": "TFB, min_nll, last block",
     "tfb_temperature": "TFB, min_nll + temperature",
 }  # fmt: skip
