@@ -8,14 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from benchmarks.calibration import __main__ as comparison
 from benchmarks.calibration import setting as settings
 from benchmarks.calibration import tables
-from benchmarks.calibration.evaluation import Bootstrap, aurc, auroc, figures
+from benchmarks.calibration.evaluation import Bootstrap, figures
 from benchmarks.calibration.laplace import SAMPLES, fit_laplace, sample_laplace
 from benchmarks.calibration.methods import LeftOut, Methods, prediction_passes
 from benchmarks.calibration.setting import Predicted, Setting, features, head, labels_of, sampled
@@ -28,22 +27,6 @@ FLOAT32 = 1e-5  # of probabilities: two orders of the same sums
 
 
 # --- figures --------------------------------------------------------------------------------------
-
-
-def test_aurc_of_known_orders() -> None:
-    """Errors last: mean of 0, 0, 1/3, 2/4. Errors first: of 1, 1, 2/3, 2/4. No order: the rate."""
-    wrong = np.array([False, False, True, True])
-    u = np.arange(4.0)
-    assert aurc(u, wrong) == pytest.approx((0 + 0 + 1 / 3 + 2 / 4) / 4)
-    assert aurc(-u, wrong) == pytest.approx((1 + 1 + 2 / 3 + 2 / 4) / 4)
-    assert aurc(np.zeros(4), wrong) == pytest.approx(0.5)
-
-
-def test_auroc_counts_pairs() -> None:
-    """3 of 4 pairs in order; a tie is a half; nothing to find is None."""
-    assert auroc(np.array([0.0, 2.0]), np.array([1.0, 3.0])) == pytest.approx(3 / 4)
-    assert auroc(np.array([1.0]), np.array([1.0])) == pytest.approx(1 / 2)
-    assert auroc(np.array([1.0]), np.array([])) is None
 
 
 def test_figures_of_a_perfect_method() -> None:
@@ -300,6 +283,18 @@ def test_table_says_what_was_left_out() -> None:
     text = tables.calibration_table(rows)
     assert "- TFB, min_nll, tail k=1: an encoder (seeds 0)" in text
     assert "tail k=1" not in tables.evidence_table(rows)
+
+
+def test_picture_has_a_line_for_every_method(tmp_path: Path) -> None:
+    """All methods' names on the axis, and an outlier as text at the edge."""
+    from benchmarks.calibration.pictures import plot_calibration
+
+    rows = [made_row(m, 0, 1.0) for m in tables.LABELS if m != "tfb_gvi"]
+    target = tmp_path / "picture.svg"
+    plot_calibration([*rows, made_row("tfb_gvi", 0, 9.87)], target)
+    text = target.read_text(encoding="utf-8")
+    assert all(f"<!-- {label} -->" in text for label in tables.LABELS.values())
+    assert "<!-- 9.87 -->" in text
 
 
 def test_under_confident_adapters_are_judged_otherwise() -> None:

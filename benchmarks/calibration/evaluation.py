@@ -13,11 +13,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from benchmarks.calibration.setting import Predicted
-from tfb.metrics import BELOW_ONE, NLL_PROBABILITY_FLOOR, evaluate
+from tfb.metrics import (
+    BELOW_ONE,
+    NLL_PROBABILITY_FLOOR,
+    auroc,
+    bin_of_confidence,
+    evaluate,
+    risk_coverage,
+)
 
 BINS = 15
 RESAMPLES = 10_000
@@ -34,42 +40,29 @@ def figures(predicted: Mapping[str, Predicted], labels: Tensor) -> dict[str, Any
     """
     test = predicted["test"]
     m = evaluate(test.probs, labels, n_bins=BINS)
-    wrong = (test.probs.argmax(-1) != labels).numpy()
+    wrong = test.probs.argmax(-1) != labels
     found = {"errors": {
-        kind: auroc(u[~wrong], u[wrong]) for kind, u in _uncertainties(test).items()
+        kind: auroc_or_none(u[wrong], u[~wrong]) for kind, u in _uncertainties(test).items()
     }}  # fmt: skip
     for name, shifted in predicted.items():
         if name != "test":
             inside, outside = _uncertainties(test), _uncertainties(shifted)
-            found[name] = {kind: auroc(inside[kind], outside[kind]) for kind in inside}
+            found[name] = {kind: auroc_or_none(outside[kind], inside[kind]) for kind in inside}
     return {
         "accuracy": m.accuracy, "nll": m.nll, "ece": m.ece, "brier": m.brier,
-        "miscalibration": m.miscalibration, "aurc": aurc(test.total.numpy(), wrong), "auroc": found,
+        "miscalibration": m.miscalibration, "aurc": risk_coverage(test.total, ~wrong).aurc,
+        "auroc": found,
     }  # fmt: skip
 
 
-def auroc(low: np.ndarray, high: np.ndarray) -> float | None:
-    """Chance that a row of ``high`` has the higher uncertainty (ties count a half); None where
-    either is empty."""
-    if not len(low) or not len(high):
-        return None
-    truth = np.r_[np.zeros(len(low)), np.ones(len(high))]
-    return float(roc_auc_score(truth, np.r_[low, high]))
+def auroc_or_none(positive: Tensor, negative: Tensor) -> float | None:
+    """:func:`tfb.metrics.auroc`; None where either is empty."""
+    return auroc(positive, negative) if len(positive) and len(negative) else None
 
 
-def aurc(uncertainty: np.ndarray, wrong: np.ndarray) -> float:
-    """Mean error rate of the k most certain rows over k = 1 .. N (Geifman and El-Yaniv 2017).
-
-    Rows of equal uncertainty come in random order; their expectation is taken.
-    """
-    _values, group, size = np.unique(uncertainty, return_inverse=True, return_counts=True)
-    risk = (np.bincount(group, weights=wrong) / size)[np.sort(group)]
-    return float((risk.cumsum() / np.arange(1, len(risk) + 1)).mean())
-
-
-def _uncertainties(p: Predicted) -> dict[str, Any]:
-    found = {"total": p.total.numpy()}
-    return found if p.epistemic is None else found | {"epistemic": p.epistemic.numpy()}
+def _uncertainties(p: Predicted) -> dict[str, Tensor]:
+    found = {"total": p.total}
+    return found if p.epistemic is None else found | {"epistemic": p.epistemic}
 
 
 # --- bootstrap ------------------------------------------------------------------------------------
@@ -124,7 +117,6 @@ class Bootstrap:
         if name == "accuracy":
             return weights @ correct.to(weights.dtype)
         # The ECE is the sum over bins of |mean of (correct - confidence) in the bin|.
-        edges = torch.linspace(0, 1, BINS + 1)
-        index = (torch.bucketize(confidence.float(), edges, right=True) - 1).clamp(0, BINS - 1)
+        index = bin_of_confidence(confidence, BINS)
         gaps = torch.nn.functional.one_hot(index, BINS) * (correct - confidence)[:, None]
         return (weights @ gaps.to(weights.dtype)).abs().sum(-1)
