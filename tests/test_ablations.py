@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
@@ -10,8 +11,17 @@ import torch
 
 from benchmarks.calibration import ablations
 from benchmarks.calibration.ablation_tables import ablations_table, plot_ablations
-from benchmarks.calibration.ablations import Setting, Sizes, Study, load_study, measure, settings
+from benchmarks.calibration.ablations import (
+    DEFAULTS,
+    Setting,
+    Sizes,
+    Study,
+    load_study,
+    measure,
+    settings,
+)
 from benchmarks.harness import Bench, Ceilings
+from tfb.search import SEARCH_DRAWS, fit_sigma
 
 SIZES = Sizes(rows=24, shift_rows=16, anchors=20, counts=(16,))
 
@@ -26,9 +36,10 @@ def test_settings_differ_and_vary_one_thing() -> None:
     points = list(settings(SIZES, 2000))
     shown = [json.dumps([s.ablation, *map(str, s.search()), s.draws]) for s in points]
     assert len(set(shown)) == len(shown)
-    default = {"objective": "max_variance", "metric": "nll", "tolerance": 0.003, "draws": 4}
+    taken = inspect.signature(fit_sigma).parameters
+    assert {k: taken[k].default for k in DEFAULTS} | {"draws": SEARCH_DRAWS} == DEFAULTS
     for s in points:
-        changed = {k for k, v in s.options.items() if v != default.get(k)}
+        changed = {k for k, v in s.options.items() if v != DEFAULTS.get(k)}
         assert changed <= {
             "family": {"objective"}, "metric": {"metric", "tolerance"},
             "objective": {"objective", "metric", "kl_weight"}, "tolerance": {"tolerance"},

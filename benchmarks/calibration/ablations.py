@@ -49,6 +49,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 TOLERANCES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 DRAWS = (2, 4, 10, 20, 40)
 SEARCH_DRAWS = (2, 4, 10, 20)
+DEFAULTS = {"metric": "nll", "objective": "max_variance", "tolerance": 0.003, "draws": 4}
 SUBSETS = 3
 BATCH = 50
 STEP = 1.1  # between sigmas that are predicted with
@@ -85,7 +86,8 @@ class Setting:
 
     def search(self) -> tuple[Any, ...]:
         """What the answer of the search depends on."""
-        return self.family, self.source, self.count, self.subset, *sorted(self.options.items())
+        options = DEFAULTS | self.options
+        return self.family, self.source, self.count, self.subset, *sorted(options.items())
 
 
 def settings(sizes: Sizes, training_rows: int) -> Iterator[Setting]:
