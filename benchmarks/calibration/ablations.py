@@ -150,9 +150,10 @@ class Study:
         return {k: encode(self.model("low_rank"), v, self.tokenizer) for k, v in rows.items()}
 
     def anchors(self, setting: Setting) -> EncodedRows:
-        """The first ``count`` rows of a subset; subsets are disjoint."""
-        start = setting.subset * max(self.sizes.counts)
-        return self.encoded[setting.source].subset(range(start, start + setting.count))
+        """The first ``count`` rows of a subset; subsets are disjoint, as far as the rows go."""
+        rows = self.encoded[setting.source]
+        start = min(setting.subset * max(self.sizes.counts), len(rows) - setting.count)
+        return rows.subset(range(start, start + setting.count))
 
     def fit(self, setting: Setting) -> SigmaFit | str:
         """The search's answer, or why it has none."""
@@ -160,7 +161,7 @@ class Study:
         if key not in self.fits:
             bayes = self.model(setting.family)
             try:
-                options = {"objective": "max_variance", **setting.options}
+                options = DEFAULTS | setting.options
                 self.fits[key] = tfb.fit_sigma(bayes, self.anchors(setting), **options)
             except SearchError as error:
                 self.fits[key] = str(error)

@@ -80,7 +80,8 @@ def evidence_table(rows: Sequence[Row]) -> str:
                     over(own, lambda r: r["passes"], 1, spread=False),
                 ])  # fmt: skip
     headings = ("task", "method", "NLL", "ECE %", "accuracy %", "AUROC out of scope", "passes")
-    return "\n\n".join([table(headings, body), SHORT_LEGEND, targets(rows), taken_on(rows)])
+    missed = targets(rows, met=False)
+    return "\n\n".join([table(headings, body), SHORT_LEGEND, missed, taken_on(rows)])
 
 
 SHORT_LEGEND = (
@@ -102,16 +103,17 @@ LEGEND = (
 # --- targets --------------------------------------------------------------------------------------
 
 
-def targets(rows: Sequence[Row]) -> str:
-    """The targets of the comparison, by method that they are judged for, and what misses them."""
-    met: list[str] = []
-    missed: list[str] = []
+def targets(rows: Sequence[Row], *, met: bool = True) -> str:
+    """The targets of the comparison, by method that they are judged for: what misses them, and,
+    with ``met``, what meets them."""
+    lines: dict[bool, list[str]] = {False: [], True: []}
     for name, value, ok in judge(rows):
-        (met if ok else missed).append(f"- {name}: {value}")
+        lines[ok].append(f"- {name}: {value}")
+    titles = {False: "Targets that are missed:", True: "Targets that are met:"}
     return "\n\n".join(
-        f"{title}\n\n" + "\n".join(lines)
-        for title, lines in (("Targets that are missed:", missed), ("Targets that are met:", met))
-        if lines
+        f"{titles[ok]}\n\n" + "\n".join(lines[ok])
+        for ok in ((False, True) if met else (False,))
+        if lines[ok]
     )
 
 
