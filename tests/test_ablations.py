@@ -31,7 +31,7 @@ def study(shared: Path) -> Study:
 
 
 def test_settings_differ_and_vary_one_thing() -> None:
-    """No point stands twice, and every search differs from the paper's rule in what it is named for."""
+    """No point stands twice; a search differs from the paper's rule in what it is named for."""
     points = list(settings(SIZES, 2000))
     shown = [json.dumps([s.ablation, *map(str, s.search()), s.draws]) for s in points]
     assert len(set(shown)) == len(shown)
