@@ -17,7 +17,7 @@ TITLES = {
     "tolerance": "Tolerance of max_variance, held-out or training anchors",
     "draws": "Draws in prediction, at the σ of max_variance",
     "search_draws": "Draws in the search",
-    "anchors": "Number of held-out anchors: mean ± standard deviation over three disjoint samples",
+    "anchors": "Number of held-out anchors: mean ± sd over 3 samples (2 of 1,000)",
 }
 HEADINGS = (
     "σ", "95 % interval", "passes", "accuracy %", "NLL", "ECE %", "Brier", "AUROC total",

@@ -1,7 +1,7 @@
 """The tasks: which rows an adapter is trained on, fitted on, judged by, and what is out of scope.
 
     clinc-domain    stories260K, next token over 10 domains; the given adapter is over-confident
-    clinc150        stories260K, 150 intents; the given adapter is under-confident
+    clinc150        stories260K, 150 intents; the given adapter is nearly calibrated
     clinc-fewshot   MiniLM, 150 intents from 10 training rows each
     exam            MiniLM, a science question: of ARC-Challenge, ARC-Easy or OpenBookQA
     subject         MiniLM, a question of MMLU: which of its four subjects; few rows
