@@ -68,6 +68,11 @@ class Bench:
     ceilings: Ceilings
     rows: list[Row] = field(default_factory=list)
 
+    @classmethod
+    def untimed(cls, results: Path | None, *, toy: bool = False) -> Bench:
+        """On a CPU in float32, for figures that no clock decides."""
+        return cls(torch.device("cpu"), torch.float32, toy, 0.0, results, Ceilings(1.0, 1.0))
+
     def for_kernels(self) -> Bench:
         """The same session for suites whose sizes only a GPU can run; a CPU gets toy sizes."""
         return self if self.device.type == "cuda" else replace(self, toy=True)

@@ -21,11 +21,10 @@ from statistics import median
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import torch
 
 import tfb
 from benchmarks.environment import environment
-from benchmarks.harness import Bench, Ceilings, Row, record, target
+from benchmarks.harness import Bench, Row, record, target
 
 FOLDER = Path(__file__).resolve().parent
 ROWS, DRAWS, TAIL, SIGMA = 200_000, 10, 1, 0.05
@@ -119,10 +118,7 @@ def main() -> None:
     shared = Path(os.environ.get("TFB_SHARED") or FOLDER.parent.parent / "shared")
     if not (shared / "data").is_dir():
         raise SystemExit("needs the reference models and data: set TFB_SHARED to their folder")
-    bench = Bench(
-        device=torch.device("cpu"), dtype=torch.float32, toy=False, seconds=0.0,
-        results=FOLDER / "results" if options.record else None, ceilings=Ceilings(1.0, 1.0),
-    )  # fmt: skip
+    bench = Bench.untimed(FOLDER / "results" if options.record else None)
     row = measure(shared, bench, options.rows, options.threads)
     print(json.dumps({key: row[key] for key in ("bytes", "growth", "seconds", "targets")}))
 

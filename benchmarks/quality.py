@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import tfb
-from benchmarks.harness import Bench, Ceilings, Row, record
+from benchmarks.harness import Bench, Row, record
 from tfb.batching import EncodedRows
 from tfb.draws import Draws
 from tfb.metrics import evaluate
@@ -134,10 +134,7 @@ def main() -> None:
     shared = Path(os.environ.get("TFB_SHARED") or FOLDER.parent.parent / "shared")
     if not (shared / "data").is_dir():
         raise SystemExit("needs the reference models and data: set TFB_SHARED to their folder")
-    bench = Bench(
-        device=torch.device("cpu"), dtype=torch.float32, toy=False, seconds=0.0,
-        results=FOLDER / "results" if options.record else None, ceilings=Ceilings(1.0, 1.0),
-    )  # fmt: skip
+    bench = Bench.untimed(FOLDER / "results" if options.record else None)
     measure(shared, bench)
 
 

@@ -7,26 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fits
 import pytest
 import torch
 
 from tfb import figures
 from tfb.metrics import Evaluation
-from tfb.search import CurvePoint, SigmaFit
+from tfb.search import CurvePoint
 
 NAN = float("nan")
 
 
 def fit(**changes: Any) -> dict[str, Any]:
-    losses = [(0.0, 0.8), (0.001, 0.79), (0.01, 0.7), (0.02, 0.8), (0.1, 3.0)]
-    found = SigmaFit(
-        sigma=0.02, metric="nll", objective="max_variance", tolerance=0.003, relative=True,
-        two_sided=False, search="grid", mode="full", draws=10, seed=0, anchors=60,
-        anchor_hash="0" * 64, baseline=0.8, limit=0.8024,
-        curve=tuple(CurvePoint(s, loss, 0.01, NAN) for s, loss in losses),
-        passes=141.0, stopped="crossing bracketed", interval=(0.01, 0.03),
-    )  # fmt: skip
-    return replace(found, **changes).to_dict()
+    return fits.fit(**{"interval": (0.01, 0.03), **changes})
 
 
 def size(path: Path) -> tuple[int, int]:

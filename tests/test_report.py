@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fits
 import pytest
 import torch
 from markupsafe import escape
@@ -19,7 +20,6 @@ from tfb.comparison import compare
 from tfb.figures import plot_reliability
 from tfb.metrics import Evaluation, auroc, evaluate, risk_coverage
 from tfb.report import PAGE, PICTURES, check_report_folder, write_report
-from tfb.search import CurvePoint, SigmaFit
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -38,15 +38,7 @@ def plain(name: str = "deterministic", dataset: str = "test") -> Evaluation:
 
 
 def fit(**changes: Any) -> dict[str, Any]:
-    losses = [(0.0, 0.8), (0.001, 0.79), (0.01, 0.7), (0.02, 0.8), (0.1, 3.0)]
-    found = SigmaFit(
-        sigma=0.02, metric="nll", objective="max_variance", tolerance=0.003, relative=True,
-        two_sided=False, search="grid", mode="full", draws=10, seed=0, anchors=60,
-        anchor_hash="0" * 64, baseline=0.8, limit=0.8024,
-        curve=tuple(CurvePoint(s, loss, 0.01, float("nan")) for s, loss in losses),
-        passes=141.0, stopped="crossing bracketed", notes=("the loss first falls",),
-    )  # fmt: skip
-    return replace(found, **changes).to_dict()
+    return fits.fit(**{"notes": ("the loss first falls",), **changes})
 
 
 BOTH = [

@@ -21,8 +21,8 @@ def token_batches(
     costs less than one more batch. A row longer than the budget is a batch of its own.
 
     Args:
-        copies: of every row in a pass, the draws in full mode: they share what a batch costs.
         rows: positions to be distributed; None: all. The result depends on them as a set only.
+        copies: of every row in a pass, the draws in full mode: they share what a batch costs.
     """
     groups: dict[tuple[int, int], list[int]] = {}
     for i in sorted(range(len(encoded)) if rows is None else rows):

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.interpolate import barycentric_interpolate
 
-from tfb.bracket import COARSE_SHARE, MAX_EXTENSIONS, SIGMA_LIMITS, geometric, sweep
+from tfb.bracket import COARSE_SHARE, MAX_EXTENSIONS, SIGMA_LIMITS, geometric, sweep, whole
 from tfb.curve import LossCurve
 from tfb.posterior import LowRankPosterior
 from tfb.sigma_fit import SearchError
@@ -118,7 +118,7 @@ def find_minimum(
         left, right = _neighbours(curve, best)
         if left == 0.0:
             return best, f"least measured value, at the smallest sigma that is tried ({best:.3g})"
-        nearest = sorted(_whole(curve), key=lambda s: abs(math.log(s / best)))[:4]
+        nearest = sorted(whole(curve)[1:], key=lambda s: abs(math.log(s / best)))[:4]
         wanted_at = objective.between(left, right, list({left, best, right, *nearest}))
         close = abs(math.log(wanted_at / best)) <= CLOSE * resolution
         if close or refinements == MAX_REFINEMENTS or curve.complete(wanted_at):
@@ -169,7 +169,7 @@ def _missing(objective: Objective, begin: float) -> list[float]:
         if not curve.complete(s) and objective(s) + curve.part_error(s) < objective(best):
             return [s]
     if best == 0.0:
-        lowest = min(_whole(curve))
+        lowest = whole(curve)[1]
         return [] if lowest < begin / 4 or lowest / 8 < SIGMA_LIMITS[0] else [lowest / 4]
     left, right = _neighbours(curve, best)
     if best > SIGMA_LIMITS[1]:
@@ -182,18 +182,13 @@ def _missing(objective: Objective, begin: float) -> list[float]:
     return wanted
 
 
-def _whole(curve: LossCurve) -> list[float]:
-    """The sigmas > 0 measured on all anchors."""
-    return [s for s in sorted(curve.points) if curve.complete(s)]
-
-
 def _least(objective: Objective) -> float:
     """The sigma of the least objective on all anchors."""
-    return min((0.0, *_whole(objective.curve)), key=objective)
+    return min(whole(objective.curve), key=objective)
 
 
 def _neighbours(curve: LossCurve, sigma: float) -> tuple[float, float]:
     """The nearest sigmas on both sides that are measured on all anchors; inf: none above."""
-    whole = _whole(curve)
-    low = max((s for s in whole if s < sigma), default=0.0)
-    return low, min((s for s in whole if s > sigma), default=math.inf)
+    known = whole(curve)
+    low = max(s for s in known if s < sigma)
+    return low, min((s for s in known if s > sigma), default=math.inf)

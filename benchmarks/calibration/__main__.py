@@ -28,7 +28,7 @@ from benchmarks.calibration.setting import Setting
 from benchmarks.calibration.tasks import GIVEN, TASKS, load_task, shared_folder
 from benchmarks.calibration.train import ADAPTERS, SEEDS, adapter
 from benchmarks.environment import REPOSITORY, environment
-from benchmarks.harness import Bench, Ceilings, Row, record
+from benchmarks.harness import Bench, Row, record
 
 RESULTS = REPOSITORY / "benchmarks/results"
 SUITE = "calibration"
@@ -150,10 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    bench = Bench(
-        device=torch.device("cpu"), dtype=torch.float32, toy=False, seconds=0.0,
-        results=RESULTS if options.record else None, ceilings=Ceilings(1.0, 1.0),
-    )  # fmt: skip
+    bench = Bench.untimed(RESULTS if options.record else None)
     environment()  # of the sources that are loaded now; they may change while this runs
     shared = shared_folder()
     for seed in options.seed:  # all tasks at one seed first

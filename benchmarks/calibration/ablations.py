@@ -35,7 +35,7 @@ from torch import Tensor
 import tfb
 from benchmarks.calibration.tasks import Task, load_task, shared_folder
 from benchmarks.calibration.train import ADAPTERS, adapter
-from benchmarks.harness import Bench, Ceilings, Row, record
+from benchmarks.harness import Bench, Row, record
 from tfb.anchor import METRICS
 from tfb.batching import EncodedRows
 from tfb.draws import Draws
@@ -258,10 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    bench = Bench(
-        device=torch.device("cpu"), dtype=torch.float32, toy=False, seconds=0.0,
-        results=RESULTS if options.record else None, ceilings=Ceilings(1.0, 1.0),
-    )  # fmt: skip
+    bench = Bench.untimed(RESULTS if options.record else None)
     studies = [load_study(name, options.adapters, SIZES[name]) for name in options.task]
     for study in studies:
         measure(study, bench)

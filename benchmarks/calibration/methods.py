@@ -37,6 +37,7 @@ from benchmarks.calibration.setting import (
     sampled,
 )
 from tfb.batching import EncodedRows
+from tfb.cost import passes_per_row
 from tfb.draws import Draws
 from tfb.metrics import apply_temperature, fit_temperature
 from tfb.tail import why_no_tail
@@ -234,9 +235,7 @@ def prediction_passes(bayes: Any, rows: EncodedRows, draws: Draws) -> float:
     """Passes a row of ``draws``: blocks below the noise and tokens before the tail count once."""
     S = len(draws)
     if bayes.mode == "tail":
-        tokens = sum(map(len, rows.input_ids))
-        tail = sum(min(bayes.tail, len(ids)) for ids in rows.input_ids)
-        return 1 + (S - 1) * tail / tokens
+        return passes_per_row([len(ids) for ids in rows.input_ids], S, bayes.tail)
     share = len(bayes.blocks_below) / bayes.base.config.num_hidden_layers
     return share + S * (1 - share)
 

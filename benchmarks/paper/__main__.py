@@ -7,9 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from benchmarks.harness import Bench, Ceilings
+from benchmarks.harness import Bench
 from benchmarks.paper import run, tables, tasks
 from benchmarks.paper.prompts import FORMS
 from benchmarks.report import FOLDER
@@ -94,10 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         limit=options.limit,
     )  # fmt: skip
     folder = Path(os.environ.get("TFB_BENCH_RESULTS") or FOLDER / "results")
-    bench = Bench(
-        device=torch.device("cpu"), dtype=torch.float32, toy=options.limit is not None,
-        seconds=0.0, results=folder if options.record else None, ceilings=Ceilings(1.0, 1.0),
-    )  # fmt: skip
+    bench = Bench.untimed(folder if options.record else None, toy=options.limit is not None)
     found = []
     try:
         if options.json is not None and options.json.exists():
