@@ -32,7 +32,7 @@ def study(shared: Path) -> Study:
 
 def test_settings_differ_and_vary_one_thing() -> None:
     """No point stands twice; a search differs from the paper's rule in what it is named for."""
-    points = list(settings(SIZES, 2000))
+    points = list(settings(SIZES, 2000, "CAUSAL_LM"))
     shown = [json.dumps([s.ablation, *map(str, s.search()), s.draws]) for s in points]
     assert len(set(shown)) == len(shown)
     assert DEFAULTS["tolerance"] == TOLERANCE and DEFAULTS["draws"] == SEARCH_DRAWS
@@ -42,6 +42,7 @@ def test_settings_differ_and_vary_one_thing() -> None:
             "family": {"objective"}, "metric": {"metric", "tolerance"},
             "objective": {"objective", "metric", "kl_weight"}, "tolerance": {"tolerance"},
             "draws": set(), "search_draws": {"draws"}, "anchors": {"objective"},
+            "tail": {"objective"},
         }[s.ablation]  # fmt: skip
 
 
@@ -58,10 +59,21 @@ def test_figures(study: Study) -> None:
     assert study.figures("full_rank", 0.0, 2)["nll"] == pytest.approx(zero["nll"], rel=1e-5)
     two = study.figures("low_rank", 0.02, 2)
     four = study.figures("low_rank", 0.02, 4)
-    assert len(study.predicted["low_rank", two["sigma_tested"] or 0.0]["test"]) == 4
+    assert len(study.predicted["low_rank", None, two["sigma_tested"] or 0.0]["test"]) == 4
     again = study.figures("low_rank", 0.0201, 2)
     assert again == pytest.approx(two, rel=1e-5) and four["nll"] != two["nll"]
     assert abs((two["sigma_tested"] or 0.0) / 0.02 - 1) <= 0.05
+
+
+def test_noise_at_all_positions_is_full_mode(study: Study) -> None:
+    """A tail as long as the longest prompt is full mode, with fewer positions it is another
+    prediction; full mode afterwards is what it was before."""
+    full = study.figures("low_rank", 0.02, 2)
+    study.predicted.clear()
+    long = study.figures("low_rank", 0.02, 2, tail=max(map(len, study.encoded["test"].input_ids)))
+    short = study.figures("low_rank", 0.02, 2, tail=1)
+    assert long == pytest.approx(full, rel=1e-4) and short["nll"] != pytest.approx(full["nll"])
+    assert study.figures("low_rank", 0.02, 2) == pytest.approx(full, rel=1e-5)
 
 
 def test_rows_and_tables(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,8 +84,9 @@ def test_rows_and_tables(study: Study, tmp_path: Path, monkeypatch: pytest.Monke
         Setting("tolerance", 0.3, 16, options={"tolerance": 0.3}),
         Setting("tolerance", 0.3, 16, "train", options={"tolerance": 0.3}),
         Setting("tolerance", 1e9, 16, options={"tolerance": 1e9}),
+        Setting("tail", 2, 16, tail=2, options={"objective": "min_nll"}),
     ]
-    monkeypatch.setattr(ablations, "settings", lambda sizes, training_rows: iter(points))
+    monkeypatch.setattr(ablations, "settings", lambda sizes, training_rows, task: iter(points))
     bench = Bench(
         device=torch.device("cpu"), dtype=torch.float32, toy=True, seconds=0.0, results=tmp_path,
         ceilings=Ceilings(1.0, 1.0),
@@ -92,6 +105,10 @@ def test_rows_and_tables(study: Study, tmp_path: Path, monkeypatch: pytest.Monke
     samples = next(cells for cells in lines if cells[1] == "16, min_nll")
     assert samples[2].count("±") == 1
     assert next(c for c in lines if c[1] == "1e+11 %, held-out anchors")[2] == "no answer"
+    tail = next(r for r in rows if r["measure"] == "tail")
+    length = sum(map(len, study.encoded["test"].input_ids)) / 24
+    assert tail["prediction_passes"] == pytest.approx(1 + 9 * 2 / length)
+    assert any(c[1] == f"last 2 ({1 + 18 / length:.2f} passes a row)" for c in lines)
     plot_ablations(rows, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 5000
 

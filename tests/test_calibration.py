@@ -15,7 +15,7 @@ from benchmarks.calibration import __main__ as comparison
 from benchmarks.calibration import setting as settings
 from benchmarks.calibration import tables
 from benchmarks.calibration.evaluation import Bootstrap, figures
-from benchmarks.calibration.laplace import SAMPLES, fit_laplace, sample_laplace
+from benchmarks.calibration.laplace import SAMPLES, fit_laplace, sample_laplace, tune_laplace
 from benchmarks.calibration.methods import LeftOut, Methods, prediction_passes
 from benchmarks.calibration.setting import Predicted, Setting, features, head, labels_of, sampled
 from benchmarks.calibration.tasks import load_task
@@ -168,12 +168,17 @@ def test_head_of_features_is_the_model(task: str, request: pytest.FixtureRequest
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=FLOAT32)
 
 
-def test_laplace_of_infinite_prior_precision_is_the_head() -> None:
-    """The posterior shrinks to its mean, the trained head; a finite precision has spread."""
+def needs_laplace() -> None:
+    """Skip where laplace-torch is not installed."""
     pytest.importorskip("opt_einsum")  # of laplace-torch, whose own import warns
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch.jit.script", lambda f: f)  # deprecated; an import still calls it
         pytest.importorskip("laplace")
+
+
+def test_laplace_of_infinite_prior_precision_is_the_head() -> None:
+    """The posterior shrinks to its mean, the trained head; a finite precision has spread."""
+    needs_laplace()
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(60, 4, generator=generator)
     labels = torch.randint(0, 3, (60,), generator=generator)
@@ -185,6 +190,23 @@ def test_laplace_of_infinite_prior_precision_is_the_head() -> None:
     tight = sample_laplace(fitted, x, seed=0)
     expected = linear(x).softmax(-1).detach().expand_as(tight)
     torch.testing.assert_close(tight, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_tuned_laplace_has_as_much_spread_as_held_out_rows_ask_for(right: bool) -> None:
+    """A confident head that is always right: spread only raises the NLL, so the prior is tight.
+    Always wrong: the more spread the better. Random numbers outside are left alone."""
+    needs_laplace()
+    x = torch.randn(90, 4, generator=torch.Generator().manual_seed(0))
+    linear = torch.nn.Linear(4, 3)
+    torch.nn.init.orthogonal_(linear.weight, gain=3.0)
+    predicted = linear(x).argmax(-1)
+    fitted = fit_laplace(linear, x, predicted)
+    state = torch.random.get_rng_state()
+    tune_laplace(fitted, x, predicted if right else (predicted + 1) % 3, seed=0)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    precision = float(fitted.prior_precision)
+    assert precision > 100 if right else precision < 1
 
 
 def test_passes_are_counted_by_blocks_and_tokens(causal: Setting) -> None:

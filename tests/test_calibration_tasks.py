@@ -27,7 +27,7 @@ try:
 except FileNotFoundError:
     HAS_MINILM = False
 needs_minilm = pytest.mark.skipif(not HAS_MINILM, reason=minilm.INSTALL)
-STORIES = ("clinc-domain", "clinc150")
+STORIES = ("clinc-domain", "clinc150", "clinc150-early")
 ALL = [t if t in STORIES else pytest.param(t, marks=needs_minilm) for t in TASKS]
 
 

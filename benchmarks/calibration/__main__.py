@@ -32,8 +32,8 @@ from benchmarks.harness import Bench, Row, record
 
 RESULTS = REPOSITORY / "benchmarks/results"
 SUITE = "calibration"
-ROWS = {"clinc-domain": 1000, "clinc150": 1000, "clinc-fewshot": 1000}
-SHIFT_ROWS = {"clinc-domain": 500, "clinc150": 500, "clinc-fewshot": 500}
+CLINC = ("clinc-domain", "clinc150", "clinc150-early", "clinc-fewshot")
+ROWS, SHIFT_ROWS = dict.fromkeys(CLINC, 1000), dict.fromkeys(CLINC, 500)
 DEFAULT_ROWS, DEFAULT_SHIFT_ROWS, DEFAULT_ANCHORS = 600, 300, 300
 REFERENCES = ("mle", "temperature")  # what every method is compared with
 # What decides a row's figures; tables and pictures do not.

@@ -17,7 +17,8 @@ TITLES = {
     "tolerance": "Tolerance of max_variance, held-out or training anchors",
     "draws": "Draws in prediction, at the σ of max_variance",
     "search_draws": "Draws in the search",
-    "anchors": "Number of held-out anchors: mean ± sd over 3 samples (2 of 1,000)",
+    "anchors": "Number of held-out anchors: mean ± sd over 3 samples",
+    "tail": "Positions that get noise, min_nll (full mode: see the families)",
 }
 HEADINGS = (
     "σ", "95 % interval", "passes", "accuracy %", "NLL", "ECE %", "Brier", "AUROC total",
@@ -65,6 +66,8 @@ def _name(row: Row) -> str:
         return f"{value}, {LABELS[p['source']]}"
     if ablation in ("family", "anchors"):
         return f"{value}, {p['options']['objective']}"
+    if ablation == "tail":
+        return f"last {value} ({row['prediction_passes']:.2f} passes a row)"
     return value
 
 

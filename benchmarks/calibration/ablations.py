@@ -10,6 +10,7 @@ One thing is varied at a time, from the paper's rule (metric nll, objective max_
     draws        of the prediction, at the sigma of that rule
     search_draws of the search
     anchors      50 to 1,000, three disjoint samples of each size, two objectives
+    tail         positions that get noise, min_nll; causal language models alone
 
 A row is one sigma, its interval, what the search cost, and the figures on test and out-of-scope
 rows. Those are predicted once for each family and power of 1.1 next to sigma, which is at most 5 %
@@ -38,6 +39,7 @@ from benchmarks.calibration.train import ADAPTERS, adapter
 from benchmarks.harness import Bench, Row, record
 from tfb.anchor import METRICS
 from tfb.batching import EncodedRows
+from tfb.cost import passes_per_row
 from tfb.draws import Draws
 from tfb.engine import BayesianModel
 from tfb.families import FAMILIES
@@ -49,7 +51,13 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 TOLERANCES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 DRAWS = (2, 4, 10, 20, 40)
 SEARCH_DRAWS = (2, 4, 10, 20)
-DEFAULTS = {"metric": "nll", "objective": "max_variance", "tolerance": 0.003, "draws": 4}
+TAILS = (1, 2, 4, 8)
+DEFAULTS: dict[str, Any] = {
+    "metric": "nll",
+    "objective": "max_variance",
+    "tolerance": 0.003,
+    "draws": 4,
+}
 SUBSETS = 3
 BATCH = 50
 STEP = 1.1  # between sigmas that are predicted with
@@ -82,15 +90,17 @@ class Setting:
     subset: int = 0
     family: str = "low_rank"
     draws: int = 10
+    tail: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     def search(self) -> tuple[Any, ...]:
         """What the answer of the search depends on."""
         options = DEFAULTS | self.options
-        return self.family, self.source, self.count, self.subset, *sorted(options.items())
+        return (self.family, self.tail, self.source, self.count, self.subset,
+                *sorted(options.items()))  # fmt: skip
 
 
-def settings(sizes: Sizes, training_rows: int) -> Iterator[Setting]:
+def settings(sizes: Sizes, training_rows: int, task_type: str) -> Iterator[Setting]:
     """All points of the study."""
     n = sizes.anchors
     for family in FAMILIES:
@@ -117,6 +127,8 @@ def settings(sizes: Sizes, training_rows: int) -> Iterator[Setting]:
             for objective in ("max_variance", "min_nll"):
                 options = {"objective": objective}
                 yield Setting("anchors", count, count, subset=subset, options=options)
+    for tail in TAILS if task_type == "CAUSAL_LM" else ():
+        yield Setting("tail", tail, n, tail=tail, options={"objective": "min_nll"})
 
 
 @dataclass
@@ -128,7 +140,7 @@ class Study:
     sizes: Sizes
     models: dict[str, BayesianModel] = field(default_factory=dict)
     fits: dict[tuple[Any, ...], SigmaFit | str] = field(default_factory=dict)
-    predicted: dict[tuple[str, float], dict[str, Tensor]] = field(default_factory=dict)
+    predicted: dict[tuple[str, int | None, float], dict[str, Tensor]] = field(default_factory=dict)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -162,19 +174,23 @@ class Study:
             bayes = self.model(setting.family)
             try:
                 options = DEFAULTS | setting.options
+                bayes.set_mode(*_mode(setting.tail))
                 self.fits[key] = tfb.fit_sigma(bayes, self.anchors(setting), **options)
             except SearchError as error:
                 self.fits[key] = str(error)
         return self.fits[key]
 
-    def figures(self, family: str, sigma: float, draws: int) -> dict[str, float | None]:
+    def figures(
+        self, family: str, sigma: float, draws: int, tail: int | None = None
+    ) -> dict[str, float | None]:
         """On test rows, and how well uncertainty tells out-of-scope rows from them (epistemic:
         None at sigma = 0, which has none)."""
         rounded = STEP ** round(math.log(sigma, STEP)) if sigma > 0 else 0.0
-        found = self.predicted.get((family, rounded), {})
+        found = self.predicted.get((family, tail, rounded), {})
         if not found or len(found["test"]) < draws:
+            self.model(family).set_mode(*_mode(tail))
             found = {name: self._draws(family, rounded, draws, name) for name in ("test", "oos")}
-            self.predicted[family, rounded] = found
+            self.predicted[family, tail, rounded] = found
         probs, total, epistemic = _summary(found["test"][:draws])
         _, oos_total, oos_epistemic = _summary(found["oos"][:draws])
         m = evaluate(probs, torch.tensor(self.encoded["test"].labels))
@@ -195,6 +211,11 @@ class Study:
         return found.draw_probs
 
 
+def _mode(tail: int | None) -> tuple[str, int | None]:
+    """Arguments of ``set_mode``."""
+    return ("full", None) if tail is None else ("tail", tail)
+
+
 def _summary(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean [N, K], its entropy [N], and mutual information [N] of p [S, N, K]."""
     p = p.double()
@@ -210,17 +231,20 @@ def measure(study: Study, bench: Bench) -> None:
               "shift_rows": len(task.shifts["oos"])}  # fmt: skip
     point = common | {"value": "deterministic"}
     _record(bench, "deterministic", point, {"sigma": 0.0} | study.figures("low_rank", 0.0, 2))
-    for s in settings(sizes, len(task.train)):
+    for s in settings(sizes, len(task.train), task.task_type):
         point = common | {"value": s.value, "anchors": s.count, "source": s.source,
                           "subset": s.subset, "family": s.family, "draws": s.draws,
-                          "options": s.options}  # fmt: skip
+                          "tail": s.tail, "options": s.options}  # fmt: skip
         fit = study.fit(s)
         if isinstance(fit, str):
             values: dict[str, Any] = {"sigma": None, "error": fit}
         else:
             values = {"sigma": fit.sigma, "interval": fit.interval, "passes": fit.passes,
                       "notes": len(fit.notes)}  # fmt: skip
-            values |= study.figures(s.family, fit.sigma, s.draws)
+            values |= study.figures(s.family, fit.sigma, s.draws, s.tail)
+            if s.tail is not None:
+                lengths = [len(ids) for ids in study.encoded["test"].input_ids]
+                values["prediction_passes"] = passes_per_row(lengths, s.draws, s.tail)
         _record(bench, s.ablation, point, values)
 
 

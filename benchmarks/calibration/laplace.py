@@ -7,6 +7,8 @@ network's own predictive is that of the linear head: weights are sampled and the
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 SAMPLES = 100  # of the head's weights; a sample costs one product with the head
 BATCH = 250
+PRECISIONS = (-2.0, 5.0, 29)  # log10 of the first and the last, and how many: 4 a decade
 
 
 def fit_laplace(head: nn.Linear, features: Tensor, labels: Tensor) -> Any:
@@ -36,12 +39,39 @@ def fit_laplace(head: nn.Linear, features: Tensor, labels: Tensor) -> Any:
             "last-layer Laplace needs laplace-torch: pip install 'tfb[calibration]'"
         ) from error
     fitted = Laplace(head, "classification", subset_of_weights="all", hessian_structure="kron")
-    fitted.fit(DataLoader(TensorDataset(features, labels), batch_size=BATCH))
-    with warnings.catch_warnings():
-        # Said to every classifier, whatever was asked for; samples need no link.
-        warnings.filterwarnings("ignore", message="By default `link_approx`")
+    fitted.fit(_loader(features, labels))
+    with _quiet():
         fitted.optimize_prior_precision(pred_type="nn", method="marglik")
     return fitted
+
+
+def tune_laplace(fitted: Any, features: Tensor, labels: Tensor, seed: int) -> None:
+    """Set the prior precision of least NLL of the sampled predictive, on held-out rows.
+
+    Args:
+        features: [N, D]. labels: [N].
+    """
+    first, last, count = PRECISIONS
+    # Other methods' random numbers stay what they were.
+    with _quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fitted.optimize_prior_precision(
+            pred_type="nn", method="gridsearch", val_loader=_loader(features, labels),
+            link_approx="mc", n_samples=SAMPLES, log_prior_prec_min=first, log_prior_prec_max=last,
+            grid_size=count,
+        )  # fmt: skip
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what is said to every classifier, whatever was asked for; samples need no link."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="By default `link_approx`")
+        yield
+
+
+def _loader(features: Tensor, labels: Tensor) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(features, labels), batch_size=BATCH)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from benchmarks.markdown import Row, table, taken_on
 LABELS = {
     "mle": "MLE (the adapter)", "map": "MAP (weight decay)", "temperature": "temperature scaling",
     "mc_dropout": "MC dropout", "ensemble": "ensemble of 3", "laplace": "last-layer Laplace",
+    "laplace_tuned": "last-layer Laplace, prior tuned on anchors",
     "authors_rule": "TFB, the authors' rule", "tfb": "TFB, max_variance",
     "tfb_min_nll": "TFB, min_nll (the default)", "tfb_gvi": "TFB, gvi on training rows",
     "tfb_tail": "TFB, min_nll, tail k=1", "tfb_last": "TFB, min_nll, last block",
@@ -19,11 +20,12 @@ LABELS = {
 TASKS = {
     "clinc-domain": "clinc-domain: stories260K, next token, 10 domains",
     "clinc150": "clinc150: stories260K, classifier, 150 intents",
+    "clinc150-early": "clinc150-early: the same, training stopped early (under-confident)",
     "clinc-fewshot": "clinc-fewshot: MiniLM, classifier, 150 intents, 10 rows each",
     "exam": "exam: MiniLM, classifier, three sources of science questions",
     "subject": "subject: MiniLM, classifier, four subjects of MMLU, few rows",
 }
-SHORT = ("mle", "temperature", "ensemble", "laplace", "authors_rule", "tfb", "tfb_min_nll",
+SHORT = ("mle", "temperature", "ensemble", "laplace_tuned", "authors_rule", "tfb", "tfb_min_nll",
          "tfb_tail", "tfb_temperature")  # fmt: skip
 JUDGED = ("tfb", "tfb_min_nll")
 LOWER = ("nll", "ece")  # figures of which less is better
@@ -95,8 +97,9 @@ LEGEND = (
     "deterministic passes a row. Fitting: passes over the anchors, and models trained beside the "
     "adapter. The three members of the ensemble are the same at every seed. MC dropout acts where "
     "it acted in training; the given adapters of stories260K had none and get 0.1 on LoRA's input. "
-    "Laplace is fitted to training rows. Only σ differs between the authors' rule and the other "
-    "TFB rows; all predict with 10 antithetic draws of weight noise."
+    "Laplace is fitted to training rows, its prior by marginal likelihood or on the anchors. Only "
+    "σ differs between the authors' rule and the other TFB rows; all predict with 10 antithetic "
+    "draws of weight noise."
 )
 
 

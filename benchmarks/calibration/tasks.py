@@ -1,7 +1,8 @@
 """The tasks: which rows an adapter is trained on, fitted on, judged by, and what is out of scope.
 
     clinc-domain    stories260K, next token over 10 domains; the given adapter is over-confident
-    clinc150        stories260K, 150 intents; the given adapter is nearly calibrated
+    clinc150        stories260K, 150 intents; the given adapter is a little over-confident
+    clinc150-early  the same, by adapters of our own whose training stops early: under-confident
     clinc-fewshot   MiniLM, 150 intents from 10 training rows each
     exam            MiniLM, a science question: of ARC-Challenge, ARC-Easy or OpenBookQA
     subject         MiniLM, a question of MMLU: which of its four subjects; few rows
@@ -30,7 +31,7 @@ from benchmarks.calibration.stems import cut, stems, unseen
 from benchmarks.questions import arc, mmlu, openbookqa, winogrande
 from tfb.rows import Row, read_rows
 
-TASKS = ("clinc-domain", "clinc150", "clinc-fewshot", "exam", "subject")
+TASKS = ("clinc-domain", "clinc150", "clinc150-early", "clinc-fewshot", "exam", "subject")
 GIVEN = {"clinc-domain": "stories260K-clinc-domain", "clinc150": "stories260K-clinc150"}
 SHOTS = 10  # training rows of an intent, clinc-fewshot
 DOMAIN_ROWS = 2000  # training rows of clinc-domain, as many as the given adapter had
@@ -111,7 +112,7 @@ def load_task(
     data = shared / "data"
     if name == "clinc-domain":
         return _clinc_domain(shared, seed, *sizes)
-    if name in ("clinc150", "clinc-fewshot"):
+    if name in ("clinc150", "clinc150-early", "clinc-fewshot"):
         return _intents(name, shared, seed, *sizes)
     return (_exam if name == "exam" else _subject)(data, seed, *sizes)
 
@@ -141,7 +142,7 @@ def _intents(name: str, shared: Path, seed: int, rows: int, anchors: int, shift_
     train = _shuffled(made("train"), f"{name} train {seed}")
     if name == "clinc-fewshot":
         train = _few(train, SHOTS)
-    stories = name == "clinc150"
+    stories = name != "clinc-fewshot"
     return Task(
         name=name,
         seed=seed,
