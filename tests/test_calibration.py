@@ -145,6 +145,21 @@ def test_identities_of_the_methods(causal: Setting, monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(dropped.probs, mle, rtol=0, atol=FLOAT32)
 
 
+def test_multipliers_of_one_are_tfb(causal: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layer-adaptive TFB with one multiplier for all is TFB by min_nll; the shared model has no
+    multipliers afterwards."""
+    methods, bayes = Methods(causal), causal.model()
+    found = methods.run("tfb_layers")
+    assert found.details["least_multiplier"] < 1 < found.details["largest_multiplier"]
+    assert set(bayes.layer_scales.values()) == {1.0}
+    monkeypatch.setattr("tfb.layer_scale.WIDEST", 1.0)
+    alike, plain = methods.run("tfb_layers"), methods.run("tfb_min_nll")
+    assert alike.details["sigma"] == plain.details["sigma"]
+    assert alike.fitting > 2 * plain.fitting
+    probs = alike.predicted["test"].probs
+    torch.testing.assert_close(probs, plain.predicted["test"].probs, rtol=0, atol=FLOAT32)
+
+
 def test_dropout_acts_and_leaves_no_trace(causal: Setting) -> None:
     """Passes differ; afterwards the model predicts as before and PEFT's modules are back."""
     bayes, rows = causal.model(), causal.judged["test"]

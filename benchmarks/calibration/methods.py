@@ -11,6 +11,7 @@
                                                                  rows
     tfb_tail        min_nll, noise at the last position only
     tfb_last        min_nll, noise in the last block only
+    tfb_layers      min_nll, layer-adaptive: a multiplier for each module
     tfb_temperature tfb_min_nll, then a temperature
 
 Fitting sees held-out anchors, or training rows (gvi, laplace), or both (laplace_tuned), never a
@@ -21,7 +22,7 @@ function here and its line in ``METHODS``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -46,6 +47,7 @@ from tfb.metrics import apply_temperature, fit_temperature
 from tfb.tail import why_no_tail
 
 TAIL = 1
+SENSITIVITY_SIGMA = 0.01  # at which modules are measured where min_nll finds no noise good
 
 
 class LeftOut(Exception):
@@ -209,6 +211,22 @@ class Methods:
         bayes = self.setting.model(layers=tfb.last_layers(1))
         return self._tfb(self.setting.anchors, bayes=bayes, objective="min_nll")[0]
 
+    def tfb_layers(self) -> Outcome:
+        s, bayes = self.setting, self.setting.model()
+        before = bayes.layer_scales
+        sigma = float(self._min_nll[0].details["sigma"]) or SENSITIVITY_SIGMA
+        try:
+            scales = tfb.fit_layer_scales(bayes, s.anchors, sigma=sigma)
+            outcome, _ = self._tfb(s.anchors, objective="min_nll")
+        finally:
+            bayes.set_layer_scales(before)  # the model is shared
+        m = scales.multipliers.values()
+        return replace(
+            outcome,
+            fitting=outcome.fitting + scales.passes + self._min_nll[0].fitting,
+            details={**outcome.details, "least_multiplier": min(m), "largest_multiplier": max(m)},
+        )
+
     def _tfb(
         self, anchors: EncodedRows, *, bayes: Any = None, mode: str = "full", **search: Any
     ) -> tuple[Outcome, Draws]:
@@ -267,5 +285,6 @@ METHODS: dict[str, Callable[[Methods], Outcome]] = {
     "tfb_gvi": Methods.tfb_gvi,
     "tfb_tail": Methods.tfb_tail,
     "tfb_last": Methods.tfb_last,
+    "tfb_layers": Methods.tfb_layers,
     "tfb_temperature": Methods.tfb_temperature,
 }

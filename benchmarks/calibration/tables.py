@@ -15,6 +15,7 @@ LABELS = {
     "authors_rule": "TFB, the authors' rule", "tfb": "TFB, max_variance",
     "tfb_min_nll": "TFB, min_nll (the default)", "tfb_gvi": "TFB, gvi on training rows",
     "tfb_tail": "TFB, min_nll, tail k=1", "tfb_last": "TFB, min_nll, last block",
+    "tfb_layers": "TFB, min_nll, layer-adaptive",
     "tfb_temperature": "TFB, min_nll + temperature",
 }  # fmt: skip
 TASKS = {
