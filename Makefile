@@ -48,7 +48,7 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m mypy tfb tfb_kernels
+	$(PY) -m mypy tfb tfb_kernels benchmarks
 
 check: lint
 	$(PY) -m pytest

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from benchmarks.harness import Bench, measure_ceilings
+from benchmarks.reference_data import shared_folder
 
 FOLDER = Path(__file__).resolve().parent
 _BENCH = pytest.StashKey[Bench]()
@@ -54,12 +55,10 @@ def bench(request: pytest.FixtureRequest) -> Bench:
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Folder with the reference models, adapters and data; skips where there is none."""
-    configured = os.environ.get("TFB_SHARED")
-    folder = Path(configured) if configured else FOLDER.parent.parent / "shared"
-    if not (folder / "data").is_dir():
-        where = "TFB_SHARED" if configured else "the folder 'shared' beside the repository"
-        pytest.skip(f"reference models and data not found: {where} has no folder 'data'")
-    return folder
+    try:
+        return shared_folder()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(autouse=True)

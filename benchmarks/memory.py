@@ -25,6 +25,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import tfb
 from benchmarks.environment import environment
 from benchmarks.harness import Bench, Row, record, target
+from benchmarks.reference_data import shared_folder
 
 FOLDER = Path(__file__).resolve().parent
 ROWS, DRAWS, TAIL, SIGMA = 200_000, 10, 1, 0.05
@@ -115,9 +116,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    shared = Path(os.environ.get("TFB_SHARED") or FOLDER.parent.parent / "shared")
-    if not (shared / "data").is_dir():
-        raise SystemExit("needs the reference models and data: set TFB_SHARED to their folder")
+    try:
+        shared = shared_folder()
+    except FileNotFoundError as error:
+        raise SystemExit(str(error)) from error
     bench = Bench.untimed(FOLDER / "results" if options.record else None)
     row = measure(shared, bench, options.rows, options.threads)
     print(json.dumps({key: row[key] for key in ("bytes", "growth", "seconds", "targets")}))

@@ -88,23 +88,24 @@ def summarize(p: Tensor) -> Statistics:
     return probs, torch.special.entr(probs).sum(-1), torch.special.entr(p).sum(-1).mean(0)
 
 
-def naive_loop(
-    case: Case, draws: int, sigma: float, call: Callable[[Case, Any], Tensor] | None = None
-) -> Statistics | None:
-    """``draws`` PEFT forwards, each with A' + sigma / d o E written into lora_A and taken back.
-
-    With ``call(case, model)`` in place of ``forward`` nothing is averaged.
-    """
+def naive_draws(
+    case: Case, draws: int, sigma: float, call: Callable[[Case, Any], Tensor]
+) -> Iterator[Tensor]:
+    """``call(case, model)`` ``draws`` times, each with A' + sigma / d o E written into lora_A and
+    taken back."""
     layers = lora_a(case.bayes, case.twin).values()
     means = [(weight, weight.clone(), sigma * inv_d) for weight, inv_d in layers]
-    found = []
     for _ in range(draws):
         for weight, mean, std in means:
             weight.copy_(mean + std * torch.randn_like(mean))
-        found.append((call or forward)(case, case.twin))
+        yield call(case, case.twin)
         for weight, mean, _std in means:
             weight.copy_(mean)
-    return summarize(torch.stack(found)) if call is None else None
+
+
+def naive_loop(case: Case, draws: int, sigma: float) -> Statistics:
+    """Statistics of ``draws`` PEFT forwards with materialised noise."""
+    return summarize(torch.stack(list(naive_draws(case, draws, sigma, forward))))
 
 
 def flipout_loop(case: Case, draws: int, sigma: float) -> Statistics:

@@ -13,6 +13,7 @@ import argparse
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,6 +25,7 @@ from torch import Tensor
 
 import tfb
 from benchmarks.harness import Bench, Row, record
+from benchmarks.reference_data import shared_folder
 from tfb.batching import EncodedRows
 from tfb.draws import Draws
 from tfb.metrics import evaluate
@@ -86,9 +88,9 @@ def measure(shared: Path, bench: Bench) -> list[Row]:
         for S in counts:
             cost, errors, probs = [], [], None
             for i in range(REPLICATES):
-                unit = clock(lambda predict=predict: predict(Draws.mean()))[0]
+                unit = clock(partial(predict, Draws.mean()))[0]
                 draws = make(S, sigma, first_stream=FAR * (2 + i))
-                taken, p = clock(lambda predict=predict, draws=draws: predict(draws))
+                taken, p = clock(partial(predict, draws))
                 cost.append(taken / unit)
                 errors.append(float((p - exact).square().mean()))
                 probs = p if probs is None else probs
@@ -131,9 +133,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
-    shared = Path(os.environ.get("TFB_SHARED") or FOLDER.parent.parent / "shared")
-    if not (shared / "data").is_dir():
-        raise SystemExit("needs the reference models and data: set TFB_SHARED to their folder")
+    try:
+        shared = shared_folder()
+    except FileNotFoundError as error:
+        raise SystemExit(str(error)) from error
     bench = Bench.untimed(FOLDER / "results" if options.record else None)
     measure(shared, bench)
 

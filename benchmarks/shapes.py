@@ -50,7 +50,8 @@ def random_model(shape: Shape, rank: int, targets: tuple[str, ...], bench: Bench
         pad_token_id=0,
     )  # fmt: skip
     with torch.device(bench.device):
-        base = LlamaForCausalLM(config).to(bench.dtype)
+        base: Any = LlamaForCausalLM(config)
+    base.to(bench.dtype)
     lora = LoraConfig(
         task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules=list(targets)
     )

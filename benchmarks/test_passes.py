@@ -26,7 +26,15 @@ from torch import Tensor
 
 import tfb
 from benchmarks.harness import Bench, Row, Step, compare, target
-from benchmarks.models import CASES, Case, flipout_loop, forward, naive_loop, reparameterized
+from benchmarks.models import (
+    CASES,
+    Case,
+    flipout_loop,
+    forward,
+    naive_draws,
+    naive_loop,
+    reparameterized,
+)
 from benchmarks.shapes import ADAPTERS, CPU, GPU, TOY, Shape, random_model, share_weights
 from tfb.draws import Draws
 
@@ -63,14 +71,15 @@ def steps(shape: Shape, rank: int, targets: tuple[str, ...], bench: Bench) -> di
     """All contenders on one batch."""
     case, quarter, last = models(shape, rank, targets, bench)
     bayes, batch, labels = case.bayes, case.batch, case.label_ids
+    adapted: Any = bayes.model
 
     def ours(which: Any, draws: int, **mode: Any) -> Step:
         chosen = Draws.antithetic(draws, SIGMA)
         return lambda i: which.predict(batch, chosen, label_ids=labels, **mode)
 
     def without_adapter(i: int) -> Tensor:
-        with bayes.model.disable_adapter():
-            return forward(case, bayes.model)
+        with adapted.disable_adapter():
+            return forward(case, adapted)
 
     return {
         "ours": ours(bayes, 10, mode="full"),
@@ -169,13 +178,18 @@ def test_decoding(benchmark: Any, bench: Bench) -> None:
     shape = shape_of(bench, GPU_ROWS[0])
     shape = replace(shape, rows=min(shape.rows, 8))
     case, _, _ = models(shape, *ADAPTERS["r8-q,v,head"], bench)
-    options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+    options: dict[str, Any] = {
+        "max_new_tokens": NEW_TOKENS,
+        "min_new_tokens": NEW_TOKENS,
+        "do_sample": False,
+    }
     draws = Draws.antithetic(10, SIGMA)
+    adapted: Any = case.bayes.model
     made: dict[str, Step] = {
         "ours": lambda i: case.bayes.generate(case.batch, draws, **options),
-        "mean": lambda i: case.bayes.model.generate(**case.batch, **options),
-        "naive": lambda i: naive_loop(
-            case, 10, SIGMA, lambda _, model: model.generate(**case.batch, **options)
+        "mean": lambda i: adapted.generate(**case.batch, **options),
+        "naive": lambda i: list(
+            naive_draws(case, 10, SIGMA, lambda _, model: model.generate(**case.batch, **options))
         ),
     }
     point = point_of(shape, "r8-q,v,head", bench) | {"new_tokens": NEW_TOKENS, "draws": 10}

@@ -24,15 +24,13 @@ settings.register_profile(
 )
 settings.load_profile("tfb")
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Folder with the reference models, adapters and data; skips the test where there is none."""
-    configured = os.environ.get("TFB_SHARED")
-    folder = Path(configured) if configured else REPOSITORY.parent / "shared"
-    if not (folder / "data").is_dir():
-        where = "TFB_SHARED" if configured else "the folder 'shared' beside the repository"
-        pytest.skip(f"reference models and data not found: {where} has no folder 'data'")
-    return folder
+    from benchmarks.reference_data import shared_folder
+
+    try:
+        return shared_folder()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))

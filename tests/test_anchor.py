@@ -228,11 +228,6 @@ def test_probability_floors(bayes: tfb.BayesianModel) -> None:
     torch.testing.assert_close(added.baseline, -(p + 1e-12).log(), rtol=0, atol=1e-14)
 
 
-def test_share_of_correct_rows(bayes: tfb.BayesianModel) -> None:
-    loss = loss_of(bayes, metric="accuracy")
-    assert loss.correct == pytest.approx(1 - float(loss.baseline.mean()), abs=1e-15)
-
-
 # --- passes, batches and chunks -----------------------------------------------------------------
 
 

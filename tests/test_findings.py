@@ -164,6 +164,10 @@ def test_largest_accepted_sigma() -> None:
         ),
         ({"objective": "min_nll", "limit": None, "sigma": 0.0}, "So σ = 0: no noise"),
         ({"objective": "gvi", "limit": None, "implied_lambda": 0.01}, "a weight λ of about 0.01"),
+        (
+            {"objective": "gvi", "limit": None, "implied_lambda": 0.01, "kl_weight": 0.0125},
+            "a weight λ of 0.0125",
+        ),
         ({"objective": "gvi", "limit": None}, "(the KL divergence). Little noise"),
         ({"compat": "reference", "interval": None}, "(compat reference), on 600 anchor rows"),
     ],

@@ -62,7 +62,7 @@ def test_clinc_domain(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_clinc150(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A SEQ_CLS adapter with its own head: validation accuracy 57.8 %, within four standard errors
-    of 300 rows, and under-confident, which noise makes no better."""
+    of 300 rows, and noise only makes it less sure of itself."""
     splits = json.loads((shared / "data" / "clinc150" / "data_small.json").read_text())
     intents = {name: i for i, name in enumerate(sorted({intent for _, intent in splits["train"]}))}
     assert len(intents) == 150

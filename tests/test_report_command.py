@@ -46,6 +46,9 @@ def test_facts_of_an_artifact_without_a_fit() -> None:
     assert not {"Search", "Anchors", "KL divergence"} & set(found)
     assert fit_line("M", Path("A"), {**SIDECAR, "fit": None}) == []
     assert fit_line("M", Path("A"), {**SIDECAR, "extra": {}}) == []
+    # The command has no other weight than the default.
+    assert fit_line("M", Path("A"), changed(objective="gvi", kl_weight=1 / 2000)) == []
+    assert "gvi" in fit_line("M", Path("A"), changed(objective="gvi", kl_weight=1 / 500))[0]
 
 
 def test_fit_can_be_made_again() -> None:

@@ -258,6 +258,7 @@ def test_gvi_against_its_closed_form(a: float, weight: float) -> None:
     sigma^2 = weight E / (2 a + weight E / prior^2)."""
     options = {} if weight == 1 / N else {"kl_weight": weight}  # 1 / anchors is the default
     fit, _, _ = find(lambda s: 1.0 + a * s * s, objective="gvi", **options)
+    assert fit.kl_weight == weight
     best = (weight * ENTRIES / (2 * a + weight * ENTRIES / PRIOR**2)) ** 0.5
     order = [p.sigma for p in fit.curve]
     i = order.index(fit.sigma)
@@ -277,12 +278,15 @@ def test_gvi_against_its_closed_form(a: float, weight: float) -> None:
 def test_gvi_with_a_given_prior() -> None:
     fit, _, _ = find(lambda s: 1.0 + 100 * s * s, objective="gvi", prior_sigma=0.02, kl_weight=0.01)
     best = (0.01 * ENTRIES / (200 + 0.01 * ENTRIES / 0.02**2)) ** 0.5
-    assert fit.prior_sigma == 0.02 and abs(math.log(fit.sigma / best)) <= 0.051
+    assert (fit.prior_sigma, fit.kl_weight) == (0.02, 0.01) and abs(
+        math.log(fit.sigma / best)
+    ) <= 0.051
 
 
 def test_implied_lambda_of_the_largest_accepted_sigma() -> None:
     """l' = 2 rise sigma / crossing^2, from a quotient in sigma^2."""
     fit, _, _ = find(power(0.02))
+    assert fit.kl_weight is None
     wanted = -(2 * 0.003 * fit.sigma / 0.02**2) / kl_slope(fit.sigma)
     assert fit.implied_lambda == pytest.approx(wanted, rel=1e-6)
 

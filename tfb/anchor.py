@@ -206,11 +206,6 @@ class AnchorLoss:
         """[N, K] probabilities at sigma = 0, None for metrics without."""
         return None if self.metric in PER_ROW else self._mean
 
-    @property
-    def correct(self) -> float:
-        """Share of anchors the deterministic adapter gets right (supervised metrics)."""
-        return 1.0 - float(self.baseline.mean())
-
     def __call__(
         self,
         sigmas: Sequence[float],

@@ -55,8 +55,7 @@ def compare(
     if not torch.equal(before.labels, after.labels):
         raise ValueError(f"{before.name} and {after.name}: other labels, so not the same rows")
     was, now = ({**asdict(e.metrics), "aurc": _aurc_of(e)} for e in (before, after))
-    paired = [_row_losses(e, n_bins) for e in (before, after)]
-    samples = _bootstrap(*paired, seed=seed)
+    samples = _bootstrap(before, after, n_bins=n_bins, seed=seed)
     limits = _accuracy_limits(before, after)
     found = {"accuracy": Change(was["accuracy"], now["accuracy"], *limits)}
     edge = (1 - LEVEL) / 2
@@ -67,14 +66,41 @@ def compare(
 
 
 @dataclass(frozen=True, eq=False)
-class _RowLosses:
-    """nll, brier [N]; gaps [N, M]: correct - confidence in the row's bin, 0 elsewhere, so that the
-    ECE of any weighting of rows is sum_m |weights @ gaps|; ranking: for the AURC, or None."""
+class RowLosses:
+    """What figures of N rows are made of: the figure of any weighting of the rows, weights [N] of
+    sum 1, is ``weights @ nll``, ``weights @ brier``, ``weights @ correct``, and for the ECE
+    ``abs(weights @ gaps).sum()``.
+
+    Attributes:
+        nll, brier, correct: [N]. gaps: [N, M], correct - confidence in the row's bin, 0 elsewhere.
+    """
 
     nll: np.ndarray
     brier: np.ndarray
+    correct: np.ndarray
     gaps: np.ndarray
-    ranking: Ranking | None
+
+    @classmethod
+    def of(cls, probs: torch.Tensor, labels: torch.Tensor, n_bins: int) -> RowLosses:
+        """From probabilities [N, K] and labels [N]."""
+        p = probs.double()
+        confidence, prediction = p.max(-1)
+        correct = (prediction == labels).double()
+        bins = torch.nn.functional.one_hot(bin_of_confidence(confidence, n_bins), n_bins)
+        truth = torch.nn.functional.one_hot(labels, p.shape[1])
+        label = p.gather(1, labels[:, None])[:, 0]
+        return cls(
+            nll=-label.clamp_min(NLL_PROBABILITY_FLOOR).log().numpy(),
+            brier=(p - truth).square().sum(-1).numpy(),
+            correct=correct.numpy(),
+            gaps=(bins * (correct - confidence)[:, None]).numpy(),
+        )
+
+
+def change_of_ece(weights: np.ndarray, before: RowLosses, after: RowLosses) -> np.ndarray:
+    """[R] from weights [R, N]."""
+    eces = [np.abs(weights @ e.gaps.astype(weights.dtype)).sum(-1) for e in (before, after)]
+    return eces[1] - eces[0]
 
 
 class Ranking:
@@ -108,39 +134,31 @@ def _aurc_of(e: Evaluation) -> float | None:
     return None if e.total is None else risk_coverage(e.total, e.correct).aurc
 
 
-def _row_losses(e: Evaluation, n_bins: int) -> _RowLosses:
-    assert e.labels is not None
-    p = e.probs.double()
-    label = p.gather(1, e.labels[:, None])[:, 0]
-    gap = (e.correct.double() - p.amax(-1))[:, None]
-    bins = torch.nn.functional.one_hot(bin_of_confidence(p.amax(-1), n_bins), n_bins)
-    truth = torch.nn.functional.one_hot(e.labels, p.shape[1])
-    return _RowLosses(
-        nll=-label.clamp_min(NLL_PROBABILITY_FLOOR).log().numpy(),
-        brier=(p - truth).square().sum(-1).numpy(),
-        gaps=(bins * gap).numpy(),
-        ranking=None if e.total is None else Ranking(e.total.numpy(), ~e.correct.numpy()),
-    )
+def _ranking(e: Evaluation) -> Ranking | None:
+    return None if e.total is None else Ranking(e.total.numpy(), ~e.correct.numpy())
 
 
-def _bootstrap(before: _RowLosses, after: _RowLosses, *, seed: int) -> dict[str, np.ndarray]:
+def _bootstrap(
+    before: Evaluation, after: Evaluation, *, n_bins: int, seed: int
+) -> dict[str, np.ndarray]:
     """[RESAMPLES] changes of each figure."""
-    N, generator = len(before.nll), np.random.default_rng(seed)
+    assert before.labels is not None and after.labels is not None
+    was, now = (RowLosses.of(e.probs, before.labels, n_bins) for e in (before, after))
+    rankings = _ranking(before), _ranking(after)
+    N, generator = len(was.nll), np.random.default_rng(seed)
     found: dict[str, list[np.ndarray]] = {"nll": [], "ece": [], "brier": []}
-    if before.ranking and after.ranking:
+    if rankings[0] and rankings[1]:
         found["aurc"] = []
     at_once = max(1, _BLOCK // N)
     for start in range(0, RESAMPLES, at_once):
         count = min(at_once, RESAMPLES - start)
         counts = generator.multinomial(N, np.full(N, 1 / N), size=count)
         weights = counts / N
-        found["nll"].append(weights @ (after.nll - before.nll))
-        found["brier"].append(weights @ (after.brier - before.brier))
-        found["ece"].append(
-            np.abs(weights @ after.gaps).sum(-1) - np.abs(weights @ before.gaps).sum(-1)
-        )
-        if before.ranking and after.ranking:
-            found["aurc"].append(after.ranking.aurc(counts) - before.ranking.aurc(counts))
+        found["nll"].append(weights @ (now.nll - was.nll))
+        found["brier"].append(weights @ (now.brier - was.brier))
+        found["ece"].append(change_of_ece(weights, was, now))
+        if rankings[0] and rankings[1]:
+            found["aurc"].append(rankings[1].aurc(counts) - rankings[0].aurc(counts))
     return {name: np.concatenate(parts) for name, parts in found.items()}
 
 

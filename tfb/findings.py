@@ -179,8 +179,9 @@ def _least_loss(fit: Mapping[str, Any]) -> list[str]:
 
 
 def _variational(fit: Mapping[str, Any]) -> list[str]:
-    weight = fit.get("implied_lambda")
-    said = "" if weight is None else f" with a weight λ of about {weight:.2g}"
+    weight, implied = fit.get("kl_weight"), fit.get("implied_lambda")
+    said = "" if implied is None else f" with a weight λ of about {implied:.2g}"  # earlier records
+    said = said if weight is None else f" with a weight λ of {weight:.4g}"
     return [
         "The search weighed two things against each other (objective gvi; no tolerance is used): "
         f"the {LOSSES[fit['metric']]} on {fit['anchors']:,} anchor rows, and how far the weights' "

@@ -107,6 +107,8 @@ def fit_line(model: str, artifact: Path, sidecar: Mapping[str, Any]) -> list[str
     fit, file = sidecar.get("fit"), (sidecar.get("extra") or {}).get("anchors")
     if fit is None or not isinstance(file, str):
         return []
+    if (weight := fit.get("kl_weight")) is not None and weight != 1 / fit["anchors"]:
+        return []  # searched from Python: the command has the default alone
     words: list[object] = ["tfb", "fit", "--model", model, "--adapter", artifact]
     words += ["--anchors", file, "--limit", fit["anchors"], "--out", "NEW"]
     if fit.get("compat"):

@@ -222,6 +222,7 @@ def fit_sigma(
                 interval=limits,
                 notes=tuple(notes),
                 family=bayes.family,
+                kl_weight=weight if objective == "gvi" else None,
                 **_variational(curve, sigma, kl),
             )
     except BaseException:

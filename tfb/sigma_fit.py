@@ -46,6 +46,7 @@ class SigmaFit:
             curve is known (:mod:`tfb.interval`). The upper limit is None where the measured
             sigmas do not show one.
         notes: doubts worth reading.
+        kl_weight: lambda of gvi, None for other objectives.
         kl, prior_sigma: KL(q || p) in nats at sigma and the prior's scale; None at sigma = 0.
         implied_lambda: -l'(sigma) / KL'(sigma), the lambda for which this sigma solves GVI
             (Theorem 4.2; 1 / training rows is ordinary variational inference).
@@ -70,6 +71,7 @@ class SigmaFit:
     stopped: str
     compat: str | None = None
     tail: int | None = None
+    kl_weight: float | None = None
     prior_sigma: float | None = None
     kl: float | None = None
     implied_lambda: float | None = None

@@ -25,10 +25,11 @@ import tfb
 from benchmarks.calibration.evaluation import Bootstrap, figures
 from benchmarks.calibration.methods import METHODS, LeftOut, Methods, Outcome
 from benchmarks.calibration.setting import Setting
-from benchmarks.calibration.tasks import GIVEN, TASKS, load_task, shared_folder
+from benchmarks.calibration.tasks import GIVEN, TASKS, load_task
 from benchmarks.calibration.train import ADAPTERS, SEEDS, adapter
 from benchmarks.environment import REPOSITORY, environment
 from benchmarks.harness import Bench, Row, record
+from benchmarks.reference_data import shared_folder
 
 RESULTS = REPOSITORY / "benchmarks/results"
 SUITE = "calibration"

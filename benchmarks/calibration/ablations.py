@@ -34,9 +34,10 @@ import torch
 from torch import Tensor
 
 import tfb
-from benchmarks.calibration.tasks import Task, load_task, shared_folder
+from benchmarks.calibration.tasks import Task, load_task
 from benchmarks.calibration.train import ADAPTERS, adapter
 from benchmarks.harness import Bench, Row, record
+from benchmarks.reference_data import shared_folder
 from tfb.anchor import METRICS
 from tfb.batching import EncodedRows
 from tfb.cost import passes_per_row

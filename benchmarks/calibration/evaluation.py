@@ -12,23 +12,15 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from benchmarks.calibration.setting import Predicted
-from tfb.metrics import (
-    BELOW_ONE,
-    NLL_PROBABILITY_FLOOR,
-    auroc,
-    bin_of_confidence,
-    evaluate,
-    risk_coverage,
-)
+from tfb.comparison import RowLosses, change_of_ece
+from tfb.metrics import auroc, evaluate, risk_coverage
 
 BINS = 15
 RESAMPLES = 10_000
 LEVEL = 0.95
-COMPARED = ("nll", "ece", "accuracy")
 
 
 def figures(predicted: Mapping[str, Predicted], labels: Tensor) -> dict[str, Any]:
@@ -77,13 +69,13 @@ class Bootstrap:
     resamples: int = RESAMPLES
 
     @cached_property
-    def weights(self) -> Tensor:
+    def weights(self) -> np.ndarray:
         """[R, N] float32: how often each row is in a resample, over N."""
         N = len(self.labels)
         counts = np.random.default_rng(self.seed).multinomial(
             N, np.full(N, 1 / N), size=self.resamples
         )
-        return torch.from_numpy((counts / N).astype(np.float32))
+        return (counts / N).astype(np.float32)
 
     def compare(self, method: Tensor, other: Tensor) -> dict[str, dict[str, float | bool]]:
         """Differences method - other of NLL, ECE and accuracy, from probabilities [N, K].
@@ -92,31 +84,21 @@ class Bootstrap:
             by figure: difference, low, high (percentile interval of ``LEVEL``), significant
             (the interval leaves out 0).
         """
-        once = torch.full((1, len(self.labels)), 1 / len(self.labels), dtype=torch.float64)
-        found = {}
-        for name in COMPARED:
-            at, spread = (
-                self._figure(name, method, w) - self._figure(name, other, w)
-                for w in (once, self.weights)
-            )
-            low, high = np.quantile(spread.numpy(), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        a, b = (RowLosses.of(p, self.labels, BINS) for p in (other, method))
+        once = np.full((1, len(self.labels)), 1 / len(self.labels))
+        found: dict[str, dict[str, float | bool]] = {}
+        at, spread = (
+            {
+                "nll": w @ (b.nll - a.nll).astype(w.dtype),
+                "ece": change_of_ece(w, a, b),
+                "accuracy": w @ (b.correct - a.correct).astype(w.dtype),
+            }
+            for w in (once, self.weights)
+        )
+        for name in at:
+            low, high = np.quantile(spread[name], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
             found[name] = {
-                "difference": float(at), "low": float(low), "high": float(high),
+                "difference": float(at[name][0]), "low": float(low), "high": float(high),
                 "significant": bool(low > 0 or high < 0),
             }  # fmt: skip
         return found
-
-    def _figure(self, name: str, probs: Tensor, weights: Tensor) -> Tensor:
-        """[R] one figure under each row of weights."""
-        p = probs.double()
-        if name == "nll":
-            rows = -p.gather(1, self.labels[:, None])[:, 0].clamp_min(NLL_PROBABILITY_FLOOR).log()
-            return weights @ rows.to(weights.dtype)
-        confidence, prediction = p.clamp_max(BELOW_ONE).max(-1)
-        correct = (prediction == self.labels).double()
-        if name == "accuracy":
-            return weights @ correct.to(weights.dtype)
-        # The ECE is the sum over bins of |mean of (correct - confidence) in the bin|.
-        index = bin_of_confidence(confidence, BINS)
-        gaps = torch.nn.functional.one_hot(index, BINS) * (correct - confidence)[:, None]
-        return (weights @ gaps.to(weights.dtype)).abs().sum(-1)

@@ -19,7 +19,6 @@ LoRA-adapted MiniLM stays at chance on both, so there is no confidence to calibr
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -69,20 +68,6 @@ class Task:
     test: list[Row]
     train_anchors: list[Row]
     shifts: dict[str, list[Row]]
-
-
-def shared_folder() -> Path:
-    """TFB_SHARED, or the folder ``shared`` beside the repository.
-
-    Raises:
-        FileNotFoundError: it holds no data.
-    """
-    folder = Path(os.environ.get("TFB_SHARED") or Path(__file__).resolve().parents[3] / "shared")
-    if not (folder / "data").is_dir():
-        raise FileNotFoundError(
-            f"{folder} has no folder 'data': set TFB_SHARED to the reference models' and data's"
-        )
-    return folder
 
 
 def load_task(

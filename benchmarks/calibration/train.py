@@ -28,8 +28,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import minilm
-from benchmarks.calibration.tasks import GIVEN, TASKS, Task, load_task, shared_folder
+from benchmarks.calibration.tasks import GIVEN, TASKS, Task, load_task
 from benchmarks.environment import environment
+from benchmarks.reference_data import shared_folder
 from tfb.batching import Batch, EncodedRows, batches
 from tfb.rows import Row
 from tfb.scoring import encode_rows
