@@ -21,7 +21,7 @@ from tfb import cli, digits
 from tfb.metrics import evaluate
 from tfb.report import PAGE, PICTURES
 from tfb.rows import RowError, read_rows
-from tfb.scoring import encode, pad_token, predict_rows
+from tfb.scoring import encode, load_tokenizer, pad_token, predict_rows
 
 MODEL, ADAPTER = str(digits.BASE), str(digits.ADAPTER)
 ROWS = 24
@@ -129,7 +129,7 @@ def test_evaluate_is_the_librarys_evaluation(
     )  # fmt: skip
     assert code == 0, err
     bayes = tfb.load(MODEL, artifact)
-    tokenizer = cli._tokenizer(MODEL)
+    tokenizer = load_tokenizer(MODEL)
     encoded = encode(bayes, read_rows(data["test"], limit=ROWS), tokenizer)
     pad = pad_token(bayes, tokenizer)
     mean = predict_rows(bayes, encoded, tfb.Draws.mean(), pad_token_id=pad).probs

@@ -34,7 +34,7 @@ import tfb
 from tfb import AdapterError, ArtifactError, BayesianModel, Draws, cli, digits, exporting
 from tfb.artifact import file_sha256, read_sidecar
 from tfb.rows import read_rows
-from tfb.scoring import encode, pad_token, predict_rows
+from tfb.scoring import encode, load_tokenizer, pad_token, predict_rows
 from tfb_kernels import NOISE_VERSION, gaussian_noise
 
 # PEFT 0.21's own advice while saving; see test_adapters.
@@ -404,7 +404,7 @@ def test_command_line_round_trip(
     assert code == 0 and "4 adapters, sigma = 0.012; rounding " in out, err
     assert manifest(tmp_path / "out")["base_model"] == "stories260K"
 
-    tokenizer = cli._tokenizer(str(model))
+    tokenizer = load_tokenizer(str(model))
     rows = read_rows(shared / "data" / "clinc-domain" / "test.jsonl", limit=30)
     encoded, pad = encode(bayes, rows, tokenizer), pad_token(bayes, tokenizer)
     draws = Draws.antithetic(4, 0.012, seed=7)

@@ -15,11 +15,11 @@ import torch
 from models import add_lora, causal, exact, llama, randomize
 
 import tfb
-from tfb import BayesianModel, Draws, cli
+from tfb import BayesianModel, Draws
 from tfb.batching import batches
 from tfb.encoding import encode_choices
 from tfb.rows import read_rows
-from tfb.scoring import pad_token
+from tfb.scoring import load_tokenizer, pad_token
 
 pytest.importorskip("lm_eval", reason='lm-evaluation-harness is an extra: "tfb[lm-eval]"')
 
@@ -59,7 +59,7 @@ def bayes(shared: Path) -> BayesianModel:
 
 @pytest.fixture(scope="module")
 def tokenizer(shared: Path) -> Any:
-    return cli._tokenizer(str(shared / "models" / "stories260K"))
+    return load_tokenizer(str(shared / "models" / "stories260K"))
 
 
 def requests(arguments: list[Any]) -> list[Any]:

@@ -10,18 +10,25 @@ import json
 import logging
 import os
 import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
+from tfb.console import (
+    check_batch_size,
+    check_draws,
+    encode_early,
+    load_artifact,
+    out,
+    print_fit,
+    print_metrics,
+    progress_bar,
+    quiet,
+    write_json,
+)
 from tfb.report_command import report
 from tfb.score_command import score
 
@@ -31,7 +38,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-out = Console(width=None if sys.stdout.isatty() else 120)
 
 Model = Annotated[str, typer.Option("--model", help="base model: folder or hub name")]
 Draws = Annotated[int, typer.Option(help="posterior draws (antithetic pairs: an even number)")]
@@ -55,86 +61,6 @@ def main() -> NoReturn:
         Console(stderr=True).print(message, highlight=False, soft_wrap=True)
         sys.exit(1)
     sys.exit(0)
-
-
-@contextmanager
-def progress_bar(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr, so that stdout stays clean; yields ``advance(n)``."""
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=total)
-        yield lambda n: bar.advance(task, n)
-
-
-def _tokenizer(model: str) -> Any:
-    from tfb.scoring import load_tokenizer
-
-    return load_tokenizer(model)
-
-
-def _quiet() -> None:
-    """One message each from us; the libraries' own progress and advice stay out of the way."""
-    import transformers
-
-    # PEFT asks transformers for an old name whenever it wraps a model; users can do nothing.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
-def _check_draws(draws: int) -> None:
-    if draws < 2 or draws % 2:
-        raise ValueError(f"--draws {draws}: expected a positive even number (antithetic pairs)")
-
-
-def _check_batch_size(batch_size: int) -> None:
-    if batch_size < 1:
-        raise ValueError(f"--batch-size {batch_size}: expected at least 1")
-
-
-def _early_config(model: str, task: str) -> Any:
-    """The base model's configuration, if rows can be checked by it before weights are loaded.
-
-    None for a classification head: its number of classes comes with the adapter's weights.
-    """
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(model) if task != "SEQ_CLS" else None
-
-
-def _encode_early(rows: Any, tokenizer: Any, model: str, task: str) -> Any:
-    """The rows encoded, and so checked, before weights are loaded; None where that is too early."""
-    from tfb.scoring import encode_rows
-
-    config = _early_config(model, task)
-    return None if config is None else encode_rows(rows, tokenizer, task, config)
-
-
-def _load_artifact(
-    model: str, artifact: Path, tokenizer: Any, mode: str | None = None, tail: int | None = None
-) -> Any:
-    import tfb
-    from tfb.scoring import set_padding, to_device
-
-    bayes = tfb.load(model, artifact)
-    set_padding(bayes, tokenizer)
-    to_device(bayes)
-    note_mode((bayes.mode, bayes.tail), mode, tail)
-    if mode is not None:
-        bayes.set_mode(mode, tail)
-    return bayes
-
-
-def note_mode(searched: tuple[str, int | None], mode: str | None, tail: int | None) -> None:
-    """Say that sigma was searched in another mode than the one asked for (None: in that one)."""
-    if mode is not None and searched != (mode, tail):
-        Console(stderr=True).print(
-            f"note: sigma was searched with mode={searched[0]} tail={searched[1]}; it need not "
-            f"suit mode={mode} tail={tail}",
-            soft_wrap=True,
-        )
 
 
 @app.command()
@@ -181,7 +107,7 @@ def fit(
     from tfb.convert import bayesianize
     from tfb.engine import check_mode
     from tfb.rows import read_rows
-    from tfb.scoring import encode, set_padding, to_device
+    from tfb.scoring import encode, load_tokenizer, set_padding, to_device
     from tfb.search import (
         SEARCH_DRAWS,
         TOLERANCE,
@@ -190,13 +116,13 @@ def fit(
         fit_sigma,
     )
 
-    _quiet()
+    quiet()
     check_output_folder(output)
     check_mode(mode, tail)
     check_length_normalization(length_normalization)
     if draws is not None:
-        _check_draws(draws)
-    _check_batch_size(batch_size)
+        check_draws(draws)
+    check_batch_size(batch_size)
     if absolute and tolerance is None:
         raise ValueError("--absolute says how --tolerance is meant: give --tolerance as well")
     objective = default_objective(objective, metric, tolerance, search, compat)
@@ -204,9 +130,9 @@ def fit(
     check_arguments(metric, tolerance, search, objective, draws or SEARCH_DRAWS, compat=compat)
     rows = read_rows(anchors, limit=limit)
     source = local_folder(adapter, ["adapter_config.json", "adapter_model.safetensors"])
-    tokenizer = _tokenizer(model)
+    tokenizer = load_tokenizer(model)
     task = str(adapter_config(source).get("task_type"))
-    encoded = _encode_early(rows, tokenizer, model, task)
+    encoded = encode_early(rows, tokenizer, model, task)
     if encoded is not None:
         AnchorSet.of(encoded).check("pseudo_nll" if compat else metric)
     bayes = bayesianize(load_adapter(load_base(model, adapter), adapter), seed=seed)
@@ -235,95 +161,6 @@ def fit(
     out.print(f"artifact: {output}", markup=False, soft_wrap=True)
 
 
-def print_fit(found: Any) -> None:
-    """The curve and the answer."""
-    table = Table(title=f"{found.metric} on {found.anchors} anchors")
-    for heading in ("sigma", "loss", "change", "± anchors", "± draws", "anchors"):
-        table.add_column(heading, justify="right")
-    for p in found.curve:
-        change = p.loss - found.baseline
-        table.add_row(
-            f"{p.sigma:.5g}", f"{p.loss:.4f}", f"{change:+.4f}", f"{p.standard_error:.4f}",
-            f"{p.draw_standard_error:.4f}", str(p.anchors or found.anchors),
-        )  # fmt: skip
-    out.print(table)
-    kl = "" if found.kl is None else f", KL {found.kl:.4g} nats"
-    lam = "" if found.implied_lambda is None else f", implied lambda {found.implied_lambda:.3g}"
-    out.print(
-        f"sigma = {found.sigma:.6g} ({found.objective}; {found.stopped}; "
-        f"{found.passes:.4g} passes{kl}{lam})", markup=False, soft_wrap=True
-    )  # fmt: skip
-    if found.interval is not None:
-        low, high = found.interval
-        end = "beyond what was measured" if high is None else f"{high:.4g}"
-        out.print(f"95 % interval over anchors and draws: {low:.4g} to {end}", soft_wrap=True)
-    for note in found.notes:
-        out.print(f"note: {note}", markup=False, soft_wrap=True)
-
-
-def evaluations(
-    bayes: Any,
-    encoded: Any,
-    *,
-    dataset: str,
-    draws: int,
-    batch_size: int,
-    pad: int,
-    temperature: float | None = None,
-    sigmas: dict[str, float] | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> list[Any]:
-    """Deterministic, optionally temperature-scaled, and TFB evaluations of labelled rows.
-
-    ``sigmas``: a name for each sigma to sample at; default {"tfb": bayes.sigma}.
-    """
-    import torch
-
-    from tfb.cost import passes_per_row
-    from tfb.draws import Draws as PosteriorDraws
-    from tfb.metrics import Evaluation, apply_temperature
-    from tfb.scoring import predict_rows
-
-    common: dict[str, Any] = {"batch_size": batch_size, "pad_token_id": pad, "progress": progress}
-    mean = predict_rows(bayes, encoded, PosteriorDraws.mean(), **common)
-    labels = torch.tensor([-1 if y is None else y for y in encoded.labels])
-    known = None if bool((labels < 0).any()) else labels
-    found = [Evaluation("deterministic", dataset, mean.probs, known, total=mean.total, passes=1.0)]
-    if temperature is not None:
-        scaled = apply_temperature(mean.probs.clamp_min(1e-30).log(), temperature)
-        entropy = torch.special.entr(scaled).sum(-1)
-        found.append(
-            Evaluation("temperature-scaled", dataset, scaled, known, total=entropy, passes=1.0)
-        )
-    passes = passes_per_row([len(ids) for ids in encoded.input_ids], draws, bayes.tail)
-    for name, sigma in (sigmas or {"tfb": bayes.sigma}).items():
-        chosen = PosteriorDraws.antithetic(draws, sigma, seed=bayes.seed)
-        p = predict_rows(bayes, encoded, chosen, **common)
-        found.append(
-            Evaluation(name, dataset, p.probs, known, total=p.total, aleatoric=p.aleatoric,
-                       epistemic=p.epistemic, draws=draws, passes=passes)
-        )  # fmt: skip
-    return found
-
-
-def print_metrics(found: list[Any]) -> None:
-    """One table: a row for each evaluation."""
-    from tfb.metrics import evaluate as measure
-
-    table = Table()
-    for heading in ("data", "method", "accuracy %", "NLL", "ECE %", "Brier", "conf-acc %",
-                    "flipped %"):  # fmt: skip
-        table.add_column(heading, justify="left" if heading in ("data", "method") else "right")
-    for e in found:
-        reference = next(f for f in found if f.dataset == e.dataset).probs.argmax(-1)
-        m = measure(e.probs, e.labels, reference_predictions=reference)
-        table.add_row(
-            e.dataset, e.name, f"{100 * m.accuracy:.2f}", f"{m.nll:.4f}", f"{100 * m.ece:.2f}",
-            f"{m.brier:.4f}", f"{100 * m.miscalibration:+.2f}", f"{100 * (m.flip_ratio or 0):.2f}",
-        )  # fmt: skip
-    out.print(table)
-
-
 @app.command()
 def evaluate(
     model: Model,
@@ -342,12 +179,12 @@ def evaluate(
     from tfb.engine import check_mode
     from tfb.metrics import evaluate as measure
     from tfb.rows import read_rows
-    from tfb.scoring import encode, pad_token
+    from tfb.scoring import encode, evaluations, load_tokenizer, pad_token
 
-    _quiet()
+    quiet()
     check_mode(mode or "full", tail)
-    _check_draws(draws)
-    _check_batch_size(batch_size)
+    check_draws(draws)
+    check_batch_size(batch_size)
     if sigma is not None and not 0 <= sigma < float("inf"):
         raise ValueError(f"--sigma {sigma}: expected a finite number >= 0")
     if json_out is not None and json_out.exists():
@@ -356,9 +193,9 @@ def evaluate(
     if unlabelled := [r.source for r in rows if r.label is None]:
         raise ValueError(f"{unlabelled[0]}: no label; evaluate needs one on every row")
     task = str(read_sidecar(artifact)["task"])
-    tokenizer = _tokenizer(model)
-    encoded = _encode_early(rows, tokenizer, model, task)
-    bayes = _load_artifact(model, artifact, tokenizer, mode, tail)
+    tokenizer = load_tokenizer(model)
+    encoded = encode_early(rows, tokenizer, model, task)
+    bayes = load_artifact(model, artifact, tokenizer, mode, tail)
     if sigma is not None:
         bayes.sigma = sigma
     encoded = encode(bayes, rows, tokenizer) if encoded is None else encoded
@@ -369,21 +206,14 @@ def evaluate(
         )  # fmt: skip
     print_metrics(found)
     if json_out is not None:
-        reference = found[0].probs.argmax(-1)
+        reference, labels = found[0].probs.argmax(-1), found[0].labels
+        assert labels is not None
         figures = {
-            e.name: measure(e.probs, e.labels, reference_predictions=reference).to_dict()
+            e.name: measure(e.probs, labels, reference_predictions=reference).to_dict()
             for e in found
         }
         setting = {"sigma": bayes.sigma, "draws": draws, "mode": bayes.mode, "tail": bayes.tail}
         write_json(json_out, {"data": str(data.name), **setting, "metrics": figures})
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Atomically, in a folder that is made if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
 
 
 app.command()(score)
@@ -408,17 +238,18 @@ def export(
     from tfb.artifact import check_output_folder, read_sidecar
     from tfb.draws import Draws as PosteriorDraws
     from tfb.exporting import MANIFEST, check_dtype, check_exportable
+    from tfb.scoring import load_tokenizer
 
-    _quiet()
+    quiet()
     check_output_folder(output)
-    _check_draws(draws)
+    check_draws(draws)
     check_dtype(dtype)
     sidecar = read_sidecar(artifact)
     check_exportable(mode or sidecar["mode"], sidecar.get("tail"))
     chosen = PosteriorDraws.antithetic(
         draws, sidecar["sigma"], seed=sidecar["seed"] if seed is None else seed
     )
-    bayes = _load_artifact(model, artifact, _tokenizer(model), mode)
+    bayes = load_artifact(model, artifact, load_tokenizer(model), mode)
     with progress_bar("writing adapters", draws) as advance:
         bayes.export(output, chosen, dtype=dtype, progress=advance)
     rounding = json.loads((output / MANIFEST).read_text())["rounding"]
@@ -437,6 +268,6 @@ def demo(
     """The whole way on an embedded model: fit sigma, compare, draw the pictures."""
     from tfb.demo import run
 
-    _quiet()
-    _check_draws(draws)
+    quiet()
+    check_draws(draws)
     run(output, draws=draws)

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tfb.cli import evaluations, out, print_fit, print_metrics, progress_bar
+from tfb.console import out, print_fit, print_metrics, progress_bar
 
 ASSETS = Path(__file__).parent / "demo_assets"
 
@@ -26,7 +26,7 @@ def run(folder: Path | None, *, draws: int) -> None:
     from tfb.metrics import fit_temperature
     from tfb.report import check_report_folder, write_report
     from tfb.rows import Row
-    from tfb.scoring import encode, pad_token, predict_rows
+    from tfb.scoring import encode, evaluations, pad_token, predict_rows
 
     started = time.perf_counter()
     replace = folder is None

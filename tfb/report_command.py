@@ -9,6 +9,17 @@ from typing import Annotated, Any
 
 import typer
 
+from tfb.console import (
+    check_batch_size,
+    check_draws,
+    encode_early,
+    load_artifact,
+    out,
+    print_metrics,
+    progress_bar,
+    quiet,
+)
+
 
 def report(
     model: Annotated[str, typer.Option(help="base model: folder or hub name")],
@@ -26,15 +37,14 @@ def report(
     batch_size: Annotated[int, typer.Option(help="rows in a batch")] = 50,
 ) -> None:
     """One HTML page in plain words, with pictures: what the fit changed, why, and its cost."""
-    from tfb import cli
     from tfb.artifact import read_sidecar
     from tfb.report import check_report_folder, write_report
     from tfb.rows import read_rows
-    from tfb.scoring import encode, pad_token
+    from tfb.scoring import encode, evaluations, load_tokenizer, pad_token
 
-    cli._quiet()
-    cli._check_draws(draws)
-    cli._check_batch_size(batch_size)
+    quiet()
+    check_draws(draws)
+    check_batch_size(batch_size)
     check_report_folder(output)
     sidecar = read_sidecar(artifact)
     task = str(sidecar["task"])
@@ -46,19 +56,19 @@ def report(
         raise ValueError(
             f"{missing[0]}: no label; report needs one on every row of --data, --shift needs none"
         )
-    tokenizer = cli._tokenizer(model)
-    early = {p: cli._encode_early(rows, tokenizer, model, task) for p, rows in tables.items()}
-    bayes = cli._load_artifact(model, artifact, tokenizer)
+    tokenizer = load_tokenizer(model)
+    early = {p: encode_early(rows, tokenizer, model, task) for p, rows in tables.items()}
+    bayes = load_artifact(model, artifact, tokenizer)
     found: dict[Path, list[Any]] = {}
     for path, rows in tables.items():
         encoded = encode(bayes, rows, tokenizer) if early[path] is None else early[path]
-        with cli.progress_bar(path.name, 2 * len(rows)) as advance:
-            found[path] = cli.evaluations(
+        with progress_bar(path.name, 2 * len(rows)) as advance:
+            found[path] = evaluations(
                 bayes, encoded, dataset=path.stem, draws=draws, batch_size=batch_size,
                 pad=pad_token(bayes, tokenizer), progress=advance,
             )  # fmt: skip
     labelled = [e for path in data for e in found[path]]
-    cli.print_metrics(labelled)
+    print_metrics(labelled)
     again = _report_line(model, artifact, data, shift or [], output, draws, limit)
     page = write_report(
         output,
@@ -69,7 +79,7 @@ def report(
         facts=facts(sidecar, draws),
         commands=[*fit_line(model, artifact, sidecar), again],
     )
-    cli.out.print(f"report: {page}", markup=False, soft_wrap=True)
+    out.print(f"report: {page}", markup=False, soft_wrap=True)
 
 
 def facts(sidecar: Mapping[str, Any], draws: int) -> dict[str, str]:

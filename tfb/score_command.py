@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from rich.progress import Progress as Bar
 
+from tfb.console import note_mode, out, quiet
+
 if TYPE_CHECKING:
     from tfb.offline import Progress
 
@@ -66,12 +68,11 @@ def score(
     finished is kept in any case; --resume goes on with it.
     """
     from tfb.artifact import read_sidecar
-    from tfb.cli import _quiet, note_mode, out
     from tfb.job import Job
     from tfb.offline import run
     from tfb.windows import parse_columns
 
-    _quiet()
+    quiet()
     job = Job(
         model=model,
         artifact=artifact,

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from tfb.adaptive import Adaptive
 from tfb.batching import EncodedRows, batches
+from tfb.cost import passes_per_row
 from tfb.draws import Draws
 from tfb.encoding import encode_answers, encode_choices, encode_texts
 from tfb.engine import BayesianModel
+from tfb.metrics import Evaluation, apply_temperature
 from tfb.rows import Row
 
 WINDOW = 1024  # rows encoded at a time while streaming
@@ -182,3 +184,41 @@ def score(
             if out.draw_probs is not None:
                 result["draw_probs"] = out.draw_probs[:, i, :k].tolist()
             yield result
+
+
+def evaluations(
+    bayes: Any,
+    encoded: Any,
+    *,
+    dataset: str,
+    draws: int,
+    batch_size: int,
+    pad: int,
+    temperature: float | None = None,
+    sigmas: dict[str, float] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Evaluation]:
+    """Deterministic, optionally temperature-scaled, and TFB evaluations of labelled rows.
+
+    ``sigmas``: a name for each sigma to sample at; default {"tfb": bayes.sigma}.
+    """
+    common: dict[str, Any] = {"batch_size": batch_size, "pad_token_id": pad, "progress": progress}
+    mean = predict_rows(bayes, encoded, Draws.mean(), **common)
+    labels = torch.tensor([-1 if y is None else y for y in encoded.labels])
+    known = None if bool((labels < 0).any()) else labels
+    found = [Evaluation("deterministic", dataset, mean.probs, known, total=mean.total, passes=1.0)]
+    if temperature is not None:
+        scaled = apply_temperature(mean.probs.clamp_min(1e-30).log(), temperature)
+        entropy = torch.special.entr(scaled).sum(-1)
+        found.append(
+            Evaluation("temperature-scaled", dataset, scaled, known, total=entropy, passes=1.0)
+        )
+    passes = passes_per_row([len(ids) for ids in encoded.input_ids], draws, bayes.tail)
+    for name, sigma in (sigmas or {"tfb": bayes.sigma}).items():
+        chosen = Draws.antithetic(draws, sigma, seed=bayes.seed)
+        p = predict_rows(bayes, encoded, chosen, **common)
+        found.append(
+            Evaluation(name, dataset, p.probs, known, total=p.total, aleatoric=p.aleatoric,
+                       epistemic=p.epistemic, draws=draws, passes=passes)
+        )  # fmt: skip
+    return found

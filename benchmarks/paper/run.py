@@ -21,9 +21,8 @@ from benchmarks.paper.blob import find_adapter, mean_adapter
 from tfb.adapters import adapter_config, adapter_folder
 from tfb.anchor import AnchorSet
 from tfb.batching import EncodedRows
-from tfb.cli import evaluations
 from tfb.posterior import AdapterError
-from tfb.scoring import load_tokenizer, pad_token, set_padding, to_device
+from tfb.scoring import evaluations, load_tokenizer, pad_token, set_padding, to_device
 from tfb.search import SEARCH_DRAWS, SearchError, check_arguments, fit_sigma
 
 KINDS = ("mle", "map", "blob-mean")
