@@ -342,6 +342,19 @@ def test_under_confident_adapters_are_judged_otherwise() -> None:
     assert found[f"{label}, NLL not above MLE's"] and f"{label}, NLL below MLE's" not in found
 
 
+def test_a_seed_without_an_answer_is_no_success() -> None:
+    """Means pair by seed: MLE's AUROC of seeds 0 and 1 is .805, of all three .81."""
+    rows = [made_row("mle", s, 1.0) for s in (0, 1, 2)]
+    rows += [made_row("tfb", s, 0.5, better=True) for s in (0, 1)]
+    rows += [{"point": {**rows[2]["point"], "method": "tfb"}, "left_out": "no bracket",
+              "environment": rows[0]["environment"], "date": "2026-01-01"}]  # fmt: skip
+    found = {name: (value, ok) for name, value, ok in tables.judge(rows)}
+    label = f"clinc-domain, {tables.LABELS['tfb']} (2 of 3 seeds)"
+    assert found[f"{label}, NLL below MLE's"] == ("better in 2, worse in 0 of 3 seeds", False)
+    assert found[f"{label}, AUROC oos at least MLE's"] == ("0.805 against 0.805", False)
+    assert not any(ok for _value, ok in found.values())
+
+
 def test_methods_that_do_not_exist_say_why(
     causal: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:

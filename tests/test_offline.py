@@ -19,11 +19,11 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import REPOSITORY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tfb
+from benchmarks.environment import REPOSITORY
 from tfb import cli, digits, offline, score_command
 from tfb.job import Job, configuration_sha256, differences, model_sha256
 from tfb.offline import Outcome, run

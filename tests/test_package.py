@@ -15,8 +15,8 @@ import pytest
 
 import tfb
 import tfb_kernels
+from benchmarks.environment import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 TFB = sorted((REPOSITORY / "tfb").rglob("*.py"))
 KERNELS = sorted((REPOSITORY / "tfb_kernels").rglob("*.py"))
 

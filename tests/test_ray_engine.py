@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY
 
 import tfb
+from benchmarks.environment import REPOSITORY
 from tfb import digits, ray_engine
 from tfb.hashset import HashSet
 from tfb.job import Job

@@ -51,15 +51,16 @@ def calibration_table(rows: Sequence[Row]) -> str:
             *(f"AUROC {name}: total, epistemic" for name in ("errors", *shifts)),
             "passes", "fitting",
         )  # fmt: skip
+        measured = {name: own for name in methods if (own := _measured(methods[name]))}
         body = [
             [
-                LABELS[name], marked(own, "nll", 3), marked(own, "ece", 1, 100),
+                _label(name, methods[name]), marked(own, "nll", 3), marked(own, "ece", 1, 100),
                 marked(own, "accuracy", 1, 100), over(own, lambda r: r["brier"], 3),
                 over(own, lambda r: r["aurc"], 1, 100),
                 *(_aurocs(own, found) for found in ("errors", *shifts)),
                 over(own, lambda r: r["passes"], 1, spread=False), _fitting(own),
             ]
-            for name, own in methods.items() if _measured(own)
+            for name, own in measured.items()
         ]  # fmt: skip
         parts.append(f"### {TASKS[task]}\n\n{_sizes(methods)}\n\n{table(headings, body)}")
         if missing := _left_out(methods):
@@ -77,8 +78,9 @@ def evidence_table(rows: Sequence[Row]) -> str:
             own = _measured(methods.get(name, []))
             if own:
                 body.append([
-                    task if name == SHORT[0] else "", LABELS[name], marked(own, "nll", 3),
-                    marked(own, "ece", 1, 100), marked(own, "accuracy", 1, 100),
+                    task if name == SHORT[0] else "", _label(name, methods[name]),
+                    marked(own, "nll", 3), marked(own, "ece", 1, 100),
+                    marked(own, "accuracy", 1, 100),
                     " / ".join(_auroc(own, shift, "total") for shift in _shifts(methods)),
                     over(own, lambda r: r["passes"], 1, spread=False),
                 ])  # fmt: skip
@@ -96,11 +98,14 @@ SHORT_LEGEND = (
 LEGEND = (
     SHORT_LEGEND + " AURC: mean error rate of the most certain rows, over coverage. Passes: "
     "deterministic passes a row. Fitting: passes over the anchors, and models trained beside the "
-    "adapter. The three members of the ensemble are the same at every seed. MC dropout acts where "
+    "adapter. The three members of the ensemble are the same at every seed. On the tasks of given "
+    "adapters (clinc-domain, clinc150) MAP and two members of the ensemble come from our training, "
+    "which makes better adapters than the given ones: what they gain there is not the method's "
+    "alone. MC dropout acts where "
     "it acted in training; the given adapters of stories260K had none and get 0.1 on LoRA's input. "
     "Laplace is fitted to training rows, its prior by marginal likelihood or on the anchors. Only "
-    "σ differs between the authors' rule and the other TFB rows; all predict with 10 antithetic "
-    "draws of weight noise."
+    "σ differs between the authors' rule, max_variance, min_nll and gvi; all TFB rows predict with "
+    "10 antithetic draws of weight noise."
 )
 
 
@@ -133,24 +138,27 @@ def judge(rows: Sequence[Row]) -> list[tuple[str, str, bool]]:
             own = _measured(methods.get(method, []))
             if not own:
                 continue
-            label = f"{task}, {LABELS[method]}"
+            label = f"{task}, {_label(method, methods[method])}"
+            seeds = len(methods[method])
+            complete = len(own) == seeds  # a seed without an answer has not met a target
             for name in LOWER:
                 better, worse = votes(own, name)
-                text = f"better in {better}, worse in {worse} of {len(own)} seeds"
+                text = f"better in {better}, worse in {worse} of {seeds} seeds"
                 if over_confident:
-                    found.append((f"{label}, {name.upper()} below MLE's", text,
-                                  better == len(own)))  # fmt: skip
+                    found.append((f"{label}, {name.upper()} below MLE's", text, better == seeds))
                 else:
-                    found.append((f"{label}, {name.upper()} not above MLE's", text, worse == 0))
+                    found.append((f"{label}, {name.upper()} not above MLE's", text,
+                                  worse == 0 and complete))  # fmt: skip
             lost = mean(_vs_mle(r, "accuracy")["difference"] for r in own)
             found.append((f"{label}, accuracy within 1 point of MLE's", f"{100 * lost:+.2f} points",
-                          lost >= -ACCURACY_MARGIN))  # fmt: skip
+                          complete and lost >= -ACCURACY_MARGIN))  # fmt: skip
             for shift in _shifts(methods):
-                ours, theirs = (_mean_auroc(r, shift) for r in (own, mle))
+                ours, theirs = (_mean_auroc(r, shift) for r in _paired(own, mle))
                 found.append((f"{label}, AUROC {shift} at least MLE's",
-                              f"{ours:.3f} against {theirs:.3f}", ours >= theirs))  # fmt: skip
-        tail, full = (_measured(methods.get(m, [])) for m in ("tfb_tail", "tfb_min_nll"))
-        if tail and full:
+                              f"{ours:.3f} against {theirs:.3f}",
+                              complete and ours >= theirs))  # fmt: skip
+        tail, full = _paired(*(_measured(methods.get(m, [])) for m in ("tfb_tail", "tfb_min_nll")))
+        if tail:
             gap = 100 * (mean(r["ece"] for r in tail) - mean(r["ece"] for r in full))
             ratio = mean(r["nll"] for r in tail) / mean(r["nll"] for r in full) - 1
             found.append((f"{task}, tail within 1 ECE point of full", f"{gap:+.2f} points",
@@ -211,8 +219,21 @@ def over(
     return f"{text} ± {stdev(values):.{digits}f}" if spread and len(values) > 1 else text
 
 
+def _label(name: str, rows: Sequence[Row]) -> str:
+    """The method's, and how many seeds it has figures of where that is not all."""
+    measured = len(_measured(rows))
+    return LABELS[name] + ("" if measured == len(rows) else f" ({measured} of {len(rows)} seeds)")
+
+
 def _measured(rows: Sequence[Row]) -> list[Row]:
     return [r for r in rows if "left_out" not in r]
+
+
+def _paired(a: Sequence[Row], b: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """Of both the rows of the seeds that both have: means over other seeds do not compare."""
+    of_a, of_b = ({r["point"]["seed"]: r for r in rows} for rows in (a, b))
+    both = [seed for seed in of_a if seed in of_b]
+    return [of_a[s] for s in both], [of_b[s] for s in both]
 
 
 def _vs_mle(row: Row, name: str) -> dict[str, Any]:
