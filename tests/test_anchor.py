@@ -111,6 +111,15 @@ def test_labels_are_none_if_any_row_lacks_one() -> None:
     assert AnchorSet.of([make_batch(2) | {"labels": torch.tensor([NO_LABEL])}]).labels is None
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+def test_labels_are_int64_on_the_cpu(dtype: torch.dtype) -> None:
+    """Losses index float64 probabilities on the CPU by them, whatever the batches hold."""
+    labels = torch.tensor([0, 2, 1, 0], dtype=dtype)
+    found = AnchorSet.of([{"input_ids": torch.ones(4, 2), "labels": labels}]).labels
+    assert found is not None and found.tolist() == [0, 2, 1, 0]
+    assert found.dtype == torch.int64 and found.device.type == "cpu"
+
+
 def test_empty_anchors_are_refused() -> None:
     nothing = EncodedRows(ids=[], input_ids=[], label_ids=[], labels=[], choices=[])
     for empty in ([], nothing):
@@ -327,9 +336,10 @@ def test_nan_is_refused(metric: str) -> None:
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_nan_at_a_sampled_sigma_is_refused(bayes: tfb.BayesianModel, metric: str) -> None:
+    """What fails with noise alone is not blamed on the weights."""
     loss = loss_of(bayes, metric=metric)
-    with pytest.raises(ValueError, match="the model returned NaN or Inf"):
-        loss([1e300])
+    with pytest.raises(tfb.SearchError, match=r"sigma=1e\+300: with so much noise .* NaN or Inf"):
+        loss([0.1, 1e300])
 
 
 @pytest.mark.parametrize("label", [3, -1])

@@ -191,13 +191,21 @@ def needs_laplace() -> None:
         pytest.importorskip("laplace")
 
 
+def orthogonal_head(generator: torch.Generator, gain: float) -> torch.nn.Linear:
+    """Three classes of four features, without a bias; all of it from ``generator``."""
+    linear = torch.nn.Linear(4, 3)
+    torch.nn.init.orthogonal_(linear.weight, gain=gain, generator=generator)
+    torch.nn.init.zeros_(linear.bias)
+    return linear
+
+
 def test_laplace_of_infinite_prior_precision_is_the_head() -> None:
     """The posterior shrinks to its mean, the trained head; a finite precision has spread."""
     needs_laplace()
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(60, 4, generator=generator)
     labels = torch.randint(0, 3, (60,), generator=generator)
-    linear = torch.nn.Linear(4, 3)
+    linear = orthogonal_head(generator, gain=0.5)
     fitted = fit_laplace(linear, x, labels)
     loose = sample_laplace(fitted, x, seed=0)
     assert loose.shape == (SAMPLES, 60, 3) and float(loose.std(0).mean()) > 1e-3
@@ -212,9 +220,9 @@ def test_tuned_laplace_has_as_much_spread_as_held_out_rows_ask_for(right: bool) 
     """A confident head that is always right: spread only raises the NLL, so the prior is tight.
     Always wrong: the more spread the better. Random numbers outside are left alone."""
     needs_laplace()
-    x = torch.randn(90, 4, generator=torch.Generator().manual_seed(0))
-    linear = torch.nn.Linear(4, 3)
-    torch.nn.init.orthogonal_(linear.weight, gain=3.0)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(90, 4, generator=generator)
+    linear = orthogonal_head(generator, gain=3.0)
     predicted = linear(x).argmax(-1)
     fitted = fit_laplace(linear, x, predicted)
     state = torch.random.get_rng_state()
@@ -267,8 +275,21 @@ def test_a_toy_comparison_end_to_end(
     assert 1 < tail["passes"] < 2 and both["details"]["sigma"] == full["details"]["sigma"]
     text = tables.calibration_table(rows)
     assert "### clinc-domain" in text and tables.LABELS["tfb_tail"] in text
+    assert list(full["adapters"]) == ["mle-0"]
     comparison.main(call)
     assert (tmp_path / "calibration.jsonl").read_text().splitlines() == lines
+    point = {k: v for k, v in mle["point"].items() if k != "method"}
+    for hashes, there in ((full["adapters"], True), ({"mle-0": "0" * 64}, False)):
+        assert comparison.finished(point, {"tfb_tail": hashes}, tmp_path) == there
+
+
+def test_an_adapter_that_is_missing_ends_it_before_any_work(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparison, "run", lambda *_: pytest.fail("work was begun"))
+    with pytest.raises(FileNotFoundError, match=r"calibration.train .* --kind map --seed 0"):
+        comparison.main(["--task", "clinc-domain", "--seed", "0", "1", "--rows", "20",
+                         "--method", "mle", "map", "--adapters", str(tmp_path)])  # fmt: skip
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -361,3 +382,10 @@ def test_methods_that_do_not_exist_say_why(
     monkeypatch.setattr("benchmarks.calibration.methods.why_no_tail", lambda *_: "no prefix")
     with pytest.raises(LeftOut, match="no prefix"):
         Methods(causal).run("tfb_tail")
+
+    def no_head(*_: object) -> None:
+        raise ValueError("choices that differ")
+
+    monkeypatch.setattr("benchmarks.calibration.methods.head", no_head)
+    with pytest.raises(LeftOut, match="choices that differ"):
+        Methods(causal).run("laplace")

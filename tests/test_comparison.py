@@ -105,6 +105,23 @@ def test_ranking_is_the_aurc_of_repeated_rows() -> None:
             assert value == pytest.approx(curve.aurc, rel=1e-10, abs=1e-14)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 5, 6])
+def test_few_rows_say_nothing(rows: int) -> None:
+    """All limits of identical changes coincide, however few there are; 2 * 2^-5 > 5 % > 2 * 2^-6,
+    the sign test's least p-values."""
+    right = torch.ones(rows, dtype=torch.bool)
+    changes = compare(claimed(0.75, right), claimed(0.99, right))
+    assert changes["nll"].change < -0.2 and changes["nll"].high < -0.2
+    assert changes["nll"].beyond_noise == (rows >= 6)
+
+
+def test_rounding_is_no_change() -> None:
+    """A confidence that one rounding to float32 moves, in the same direction on every row."""
+    right = torch.arange(400) % 4 < 3
+    changes = compare(claimed(0.75, right), claimed(0.75 * (1 + 2.0**-24), right))
+    assert changes["ece"].change != 0 and not changes["ece"].beyond_noise
+
+
 def test_the_same_seed_gives_the_same_limits() -> None:
     before, after = random_evaluation(0), random_evaluation(1)
     assert compare(before, after) == compare(before, after)

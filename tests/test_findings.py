@@ -13,7 +13,7 @@ from tfb.comparison import Change
 from tfb.metrics import Evaluation
 from tfb.search import CurvePoint, SigmaFit
 
-SAME = Change(0.5, 0.5, 0.0, 0.0)
+SAME = Change(0.5, 0.5, 0.0, 0.0, 1000)
 
 
 def evaluation(name: str = "tfb", rows: int = 1500, **changes: Any) -> Evaluation:
@@ -46,9 +46,9 @@ def comparison(**changes: Change) -> findings.Comparison:
 def test_an_improvement_in_one_sentence() -> None:
     text = findings.sentence(
         comparison(
-            ece=Change(0.089, 0.034, -0.07, -0.04),
-            accuracy=Change(0.763, 0.764, -0.01, 0.012),
-            nll=Change(0.88, 0.789, -0.1, -0.05),
+            ece=Change(0.089, 0.034, -0.07, -0.04, 1000),
+            accuracy=Change(0.763, 0.764, -0.01, 0.012, 1000),
+            nll=Change(0.88, 0.789, -0.1, -0.05, 1000),
         )
     )
     assert text == (
@@ -61,10 +61,10 @@ def test_an_improvement_in_one_sentence() -> None:
 def test_harm_is_stated_as_plainly() -> None:
     text = findings.sentence(
         comparison(
-            ece=Change(0.03, 0.09, 0.04, 0.08),
-            accuracy=Change(0.8, 0.7, -0.15, -0.05),
-            nll=Change(0.7, 0.9, 0.1, 0.3),
-            aurc=Change(0.05, 0.09, 0.01, 0.06),
+            ece=Change(0.03, 0.09, 0.04, 0.08, 1000),
+            accuracy=Change(0.8, 0.7, -0.15, -0.05, 1000),
+            nll=Change(0.7, 0.9, 0.1, 0.3, 1000),
+            aurc=Change(0.05, 0.09, 0.01, 0.06, 1000),
         )
     )
     assert "raised the calibration error (ECE) from 3.0 % to 9.0 %" in text
@@ -76,18 +76,27 @@ def test_harm_is_stated_as_plainly() -> None:
 
 
 def test_what_chance_explains_is_no_improvement() -> None:
-    text = findings.sentence(comparison(ece=Change(0.05, 0.04, -0.02, 0.01)))
+    text = findings.sentence(comparison(ece=Change(0.05, 0.04, -0.02, 0.01, 1000)))
     assert "changed the calibration error (ECE) from 5.0 % to 4.0 %" in text
     assert "within noise; accuracy" in text and "lowered" not in text
 
 
 def test_no_change_at_all() -> None:
-    """sigma = 0: averaging copies of the same adapter."""
+    """So little noise that nothing moves."""
     same = [evaluation("deterministic", epistemic=None), evaluation()]
     compared = findings.comparisons(same)
     assert findings.headline(same, compared) == (
         "Averaging 10 draws changed nothing on 1,500 rows of test: accuracy 75.0 %, calibration "
         "error (ECE) 0.0 %."
+    )
+
+
+def test_no_noise_at_all() -> None:
+    found = [evaluation("deterministic", epistemic=None),
+             evaluation("tfb", epistemic=None, draws=1)]  # fmt: skip
+    assert findings.headline(found, findings.comparisons(found)) == (
+        "σ = 0: nothing was averaged, and predictions on 1,500 rows of test are those of the "
+        "unchanged adapter: accuracy 75.0 %, calibration error (ECE) 0.0 %."
     )
 
 

@@ -51,6 +51,15 @@ def test_facts_of_an_artifact_without_a_fit() -> None:
     assert "gvi" in fit_line("M", Path("A"), changed(objective="gvi", kl_weight=1 / 500))[0]
 
 
+def test_multipliers_are_said_and_no_command_is_claimed_to_make_them() -> None:
+    adapted = {**SIDECAR, "layer_scales": {"a": 0.5, "b": 2.0}}
+    assert facts(adapted, 10)["Layer scales"] == "σ times 0.5 to 2, by layer"
+    assert fit_line("M", Path("A"), adapted) == []
+    assert fit_line("M", Path("A"), changed(family="full_rank")) == []
+    plain = {**SIDECAR, "layer_scales": {"a": 1.0, "b": 1.0}}
+    assert "Layer scales" not in facts(plain, 10) and len(fit_line("M", Path("A"), plain)) == 1
+
+
 def test_fit_can_be_made_again() -> None:
     assert fit_line("M", Path("A"), SIDECAR) == [
         "tfb fit --model M --adapter A --anchors 'my anchors.jsonl' --limit 500 --out NEW "

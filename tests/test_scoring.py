@@ -18,6 +18,7 @@ from tfb.rows import Row
 from tfb.scoring import (
     Predictions,
     encode,
+    evaluations,
     pad_token,
     predict_rows,
     score,
@@ -71,6 +72,19 @@ def digit_rows(n: int, *, labels: bool = True) -> list[Row]:
         label = r["label"] if labels and r["label"] < len(choices) else None
         made.append(Row(r["id"], prompt, choices, None, label, f"digits:{i}"))
     return made
+
+
+# --- evaluations --------------------------------------------------------------------------------
+
+
+def test_sigma_zero_is_the_deterministic_evaluation(bayes: tfb.BayesianModel) -> None:
+    """The same bits, of one pass, and no rounding sold as disagreement of draws."""
+    plain, zero, noisy = evaluations(
+        bayes, MIXED, dataset="d", draws=4, batch_size=3, pad=0, sigmas={"zero": 0.0, "tfb": 0.1}
+    )
+    assert torch.equal(zero.probs, plain.probs) and torch.equal(zero.total, plain.total)  # type: ignore[arg-type]
+    assert (zero.draws, zero.passes, zero.epistemic) == (1, 1.0, None)
+    assert (noisy.draws, noisy.passes) == (4, 4.0) and float(noisy.epistemic.min()) > 0  # type: ignore[union-attr]
 
 
 # --- predict_rows -------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from models import CASES, exact, make_batch
 import tfb
 from tfb import Draws, SearchError, SigmaFit, search
 from tfb.anchor import AnchorSet
+from tfb.bracket import CLOSE
 from tfb.search import SEARCHES
 
 # --- max_variance: the crossing -----------------------------------------------------------------
@@ -59,6 +60,29 @@ def test_answer_of_a_step_lies_below_it(how: str, edge: float) -> None:
     """An error rate is a step function: the last point below the step, to resolution."""
     fit, _, _ = find(lambda s: 0.1 if s <= edge else 0.2, search=how, metric="accuracy", steps=60)
     assert edge / 1.01 <= fit.sigma <= edge
+
+
+@pytest.mark.parametrize("how", SEARCHES)
+@given(edge=st.floats(1e-4, 1.0))
+def test_a_cliff_after_a_gentle_rise(how: str, edge: float) -> None:
+    """Interpolation puts the crossing just above the last accepted sigma, again and again, with
+    enough anchors for parts of them to decide. The grid takes such a curve for a smooth one and
+    stops early, at an accepted sigma; its record says how wide the bracket was."""
+
+    def curve(sigma: float) -> float:
+        return 1.0 + 0.0029 * (sigma / edge) ** 2 if sigma <= edge else 1.5
+
+    fit, _, _ = find(curve, search=how, rows=400, steps=60)
+    violating = min(p.sigma for p in fit.curve if p.loss > 1.003)
+    assert fit.sigma <= edge < violating <= fit.sigma * (2 * CLOSE if how == "grid" else 1.01)
+    assert f"[{fit.sigma:.6g}, {violating:.6g}]" in fit.stopped
+
+
+@pytest.mark.parametrize("resolution", [1e-6, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("how", ["grid", "root"])
+def test_any_resolution_is_kept(how: str, resolution: float) -> None:
+    fit, _, _ = find(power(0.0175), search=how, resolution=resolution)
+    assert 0.0175 / (1 + resolution) <= fit.sigma <= 0.0175
 
 
 @pytest.mark.parametrize("crossing", [0.0011, 0.0072, 0.02, 0.099])
@@ -465,6 +489,17 @@ def test_reference_rule_on_a_model(model: tfb.BayesianModel, upper: float) -> No
     fit = tfb.fit_sigma(model, anchors, draws=4, compat="reference", bounds=(0.001, upper))
     assert fit.sigma == model.sigma == authors_rule(loss_at, 8, upper)
     assert (fit.sigma < upper) == (upper == 1.0)  # one case of each kind
+
+
+def test_reference_rule_compares_held_out_rows_too(
+    model: tfb.BayesianModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``held_out`` is not dropped, and the record names the posterior's family."""
+    monkeypatch.setattr(search, "compare_held_out", lambda _loss, rows: [f"{len(rows)} rows"])
+    fit = tfb.fit_sigma(
+        model, small_anchors(), draws=4, compat="reference", held_out=small_anchors()
+    )
+    assert fit.notes == ("8 rows",) and fit.family == model.family
 
 
 def test_fit_sets_sigma_and_repeats_by_seed(model: tfb.BayesianModel) -> None:

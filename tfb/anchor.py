@@ -28,6 +28,7 @@ from tfb.batching import NO_LABEL, EncodedRows, batches
 from tfb.cost import PassCounter
 from tfb.draws import Draws
 from tfb.engine import BayesianModel
+from tfb.sigma_fit import SearchError
 
 METRICS = ("nll", "accuracy", "pseudo_nll", "embedding_norm", "expected_nll")
 SUPERVISED = ("nll", "accuracy", "expected_nll")
@@ -95,7 +96,7 @@ class AnchorSet:
         found = [b.get("labels") for b in self.batches]
         if any(y is None for y in found):
             return None
-        labels = torch.cat([torch.as_tensor(y) for y in found])
+        labels = torch.cat([torch.as_tensor(y).cpu().long() for y in found])
         return None if bool((labels == NO_LABEL).any()) else labels
 
     def check(self, metric: str) -> None:
@@ -293,8 +294,7 @@ class AnchorLoss:
         else:
             logits = self.bayes.logits(inputs, draws, batch.get("label_ids"))
             out = logits.double().softmax(-1).cpu()
-        if not bool(out.isfinite().all()):
-            raise ValueError("anchors: the model returned NaN or Inf; check weights and inputs")
+        _check_finite(out, draws)
         return self._label_loss(out, at) if self.metric == "expected_nll" else out
 
     def _losses(self, out: Tensor, at: Tensor) -> Tensor:
@@ -319,6 +319,27 @@ class AnchorLoss:
         if self.additive_floor:
             return -(p + PROBABILITY_FLOOR).log()
         return -p.clamp_min(PROBABILITY_FLOOR).log()
+
+
+def _check_finite(out: Tensor, draws: Draws) -> None:
+    """Refuse NaN and Inf in each draw's outputs [S, ...]; sigma = 0 is always seen first, so what
+    fails with noise alone is the noise's doing.
+
+    Raises:
+        ValueError: at sigma = 0. SearchError: at a larger sigma.
+    """
+    broken = ~out.isfinite().flatten(1).all(1)
+    if not bool(broken.any()):
+        return
+    least = min(abs(draws.sigmas[s]) for s in broken.nonzero()[:, 0].tolist())
+    if least == 0.0:
+        raise ValueError("anchors: the model returned NaN or Inf; check weights and inputs")
+    raise SearchError(
+        f"sigma={least:g}: with so much noise the model returns NaN or Inf, without noise it does "
+        "not; lower bounds[1], or load the model in a wider dtype. Where the range was extended up "
+        "to here, no smaller sigma was what the objective looks for: the anchors hardly respond "
+        "to the adapter's noise, or the tolerance is too large"
+    )
 
 
 def _take(batch: Mapping[str, Any], rows: Tensor, B: int) -> dict[str, Any]:

@@ -19,17 +19,21 @@ from tfb.metrics import NLL_PROBABILITY_FLOOR, Evaluation, bin_of_confidence, ri
 
 LEVEL = 0.95
 RESAMPLES = 2000
+FEWEST = 6  # rows: with fewer even a sign test, all rows alike, reaches no 95 %
+ROUNDING = 1e-6  # of figures made of float32 probabilities
 _BLOCK = 4_000_000  # resampled rows in memory at a time
 
 
 @dataclass(frozen=True)
 class Change:
-    """``after`` - ``before`` of one figure, with its 95 % limits. Fractions or nats."""
+    """``after`` - ``before`` of one figure on ``rows`` rows, with its 95 % limits. Fractions or
+    nats."""
 
     before: float
     after: float
     low: float
     high: float
+    rows: int
 
     @property
     def change(self) -> float:
@@ -37,7 +41,10 @@ class Change:
 
     @property
     def beyond_noise(self) -> bool:
-        """Whether the limits leave 0 out, on the side that the change is on."""
+        """Whether the limits leave 0 out, on the side that the change is on, by more than
+        probabilities are rounded. Of fewer than ``FEWEST`` rows nothing is."""
+        if self.rows < FEWEST or abs(self.change) <= ROUNDING:
+            return False
         return (self.low > 0 and self.change > 0) or (self.high < 0 and self.change < 0)
 
 
@@ -57,11 +64,12 @@ def compare(
     was, now = ({**asdict(e.metrics), "aurc": _aurc_of(e)} for e in (before, after))
     samples = _bootstrap(before, after, n_bins=n_bins, seed=seed)
     limits = _accuracy_limits(before, after)
-    found = {"accuracy": Change(was["accuracy"], now["accuracy"], *limits)}
+    N = len(before.labels)
+    found = {"accuracy": Change(was["accuracy"], now["accuracy"], *limits, N)}
     edge = (1 - LEVEL) / 2
     for name, values in samples.items():
         low, high = np.quantile(values, (edge, 1 - edge))
-        found[name] = Change(was[name], now[name], float(low), float(high))
+        found[name] = Change(was[name], now[name], float(low), float(high), N)
     return found
 
 

@@ -90,9 +90,11 @@ class GridSearch:
         root = predict(curve, low, state.high)
         if curve.complete(low) and low < root <= low * (1 + 0.75 * self.resolution):
             # Only the violation just above is missing. With a neighbour known on all anchors, part
-            # of them tells.
-            curve.decide([low * tight], CONFIRMING_SHARE)
-            curve.measure([] if curve.sure(low * tight) else [low * tight])
+            # of them tells; if it is accepted after all, it is the new lower end and needs all.
+            above = low * tight
+            curve.decide([above], CONFIRMING_SHARE)
+            violates = curve.excess(above) > 0 and curve.sure(above)
+            curve.measure([] if violates else [above])
         else:
             wanted = self._sigmas(curve, state, root, tight)
             new = [s for s in wanted if not curve.complete(s)]
@@ -178,7 +180,9 @@ class RootSearch:
             curve.measure([sigma])
             return curve.excess(sigma) or -1e-300  # 0 is accepted: the search goes on above it
 
-        optimize.brentq(excess, low * low, high * high, xtol=1e-300, rtol=1.8 * self.resolution)
+        # Brent stops at a bracket of so much of x = sigma^2; a tenth narrower than asked for.
+        rtol = 1 - (1 + 0.9 * self.resolution) ** -2
+        optimize.brentq(excess, low * low, high * high, xtol=1e-300, rtol=rtol)
         accepted, violating = locate(curve)
         # Other sigmas may lie in between, known on part of the anchors.
         curve.measure([s for s in (accepted, violating) if not curve.complete(s)])

@@ -41,7 +41,7 @@ def comparisons(evaluations: Sequence[Evaluation]) -> list[Comparison]:
 
 def headline(evaluations: Sequence[Evaluation], compared: Sequence[Comparison]) -> str:
     """The result in one or two sentences: the first sampled method on the first data set."""
-    main = next((c for c in compared if c.after.epistemic is not None), None)
+    main = next((c for c in compared if c.after.epistemic is not None or c.after.draws == 1), None)
     if main is None:
         e = evaluations[0]
         return (
@@ -57,6 +57,12 @@ def sentence(c: Comparison) -> str:
     subject = c.after.name
     if c.after.epistemic is not None:
         subject = f"Averaging {c.after.draws or 'several'} draws"
+    if c.after.draws == 1:
+        return (
+            f"σ = 0: nothing was averaged, and predictions on {count(c.after)} are those of the "
+            f"unchanged adapter: accuracy {percent(accuracy.after)}, calibration error (ECE) "
+            f"{percent(ece.after)}."
+        )
     if all(change.change == 0 for change in c.changes.values()):
         return (
             f"{subject} changed nothing on {count(c.after)}: accuracy {percent(accuracy.after)}, "

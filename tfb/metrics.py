@@ -92,8 +92,8 @@ class Evaluation:
     Attributes:
         name: the method. dataset: the rows. probs: [N, K]. labels: [N] or None.
         total, aleatoric, epistemic: [N] nats, or None.
-        draws: posterior draws that were averaged, or None. passes: deterministic-pass equivalents
-            a row (:mod:`tfb.cost`), or None.
+        draws: posterior draws that were averaged (1: none were, sigma is 0), or None. passes:
+            deterministic-pass equivalents a row (:mod:`tfb.cost`), or None.
     """
 
     name: str

@@ -62,4 +62,5 @@ def reference_rule(
         passes=loss.passes,
         stopped="upper bound: nothing violated" if best == upper else "smallest violating sigma",
         compat="reference",
+        family=bayes.family,
     )

@@ -93,6 +93,9 @@ def facts(sidecar: Mapping[str, Any], draws: int) -> dict[str, str]:
         "Draws": f"{draws} in this report, in pairs of opposite noise; seed {sidecar['seed']}",
         "Model": f"{sidecar['base']['model_type']}, {len(sidecar['layers'])} layers with noise",
     }
+    if _adapted(sidecar):
+        scales = sidecar["layer_scales"].values()
+        found["Layer scales"] = f"σ times {min(scales):.3g} to {max(scales):.3g}, by layer"
     fit = sidecar.get("fit")
     if fit is not None:
         # An artifact that was saved from Python need not name its file of anchors.
@@ -117,8 +120,8 @@ def fit_line(model: str, artifact: Path, sidecar: Mapping[str, Any]) -> list[str
     fit, file = sidecar.get("fit"), (sidecar.get("extra") or {}).get("anchors")
     if fit is None or not isinstance(file, str):
         return []
-    if (weight := fit.get("kl_weight")) is not None and weight != 1 / fit["anchors"]:
-        return []  # searched from Python: the command has the default alone
+    if not _of_a_command(sidecar, fit):
+        return []
     words: list[object] = ["tfb", "fit", "--model", model, "--adapter", artifact]
     words += ["--anchors", file, "--limit", fit["anchors"], "--out", "NEW"]
     if fit.get("compat"):
@@ -133,6 +136,22 @@ def fit_line(model: str, artifact: Path, sidecar: Mapping[str, Any]) -> list[str
         words += ["--length-normalization", normalization]
     words += ["--draws", fit["draws"], "--seed", fit["seed"]]
     return [_line(words)]
+
+
+def _of_a_command(sidecar: Mapping[str, Any], fit: Mapping[str, Any]) -> bool:
+    """Whether the command could have made this fit, as far as the record tells: from Python
+    there are multipliers, families of noise and lambda to choose as well."""
+    weight = fit.get("kl_weight")
+    return (
+        weight in (None, 1 / fit["anchors"])
+        and fit.get("family", "low_rank") == "low_rank"
+        and not _adapted(sidecar)
+    )
+
+
+def _adapted(sidecar: Mapping[str, Any]) -> set[float]:
+    """Multipliers of sigma by layer, other than 1."""
+    return {m for m in (sidecar.get("layer_scales") or {}).values() if m != 1.0}
 
 
 def _report_line(

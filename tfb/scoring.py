@@ -200,7 +200,8 @@ def evaluations(
 ) -> list[Evaluation]:
     """Deterministic, optionally temperature-scaled, and TFB evaluations of labelled rows.
 
-    ``sigmas``: a name for each sigma to sample at; default {"tfb": bayes.sigma}.
+    ``sigmas``: a name for each sigma to sample at; default {"tfb": bayes.sigma}. At sigma = 0 it is
+    one pass, the deterministic one, without epistemic uncertainty.
     """
     common: dict[str, Any] = {"batch_size": batch_size, "pad_token_id": pad, "progress": progress}
     mean = predict_rows(bayes, encoded, Draws.mean(), **common)
@@ -215,6 +216,11 @@ def evaluations(
         )
     passes = passes_per_row([len(ids) for ids in encoded.input_ids], draws, bayes.tail)
     for name, sigma in (sigmas or {"tfb": bayes.sigma}).items():
+        if sigma == 0.0:  # there is nothing to draw
+            found.append(
+                Evaluation(name, dataset, mean.probs, known, total=mean.total, draws=1, passes=1.0)
+            )
+            continue
         chosen = Draws.antithetic(draws, sigma, seed=bayes.seed)
         p = predict_rows(bayes, encoded, chosen, **common)
         found.append(

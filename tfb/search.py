@@ -46,6 +46,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from tfb.anchor import METRICS, AnchorLoss, AnchorSet
@@ -171,6 +172,8 @@ def fit_sigma(
                 progress=progress, additive_floor=True,
             )  # fmt: skip
             fit = reference_rule(loss, bayes, tolerance=tolerance, lower=bounds[0], upper=bounds[1])
+            if others is not None:
+                fit = replace(fit, notes=tuple(compare_held_out(loss, others)))
         else:
             loss = AnchorLoss(bayes, anchor_set, metric, draws=draws, seed=seed, progress=progress)
             curve = LossCurve(

@@ -3,19 +3,19 @@
 Trained adapters come from ``python -m benchmarks.calibration.train``. For the tasks whose adapter
 is given, seeds choose anchors, test rows and noise; for the others the adapter as well. A (task,
 seed) is written as soon as all of its methods are done; --record appends to
-benchmarks/results/calibration.jsonl and skips what is there from the same sources.
+benchmarks/results/calibration.jsonl and skips what is there from the same sources and adapters.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -30,6 +30,7 @@ from benchmarks.calibration.train import ADAPTERS, SEEDS, adapter
 from benchmarks.environment import REPOSITORY, environment
 from benchmarks.harness import Bench, Row, record
 from benchmarks.reference_data import shared_folder
+from tfb.artifact import ADAPTER, file_sha256
 
 RESULTS = REPOSITORY / "benchmarks/results"
 SUITE = "calibration"
@@ -77,7 +78,7 @@ def describe(
     """Figures, cost, details, and differences to the references."""
     outcome = outcomes[name]
     if isinstance(outcome, str):
-        return {"left_out": outcome}
+        return {"left_out": outcome, "adapters": adapter_hashes(name, setting)}
     against = {}
     for reference in REFERENCES:
         other = outcomes[reference]
@@ -88,6 +89,7 @@ def describe(
     return {
         **figures(outcome.predicted, setting.labels),
         "passes": outcome.passes, "fitting": outcome.fitting, "trained": outcome.trained,
+        "adapters": adapter_hashes(name, setting),
         "details": dict(outcome.details), "against": against, "sizes": {
             "train": len(setting.train), "anchors": len(setting.anchors),
             **{found: len(rows) for found, rows in setting.judged.items()},
@@ -104,8 +106,29 @@ def sizes(task: str, options: argparse.Namespace) -> dict[str, int]:
     }
 
 
-def finished(point: Row, names: Sequence[str], results: Path) -> bool:
-    """Whether rows of all methods are there, made by the same sources as now."""
+def adapter_hashes(method: str, setting: Setting) -> dict[str, str]:
+    """SHA-256 of every adapter that a method's row depends on, by kind and seed.
+
+    Raises:
+        FileNotFoundError: one is not trained yet.
+    """
+    used = {("mle", setting.mle_seed)}  # the reference of all
+    if method == "ensemble":
+        used |= {("mle", seed) for seed in setting.members}
+    if method == "map":
+        used |= {("map", setting.task.seed)}
+    return {
+        f"{kind}-{seed}": file_sha256(setting.adapters(kind, seed) / ADAPTER)
+        for kind, seed in sorted(used)
+    }
+
+
+def finished(point: Row, adapters: Mapping[str, Mapping[str, str]], results: Path) -> bool:
+    """Whether rows of all methods are there, made by the same sources and adapters as now.
+
+    Args:
+        adapters: hashes (:func:`adapter_hashes`) by method.
+    """
     path = results / f"{SUITE}.jsonl"
     if not path.is_file():
         return False
@@ -113,8 +136,11 @@ def finished(point: Row, names: Sequence[str], results: Path) -> bool:
     own = [r for r in rows if all(r["point"].get(k) == v for k, v in point.items())]
     commits = {r["environment"]["commit"]["id"] for r in own if not _dirty(r)}
     same = {commit for commit in commits if commit and same_sources(commit)}
-    there = {r["point"]["method"] for r in own if r["environment"]["commit"]["id"] in same}
-    return set(names) <= there
+    there = [
+        (r["point"]["method"], r.get("adapters"))
+        for r in own if r["environment"]["commit"]["id"] in same
+    ]  # fmt: skip
+    return all((name, hashes) in there for name, hashes in adapters.items())
 
 
 def _dirty(row: Row) -> bool:
@@ -149,24 +175,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--record", action="store_true", help="append to benchmarks/results")
     parser.add_argument("--again", action="store_true", help="also what is recorded already")
     options = parser.parse_args(arguments)
+    if any(m.startswith("laplace") for m in options.method) and not (
+        importlib.util.find_spec("laplace")
+    ):
+        parser.error("last-layer Laplace needs laplace-torch: pip install 'tfb[calibration]'")
     if options.threads:
         torch.set_num_threads(options.threads)
     bench = Bench.untimed(RESULTS if options.record else None)
     environment()  # of the sources that are loaded now; they may change while this runs
     shared = shared_folder()
+    wanted = []
     for seed in options.seed:  # all tasks at one seed first
         for name in options.task:
             size = sizes(name, options)
-            point: dict[str, Any] = {"task": name, "seed": seed, **size}
-            if not options.again and finished(point, options.method, RESULTS):
-                print(f"{name} {seed}: recorded already", flush=True)
-                continue
             setting = Setting(
                 load_task(name, shared, seed, **size),
                 adapters=partial(adapter, options.adapters, name),
                 mle_seed=0 if name in GIVEN else seed,
             )
-            run(setting, options.method, point, bench)
+            # Of all tasks before the first runs: an adapter that is missing ends it here.
+            hashes = {method: adapter_hashes(method, setting) for method in options.method}
+            wanted.append(({"task": name, "seed": seed, **size}, hashes, setting))
+    while wanted:
+        point, hashes, setting = wanted.pop(0)  # with its models, once it is done
+        if not options.again and finished(point, hashes, RESULTS):
+            print(f"{point['task']} {point['seed']}: recorded already", flush=True)
+            continue
+        run(setting, options.method, point, bench)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,7 @@
     tfb_temperature tfb_min_nll, then a temperature
 
 Fitting sees held-out anchors, or training rows (gvi, laplace), or both (laplace_tuned), never a
-test row. To add a method: a
-function here and its line in ``METHODS``.
+test row. To add a method: a function here and its line in ``METHODS``.
 """
 
 from __future__ import annotations
@@ -170,7 +169,11 @@ class Methods:
     def _laplace(self, tuned: bool) -> Outcome:
         s = self.setting
         bayes = s.model()
-        fitted = fit_laplace(head(bayes, s.train), features(bayes, s.train), labels_of(s.train))
+        try:
+            linear = head(bayes, s.train)
+        except ValueError as error:
+            raise LeftOut(str(error)) from error
+        fitted = fit_laplace(linear, features(bayes, s.train), labels_of(s.train))
         if tuned:
             tune_laplace(fitted, features(bayes, s.anchors), labels_of(s.anchors), s.task.seed)
         predicted = {
