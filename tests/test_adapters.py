@@ -222,6 +222,27 @@ def test_pickles_are_not_read(adapter: Path) -> None:
         load_base(adapter.parent, adapter)
 
 
+def test_a_pickled_base_model_is_not_read(tmp_path: Path) -> None:
+    base, adapter = write(tmp_path, "llama")
+    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    with pytest.raises(AdapterError, match=r"pickled weights are not read .* save_pretrained"):
+        load_base(base, adapter)
+
+
+def test_a_base_models_own_code_is_not_run(tmp_path: Path) -> None:
+    """Nor is the user asked for leave to."""
+    base, adapter = write(tmp_path, "llama")
+    (base / "theirs.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    config = json.loads((base / "config.json").read_text())
+    code = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
+    config |= {"model_type": "theirs", "auto_map": code}
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(AdapterError, match=r"own code is not run"):
+        load_base(base, adapter)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_folder_without_an_adapter(tmp_path: Path) -> None:
     refused(tmp_path, f"no {CONFIG}; expected a PEFT adapter folder")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import torch
 from transformers import AutoTokenizer
 
 import tfb
+from benchmarks.environment import REPOSITORY
 from tfb import Draws, demo, digits
+from tfb.artifact import read_sidecar
 from tfb.metrics import Evaluation, Metrics, evaluate
 from tfb.report import PAGE, PICTURES
-from tfb.rows import Row
+from tfb.rows import Row, read_rows
 from tfb.scoring import encode, predict_rows
 
 
@@ -39,6 +42,26 @@ def test_adapter_is_overfitted() -> None:
         error = (m.accuracy * (1 - m.accuracy) / m.rows) ** 0.5
         assert 0.2 < m.accuracy < below - 5 * error  # and above the 10 % of guessing
         assert m.miscalibration > 4 * error
+
+
+def test_the_readmes_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first block, as it stands, on the embedded model; and that the artifact is the model."""
+    monkeypatch.chdir(tmp_path)
+    for file, split in (("anchors.jsonl", "anchor"), ("rows.jsonl", "test")):
+        lines = [json.dumps(row) for row in digits.rows(split)[:40]]
+        Path(file).write_text("\n".join(lines))
+    Path("path/to").mkdir(parents=True)
+    for name, folder in (("base", digits.BASE), ("adapter", digits.ADAPTER)):
+        Path("path/to", name).symlink_to(folder)
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    block = text.split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {}
+    exec(block, names)
+    bayes, fit = names["bayes"], names["fit"]
+    assert bayes.sigma == fit.sigma > 0 and read_sidecar("artifact")["fit"]["sigma"] == fit.sigma
+    [again] = tfb.score(read_rows("rows.jsonl", limit=1), bayes, names["tokenizer"])
+    [first] = tfb.score(read_rows("rows.jsonl", limit=1), bayes, names["tokenizer"], draws=10)
+    assert first == again and set(names["result"]) == set(again)
 
 
 def test_the_whole_way(

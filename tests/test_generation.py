@@ -175,6 +175,11 @@ def test_other_refusals() -> None:
         bayes.generate(prompts(), Draws.iid(2, 0.1, noise="token"), **OPTIONS)
     with pytest.raises(ValueError, match="sigma is not set"):
         bayes.generate(prompts(), 4, **OPTIONS)
+    bayes.sigma = 0.1
+    bayes.set_mode("tail", 1)  # its sigma is not one of noise at every token
+    with pytest.raises(ValueError, match=r"mode='tail' .*bayes.set_mode.('full'.)"):
+        bayes.generate(prompts(), 4, **OPTIONS)
+    assert bayes.generate(prompts(), DRAWS, **OPTIONS).sequences.shape[0] > 0  # meant explicitly
     classifier = tfb.bayesianize(KINDS["llama-classifier"].build())
     with pytest.raises(ValueError, match="causal language model"):
         classifier.generate(prompts(), DRAWS)

@@ -145,8 +145,8 @@ def load_base(name: str | Path, adapter: str | Path) -> nn.Module:
     The adapter's task_type decides the class; a SEQ_CLS head gets the adapter's number of labels.
 
     Raises:
-        AdapterError: no adapter there, an unsupported task, or no head weights in a SEQ_CLS
-            adapter.
+        AdapterError: no adapter there, an unsupported task, no head weights in a SEQ_CLS adapter,
+            or no base model in safetensors that transformers' own code can load.
     """
     import transformers
 
@@ -155,9 +155,9 @@ def load_base(name: str | Path, adapter: str | Path) -> nn.Module:
     folder = adapter_folder(adapter)
     task = str(adapter_config(folder).get("task_type"))
     if task == "CAUSAL_LM":
-        return transformers.AutoModelForCausalLM.from_pretrained(str(name), dtype=dtype).eval()
+        return _pretrained(transformers.AutoModelForCausalLM, name, dtype=dtype)
     if task == "SEQ_2_SEQ_LM":
-        return transformers.AutoModelForSeq2SeqLM.from_pretrained(str(name), dtype=dtype).eval()
+        return _pretrained(transformers.AutoModelForSeq2SeqLM, name, dtype=dtype)
     if task != "SEQ_CLS":
         raise AdapterError(f"{adapter}: task_type {task}; supported: {', '.join(TASKS)}")
     heads = [
@@ -170,9 +170,23 @@ def load_base(name: str | Path, adapter: str | Path) -> nn.Module:
             f"{adapter}: a SEQ_CLS adapter without its head (modules_to_save); the labels' number "
             "and weights are unknown"
         )
-    return transformers.AutoModelForSequenceClassification.from_pretrained(
-        str(name), num_labels=heads[-1], dtype=dtype
-    ).eval()
+    return _pretrained(
+        transformers.AutoModelForSequenceClassification, name, num_labels=heads[-1], dtype=dtype
+    )
+
+
+def _pretrained(kind: Any, name: str | Path, **options: Any) -> nn.Module:
+    """A model by transformers' own code (it would ask at a terminal), from safetensors."""
+    options |= {"use_safetensors": True, "trust_remote_code": False}
+    try:
+        model: nn.Module = kind.from_pretrained(str(name), **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise AdapterError(
+            f"{name}: no base model can be loaded from it ({reason}); pickled weights are not read "
+            "and a repository's own code is not run: convert it with transformers' save_pretrained"
+        ) from error
+    return model.eval()
 
 
 def local_folder(name: str | Path, patterns: list[str]) -> Path:

@@ -45,7 +45,7 @@ def _early_config(model: str, task: str) -> Any:
     """
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(model) if task != "SEQ_CLS" else None
+    return AutoConfig.from_pretrained(model, trust_remote_code=False) if task != "SEQ_CLS" else None
 
 
 def encode_early(rows: Any, tokenizer: Any, model: str, task: str) -> Any:

@@ -26,15 +26,13 @@ def run(folder: Path | None, *, draws: int) -> None:
     from tfb.metrics import fit_temperature
     from tfb.report import check_report_folder, write_report
     from tfb.rows import Row
-    from tfb.scoring import encode, evaluations, pad_token, predict_rows
+    from tfb.scoring import encode, evaluations, load_tokenizer, pad_token, predict_rows
 
     started = time.perf_counter()
     replace = folder is None
     folder = check_report_folder("demo_out" if folder is None else folder, overwrite=replace)
-    from transformers import AutoTokenizer
-
     base, adapter = ASSETS / "base", ASSETS / "adapter"
-    tokenizer = AutoTokenizer.from_pretrained(str(base))
+    tokenizer = load_tokenizer(str(base))
     bayes = tfb.bayesianize(tfb.load_adapter(tfb.load_base(base, adapter), adapter))
     pad = pad_token(bayes, tokenizer)
 

@@ -405,9 +405,15 @@ class BayesianModel:
                 stopping criteria, streamer, ...).
 
         Raises:
-            ValueError: not a causal LM, sigma not set, token noise, or an option that cannot work
-                with several draws (named).
+            ValueError: not a causal LM, sigma not set or searched for tails, token noise, or an
+                option that cannot work with several draws (named).
         """
+        if self.mode == "tail" and not isinstance(draws, Draws):
+            raise ValueError(
+                f"generate: sigma was searched with mode='tail' (tail={self.tail}), and generation "
+                "has its noise at every token; fit with mode 'full', or accept this sigma there: "
+                "bayes.set_mode('full')"
+            )
         return run_generation(self, batch, self.draws(draws), per_draw, options)
 
     # --- life -----------------------------------------------------------------------------------

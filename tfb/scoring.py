@@ -60,7 +60,7 @@ def to_device(bayes: BayesianModel, device: str | None = None) -> None:
 
 
 def load_tokenizer(model: str) -> Any:
-    """The tokenizer of a local folder or hub model.
+    """The tokenizer of a local folder or hub model, by transformers' own code.
 
     Raises:
         ValueError: none can be loaded.
@@ -68,7 +68,7 @@ def load_tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model)
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         # transformers explains itself over several lines, and not always by the model's name.
         reason = str(error).strip().splitlines()[0]

@@ -151,7 +151,7 @@ def _base(name: str) -> tuple[Any, Any]:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(name), load_tokenizer(name)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False), load_tokenizer(name)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
