@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -115,6 +116,33 @@ def find(
 def power(crossing: float, exponent: float = 2.0, rise: float = 0.003) -> Curve:
     """1 + rise * (sigma / crossing)^exponent: worse by ``rise`` at ``crossing``."""
     return lambda sigma: 1.0 + rise * (sigma / crossing) ** exponent
+
+
+class WavyLoss(FakeLoss):
+    """Row i has 1 - x + x^2 + spread x cos(3 log(x) / 2 + phase_i), x = (sigma / SCALE)^2: what
+    parts of the rows say of one sigma says little of the next."""
+
+    SCALE = 0.02
+
+    def __init__(
+        self, curve: Curve, spread: float, anchors: AnchorSet, n: int, seed: int, cost: float = 1.0
+    ) -> None:
+        super().__init__(lambda _: 1.0, 0.0, anchors, n, seed, cost)
+        generator = torch.Generator().manual_seed(seed)
+        self.phase = 2 * math.pi * torch.rand(self.N, generator=generator, dtype=torch.float64)
+        self.spread = spread
+
+    def at(self, sigmas: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """[G, N'] losses."""
+        x = (sigmas[:, None] / self.SCALE) ** 2
+        return 1.0 - x + x * x + self.spread * x * (1.5 * x.log() + self.phase[rows]).cos()
+
+    def __call__(self, sigmas: Sequence[float], **options: Any) -> LossTable:
+        asked = super().__call__(sigmas, **options)
+        rows = options.get("rows")
+        rows = torch.arange(self.N) if rows is None else rows
+        found = self.at(torch.tensor(sigmas, dtype=torch.float64), rows)
+        return LossTable(found, found.mean(1, keepdim=True).expand_as(asked.left_out))
 
 
 class GaussianLoss(FakeLoss):

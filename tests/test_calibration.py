@@ -15,7 +15,13 @@ from benchmarks.calibration import __main__ as comparison
 from benchmarks.calibration import setting as settings
 from benchmarks.calibration import tables
 from benchmarks.calibration.evaluation import Bootstrap, figures
-from benchmarks.calibration.laplace import SAMPLES, fit_laplace, sample_laplace, tune_laplace
+from benchmarks.calibration.laplace import (
+    PRECISIONS,
+    SAMPLES,
+    fit_laplace,
+    sample_laplace,
+    tune_laplace,
+)
 from benchmarks.calibration.methods import LeftOut, Methods, prediction_passes
 from benchmarks.calibration.setting import Predicted, Setting, features, head, labels_of, sampled
 from benchmarks.calibration.tasks import load_task
@@ -230,6 +236,26 @@ def test_tuned_laplace_has_as_much_spread_as_held_out_rows_ask_for(right: bool) 
     assert torch.equal(torch.random.get_rng_state(), state)
     precision = float(fitted.prior_precision)
     assert precision > 100 if right else precision < 1
+
+
+def test_tuned_laplace_takes_the_precision_of_least_nll() -> None:
+    """A confident head that is right on nine of ten held-out rows: the least lies inside the grid,
+    and no precision of the grid has less, each seen on its own."""
+    needs_laplace()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(90, 4, generator=generator)
+    linear = orthogonal_head(generator, gain=3.0)
+    labels = linear(x).argmax(-1)
+    fitted = fit_laplace(linear, x, labels)
+    labels = torch.where(torch.arange(90) % 10 == 0, (labels + 1) % 3, labels)
+    tune_laplace(fitted, x, labels, seed=0)
+    found = {}
+    precision = float(fitted.prior_precision)
+    for p in (*torch.logspace(*PRECISIONS).tolist(), precision):
+        fitted.prior_precision = p
+        mean = sample_laplace(fitted, x, seed=0).double().mean(0)
+        found[p] = float(-mean.gather(1, labels[:, None]).log().mean())
+    assert found[precision] == min(found.values()) and 0.01 < precision < 1e5
 
 
 def test_passes_are_counted_by_blocks_and_tokens(causal: Setting) -> None:

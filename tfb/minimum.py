@@ -1,7 +1,9 @@
 """Searches for the sigma of least loss (min_nll), or of least loss + lambda KL (gvi).
 
 A grid on part of the anchors says where to look; three sigmas (tail mode: five, in one sweep) go
-around it on all of them, more follow until the least has neighbours within a factor of ``SPREAD``.
+around it on all of them. Every other sigma of the grid gets more anchors until these tell that it
+is worse, since a part can mislead; one that stays in doubt ends up measured on all. More follow
+until the least has neighbours within a factor of ``SPREAD``.
 The polynomial in sigma through these and sigma = 0 (where the change of loss is 0) then says where
 the least should lie: if that is close to the least measured one, this is the answer, else it is
 measured too. Between antithetic pairs the loss is even in sigma, yet near its minimum, several
@@ -18,7 +20,7 @@ import numpy as np
 from scipy.interpolate import barycentric_interpolate
 
 from tfb.bracket import COARSE_SHARE, MAX_EXTENSIONS, SIGMA_LIMITS, geometric, sweep, whole
-from tfb.curve import LossCurve
+from tfb.curve import SURE, LossCurve
 from tfb.posterior import LowRankPosterior
 from tfb.sigma_fit import SearchError
 
@@ -109,6 +111,9 @@ def find_minimum(
     curve.measure([begin * SPREAD**e for e in range(-reach, reach + 1)])
     refinements = 0
     while True:
+        if doubtful := _doubtful(objective):
+            curve.measure(doubtful, _next_share(curve, doubtful))
+            continue
         if wanted := _missing(objective, begin):
             curve.measure(wanted)
             continue
@@ -164,10 +169,6 @@ def _start(objective: Objective, bounds: tuple[float, float], points: int) -> fl
 def _missing(objective: Objective, begin: float) -> list[float]:
     """What to measure on all anchors before the least of them can be the answer; [] if nothing."""
     curve, best = objective.curve, _least(objective)
-    # A sigma known on part of the anchors may be better still, beyond the error of that part.
-    for s in sorted(curve.points):
-        if not curve.complete(s) and objective(s) + curve.part_error(s) < objective(best):
-            return [s]
     if best == 0.0:
         lowest = whole(curve)[1]
         return [] if lowest < begin / 4 or lowest / 8 < SIGMA_LIMITS[0] else [lowest / 4]
@@ -180,6 +181,26 @@ def _missing(objective: Objective, begin: float) -> list[float]:
     if best * SPREAD * ROUNDING < right:
         wanted.append(best * SPREAD)
     return wanted
+
+
+def _doubtful(objective: Objective) -> list[float]:
+    """Sigmas known on part of the anchors that may still be better than the least of those known
+    on all: the likeliest first, as many as go into a sweep. Those next to the least are left to
+    interpolation."""
+    curve, best = objective.curve, _least(objective)
+    limits = {
+        s: objective(s) - SURE * curve.part_error(s)
+        for s in curve.points
+        if not curve.complete(s) and not best / SPREAD < s < best * SPREAD
+    }
+    found = [s for s in limits if limits[s] < objective(best)]
+    return sorted(found, key=limits.__getitem__)[: sweep(curve)]
+
+
+def _next_share(curve: LossCurve, sigmas: list[float]) -> float:
+    """The share of the anchors that is the next block for the least known of ``sigmas``."""
+    known = min(curve.points[s].count for s in sigmas)
+    return min(b for b in curve.blocks if b > known) / curve.N
 
 
 def _least(objective: Objective) -> float:
