@@ -226,7 +226,7 @@ def test_a_pickled_base_model_is_not_read(tmp_path: Path) -> None:
     base, adapter = write(tmp_path, "llama")
     torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
     (base / "model.safetensors").unlink()
-    with pytest.raises(AdapterError, match=r"pickled weights are not read .* save_pretrained"):
+    with pytest.raises(AdapterError, match=r"model\.safetensors.*pickled weights .* are refused"):
         load_base(base, adapter)
 
 
@@ -238,9 +238,14 @@ def test_a_base_models_own_code_is_not_run(tmp_path: Path) -> None:
     code = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
     config |= {"model_type": "theirs", "auto_map": code}
     (base / "config.json").write_text(json.dumps(config))
-    with pytest.raises(AdapterError, match=r"own code is not run"):
+    with pytest.raises(AdapterError, match=r"own code are refused"):
         load_base(base, adapter)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_folder_that_is_no_adapter_is_named_so(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=f"{tmp_path.name}: no {CONFIG}; expected a PEFT"):
+        adapter_config(tmp_path)
 
 
 def test_folder_without_an_adapter(tmp_path: Path) -> None:

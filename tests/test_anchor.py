@@ -14,6 +14,7 @@ import tfb
 from tfb import Draws, anchor
 from tfb.anchor import METRICS, AnchorLoss, AnchorSet
 from tfb.batching import NO_LABEL, EncodedRows
+from tfb.rows import Row
 
 # The same float64 sums in another order, through two blocks of width 16: some hundred roundings
 # of 1.1e-16, amplified by norms and softmax. A single float32 rounding (6e-8) would show.
@@ -118,6 +119,18 @@ def test_labels_are_int64_on_the_cpu(dtype: torch.dtype) -> None:
     found = AnchorSet.of([{"input_ids": torch.ones(4, 2), "labels": labels}]).labels
     assert found is not None and found.tolist() == [0, 2, 1, 0]
     assert found.dtype == torch.int64 and found.device.type == "cpu"
+
+
+def test_lists_are_tensors_and_rows_are_named() -> None:
+    lists = {"input_ids": torch.ones(2, 3), "labels": [0, 1], "label_ids": [5, 6]}
+    found = AnchorSet.of([lists])
+    assert found.batches[0]["label_ids"].tolist() == [5, 6] and len(found) == 2
+    assert found.labels is not None and found.labels.tolist() == [0, 1]
+    assert found.content_hash == AnchorSet.of(
+        [lists | {"labels": torch.tensor([0, 1]), "label_ids": torch.tensor([5, 6])}]
+    ).content_hash  # fmt: skip
+    with pytest.raises(TypeError, match=r"got Row; rows go through tfb.scoring.encode"):
+        AnchorSet.of([Row("a", text="b")])  # type: ignore[list-item]
 
 
 def test_empty_anchors_are_refused() -> None:

@@ -130,6 +130,10 @@ def test_adapter_of_another_name(tmp_path: Path) -> None:
     folder = bayes.save(tmp_path / "artifact")
     files = {path.name for path in folder.iterdir()}
     assert files - {"README.md"} == {*ADAPTER_FILES, "tfb.json", "tfb.safetensors"}
+    modes = {path.stat().st_mode & 0o777 for path in folder.iterdir()}
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert modes == {plain.stat().st_mode & 0o777}  # readable as any new file, by servers too
     found, batch = tfb.load(base(), folder), CASES["llama"].batch()
     assert found.adapter == "default"
     assert torch.equal(found.predict(batch).probs, bayes.predict(batch).probs)

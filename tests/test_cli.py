@@ -302,7 +302,11 @@ def test_anchors_of_one_class_or_without_labels(run: Run, tmp_path: Path) -> Non
     """One-class anchors are refused; unlabelled ones too, where the metric needs labels."""
     for name, rows, message in (
         ("one", [ROW, OTHER | {"label": 0}], "all 2 rows have label 0"),
-        ("none", [{k: v for k, v in ROW.items() if k != "label"}], "needs a label"),
+        (
+            "none",
+            [ROW, {k: v for k, v in OTHER.items() if k != "label"}],
+            "none.jsonl:2: no label; metric nll needs one on every row",
+        ),
     ):
         file = jsonl(tmp_path / f"{name}.jsonl", *rows)
         code, _, err = run(
@@ -397,7 +401,7 @@ def test_missing_things_are_named(
         (("fit", "--model", MODEL, "--adapter", gone, "--anchors", data["anchor"], "--out", gone),
          "not a folder here"),
         (("evaluate", "--model", MODEL, "--artifact", gone, "--data", data["test"]),
-         "no tfb.json"),
+         "no such folder; expected a folder written by tfb fit"),
         (("evaluate", "--model", gone, "--artifact", artifact, "--data", data["test"]),
          "no tokenizer can be loaded"),
     ):  # fmt: skip

@@ -100,6 +100,13 @@ def test_no_noise_at_all() -> None:
     )
 
 
+def test_one_draw_of_noise_is_not_no_noise() -> None:
+    other = torch.tensor([[0.25, 0.75]]).repeat(1500, 1)
+    found = [evaluation("deterministic", epistemic=None),
+             evaluation("tfb", epistemic=None, draws=1, probs=other)]  # fmt: skip
+    assert "σ = 0" not in findings.headline(found, findings.comparisons(found))
+
+
 def test_nothing_to_compare() -> None:
     alone = [evaluation("deterministic", epistemic=None)]
     assert findings.comparisons(alone) == []

@@ -148,10 +148,11 @@ def test_draws_that_cannot_tell_the_tolerance_are_noted(monkeypatch: pytest.Monk
     assert not any("over anchors" in note for note in fit.notes)
 
 
-def certain(wrong: int, sureness: float, rise: float) -> list[str]:
-    """Notes on 400 anchors of four classes of which ``wrong`` have another label than the adapter
-    gives the probability ``sureness``; the loss rises by ``rise`` sigma^2."""
-    labels = torch.arange(400) % 4
+def certain(wrong: int, sureness: float, rise: float, classes: int = 4) -> list[str]:
+    """Notes on 400 anchors of four classes, the first ``classes`` of which occur; ``wrong`` have
+    another label than the adapter gives the probability ``sureness``; the loss rises by ``rise``
+    sigma^2."""
+    labels = torch.arange(400) % classes
     probs = torch.full((400, 4), (1 - sureness) / 3, dtype=torch.float64)
     probs[torch.arange(400), (labels + (torch.arange(400) < wrong)) % 4] = sureness
     loss = FakeLoss(lambda s: 1.0 + rise * s * s, 0.0, anchor_set(400), 4, 0)
@@ -159,14 +160,44 @@ def certain(wrong: int, sureness: float, rise: float) -> list[str]:
     loss.anchors = AnchorSet((dict(loss.anchors.batches[0]) | {"labels": labels},), "")
     curve = LossCurve(loss, "nll", 0.003, True, False)  # type: ignore[arg-type]
     curve.measure([0.01, 0.1])
-    return [n for n in doubts(curve, "max_variance", 0.01) if TRAINED in n]
+    return doubts(curve, "max_variance", 0.01)
+
+
+def among(notes: list[str], text: str) -> bool:
+    return any(text in note for note in notes)
 
 
 def test_training_rows_are_known_by_three_signs() -> None:
-    assert certain(2, 0.99, rise=1.0)  # nearly all right, as sure as that, and variance hurts
-    assert not certain(40, 0.99, rise=1.0)  # wrong more often than it expects
-    assert not certain(100, 0.75, rise=1.0)  # as often as it expects, but not nearly perfect
-    assert not certain(2, 0.99, rise=-1.0)  # variance helps
+    # Nearly all right, as sure as that, and variance hurts.
+    assert among(certain(2, 0.99, rise=1.0), TRAINED)
+    assert not among(certain(40, 0.99, rise=1.0), TRAINED)  # wrong more often than it expects
+    # As often as it expects, but not nearly perfect.
+    assert not among(certain(100, 0.75, rise=1.0), TRAINED)
+    assert not among(certain(2, 0.99, rise=-1.0), TRAINED)  # variance helps
+
+
+def test_labels_that_a_shuffled_file_would_have() -> None:
+    """400 rows of four classes: each would be missing with a probability of .75^400."""
+    assert among(certain(40, 0.9, 1.0, classes=3), "only 3 of 4 labels occur among the 400")
+    assert not among(certain(40, 0.9, 1.0), "labels occur")
+
+
+def test_an_adapter_that_guesses() -> None:
+    """.9 on a wrong label in half of the rows: NLL (.11 + 3.4) / 2 = 1.75 > log 4."""
+    assert among(certain(200, 0.9, rise=1.0), "no better than a guess")
+    assert not among(certain(40, 0.9, rise=1.0), "no better than a guess")  # .44
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [((0.0, 0.1), "reaches 0"), ((0.01, None), "no upper end"), ((0.01, 0.1), None)],
+)
+def test_limits_that_tell_nothing(limits: tuple[float, float | None], said: str | None) -> None:
+    loss = FakeLoss(lambda s: 1.0 - s, 0.0, anchor_set(8), 4, 0)
+    curve = LossCurve(loss, "nll", 0.003, True, False)  # type: ignore[arg-type]
+    curve.measure([0.01, 0.1])
+    notes = doubts(curve, "min_nll", 0.01, limits)
+    assert among(notes, said) if said else not among(notes, "95 % interval")
 
 
 # --- a real adapter -----------------------------------------------------------------------------

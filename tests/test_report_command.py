@@ -30,7 +30,7 @@ def test_facts_name_what_the_artifact_keeps() -> None:
         "σ": "0.0214928",
         "Mode": "full: noise at every token",
         "Draws": "10 in this report, in pairs of opposite noise; seed 5",
-        "Model": "llama, 2 layers with noise",
+        "Model": "llama, 2 adapted matrices with noise",
         "Search": "grid, 4 draws at each σ, seed 5",
         "Anchors": "my anchors.jsonl, 500 rows, hash f9f44bf0e20a",
         "KL divergence": "3.449e+04 nats from a prior of scale 0.1221",
@@ -49,6 +49,10 @@ def test_facts_of_an_artifact_without_a_fit() -> None:
     # The command has no other weight than the default.
     assert fit_line("M", Path("A"), changed(objective="gvi", kl_weight=1 / 2000)) == []
     assert "gvi" in fit_line("M", Path("A"), changed(objective="gvi", kl_weight=1 / 500))[0]
+
+
+def test_no_draws_are_claimed_where_sigma_is_zero() -> None:
+    assert facts({**SIDECAR, "sigma": 0.0}, 10)["Draws"].startswith("none: ")
 
 
 def test_multipliers_are_said_and_no_command_is_claimed_to_make_them() -> None:

@@ -87,6 +87,18 @@ def test_sigma_zero_is_the_deterministic_evaluation(bayes: tfb.BayesianModel) ->
     assert (noisy.draws, noisy.passes) == (4, 4.0) and float(noisy.epistemic.min()) > 0  # type: ignore[union-attr]
 
 
+def test_no_noise_is_one_draw_unless_draws_are_kept() -> None:
+    """The same bits as the deterministic adapter, no disagreement and no Monte-Carlo error."""
+    still = tfb.bayesianize(exact(CASES["llama"].build()), seed=3)
+    still.sigma = 0.0
+    plain, found = (predict_rows(still, MIXED, d) for d in (Draws.mean(), 4))
+    for name in ("probs", *COLUMNS):
+        assert torch.equal(getattr(found, name), getattr(plain, name))
+    assert not found.epistemic.any() and not found.standard_error.any()
+    kept = predict_rows(still, MIXED, 4, keep_draws=True).draw_probs
+    assert kept is not None and len(kept) == 4
+
+
 # --- predict_rows -------------------------------------------------------------------------------
 
 
@@ -193,6 +205,12 @@ def test_padding_token_comes_from_the_model_then_the_tokenizer() -> None:
 
 
 # --- score --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", ["rows.jsonl", [{"id": "a", "prompt": "b"}]])
+def test_what_is_no_row_is_named(demo: tuple[tfb.BayesianModel, Any], rows: Any) -> None:
+    with pytest.raises(TypeError, match=r"got (str|dict); read files by tfb.rows.read_rows"):
+        next(score(rows, *demo))
 
 
 def test_scores_are_those_of_predict_rows(demo: tuple[tfb.BayesianModel, Any]) -> None:

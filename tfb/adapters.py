@@ -32,6 +32,8 @@ def adapter_config(folder: str | Path) -> dict[str, Any]:
     Raises:
         AdapterError: not a configuration that PEFT understands.
     """
+    if Path(folder).is_dir() and not (Path(folder) / CONFIG).is_file():
+        raise AdapterError(f"{folder}: no {CONFIG}; expected a PEFT adapter folder")
     try:
         config = PeftConfig.from_pretrained(str(folder))
         if config.peft_type is None:
@@ -118,7 +120,10 @@ def load_adapter(base_model: nn.Module, adapter: str | Path, name: str = "defaul
     except KeyError as error:  # PEFT looks a saved head's tensors up without asking
         raise AdapterError(f"{adapter}: lacks the tensor {error} of its modules_to_save") from error
     except (RuntimeError, TypeError, ValueError) as error:  # sizes (torch), settings (PEFT)
-        raise AdapterError(f"{adapter}: does not fit the base model: {error}") from error
+        lines = str(error).splitlines()
+        more = f"\n\t... and {len(lines) - 3} more" if len(lines) > 3 else ""
+        reason = "\n".join(lines[:3]) + more
+        raise AdapterError(f"{adapter}: does not fit the base model: {reason}") from error
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's advice on saving embeddings; nothing is saved here
         plain = set(_keys(model, name, embeddings=False))
@@ -180,11 +185,12 @@ def _pretrained(kind: Any, name: str | Path, **options: Any) -> nn.Module:
     options |= {"use_safetensors": True, "trust_remote_code": False}
     try:
         model: nn.Module = kind.from_pretrained(str(name), **options)
-    except (OSError, ValueError) as error:
+    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise AdapterError(
-            f"{name}: no base model can be loaded from it ({reason}); pickled weights are not read "
-            "and a repository's own code is not run: convert it with transformers' save_pretrained"
+            f"{name}: no base model can be loaded from it ({reason}). Models are read from "
+            "safetensors by transformers' own classes: pickled weights and a repository's own code "
+            "are refused"
         ) from error
     return model.eval()
 

@@ -61,7 +61,7 @@ class AnchorSet:
         """From encoded rows, or from an iterable of batches.
 
         Raises:
-            ValueError: no anchors at all.
+            ValueError: no anchors at all. TypeError: neither batches nor encoded rows.
         """
         if isinstance(anchors, AnchorSet):
             return anchors
@@ -74,7 +74,7 @@ class AnchorSet:
                 made.append(b.model_inputs() | {k: v for k, v in extra.items() if v is not None})
             digest = anchors.content_hash
         else:
-            made = list(anchors)
+            made = [_with_tensors(batch) for batch in anchors]
             sha = hashlib.sha256()
             for batch in made:
                 for key in sorted(batch):
@@ -319,6 +319,21 @@ class AnchorLoss:
         if self.additive_floor:
             return -(p + PROBABILITY_FLOOR).log()
         return -p.clamp_min(PROBABILITY_FLOOR).log()
+
+
+def _with_tensors(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Labels and choices may come as lists.
+
+    Raises:
+        TypeError: not a batch.
+    """
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"anchors: expected batches (dicts of tensors), got {type(batch).__name__}; rows go "
+            "through tfb.scoring.encode(bayes, rows, tokenizer) first"
+        )
+    names = [n for n in ("labels", "label_ids") if isinstance(batch.get(n), list)]
+    return {**batch, **{n: torch.tensor(batch[n]) for n in names}} if names else batch
 
 
 def _check_finite(out: Tensor, draws: Draws) -> None:

@@ -86,7 +86,11 @@ def staged_folder(path: Path) -> Iterator[Path]:
     staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         yield staging
-        staging.chmod(0o755)
+        # Private until it is whole; then as any new file, whatever its writer made of it.
+        umask = os.umask(0)
+        os.umask(umask)
+        for entry in (staging, *staging.rglob("*")):
+            entry.chmod((0o777 if entry.is_dir() else 0o666) & ~umask)
         if path.exists():
             path.rmdir()  # empty: its caller checked, and rmdir refuses if that changed
         os.replace(staging, path)
@@ -151,7 +155,8 @@ def read_sidecar(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / SIDECAR
     if not path.is_file():
-        raise ArtifactError(f"{folder}: no {SIDECAR}; expected a folder written by tfb fit")
+        what = f"no {SIDECAR}" if Path(folder).is_dir() else "no such folder"
+        raise ArtifactError(f"{folder}: {what}; expected a folder written by tfb fit")
     try:
         data: dict[str, Any] = json.loads(path.read_text())
     except ValueError as error:

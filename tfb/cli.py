@@ -101,7 +101,7 @@ def fit(
 ) -> None:
     """Search sigma on anchor rows and write the artifact."""
     from tfb.adapters import adapter_config, load_adapter, load_base, local_folder
-    from tfb.anchor import AnchorSet
+    from tfb.anchor import SUPERVISED, AnchorSet
     from tfb.artifact import check_output_folder
     from tfb.choices import check_length_normalization
     from tfb.convert import bayesianize
@@ -129,6 +129,11 @@ def fit(
     tolerance = TOLERANCE if tolerance is None else tolerance
     check_arguments(metric, tolerance, search, objective, draws or SEARCH_DRAWS, compat=compat)
     rows = read_rows(anchors, limit=limit)
+    if not compat and metric in SUPERVISED and (bare := [r for r in rows if r.label is None]):
+        raise ValueError(
+            f"{bare[0].source}: no label; metric {metric} needs one on every row of --anchors "
+            "(embedding_norm needs none)"
+        )
     source = local_folder(adapter, ["adapter_config.json", "adapter_model.safetensors"])
     tokenizer = load_tokenizer(model)
     task = str(adapter_config(source).get("task_type"))
@@ -205,6 +210,8 @@ def evaluate(
             pad=pad_token(bayes, tokenizer), progress=advance,
         )  # fmt: skip
     print_metrics(found)
+    if bayes.sigma == 0.0:
+        out.print("sigma = 0: no noise, so tfb is the deterministic adapter")
     if json_out is not None:
         reference, labels = found[0].probs.argmax(-1), found[0].labels
         assert labels is not None
@@ -212,7 +219,8 @@ def evaluate(
             e.name: measure(e.probs, labels, reference_predictions=reference).to_dict()
             for e in found
         }
-        setting = {"sigma": bayes.sigma, "draws": draws, "mode": bayes.mode, "tail": bayes.tail}
+        averaged = draws if bayes.sigma else 1
+        setting = {"sigma": bayes.sigma, "draws": averaged, "mode": bayes.mode, "tail": bayes.tail}
         write_json(json_out, {"data": str(data.name), **setting, "metrics": figures})
 
 
@@ -246,6 +254,11 @@ def export(
     check_dtype(dtype)
     sidecar = read_sidecar(artifact)
     check_exportable(mode or sidecar["mode"], sidecar.get("tail"))
+    if sidecar["sigma"] == 0:
+        raise ValueError(
+            f"--artifact {artifact}: its sigma is 0, and all draws would be the adapter itself: "
+            "serve that one"
+        )
     chosen = PosteriorDraws.antithetic(
         draws, sidecar["sigma"], seed=sidecar["seed"] if seed is None else seed
     )

@@ -15,8 +15,13 @@ SIGNIFICANT = 3.0  # standard errors
 NEAR_ZERO = 0.1  # of log K, the NLL of a guess among K choices
 
 
-def doubts(curve: LossCurve, objective: str, sigma: float) -> list[str]:
-    """What the curve makes one doubt about its answer ``sigma``."""
+def doubts(
+    curve: LossCurve,
+    objective: str,
+    sigma: float,
+    limits: tuple[float, float | None] | None = None,
+) -> list[str]:
+    """What the curve makes one doubt about its answer ``sigma`` with its confidence limits."""
     found = []
     if objective == "max_variance":
         found += _precision(curve, sigma)
@@ -33,6 +38,15 @@ def doubts(curve: LossCurve, objective: str, sigma: float) -> list[str]:
         )
     if sigma == 0.0:
         found.append("variance does not help on these anchors")
+    elif objective == "min_nll" and limits is not None:
+        found += _wide(limits)
+    if few := _missing_labels(curve):
+        found.append(few)
+    if _no_better_than_a_guess(curve):
+        found.append(
+            "the adapter's NLL is no better than a guess's on these anchors: check that the base "
+            "model, the rows' format and their labels are those it was trained with"
+        )
     if _like_training_rows(curve):
         found.append(
             "the anchors look like rows that the adapter was trained on: it knows nearly every "
@@ -41,6 +55,42 @@ def doubts(curve: LossCurve, objective: str, sigma: float) -> list[str]:
             "have it checked)"
         )
     return found
+
+
+def _wide(limits: tuple[float, float | None]) -> list[str]:
+    """Limits that tell next to nothing."""
+    low, high = limits
+    remedy = "use more anchors, or more draws in the search"
+    if low == 0.0:
+        return [f"the 95 % interval reaches 0, so it is not shown that noise helps: {remedy}"]
+    if high is None:
+        return [f"the 95 % interval has no upper end among the sigmas measured: {remedy}"]
+    return []
+
+
+def _missing_labels(curve: LossCurve) -> str | None:
+    """A note where so many anchors lack labels that only a sorted file explains it: with ten rows a
+    label, a sample of evenly frequent labels misses one with a probability of about K e^-10."""
+    probs, labels = curve.loss.probabilities, curve.loss.anchors.labels
+    if probs is None or labels is None or not bool((probs > 0).all()):
+        return None  # rows with fewer choices are padded with zeros
+    K, there = probs.shape[1], len(labels.unique())
+    if there == K or curve.N < 10 * K:
+        return None
+    return (
+        f"only {there} of {K} labels occur among the {curve.N} anchors: if their file is sorted, "
+        "shuffle it before its first rows are taken"
+    )
+
+
+def _no_better_than_a_guess(curve: LossCurve) -> bool:
+    """Not by two standard errors below log K."""
+    probs, labels = curve.loss.probabilities, curve.loss.anchors.labels
+    if probs is None or labels is None or curve.N < 2 or curve.metric == "pseudo_nll":
+        return False
+    choices = (probs > 0).sum(-1).clamp_min(2).to(probs.dtype)
+    lead = choices.log() - label_nll(probs, labels)
+    return float(lead.mean()) < 2 * float(lead.std()) / curve.N**0.5
 
 
 def _precision(curve: LossCurve, sigma: float) -> list[str]:

@@ -214,6 +214,11 @@ class BayesianModel:
             )
         return Draws.antithetic(n, self.sigma, seed=self.seed)
 
+    def distinct_draws(self, n: int | Draws) -> Draws:
+        """``draws(n)``; where sigma is 0 the one that all would equal."""
+        draws = self.draws(n)
+        return Draws.mean() if self.sigma == 0.0 and not isinstance(n, Draws) else draws
+
     @torch.no_grad()
     def logits(
         self,
@@ -249,6 +254,7 @@ class BayesianModel:
         if self.task == "SEQ_CLS" and label_ids is not None:
             raise ValueError("label_ids: only language models have a vocabulary to select from")
         labels = choices = None
+        label_ids = None if label_ids is None else torch.as_tensor(label_ids)  # a list will do
         if label_ids is not None and label_ids.dim() == 3:
             check_inputs(inputs, self.task)
             choices = ChoiceTokens.of(self.base, label_ids, rows, self.length_normalization)
@@ -446,6 +452,8 @@ def check_mode(mode: str, tail: int | None = None) -> None:
     if mode not in MODES:
         raise ValueError(f"mode={mode!r}: expected one of {', '.join(MODES)}")
     if mode == "tail" and (tail is None or tail < 1):
-        raise ValueError(f"mode='tail' needs tail=k, k >= 1 positions with noise, got {tail}")
+        raise ValueError(
+            f"mode='tail' needs tail=k (--tail k), k >= 1 positions with noise, got {tail}"
+        )
     if mode != "tail" and tail is not None:
         raise ValueError(f"tail={tail} belongs to mode='tail', not to mode={mode!r}")

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from tfb.comparison import Change, compare
 from tfb.metrics import Evaluation, risk_coverage
 
@@ -57,7 +59,7 @@ def sentence(c: Comparison) -> str:
     subject = c.after.name
     if c.after.epistemic is not None:
         subject = f"Averaging {c.after.draws or 'several'} draws"
-    if c.after.draws == 1:
+    if c.after.draws == 1 and torch.equal(c.after.probs, c.before.probs):
         return (
             f"σ = 0: nothing was averaged, and predictions on {count(c.after)} are those of the "
             f"unchanged adapter: accuracy {percent(accuracy.after)}, calibration error (ECE) "

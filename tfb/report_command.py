@@ -86,13 +86,17 @@ def facts(sidecar: Mapping[str, Any], draws: int) -> dict[str, str]:
     """What an artifact keeps of how it was made, and the draws of this report, by name."""
     mode = "full: noise at every token"
     if sidecar["mode"] == "tail":
-        mode = f"tail: noise at the last {sidecar['tail']} tokens of a prompt"
+        k = sidecar["tail"]
+        mode = f"tail: noise at the last {'token' if k == 1 else f'{k} tokens'} of a prompt"
+    kind = sidecar["base"]["model_type"]
     found = {
         "σ": f"{sidecar['sigma']:.6g}",
         "Mode": mode,
         "Draws": f"{draws} in this report, in pairs of opposite noise; seed {sidecar['seed']}",
-        "Model": f"{sidecar['base']['model_type']}, {len(sidecar['layers'])} layers with noise",
+        "Model": f"{kind}, {len(sidecar['layers'])} adapted matrices with noise",
     }
+    if sidecar["sigma"] == 0:
+        found["Draws"] = "none: at σ = 0 all would be the unchanged adapter"
     if _adapted(sidecar):
         scales = sidecar["layer_scales"].values()
         found["Layer scales"] = f"σ times {min(scales):.3g} to {max(scales):.3g}, by layer"
@@ -129,7 +133,8 @@ def fit_line(model: str, artifact: Path, sidecar: Mapping[str, Any]) -> list[str
     else:
         words += ["--metric", fit["metric"], "--objective", fit["objective"]]
         words += ["--search", fit["search"]]
-    words += ["--tolerance", fit["tolerance"], *([] if fit["relative"] else ["--absolute"])]
+    if fit["objective"] == "max_variance":
+        words += ["--tolerance", fit["tolerance"], *([] if fit["relative"] else ["--absolute"])]
     words += ["--mode", fit["mode"]]
     words += [] if fit.get("tail") is None else ["--tail", fit["tail"]]
     if (normalization := sidecar.get("length_normalization", "none")) != "none":
@@ -167,7 +172,7 @@ def _report_line(
     words += [word for path in data for word in ("--data", path)]
     words += [word for path in shift for word in ("--shift", path)]
     words += ["--draws", draws, *([] if limit is None else ["--limit", limit])]
-    return _line([*words, "--output", output])
+    return _line([*words, "--output", f"{output}-again"])
 
 
 def _line(words: list[object]) -> str:

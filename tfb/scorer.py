@@ -185,7 +185,8 @@ class Scorer:
                 inputs, self.draws, label_ids=batch.label_ids, draws_per_pass=draws_per_pass
             )
         else:
-            draws = self.bayes.draws(self.draws)
+            kept = self.per_draw or self.logits
+            draws = (self.bayes.draws if kept else self.bayes.distinct_draws)(self.draws)
             logits = self.bayes.logits(
                 inputs, draws, batch.label_ids, draws_per_pass=draws_per_pass
             )

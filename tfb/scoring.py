@@ -115,10 +115,12 @@ def predict_rows(
 ) -> Predictions:
     """Posterior predictions of every encoded row; ``progress`` gets the rows just finished.
 
-    ``draws``: as for ``bayes.predict``; "auto" (:class:`Adaptive`) goes without ``keep_draws``.
+    ``draws``: as for ``bayes.predict``; "auto" (:class:`Adaptive`) goes without ``keep_draws``. A
+    number of draws at sigma = 0 is one draw, unless they are kept.
     """
     adaptive = isinstance(draws, str | Adaptive)
-    chosen: Any = draws if adaptive else bayes.draws(draws)  # type: ignore[arg-type]
+    made = bayes.draws if keep_draws else bayes.distinct_draws
+    chosen: Any = draws if adaptive else made(draws)  # type: ignore[arg-type]
     N, K = len(encoded), max(encoded.num_choices(i) for i in range(len(encoded)))
     probs = torch.zeros(N, K)
     columns = torch.zeros(5, N)
@@ -156,8 +158,8 @@ def score(
 ) -> Iterator[dict[str, Any]]:
     """Stream one result for each row, in order, reading at most ``WINDOW`` rows ahead.
 
-    ``draws``: as for ``bayes.predict``, "auto" included. Raises RowError at a bad row; the command
-    line (:mod:`tfb.offline`) makes rows with an error of them.
+    ``draws``: as for ``bayes.predict``, "auto" included. Raises RowError at a bad row, TypeError at
+    what is none; the command line (:mod:`tfb.offline`) makes rows with an error of them.
 
     Yields:
         dicts: id, prediction (index), choice (text, choice rows), probs, total, aleatoric,
@@ -166,6 +168,11 @@ def score(
     stream = iter(rows)
     pad = pad_token(bayes, tokenizer)
     while window := list(islice(stream, WINDOW)):
+        if other := [row for row in window if not isinstance(row, Row)]:
+            raise TypeError(
+                f"score: expected tfb.rows.Row, got {type(other[0]).__name__}; read files by "
+                "tfb.rows.read_rows(path)"
+            )
         encoded = encode(bayes, window, tokenizer)
         out = predict_rows(
             bayes, encoded, draws, batch_size=batch_size, pad_token_id=pad, keep_draws=per_draw

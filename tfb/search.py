@@ -200,7 +200,7 @@ def fit_sigma(
                     least, bounds=bounds, points=points, resolution=resolution
                 )
                 limits = minimum_interval(curve, sigma, least)
-            notes = doubts(curve, objective, sigma)
+            notes = doubts(curve, objective, sigma, limits)
             if others is not None:
                 notes += compare_held_out(loss, others)
             fit = SigmaFit(
