@@ -45,7 +45,7 @@ def test_adapter_is_overfitted() -> None:
 
 
 def test_the_readmes_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its first block, as it stands, on the embedded model; and that the artifact is the model."""
+    """Its blocks on models, as they stand, on the embedded one; the artifact is the model."""
     monkeypatch.chdir(tmp_path)
     for file, split in (("anchors.jsonl", "anchor"), ("rows.jsonl", "test")):
         lines = [json.dumps(row) for row in digits.rows(split)[:40]]
@@ -54,9 +54,17 @@ def test_the_readmes_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for name, folder in (("base", digits.BASE), ("adapter", digits.ADAPTER)):
         Path("path/to", name).symlink_to(folder)
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    block = text.split("```python\n")[1].split("```")[0]
+    first, batches, temperature, generation = (
+        part.split("```")[0] for part in text.split("```python\n")[1:5]
+    )
     names: dict[str, Any] = {}
-    exec(block, names)
+    exec(first, names)
+    names["yes"], names["no"] = names["anchors"].label_ids[0][:2]
+    names["prompts"] = [digits.rows("test")[0]["prompt"]]
+    for block in (batches, temperature, generation):
+        exec(block, names)
+    B, K = names["probs"].shape
+    assert (B, K) == (1, 2) and names["logits"].shape[0] == 10 and names["out"].total.shape[0] == 1
     bayes, fit = names["bayes"], names["fit"]
     assert bayes.sigma == fit.sigma > 0 and read_sidecar("artifact")["fit"]["sigma"] == fit.sigma
     [again] = tfb.score(read_rows("rows.jsonl", limit=1), bayes, names["tokenizer"])

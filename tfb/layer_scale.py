@@ -11,7 +11,7 @@ meaning, and the volume that it had. The loss is pseudo_nll, how far predictions
 adapter's own: it needs no labels, and does not turn negative where variance helps calibration.
 
 Off by default: a posterior with multipliers is not the paper's, and of five over-confident
-adapters it gave two a lower NLL than one sigma for all, and three a higher one
+adapters it gave one a lower NLL than one sigma for all, and four a higher one
 (benchmarks/calibration). KL is to the same isotropic prior as without.
 
     fit_layer_scales(bayes, anchors, sigma=0.01); fit = fit_sigma(bayes, anchors)
