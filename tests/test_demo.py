@@ -93,7 +93,7 @@ def test_the_whole_way(
     for split in ("test", "shifted"):
         for method in ("deterministic", "temperature-scaled", "tfb max_variance", "tfb min_nll"):
             assert any(split in line and method in line for line in text.splitlines())
-        assert f"{split}: tfb min_nll: Averaging 2 draws " in text
+        assert any("tfb min_nll: Averaging" in line and split in line for line in text.splitlines())
     assert sorted(p.name for p in (tmp_path / "demo_out").iterdir()) == sorted(
         {*PICTURES, PAGE} - {"shift.png"}
     )

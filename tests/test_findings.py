@@ -125,6 +125,8 @@ def test_the_headline_is_of_the_first_sampled_method() -> None:
     ]  # fmt: skip
     assert findings.headline(found, compared).startswith("Averaging 10 draws")
     assert findings.sentence(compared[0]).startswith("scaled changed nothing")
+    assert findings.named(compared[0]) == findings.sentence(compared[0])
+    assert findings.named(compared[1]) == f"tfb: {findings.sentence(compared[1])}"
 
 
 def test_claims_and_selective_risk() -> None:

@@ -23,7 +23,7 @@ def run(folder: Path | None, *, draws: int) -> None:
     import tfb
     from tfb import digits
     from tfb.draws import Draws
-    from tfb.findings import comparisons, sentence
+    from tfb.findings import comparisons, named
     from tfb.metrics import fit_temperature
     from tfb.report import check_report_folder, write_report
     from tfb.rows import Row
@@ -78,7 +78,7 @@ def run(folder: Path | None, *, draws: int) -> None:
             )  # fmt: skip
     print_metrics(found)
     for c in comparisons(found):
-        out.print(f"{c.after.dataset}: {c.after.name}: {sentence(c)}", soft_wrap=True)
+        out.print(named(c), soft_wrap=True)
     page = write_report(
         folder, found, fit.to_dict(), title="Digits: an over-fitted adapter",
         commands=["tfb demo"], overwrite=replace,

@@ -86,6 +86,12 @@ def sentence(c: Comparison) -> str:
     )
 
 
+def named(c: Comparison) -> str:
+    """The sentence, with the method's name in front where it does not begin with it."""
+    said = sentence(c)
+    return said if said.startswith(c.after.name) else f"{c.after.name}: {said}"
+
+
 def _ranking(aurc: Change) -> str:
     return f"AURC {100 * aurc.before:.2f} → {100 * aurc.after:.2f} %, {judged(aurc)}"
 

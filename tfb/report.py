@@ -133,9 +133,7 @@ def _page(
         headline=headline,
         cautions=findings.cautions(evaluations),
         claims=[findings.claims(e) for e in first],
-        sentences=[
-            f"{c.after.name}: {s}" for c in compared if (s := findings.sentence(c)) != headline
-        ],
+        sentences=[findings.named(c) for c in compared if findings.sentence(c) != headline],
         decision=[] if fit is None else findings.decision(fit),
         selective=[findings.selective(e) for e in first if e.total is not None],
         ranked=[findings.ranked(c) for c in compared if "aurc" in c.changes],
