@@ -107,6 +107,22 @@ def test_values_are_those_of_predict(
             torch.testing.assert_close(torch.tensor(values[name]), wanted.float(), **CLOSE)
 
 
+@pytest.mark.parametrize("mode", MODES, ids=lambda m: m[0])
+def test_without_noise_one_draw(tokenizer: Any, mode: tuple[str, int | None]) -> None:
+    """The deterministic adapter, exactly sure of itself; all draws where they are kept."""
+    still = tfb.bayesianize(exact(CASES["llama"].build()), seed=3)
+    still.sigma = 0.0
+    still.set_mode(*mode)
+    found = score(still, tokenizer, rows(6)).rows
+    kept = score(still, tokenizer, rows(6), per_draw=True).rows
+    for one, all_ in zip(found, kept, strict=True):
+        assert (one["draws"], all_["draws"], len(all_["draw_probs"])) == (1, 4, 4)
+        assert (one["epistemic"], one["standard_error"], one["agreement"]) == (0.0, 0.0, 1.0)
+        torch.testing.assert_close(
+            torch.tensor(one["probs"]), torch.tensor(all_["probs"]), **CLOSE
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("budget", [1, 30, 100, 10_000])
 def test_budget_and_order_do_not_matter(
     bayes: tfb.BayesianModel, tokenizer: Any, mode: str, budget: int
