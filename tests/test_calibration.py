@@ -205,6 +205,16 @@ def orthogonal_head(generator: torch.Generator, gain: float) -> torch.nn.Linear:
     return linear
 
 
+def confident() -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """Laplace of a confident head that is right on its 90 training rows, their features [90, 4] and
+    labels [90]."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(90, 4, generator=generator)
+    linear = orthogonal_head(generator, gain=3.0)
+    labels = linear(x).argmax(-1)
+    return fit_laplace(linear, x, labels), x, labels
+
+
 def test_laplace_of_infinite_prior_precision_is_the_head() -> None:
     """The posterior shrinks to its mean, the trained head; a finite precision has spread."""
     needs_laplace()
@@ -226,11 +236,7 @@ def test_tuned_laplace_has_as_much_spread_as_held_out_rows_ask_for(right: bool) 
     """A confident head that is always right: spread only raises the NLL, so the prior is tight.
     Always wrong: the more spread the better. Random numbers outside are left alone."""
     needs_laplace()
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(90, 4, generator=generator)
-    linear = orthogonal_head(generator, gain=3.0)
-    predicted = linear(x).argmax(-1)
-    fitted = fit_laplace(linear, x, predicted)
+    fitted, x, predicted = confident()
     state = torch.random.get_rng_state()
     tune_laplace(fitted, x, predicted if right else (predicted + 1) % 3, seed=0)
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -242,11 +248,7 @@ def test_tuned_laplace_takes_the_precision_of_least_nll() -> None:
     """A confident head that is right on nine of ten held-out rows: the least lies inside the grid,
     and no precision of the grid has less, each seen on its own."""
     needs_laplace()
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(90, 4, generator=generator)
-    linear = orthogonal_head(generator, gain=3.0)
-    labels = linear(x).argmax(-1)
-    fitted = fit_laplace(linear, x, labels)
+    fitted, x, labels = confident()
     labels = torch.where(torch.arange(90) % 10 == 0, (labels + 1) % 3, labels)
     tune_laplace(fitted, x, labels, seed=0)
     found = {}

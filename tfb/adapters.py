@@ -32,8 +32,8 @@ def adapter_config(folder: str | Path) -> dict[str, Any]:
     Raises:
         AdapterError: not a configuration that PEFT understands.
     """
-    if Path(folder).is_dir() and not (Path(folder) / CONFIG).is_file():
-        raise AdapterError(f"{folder}: no {CONFIG}; expected a PEFT adapter folder")
+    if Path(folder).is_dir():
+        _require(Path(folder), CONFIG, folder)
     try:
         config = PeftConfig.from_pretrained(str(folder))
         if config.peft_type is None:
@@ -68,16 +68,21 @@ def adapter_folder(adapter: str | Path) -> Path:
     """
     folder = local_folder(adapter, [CONFIG, WEIGHTS])
     for file in (CONFIG, WEIGHTS):
-        if not (folder / file).is_file():
-            raise AdapterError(
-                f"{adapter}: no {file}; expected a PEFT adapter folder (pickled adapter_model.bin "
-                "files are not read: convert them to safetensors with PEFT)"
-            )
+        _require(folder, file, adapter)
     try:
         json.loads((folder / CONFIG).read_text())
     except ValueError as error:
         raise AdapterError(f"{adapter}: {CONFIG} is not JSON: {error}") from error
     return folder
+
+
+def _require(folder: Path, file: str, adapter: str | Path) -> None:
+    """Refuse a folder without ``file``, by the name that the adapter was given."""
+    if not (folder / file).is_file():
+        raise AdapterError(
+            f"{adapter}: no {file}; expected a PEFT adapter folder (pickled adapter_model.bin "
+            "files are not read: convert them to safetensors with PEFT)"
+        )
 
 
 def lora_keys(module: str) -> tuple[str, str]:

@@ -20,6 +20,7 @@ from rich.markup import escape
 from tfb.console import (
     check_batch_size,
     check_draws,
+    check_labels,
     encode_early,
     load_artifact,
     out,
@@ -100,7 +101,7 @@ def fit(
     batch_size: BatchSize = 50,
 ) -> None:
     """Search sigma on anchor rows and write the artifact."""
-    from tfb.adapters import adapter_config, load_adapter, load_base, local_folder
+    from tfb.adapters import adapter_config, adapter_folder, load_adapter, load_base
     from tfb.anchor import SUPERVISED, AnchorSet
     from tfb.artifact import check_output_folder
     from tfb.choices import check_length_normalization
@@ -129,12 +130,11 @@ def fit(
     tolerance = TOLERANCE if tolerance is None else tolerance
     check_arguments(metric, tolerance, search, objective, draws or SEARCH_DRAWS, compat=compat)
     rows = read_rows(anchors, limit=limit)
-    if not compat and metric in SUPERVISED and (bare := [r for r in rows if r.label is None]):
-        raise ValueError(
-            f"{bare[0].source}: no label; metric {metric} needs one on every row of --anchors "
-            "(embedding_norm needs none)"
+    if not compat and metric in SUPERVISED:
+        check_labels(
+            rows, f"metric {metric} needs one on every row of --anchors (embedding_norm needs none)"
         )
-    source = local_folder(adapter, ["adapter_config.json", "adapter_model.safetensors"])
+    source = adapter_folder(adapter)
     tokenizer = load_tokenizer(model)
     task = str(adapter_config(source).get("task_type"))
     encoded = encode_early(rows, tokenizer, model, task)
@@ -195,8 +195,7 @@ def evaluate(
     if json_out is not None and json_out.exists():
         raise ValueError(f"--json {json_out} exists already; choose another name")
     rows = read_rows(data, limit=limit)
-    if unlabelled := [r.source for r in rows if r.label is None]:
-        raise ValueError(f"{unlabelled[0]}: no label; evaluate needs one on every row")
+    check_labels(rows, "evaluate needs one on every row")
     task = str(read_sidecar(artifact)["task"])
     tokenizer = load_tokenizer(model)
     encoded = encode_early(rows, tokenizer, model, task)
@@ -219,7 +218,7 @@ def evaluate(
             e.name: measure(e.probs, labels, reference_predictions=reference).to_dict()
             for e in found
         }
-        averaged = draws if bayes.sigma else 1
+        averaged = found[-1].draws  # one where sigma is 0
         setting = {"sigma": bayes.sigma, "draws": averaged, "mode": bayes.mode, "tail": bayes.tail}
         write_json(json_out, {"data": str(data.name), **setting, "metrics": figures})
 

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,12 @@ def check_draws(draws: int) -> None:
 def check_batch_size(batch_size: int) -> None:
     if batch_size < 1:
         raise ValueError(f"--batch-size {batch_size}: expected at least 1")
+
+
+def check_labels(rows: Sequence[Any], needed: str) -> None:
+    """Refuse the first row without a label, by file and line; ``needed``: by what."""
+    if bare := [row.source for row in rows if row.label is None]:
+        raise ValueError(f"{bare[0]}: no label; {needed}")
 
 
 def _early_config(model: str, task: str) -> Any:

@@ -71,7 +71,15 @@ class LossCurve:
         """Losses at these sigmas on all anchors, or on a ``share`` of them (at least the first
         block)."""
         most = max(self.blocks[0], math.ceil(share * self.N))
-        target = max(b for b in self.blocks if b <= most)
+        self._reach(sigmas, max(b for b in self.blocks if b <= most))
+
+    def measure_further(self, sigmas: Sequence[float]) -> None:
+        """Losses at these sigmas on the next block for the least known of them."""
+        known = min(self._count(s) for s in sigmas)
+        self._reach(sigmas, min(b for b in self.blocks if b > known))
+
+    def _reach(self, sigmas: Sequence[float], target: int) -> None:
+        """Losses at these sigmas on the first ``target`` anchors of the order."""
         wanted = [s for s in dict.fromkeys(sigmas) if self._count(s) < target]
         # Sigmas begun on the same part go on together, the least known first: in tail mode that
         # sweep finds the losses at sigma = 0 for the others.

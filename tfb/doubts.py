@@ -40,8 +40,7 @@ def doubts(
         found.append("variance does not help on these anchors")
     elif objective == "min_nll" and limits is not None:
         found += _wide(limits)
-    if few := _missing_labels(curve):
-        found.append(few)
+    found += _missing_labels(curve)
     if _no_better_than_a_guess(curve):
         found.append(
             "the adapter's NLL is no better than a guess's on these anchors: check that the base "
@@ -68,26 +67,33 @@ def _wide(limits: tuple[float, float | None]) -> list[str]:
     return []
 
 
-def _missing_labels(curve: LossCurve) -> str | None:
+def _labelled(curve: LossCurve) -> tuple[Tensor, Tensor] | None:
+    """Probabilities at sigma = 0 [N, K] and labels [N]; None where one of them is not there."""
+    probs, labels = curve.loss.probabilities, curve.loss.anchors.labels
+    return None if probs is None or labels is None else (probs, labels)
+
+
+def _missing_labels(curve: LossCurve) -> list[str]:
     """A note where so many anchors lack labels that only a sorted file explains it: with ten rows a
     label, a sample of evenly frequent labels misses one with a probability of about K e^-10."""
-    probs, labels = curve.loss.probabilities, curve.loss.anchors.labels
-    if probs is None or labels is None or not bool((probs > 0).all()):
-        return None  # rows with fewer choices are padded with zeros
-    K, there = probs.shape[1], len(labels.unique())
+    known = _labelled(curve)
+    if known is None or not bool((known[0] > 0).all()):
+        return []  # rows with fewer choices are padded with zeros
+    K, there = known[0].shape[1], len(known[1].unique())
     if there == K or curve.N < 10 * K:
-        return None
-    return (
+        return []
+    return [
         f"only {there} of {K} labels occur among the {curve.N} anchors: if their file is sorted, "
         "shuffle it before its first rows are taken"
-    )
+    ]
 
 
 def _no_better_than_a_guess(curve: LossCurve) -> bool:
     """Not by two standard errors below log K."""
-    probs, labels = curve.loss.probabilities, curve.loss.anchors.labels
-    if probs is None or labels is None or curve.N < 2 or curve.metric == "pseudo_nll":
+    known = _labelled(curve)
+    if known is None or curve.N < 2 or curve.metric == "pseudo_nll":
         return False
+    probs, labels = known
     choices = (probs > 0).sum(-1).clamp_min(2).to(probs.dtype)
     lead = choices.log() - label_nll(probs, labels)
     return float(lead.mean()) < 2 * float(lead.std()) / curve.N**0.5
@@ -144,9 +150,10 @@ def _like_training_rows(curve: LossCurve) -> bool:
     not significantly above the entropy, and no fall at the smallest sigma. An adapter that truly is
     nearly perfect and calibrated looks the same; variance cannot improve it either.
     """
-    probs, labels = curve.loss.probabilities, curve.loss.anchors.labels
-    if probs is None or labels is None or curve.metric == "pseudo_nll" or not curve.points:
+    known = _labelled(curve)
+    if known is None or curve.metric == "pseudo_nll" or not curve.points:
         return False
+    probs, labels = known
     nll = label_nll(probs, labels)
     surprise = nll - torch.special.entr(probs).sum(-1)
     first = curve.differences(min(curve.points))

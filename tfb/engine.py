@@ -214,10 +214,11 @@ class BayesianModel:
             )
         return Draws.antithetic(n, self.sigma, seed=self.seed)
 
-    def distinct_draws(self, n: int | Draws) -> Draws:
-        """``draws(n)``; where sigma is 0 the one that all would equal."""
+    def distinct_draws(self, n: int | Draws, *, kept: bool = False) -> Draws:
+        """``draws(n)``; where sigma is 0 the one that all would equal, unless all are ``kept``."""
         draws = self.draws(n)
-        return Draws.mean() if self.sigma == 0.0 and not isinstance(n, Draws) else draws
+        equal = self.sigma == 0.0 and not isinstance(n, Draws)
+        return Draws.mean() if equal and not kept else draws
 
     @torch.no_grad()
     def logits(

@@ -112,7 +112,7 @@ def find_minimum(
     refinements = 0
     while True:
         if doubtful := _doubtful(objective):
-            curve.measure(doubtful, _next_share(curve, doubtful))
+            curve.measure_further(doubtful)
             continue
         if wanted := _missing(objective, begin):
             curve.measure(wanted)
@@ -193,14 +193,9 @@ def _doubtful(objective: Objective) -> list[float]:
         for s in curve.points
         if not curve.complete(s) and not best / SPREAD < s < best * SPREAD
     }
-    found = [s for s in limits if limits[s] < objective(best)]
+    least = objective(best)
+    found = [s for s in limits if limits[s] < least]
     return sorted(found, key=limits.__getitem__)[: sweep(curve)]
-
-
-def _next_share(curve: LossCurve, sigmas: list[float]) -> float:
-    """The share of the anchors that is the next block for the least known of ``sigmas``."""
-    known = min(curve.points[s].count for s in sigmas)
-    return min(b for b in curve.blocks if b > known) / curve.N
 
 
 def _least(objective: Objective) -> float:

@@ -12,6 +12,7 @@ import typer
 from tfb.console import (
     check_batch_size,
     check_draws,
+    check_labels,
     encode_early,
     load_artifact,
     out,
@@ -52,10 +53,8 @@ def report(
     if twice := sorted({n for n in names if names.count(n) > 1}):
         raise ValueError(f"--data, --shift: two files are called {twice[0]!r}; rename one")
     tables = {path: read_rows(path, limit=limit) for path in (*data, *(shift or []))}
-    if missing := [r.source for path in data for r in tables[path] if r.label is None]:
-        raise ValueError(
-            f"{missing[0]}: no label; report needs one on every row of --data, --shift needs none"
-        )
+    for path in data:
+        check_labels(tables[path], "report needs one on every row of --data, --shift needs none")
     tokenizer = load_tokenizer(model)
     early = {p: encode_early(rows, tokenizer, model, task) for p, rows in tables.items()}
     bayes = load_artifact(model, artifact, tokenizer)
@@ -89,16 +88,17 @@ def facts(sidecar: Mapping[str, Any], draws: int) -> dict[str, str]:
         k = sidecar["tail"]
         mode = f"tail: noise at the last {'token' if k == 1 else f'{k} tokens'} of a prompt"
     kind = sidecar["base"]["model_type"]
+    drawn = f"{draws} in this report, in pairs of opposite noise; seed {sidecar['seed']}"
+    if sidecar["sigma"] == 0:
+        drawn = "none: at σ = 0 all would be the unchanged adapter"
     found = {
         "σ": f"{sidecar['sigma']:.6g}",
         "Mode": mode,
-        "Draws": f"{draws} in this report, in pairs of opposite noise; seed {sidecar['seed']}",
+        "Draws": drawn,
         "Model": f"{kind}, {len(sidecar['layers'])} adapted matrices with noise",
     }
-    if sidecar["sigma"] == 0:
-        found["Draws"] = "none: at σ = 0 all would be the unchanged adapter"
-    if _adapted(sidecar):
-        scales = sidecar["layer_scales"].values()
+    scales = _layer_scales(sidecar)
+    if set(scales) != {1.0}:
         found["Layer scales"] = f"σ times {min(scales):.3g} to {max(scales):.3g}, by layer"
     fit = sidecar.get("fit")
     if fit is not None:
@@ -150,13 +150,13 @@ def _of_a_command(sidecar: Mapping[str, Any], fit: Mapping[str, Any]) -> bool:
     return (
         weight in (None, 1 / fit["anchors"])
         and fit.get("family", "low_rank") == "low_rank"
-        and not _adapted(sidecar)
+        and set(_layer_scales(sidecar)) == {1.0}
     )
 
 
-def _adapted(sidecar: Mapping[str, Any]) -> set[float]:
-    """Multipliers of sigma by layer, other than 1."""
-    return {m for m in (sidecar.get("layer_scales") or {}).values() if m != 1.0}
+def _layer_scales(sidecar: Mapping[str, Any]) -> list[float]:
+    """Multipliers of sigma, one a layer; earlier records have none, which are 1."""
+    return list((sidecar.get("layer_scales") or dict.fromkeys(sidecar["layers"], 1.0)).values())
 
 
 def _report_line(

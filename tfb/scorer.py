@@ -185,8 +185,7 @@ class Scorer:
                 inputs, self.draws, label_ids=batch.label_ids, draws_per_pass=draws_per_pass
             )
         else:
-            kept = self.per_draw or self.logits
-            draws = (self.bayes.draws if kept else self.bayes.distinct_draws)(self.draws)
+            draws = self.bayes.distinct_draws(self.draws, kept=self.per_draw or self.logits)
             logits = self.bayes.logits(
                 inputs, draws, batch.label_ids, draws_per_pass=draws_per_pass
             )

@@ -119,8 +119,9 @@ def predict_rows(
     number of draws at sigma = 0 is one draw, unless they are kept.
     """
     adaptive = isinstance(draws, str | Adaptive)
-    made = bayes.draws if keep_draws else bayes.distinct_draws
-    chosen: Any = draws if adaptive else made(draws)  # type: ignore[arg-type]
+    chosen: Any = draws
+    if not adaptive:
+        chosen = bayes.distinct_draws(draws, kept=keep_draws)  # type: ignore[arg-type]
     N, K = len(encoded), max(encoded.num_choices(i) for i in range(len(encoded)))
     probs = torch.zeros(N, K)
     columns = torch.zeros(5, N)

@@ -13,7 +13,7 @@ import importlib.util
 import json
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -47,28 +47,35 @@ SOURCES = (
 )  # fmt: skip
 
 
-def run(setting: Setting, names: Sequence[str], point: Row, bench: Bench) -> list[Row]:
+Hashes = Mapping[str, Mapping[str, str]]
+"""By method, of the adapters that its row depends on (:func:`adapter_hashes`)."""
+
+
+def run(setting: Setting, adapters: Hashes, point: Row, bench: Bench) -> list[Row]:
     """One row a method, of which none is written before all are there.
 
     Args:
-        point: the configuration, without the method.
+        adapters: the methods, and what they use. point: the configuration, without the method.
     """
     methods = Methods(setting)
     outcomes: dict[str, Outcome | str] = {}
-    for name in dict.fromkeys((*REFERENCES, *names)):
+    for name in dict.fromkeys((*REFERENCES, *adapters)):
         try:
             outcomes[name] = methods.run(name)
         except (LeftOut, tfb.SearchError) as error:
             outcomes[name] = str(error)
         print(f"{point['task']} {point['seed']} {name}: {_line(outcomes[name])}", flush=True)
     bootstrap = Bootstrap(setting.labels)
-    rows = [describe(outcomes, name, setting, bootstrap) for name in names]
+    rows = [
+        describe(outcomes, name, setting, bootstrap) | {"adapters": dict(hashes)}
+        for name, hashes in adapters.items()
+    ]
     return [
         record(bench, {
             "suite": SUITE, "measure": "calibration", "point": {**point, "method": name},
             "device": bench.device.type, "toy": bench.toy, **row,
         })
-        for name, row in zip(names, rows, strict=True)
+        for name, row in zip(adapters, rows, strict=True)
     ]  # fmt: skip
 
 
@@ -78,7 +85,7 @@ def describe(
     """Figures, cost, details, and differences to the references."""
     outcome = outcomes[name]
     if isinstance(outcome, str):
-        return {"left_out": outcome, "adapters": adapter_hashes(name, setting)}
+        return {"left_out": outcome}
     against = {}
     for reference in REFERENCES:
         other = outcomes[reference]
@@ -89,7 +96,6 @@ def describe(
     return {
         **figures(outcome.predicted, setting.labels),
         "passes": outcome.passes, "fitting": outcome.fitting, "trained": outcome.trained,
-        "adapters": adapter_hashes(name, setting),
         "details": dict(outcome.details), "against": against, "sizes": {
             "train": len(setting.train), "anchors": len(setting.anchors),
             **{found: len(rows) for found, rows in setting.judged.items()},
@@ -106,29 +112,27 @@ def sizes(task: str, options: argparse.Namespace) -> dict[str, int]:
     }
 
 
-def adapter_hashes(method: str, setting: Setting) -> dict[str, str]:
+def adapter_hashes(
+    method: str, adapters: Callable[[str, int], Path], mle_seed: int, seed: int
+) -> dict[str, str]:
     """SHA-256 of every adapter that a method's row depends on, by kind and seed.
+
+    Args:
+        adapters, mle_seed: as of a :class:`Setting`. seed: the task's.
 
     Raises:
         FileNotFoundError: one is not trained yet.
     """
-    used = {("mle", setting.mle_seed)}  # the reference of all
+    used = {("mle", mle_seed)}  # the reference of all
     if method == "ensemble":
-        used |= {("mle", seed) for seed in setting.members}
+        used |= {("mle", member) for member in Setting.members}
     if method == "map":
-        used |= {("map", setting.task.seed)}
-    return {
-        f"{kind}-{seed}": file_sha256(setting.adapters(kind, seed) / ADAPTER)
-        for kind, seed in sorted(used)
-    }
+        used |= {("map", seed)}
+    return {f"{kind}-{n}": file_sha256(adapters(kind, n) / ADAPTER) for kind, n in sorted(used)}
 
 
-def finished(point: Row, adapters: Mapping[str, Mapping[str, str]], results: Path) -> bool:
-    """Whether rows of all methods are there, made by the same sources and adapters as now.
-
-    Args:
-        adapters: hashes (:func:`adapter_hashes`) by method.
-    """
+def finished(point: Row, adapters: Hashes, results: Path) -> bool:
+    """Whether rows of all methods are there, made by the same sources and adapters as now."""
     path = results / f"{SUITE}.jsonl"
     if not path.is_file():
         return False
@@ -187,21 +191,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     wanted = []
     for seed in options.seed:  # all tasks at one seed first
         for name in options.task:
-            size = sizes(name, options)
-            setting = Setting(
-                load_task(name, shared, seed, **size),
-                adapters=partial(adapter, options.adapters, name),
-                mle_seed=0 if name in GIVEN else seed,
-            )
+            find = partial(adapter, options.adapters, name)
+            own = 0 if name in GIVEN else seed
             # Of all tasks before the first runs: an adapter that is missing ends it here.
-            hashes = {method: adapter_hashes(method, setting) for method in options.method}
-            wanted.append(({"task": name, "seed": seed, **size}, hashes, setting))
-    while wanted:
-        point, hashes, setting = wanted.pop(0)  # with its models, once it is done
+            hashes = {m: adapter_hashes(m, find, own, seed) for m in options.method}
+            wanted.append((name, seed, sizes(name, options), find, own, hashes))
+    for name, seed, size, find, own, hashes in wanted:
+        point = {"task": name, "seed": seed, **size}
         if not options.again and finished(point, hashes, RESULTS):
-            print(f"{point['task']} {point['seed']}: recorded already", flush=True)
+            print(f"{name} {seed}: recorded already", flush=True)
             continue
-        run(setting, options.method, point, bench)
+        task = load_task(name, shared, seed, **size)
+        run(Setting(task, adapters=find, mle_seed=own), hashes, point, bench)
 
 
 if __name__ == "__main__":
