@@ -6,44 +6,58 @@ SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
+LOWEST ?= .venv-lowest
 
 # Nothing that these targets run may fetch a model or a data set.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help venv demo test check lint bench clean distclean
+.PHONY: help venv demo test test-lowest check lint bench clean distclean
 
 help:
 	@echo "make demo   fit the embedded adapter and print the table (builds $(VENV) when missing)"
 	@echo "make test   run the tests (builds $(VENV) when missing)"
-	@echo "make check  ruff, mypy and the tests with warnings as errors"
+	@echo "make check  ruff, mypy, the tests with warnings as errors, a dry run of benchmarks/gpu.sh"
+	@echo "make test-lowest  the tests with the lowest supported versions (builds $(LOWEST), 5 GB)"
 	@echo "make bench  run benchmarks/"
 	@echo "make venv   only build $(VENV);  PYTHON=python3.12 picks the interpreter"
 	@echo "make clean  remove caches;  make distclean removes $(VENV) as well"
 
 venv: $(STAMP)
 
+# The folder of the target gets the versions of its first prerequisite.
 # A CUDA build of torch requires one exact triton, which then replaces the pinned one;
 # a CPU build requires none. Which build the index serves is known only once it is installed.
-$(STAMP): constraints.txt pyproject.toml setup.py
+define install
 	$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit( \
-	  'constraints.txt pins packages for Python 3.11 or newer; try: make PYTHON=python3.12 ...')"
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	grep -v '^triton==' constraints.txt > $(VENV)/constraints.txt
-	$(PIP) install -c $(VENV)/constraints.txt torch
-	if $(PY) -c "import importlib.metadata as m, sys; \
+	  '$< pins packages for Python 3.11 or newer; try: make PYTHON=python3.12 ...')"
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	grep -v '^triton==' $< > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip --disable-pip-version-check install -c $(@D)/constraints.txt torch
+	if $(@D)/bin/python -c "import importlib.metadata as m, sys; \
 	  sys.exit(any(r.startswith('triton') for r in m.requires('torch') or ()))"; \
-	then cp constraints.txt $(VENV)/constraints.txt; fi
-	$(PIP) install -c $(VENV)/constraints.txt -e ".[dev]"
+	then cp $< $(@D)/constraints.txt; fi
+	$(@D)/bin/python -m pip --disable-pip-version-check install \
+	  -c $(@D)/constraints.txt -e ".[dev]"
 	touch $@
+endef
+
+$(STAMP): constraints.txt pyproject.toml setup.py
+	$(install)
+
+$(LOWEST)/.installed: constraints-lowest.txt pyproject.toml setup.py
+	$(install)
 
 demo: $(STAMP)
 	$(PY) -m tfb demo
 
 # Warnings are errors by default (pyproject.toml); a user's run only shows them.
 test: $(STAMP)
-	$(PY) -m pytest -W default
+	$(PY) -m pytest -W default -n logical
+
+# Old versions warn of what newer ones mended; only results count here.
+test-lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/python -m pytest -W default -n logical
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
@@ -51,14 +65,15 @@ lint: $(STAMP)
 	$(PY) -m mypy tfb tfb_kernels benchmarks
 
 check: lint
-	$(PY) -m pytest
+	$(PY) -m pytest -n logical
+	PYTHON=$(PY) benchmarks/gpu.sh --toy
 
 bench: $(STAMP)
 	$(PY) -m pytest benchmarks/ --benchmark-only -W default
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 -r rm -rf
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -print0 | xargs -0 -r rm -rf
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(LOWEST)

@@ -7,11 +7,15 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import tfb
 import tfb_kernels
@@ -131,3 +135,27 @@ def test_one_version() -> None:
     project = text.split("[project]")[1].split("\n[")[0]
     found = re.findall(r'^version = "(.+)"$', project, flags=re.MULTILINE)
     assert found == [tfb.__version__] == [version("tfb")]
+
+
+def promised(extra: str | None = None) -> Iterator[Requirement]:
+    """What pyproject.toml requires, an extra's own extras unfolded."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = project["optional-dependencies"][extra] if extra else project["dependencies"]
+    for requirement in map(Requirement, lines):
+        if requirement.name == project["name"]:
+            for name in requirement.extras:
+                yield from promised(name)
+        else:
+            yield requirement
+
+
+def test_the_lowest_promised_versions_are_those_that_are_tested() -> None:
+    """Every lower bound is the pin of ``make test-lowest``, and everything has one."""
+    text = (REPOSITORY / "constraints-lowest.txt").read_text(encoding="utf-8")
+    pins = dict(line.lower().split("==") for line in text.splitlines() if "==" in line)
+    bounds = {r.name: str(r.specifier) for r in promised()}
+    assert bounds.keys() >= {"torch", "transformers", "peft", "triton"}
+    bounds |= {r.name: str(r.specifier) for r in promised("dev") if r.specifier}
+    for name, bound in bounds.items():
+        assert bound.startswith(">="), f"{name}: {bound or 'no lower bound'}"
+        assert Version(bound[2:]) == Version(pins[name]), name

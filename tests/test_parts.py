@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -180,7 +180,7 @@ def test_manifest(tmp_path: Path) -> None:
 
 
 def test_values_as_json_can_say_them() -> None:
-    now = datetime(2026, 1, 2, tzinfo=timezone.utc)
+    now = datetime(2026, 1, 2, tzinfo=UTC)
     assert plain({1: (float("nan"), [float("-inf"), 2.5]), "b": b"\x01", "d": Decimal("1.50")}) == {
         "1": [None, [None, 2.5]], "b": "01", "d": "1.50",
     }  # fmt: skip

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -42,6 +42,9 @@ class Draws:
     streams: tuple[int, ...]
     seed: int = 0
     noise: str = "weight"
+    _tensors: dict[torch.device, DrawTensors] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         if not self.sigmas or len(self.sigmas) != len(self.streams):
@@ -166,9 +169,8 @@ class Draws:
         Inside ``torch.compile`` they are only read: draws that were never on ``device`` become
         constants of the graph.
         """
-        cache: dict[torch.device, DrawTensors] = self.__dict__.setdefault("_tensors", {})
         device = torch.device(device)
-        found = cache.get(device)
+        found = self._tensors.get(device)
         if found is None:
             order = {q: i for i, q in enumerate(dict.fromkeys(self.streams))}
             index = [order[q] for q in self.streams]
@@ -180,7 +182,7 @@ class Draws:
                 draws_per_stream=common_run(index),
             )
             if not torch.compiler.is_compiling():
-                cache[device] = found
+                self._tensors[device] = found
         return found
 
 

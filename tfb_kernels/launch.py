@@ -1,11 +1,12 @@
 """Launch configurations and the choice between the paths, from ``data/launch.json``.
 
 One entry for each architecture ("sm_90", "gfx942", ...), and "default" for every GPU that has
-none, so that an unknown card works untuned. Nothing is tuned inside a user's forward pass. To add
-an architecture: measure with benchmarks/gpu.sh and add its entry, with how it was measured.
+none, so that an unknown card works untuned. Nothing is tuned inside a user's forward pass.
+``benchmarks/gpu.sh --stage sweep`` measures a card and writes its entry.
 
     kernels.<kernel>   list of {"max_rows", "max_rank", configuration}; the first that fits is used
     paths              thresholds of ``choose_path``
+    measured           device, date, commit and medians behind an entry; null: chosen by counting
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ import triton
 # What @triton.jit made of the kernels is decided when they are imported; so is this.
 INTERPRET = bool(triton.knobs.runtime.interpret)
 
+LAUNCH_FILE = Path(__file__).parent / "data" / "launch.json"
 KERNELS = ("shrink", "token_shrink", "expand", "generate", "statistics", "mean")
 PATHS = ("fused", "generate")
 
@@ -53,7 +55,6 @@ class Paths:
     """
 
     generate_min_rows: int
-    measured: str | None
 
 
 @cache
@@ -68,8 +69,7 @@ def architecture() -> str:
 @cache
 def table() -> dict[str, Any]:
     """The data file."""
-    text = (files("tfb_kernels") / "data" / "launch.json").read_text()
-    data: dict[str, Any] = json.loads(text)["architectures"]
+    data: dict[str, Any] = json.loads(LAUNCH_FILE.read_text())["architectures"]
     return data
 
 
@@ -122,6 +122,6 @@ def signed_word(word: int) -> int:
 
 def dot_precision(dtype: torch.dtype) -> str:
     """TF32 only where torch itself was told that float32 products may use it."""
-    if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
-        return "ieee"
-    return "tf32"
+    # Every way to allow it sets this one; torch's older getter raises once a program has set it.
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if dtype == torch.float32 and allowed else "ieee"

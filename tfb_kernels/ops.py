@@ -12,7 +12,6 @@ the public function, the operator's schema and its fake. Triton is imported when
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -31,6 +30,8 @@ from tfb_kernels.reference import (
 IMPLEMENTATIONS = ("auto", "triton", "reference")
 NOISE_KINDS = ("weight", "token")
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# A constant and no cached function: torch.compile of 2.11 cannot trace one that calls find_spec.
+HAS_TRITON = find_spec("triton") is not None
 
 
 class ImplementationUnavailableError(RuntimeError):
@@ -38,11 +39,6 @@ class ImplementationUnavailableError(RuntimeError):
 
 
 # --- which implementation -------------------------------------------------------------------------
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 def _interpreted() -> bool:
@@ -53,7 +49,7 @@ def _interpreted() -> bool:
 
 def why_not_triton(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
     """Why the Triton kernels cannot run on ``device`` for x of ``dtype``, or None if they can."""
-    if not _has_triton():
+    if not HAS_TRITON:
         return "triton is not installed"
     if dtype == torch.float64:
         return "the kernels compute in float32, and x is float64"

@@ -65,6 +65,13 @@ def eager_weight_samples(
     return torch.stack(out)
 
 
+def rounding_allowance(exact: Tensor, base: Tensor, dtype: torch.dtype) -> float:
+    """What any computation in ``dtype`` may err by, which an eager one by luck may not have: half a
+    unit of the result, and of noise (or A'), z and B in the update."""
+    update = float((exact - base.to(exact)).abs().max())
+    return torch.finfo(dtype).eps / 2 * (float(exact.abs().max()) + 3 * update)
+
+
 def noise_allowance(
     x: Tensor, B: Tensor, inv_d: Tensor, sigmas: Tensor, scaling: float, rms: float = 1e-6
 ) -> float:

@@ -646,7 +646,7 @@ def test_an_implementation_that_cannot_run_is_an_error(monkeypatch: pytest.Monke
     p, logits = problem(shared=True, dtype=torch.float32), torch.ones(2, 3, 4)
     with pytest.raises(ImplementationUnavailableError, match="impl='triton' cannot run here"):
         run(problem(shared=True, dtype=torch.float64), impl="triton")
-    monkeypatch.setattr(ops, "_has_triton", lambda: False)
+    monkeypatch.setattr(ops, "HAS_TRITON", False)
     for call in (
         lambda impl: run(p, impl=impl),
         lambda impl: predictive_reduction(logits, impl=impl)[0],
