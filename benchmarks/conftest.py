@@ -14,10 +14,10 @@ os.environ.pop("TRITON_INTERPRET", None)
 import pytest
 import torch
 
+from benchmarks.environment import results_folder
 from benchmarks.harness import Bench, measure_ceilings
 from benchmarks.reference_data import shared_folder
 
-FOLDER = Path(__file__).resolve().parent
 _BENCH = pytest.StashKey[Bench]()
 
 
@@ -38,14 +38,12 @@ def bench(request: pytest.FixtureRequest) -> Bench:
         torch.set_num_threads(option("--threads"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    wanted = option("--record") or os.environ.get("TFB_BENCH_RECORD") == "1"
-    folder = Path(os.environ.get("TFB_BENCH_RESULTS") or FOLDER / "results")
     made = Bench(
         device=device,
         dtype=dtype,
         toy=option("--toy"),
         seconds=option("--point-seconds") or (1.0 if device.type == "cuda" else 120.0),
-        results=folder if wanted else None,
+        results=results_folder() if option("--record") else None,
         ceilings=measure_ceilings(device, dtype),
     )
     request.config.stash[_BENCH] = made

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+RESULTS = REPOSITORY / "benchmarks" / "results"
 PACKAGES = ("torch", "triton", "transformers", "peft", "numpy")
 
 
@@ -29,6 +30,11 @@ def environment() -> dict[str, Any]:
         "commit": _commit(),
         "torch_threads": torch.get_num_threads(),
     }
+
+
+def results_folder() -> Path:
+    """Where rows go: TFB_BENCH_RESULTS, or benchmarks/results."""
+    return Path(os.environ.get("TFB_BENCH_RESULTS") or RESULTS)
 
 
 def _cpu_model() -> str:

@@ -1,108 +1,137 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can tell, in one command: tests, resources, benchmarks, tables.
+# What only a GPU can tell: stages that stand alone, the most valuable first, each with a limit.
 #
-#     benchmarks/gpu.sh                 on a machine with one GPU; appends to benchmarks/results
-#     OUT=folder benchmarks/gpu.sh      results go to OUT/results instead
-#     benchmarks/gpu.sh --toy           every stage at toy sizes, without a GPU; records nothing
-#     BUDGET=1800 benchmarks/gpu.sh     more seconds than the default, which stays below 9 minutes;
-#                                       rows are kept as they come, so what the time cuts off is
-#                                       only the rest of a suite
+#     benchmarks/gpu.sh --plan               the stages in order, with their limits
+#     benchmarks/gpu.sh --stage smoke        one of them
+#     benchmarks/gpu.sh                      all of them, one after another, whatever fails
+#     benchmarks/gpu.sh --toy [--stage S]    a dry run at toy sizes, which needs no GPU
 #
-# Needs torch, triton, transformers and peft, and nothing from a network. What an image lacks beside
-# them can be carried in .gpu-site (ignored by git), made where there is a network:
+# Rows are appended to the folder OUT (default: benchmarks/results) as they come, so what a limit
+# cuts off is only the rest; beside them a stage's whole output, STAGE.log, and after the sweep a
+# copy of launch.json. A dry run's folder is temporary unless OUT names one.
 #
-#     pip install --target .gpu-site --no-deps pytest pytest-benchmark pluggy iniconfig packaging \
-#         pygments py-cpuinfo hypothesis sortedcontainers torchmetrics lightning-utilities \
-#         typer click shellingham rich markdown-it-py mdurl jinja2 markupsafe
-#     pip install --target .gpu-site --no-deps scikit-learn joblib threadpoolctl scipy pyarrow
-#
-# The "predict" suite uses the folder "shared" beside the repository, or TFB_SHARED, and is skipped
-# without it. TFB_COMMIT names the commit in the rows where a copy of the sources has no .git.
+# Needs torch, triton, transformers, peft, pytest, pytest-benchmark, hypothesis and what tfb needs,
+# and no network. Packages that an image lacks can come from a folder on PYTHONPATH, made elsewhere
+# by pip install --target. PYTHON names the interpreter. A copy of the sources without .git needs
+# TFB_COMMIT, the commit that rows name. Real models and data ("predict") come from TFB_SHARED, from
+# a copy in the folder "shared" of the repository, or from the one beside it; else they are skipped.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-PYTHON=${PYTHON:-python3}
-BUDGET=${BUDGET:-525}
-TOY=""
-[ "${1:-}" = "--toy" ] && TOY=1
-export HF_HUB_OFFLINE=1
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-# PYTHONPATH comes before the image: carry only what it lacks.
-[ -d .gpu-site ] && export PYTHONPATH="$PYTHONPATH:$PWD/.gpu-site"
-unset TRITON_INTERPRET TFB_BENCH_RECORD TFB_BENCH_RESULTS
-failed=()
-
-stage() { # seconds, name, command...
-  local limit=$1 name=$2 started=$SECONDS left=$((BUDGET - SECONDS)) status
-  shift 2
-  if [ "$left" -lt 5 ]; then
-    echo "--- $name: NOT RUN, the $BUDGET s are spent"
-    failed+=("$name (not run)")
-    return
-  fi
-  echo "=== $name"
-  timeout --kill-after=10 $((limit < left ? limit : left)) "$@"
-  status=$?
-  if [ $status -eq 0 ]; then
-    echo "--- $name: passed, $((SECONDS - started)) s"
-  elif [ $status -eq 124 ] || [ $status -eq 137 ]; then
-    echo "--- $name: OUT OF TIME, $((SECONDS - started)) s; finished points are kept"
-    failed+=("$name (out of time)")
-  else
-    echo "--- $name: FAILED with status $status, $((SECONDS - started)) s"
-    failed+=("$name")
-  fi
+plan() { # name, seconds, what it does
+  cat << 'END'
+smoke     90   every path against float64; one layer at 12 points; predictive_reduction
+sweep     300  tile configurations and the threshold between paths, into launch.json
+model     240  8B parameters: full, tail, last layer, naive loop; predict on real models
+score     180  hours and energy of a million prompts
+tests     180  tests/kernels, in parallel where pytest-xdist is there
+memcheck  60   compute-sanitizer's memcheck of the kernels
+racecheck 60   its racecheck
+END
 }
 
-if ! gpu=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")'); then
+usage() {
+  echo "$1; try: benchmarks/gpu.sh [--plan] [--toy] [--stage NAME]" >&2
+  exit 2
+}
+
+toy="" only=""
+while [ $# -gt 0 ]; do
+  case $1 in
+    --plan)
+      plan
+      exit
+      ;;
+    --toy) toy=1 ;;
+    --stage)
+      [ $# -gt 1 ] || usage "--stage needs a name"
+      shift
+      only=$1
+      plan | grep -q "^$only " || usage "no stage '$only': $(plan | cut -d' ' -f1 | xargs)"
+      ;;
+    *) usage "unknown argument '$1'" ;;
+  esac
+  shift
+done
+
+PYTHON=${PYTHON:-python3}
+export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+unset TRITON_INTERPRET
+if ! gpu=$("$PYTHON" -c 'import torch; print(torch.cuda.is_available())'); then
   echo "$PYTHON cannot import torch; PYTHON=... chooses another interpreter" >&2
   exit 2
 fi
-if [ -z "$gpu" ] && [ -z "$TOY" ]; then
-  echo "no GPU that torch can see; run this on a machine with one, or try: benchmarks/gpu.sh --toy" >&2
-  exit 2
+if [ -z "$toy" ]; then
+  [ "$gpu" = True ] || usage "no GPU that torch can see"
+  if ! git rev-parse HEAD > /dev/null 2>&1 && [ -z "${TFB_COMMIT:-}" ]; then
+    echo "no .git here: TFB_COMMIT must name the commit of these sources, for the rows" >&2
+    exit 2
+  fi
 fi
+if [ -n "$toy" ] && [ -z "${OUT:-}" ]; then
+  OUT=$(mktemp -d)
+  trap 'rm -rf "$OUT"' EXIT
+fi
+OUT=${OUT:-benchmarks/results}
+mkdir -p "$OUT"
+export TFB_BENCH_RESULTS=$OUT
+
+NOT_RUN=77
+pytest=("$PYTHON" -m pytest -W default -q -p no:cacheprovider)
+bench=("${pytest[@]}" --benchmark-only --benchmark-quiet --record ${toy:+--toy --threads 1})
+sanitized() {
+  local check=("${pytest[@]}" tests/kernels/test_gpu.py -k bitwise)
+  if [ -n "$toy" ]; then
+    timeout --kill-after=10 "$limit" "${check[@]}"
+  elif command -v compute-sanitizer > /dev/null; then
+    timeout --kill-after=10 "$limit" compute-sanitizer --tool "$1" --error-exitcode 3 "${check[@]}"
+  else
+    echo "compute-sanitizer is not on the PATH"
+    return $NOT_RUN
+  fi
+}
+
+stage() { # name; its limit is in $limit
+  local run=(timeout --kill-after=10 "$limit")
+  case $1 in
+    smoke) "${run[@]}" "${bench[@]}" benchmarks/test_linear.py benchmarks/test_predictive.py ;;
+    sweep)
+      [ "$gpu" = True ] || export TRITON_INTERPRET=1 # a dry run; this is a subshell
+      "${run[@]}" "$PYTHON" -m benchmarks.sweep ${toy:+--toy}
+      ;;
+    model) "${run[@]}" "${bench[@]}" benchmarks/test_model.py benchmarks/test_predict.py ;;
+    score) "${run[@]}" "${bench[@]}" benchmarks/test_score_large.py ;;
+    tests)
+      local how=(tests/kernels --ignore tests/kernels/test_aot.py)
+      [ -n "$toy" ] && how=(tests/kernels/test_gpu.py)
+      "$PYTHON" -c 'import xdist' 2> /dev/null && how+=(-n 8)
+      "${run[@]}" "${pytest[@]}" "${how[@]}"
+      ;;
+    memcheck | racecheck) sanitized "$1" ;;
+  esac
+}
+
 "$PYTHON" -c 'from benchmarks.environment import environment; import json; print(json.dumps(environment(), indent=1))'
+bad=()
+while read -r name limit what; do
+  [ -n "$only" ] && [ "$only" != "$name" ] && continue
+  echo "=== $name, at most $limit s: $what"
+  started=$SECONDS
+  stage "$name" < /dev/null 2>&1 | tee "$OUT/$name.log"
+  status=${PIPESTATUS[0]}
+  case $status in
+    0) said=passed ;;
+    "$NOT_RUN") said="NOT RUN" ;;
+    124 | 137) said="OUT OF TIME, finished rows are kept" ;;
+    *) said="FAILED with status $status" ;;
+  esac
+  echo "--- $name: $said, $((SECONDS - started)) s"
+  [ "$status" -eq 0 ] || bad+=("$name: $said")
+done < <(plan)
 
-bench=(-m pytest -W default -q -p no:cacheprovider --benchmark-only --benchmark-quiet --record)
-tables=(-m benchmarks.report)
-if [ -n "$TOY" ]; then
-  bench+=(--toy --threads 1)
-  arch=sm_90
-  scratch=$(mktemp -d)
-  trap 'rm -rf "$scratch"' EXIT
-  export TFB_BENCH_RESULTS="$scratch"
-  tables+=(--toy)
-else
-  arch=$("$PYTHON" -c 'from tfb_kernels.launch import architecture; print(architecture())')
-  [ -n "${OUT:-}" ] && export TFB_BENCH_RESULTS="$OUT/results"
-fi
-# A card that the resource gate does not know gets the oldest one's check.
-case $arch in sm_80 | sm_90 | gfx942) compiled=$arch ;; *) compiled=sm_80 ;; esac
-
-# Wrong numbers are worse than none: the tests decide whether anything is timed.
-stage 180 "kernel tests" "$PYTHON" -m pytest -x -q -W default -p no:cacheprovider tests/kernels \
-  --ignore tests/kernels/test_aot.py
-if [ ${#failed[@]} -gt 0 ] && [ -z "$TOY" ]; then
-  echo "tests failed; nothing is timed" >&2
+if [ ${#bad[@]} -gt 0 ]; then
+  printf '%s\n' "${bad[@]}"
   exit 1
 fi
-if [ -n "$gpu" ] && command -v compute-sanitizer > /dev/null; then
-  stage 60 "memcheck" compute-sanitizer --tool memcheck --error-exitcode 3 \
-    "$PYTHON" -m pytest -q -W default -p no:cacheprovider tests/kernels/test_gpu.py -k bitwise
-fi
-stage 60 "resources" "$PYTHON" -m tfb_kernels.aot --check --quick --dtype bf16 --arch "$compiled"
-# In order of what a short run must not miss; "passes" and "score_large", at 8B parameters, are the
-# longest by far: BUDGET=1000 has time for both.
-for suite in linear predictive predict passes score_large; do
-  [ -f "benchmarks/test_$suite.py" ] && stage 300 "$suite" "$PYTHON" "${bench[@]}" "benchmarks/test_$suite.py"
-done
-# Made of what is there, also when the time is spent.
-BUDGET=$((SECONDS + 60))
-stage 60 "tables" "$PYTHON" "${tables[@]}" ${TFB_BENCH_RESULTS:+--results "$TFB_BENCH_RESULTS"}
-
-if [ ${#failed[@]} -gt 0 ]; then
-  printf 'failed: %s\n' "${failed[@]}"
-  exit 1
-fi
-echo "all stages passed in $SECONDS s"
+echo "passed in $SECONDS s"

@@ -13,9 +13,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ SLOW = 0.5  # seconds of a step whose first call tells its length well enough
 MAX_COPIES = 64
 LOSS = 1.03  # a contender faster than ours by more than this is flagged
 MAX_REPEATS = 1000
+KERNELS = 8  # of a profile
 
 Step = Callable[[int], object]
 """One operation on buffer set i; what it returns is dropped."""
@@ -122,7 +123,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 
 
 class Contender:
-    """A step repeated over rotating buffer sets, or a CUDA graph of the repetitions."""
+    """A step repeated over rotating buffer sets: called, or replayed as one CUDA graph."""
 
     def __init__(self, name: str, step: Step, copies: int, device: torch.device) -> None:
         """Warms up on every buffer set, then finds how many steps a timed call needs."""
@@ -135,9 +136,13 @@ class Contender:
         once = elapsed(self.run, device) / copies  # compiles, allocates, fills caches
         if device.type == "cuda":
             self.peak_bytes = torch.cuda.max_memory_allocated(device)
+        self._repeat(once)
+
+    def _repeat(self, once: float) -> None:
+        """As many steps a call as last ``MIN_TIME``; ``once``: seconds of a step, warm or not."""
         if once < SLOW:
-            once = min(elapsed(self.run, device) for _ in range(2)) / copies
-        self.repeats = max(copies, min(math.ceil(MIN_TIME / once), MAX_REPEATS))
+            once = min(elapsed(self.run, self.device) for _ in range(2)) / self.repeats
+        self.repeats = max(self.copies, min(math.ceil(MIN_TIME / once), MAX_REPEATS))
         self.seconds = once * self.repeats
 
     def run(self) -> None:
@@ -147,20 +152,40 @@ class Contender:
         for i in range(self.repeats):
             self.step(i % self.copies)
 
-    def captured(self) -> Contender:
-        """The same repetitions as one CUDA graph."""
-        twin = object.__new__(Contender)
-        twin.__dict__.update(self.__dict__, name=f"{self.name}_graph")
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self.step(0)
-        torch.cuda.current_stream().wait_stream(side)
+    def capture(self, pool: Any) -> None:
+        """Replay a CUDA graph from now on, whose memory is that of ``pool``.
+
+        Two captures: without launches a step may take a tenth of its time, and what lasts
+        ``MIN_TIME`` is known only then.
+        """
+        self.repeats = self.copies
+        self._captured(pool)
+        self._repeat(0.0)
+        self._captured(pool)
+
+    def _captured(self, pool: Any) -> None:
+        # A pool none of whose graphs lives cannot be captured into again.
+        earlier, self.graph = self.graph, None
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool):
             self.run()
-        twin.graph = graph
-        return twin
+        self.graph = graph
+        del earlier
+
+    def kernels(self) -> dict[str, float]:
+        """Seconds of a step in each kernel (on a CPU: operator), the longest ``KERNELS`` of them,
+        by torch.profiler."""
+        on_gpu = self.device.type == "cuda"
+        activity = torch.profiler.ProfilerActivity
+        with torch.profiler.profile(activities=[activity.CUDA if on_gpu else activity.CPU]) as p:
+            self.run()
+            synchronize(self.device)
+        times = {
+            e.key[:80]: (e.self_device_time_total if on_gpu else e.self_cpu_time_total) * 1e-6
+            for e in p.key_averages()
+        }
+        longest = sorted(times, key=lambda k: -times[k])[:KERNELS]
+        return {k: times[k] / self.repeats for k in longest if times[k] > 0}
 
 
 # --- comparison -----------------------------------------------------------------------------------
@@ -175,7 +200,8 @@ def compare(
     steps: Mapping[str, Step],
     *,
     copies: int = 1,
-    graphs: Iterable[str] = (),
+    graphs: bool = False,
+    profiled: Collection[str] = (),
     unit: str | None = None,
     parts: Collection[str] = (),
     skipped: Mapping[str, str] | None = None,
@@ -188,7 +214,8 @@ def compare(
 
     Args:
         suite: the results file. measure: what of the point is timed. point: its configuration.
-        graphs: steps to time as CUDA graphs too, as "<name>_graph" (on a GPU).
+        graphs: on a GPU all are replayed as CUDA graphs, which leaves launches out.
+        profiled: steps whose kernels' times are kept too.
         unit: a step in whose time the others are expressed as well, paired like the ratios.
         parts: steps that are part of the work and no rivals, so never a loss.
         skipped: contenders that are left out, and why.
@@ -196,7 +223,8 @@ def compare(
         rounds: the fewest and the most; between them ``bench.seconds`` decides.
 
     Returns:
-        The row. Contenders that run out of GPU memory are skipped with that reason.
+        The row. Contenders that fail on a GPU, for want of memory say, are skipped with that
+        reason.
     """
     left_out = dict(skipped or {})
     contenders = _start(bench, steps, copies, graphs, left_out)
@@ -225,6 +253,7 @@ def compare(
     own = [elapsed(timed, bench.device)] if benchmark.disabled else benchmark.stats.stats.data
     seconds = {"ours": list(own), **seconds}
     contenders = {"ours": mine, **contenders}
+    kernels = _profiles(bench, contenders, profiled, left_out)
     each = {k: np.array(v) / contenders[k].repeats for k, v in seconds.items()}
     row: Row = {
         **heading(bench, suite, measure, point),
@@ -239,6 +268,8 @@ def compare(
         },
         "ratios": {k: quartiles(v / each["ours"]) for k, v in each.items() if k != "ours"},
         "skipped": left_out,
+        "graphs": graphs and bench.device.type == "cuda",
+        **({"kernels": kernels} if kernels else {}),
         **(details or {}),
     }
     if unit is not None:
@@ -250,7 +281,7 @@ def compare(
     row["losses"] = [
         f"{k} is {1 / r['median']:.2f}x faster"
         for k, r in row["ratios"].items()
-        if r["median"] < 1 / LOSS and k not in exempt and not k.endswith("_graph")
+        if r["median"] < 1 / LOSS and k not in exempt
     ]
     row["targets"] = judge(row) if judge else []
     benchmark.extra_info.update(seconds={k: row["contenders"][k]["median"] for k in names})
@@ -274,7 +305,7 @@ def heading(bench: Bench, suite: str, measure: str, point: Mapping[str, Any]) ->
 
 
 def record(bench: Bench, row: Row) -> Row:
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    now = datetime.now(UTC).isoformat(timespec="seconds")
     row |= {"environment": environment(), "date": now}
     bench.rows.append(row)
     if bench.results is not None:
@@ -285,28 +316,49 @@ def record(bench: Bench, row: Row) -> Row:
 
 
 def _start(
-    bench: Bench,
-    steps: Mapping[str, Step],
-    copies: int,
-    graphs: Iterable[str],
-    left_out: dict[str, str],
+    bench: Bench, steps: Mapping[str, Step], copies: int, graphs: bool, left_out: dict[str, str]
 ) -> dict[str, Contender]:
     """The contenders, warmed up; what does not fit in memory goes to ``left_out``."""
     found: dict[str, Contender] = {}
-    for name, step in steps.items():
+    # One pool for all graphs: what a step puts out is dropped, so the next may write over it.
+    pool = torch.cuda.graph_pool_handle() if graphs and bench.device.type == "cuda" else None
+    for name, step in {**steps, "ours_again": steps["ours"]}.items():
         try:
-            found[name] = Contender(name, step, copies, bench.device)
+            made = Contender(name, step, copies, bench.device)
+            if pool is not None:
+                made.capture(pool)
+            found[name] = made
         except torch.OutOfMemoryError:
             left_out[name] = "out of memory"
+        except RuntimeError as error:  # of a driver, say: the others are measured all the same
+            if bench.device.type == "cpu":
+                raise
+            left_out[name] = _first_line(error)
     if "ours" not in found:
         raise RuntimeError(f"ours could not run: {left_out['ours']}")
-    found["ours_again"] = Contender("ours_again", steps["ours"], copies, bench.device)
-    if bench.device.type == "cuda":
-        for name in graphs:
-            if name in found:
-                twin = found[name].captured()
-                found[twin.name] = twin
     return found
+
+
+def _profiles(
+    bench: Bench,
+    contenders: Mapping[str, Contender],
+    names: Collection[str],
+    left_out: dict[str, str],
+) -> dict[str, dict[str, float]]:
+    """Kernel times of some contenders, after the clock has stopped: a profiler disturbs."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = contenders[name].kernels()
+        except RuntimeError as error:
+            if bench.device.type == "cpu":
+                raise
+            left_out[f"profile of {name}"] = _first_line(error)
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 # --- summaries ------------------------------------------------------------------------------------
@@ -322,12 +374,11 @@ def quartiles(values: np.ndarray) -> dict[str, float]:
 
 
 def _floor(work: Work, ceilings: Ceilings, contenders: Mapping[str, Any]) -> dict[str, float]:
-    """The time that the measured ceilings allow, and the share of it in ours at its best."""
+    """The time that the measured ceilings allow, and the share of it in ours."""
     seconds = max(work.bytes / ceilings.copy, work.flops / ceilings.matmul)
-    best = min(c["median"] for k, c in contenders.items() if k in ("ours", "ours_graph"))
     return {
         "seconds": seconds,
-        "fraction": seconds / best,
+        "fraction": seconds / contenders["ours"]["median"],
         "bytes": work.bytes,
         "flops": work.flops,
         "copy_bytes_per_second": ceilings.copy,

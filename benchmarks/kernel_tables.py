@@ -1,35 +1,34 @@
-"""Tables of the kernel suites, "linear" and "predictive"; only a GPU's rows are results."""
+"""Tables of the suites "linear", "predictive" and "model"; only a GPU's rows are results."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from benchmarks.markdown import Row, spread, table, taken_on
 
-NOT_MEASURED = "*Not measured on a GPU yet: `benchmarks/gpu.sh` does it in one command.*"
+NOT_MEASURED = "*Not measured on a GPU yet: `benchmarks/gpu.sh --stage smoke`.*"
 
 
 def linear_table(rows: Sequence[Row]) -> str:
-    """Kernels on a GPU: layer, update and paths; every target missed and point lost is listed."""
+    """One layer on a GPU, whole and the update alone; every target missed and point lost is
+    listed."""
     rows = [r for r in rows if r["device"] == "cuda" or r["toy"]]
-    by_measure = {
-        name: [r for r in rows if r["measure"] == name and "skipped_point" not in r]
-        for name in ("layer", "op", "paths")
-    }
-    if not by_measure["layer"]:
+    layers, updates = (
+        [r for r in rows if r["measure"] == name and "skipped_point" not in r]
+        for name in ("layer", "update")
+    )
+    if not layers:
         return NOT_MEASURED
     parts = [
-        _layer_rows(by_measure["layer"]), _op_rows(by_measure["op"]),
-        _path_rows(by_measure["paths"]),
-        _targets(rows), "Points that a rival wins:\n\n" + _lost(rows), taken_on(rows),
+        _layer_rows(layers), _update_rows(updates), _targets(rows, _name),
+        "Points that a rival or another path wins:\n\n" + _lost(rows), taken_on(rows),
     ]  # fmt: skip
     return "\n\n".join(part for part in parts if part)
 
 
 def _name(row: Row) -> str:
     p = row["point"]
-    kind = ("shared" if p["shared"] else "per draw") + (", iid" if p["draws"] == "iid" else "")
-    return f"{p['layer']} r={p['r']} S={p['S']} T={p['T']} {kind}"
+    return f"{p['layer']}, {p['T']} rows, {'shared' if p['shared'] else 'per draw'}"
 
 
 def _microseconds(row: Row, name: str) -> str:
@@ -37,66 +36,68 @@ def _microseconds(row: Row, name: str) -> str:
 
 
 def _layer_rows(rows: Sequence[Row]) -> str:
-    body = []
-    for row in rows:
-        rivals = {k: r for k, r in row["ratios"].items() if not k.startswith("ours")}
-        best = min(rivals, key=lambda k: rivals[k]["median"])
-        body.append([
-            _name(row), _microseconds(row, "ours"), _microseconds(row, "ours_graph"),
-            spread(rivals["naive"]) if "naive" in rivals else "", best, spread(rivals[best]),
-            f"{100 * row['floor']['fraction']:.0f} %",
-        ])  # fmt: skip
-    headings = (
-        "whole layer", "ours, µs", "as a graph, µs", "naive / ours", "best rival",
-        "best rival / ours", "of the floor",
-    )  # fmt: skip
-    return table(headings, body)
-
-
-def _op_rows(rows: Sequence[Row]) -> str:
+    names = ("fused", "generate", "baddbmm", "merged", "naive")
     body = [
-        [_name(r), _microseconds(r, "ours"), _microseconds(r, "ours_graph"),
-         _microseconds(r, "base"), spread(r["in_units_of"]["ratios"]["ours"], 3),
-         f"{100 * r['floor']['fraction']:.0f} %"]
+        [
+            _name(r), _microseconds(r, "ours"), spread(r["in_units_of"]["ratios"]["ours"]),
+            *(spread(r["ratios"][k]) if k in r["ratios"] else "" for k in names),
+        ]
+        for r in rows
+    ]  # fmt: skip
+    headings = ("whole layer, S = 10", "ours, µs", "ours / base product")
+    return table((*headings, *(f"{k} / ours" for k in names)), body)
+
+
+def _update_rows(rows: Sequence[Row]) -> str:
+    body = [
+        [_name(r), _microseconds(r, "ours"), _microseconds(r, "expand"), _microseconds(r, "base"),
+         spread(r["in_units_of"]["ratios"]["ours"], 3), f"{1 / r['floor']['fraction']:.2f}"]
         for r in rows
     ]  # fmt: skip
     headings = (
-        "update alone", "ours, µs", "as a graph, µs", "base product, µs", "ours / base product",
-        "of the floor",
+        "update alone", "ours, µs", "expand in it, µs", "base product, µs", "ours / base product",
+        "ours / time of its bytes",
     )  # fmt: skip
     return table(headings, body) if rows else ""
 
 
-def _path_rows(rows: Sequence[Row]) -> str:
-    """fused against generate by rows to a stream, and the threshold that follows."""
+def model_table(rows: Sequence[Row]) -> str:
+    """8B parameters on a GPU: passes, milliseconds, rows a second and peak memory; no rows, no
+    words, since the table above it says so."""
+    rows = [r for r in rows if r["device"] == "cuda" or r["toy"]]
     if not rows:
         return ""
-    rows = sorted(rows, key=lambda r: (r["point"]["rows"], r["point"]["r"]))
-    times = []
-    for r in rows:
-        graph = "_graph" if "fused_graph" in r["contenders"] else ""
-        times.append([r["contenders"][f"{k}{graph}"]["median"] for k in ("fused", "generate")])
-    body = [
-        [str(r["point"]["rows"]), _name(r), f"{1e6 * fused:.0f}", f"{1e6 * generate:.0f}",
-         f"{generate / fused:.2f}"]
-        for r, (fused, generate) in zip(rows, times, strict=True)
-    ]  # fmt: skip
-    headings = ("rows to a stream", "update alone", "fused, µs", "generate, µs", "ratio")
-    # The threshold that loses least: the summed excess over the faster path of each point.
-    counts = sorted({r["point"]["rows"] for r in rows})
-    excess = {
-        bound: sum(
-            (generate if r["point"]["rows"] >= bound else fused) / min(fused, generate) - 1
-            for r, (fused, generate) in zip(rows, times, strict=True)
-        )
-        for bound in [*counts, counts[-1] + 1]
-    }
-    best = min(excess, key=lambda bound: excess[bound])
-    said = f"`paths.generate_min_rows` that loses least here: {best}"
-    return table(headings, body) + f"\n\n{said} ({100 * excess[best] / len(rows):.1f} % a point)."
+    body, seen = [], set[str]()
+    for row in rows:
+        units = row["in_units_of"]["ratios"]
+        for key in ("mean", "base", "ours", "naive", "last_100"):
+            label = MODEL[row["point"]["way"] if key == "ours" else key]
+            if key not in row["contenders"] or label in seen:
+                continue
+            seen.add(label)
+            c = row["contenders"][key]
+            peak = "" if c["peak_bytes"] is None else f"{c['peak_bytes'] / 2**30:.1f}"
+            body.append([
+                label, spread(units[key]) if key in units else "1", f"{1e3 * c['median']:.0f}",
+                f"{row['point']['rows'] / c['median']:.1f}", peak,
+            ])  # fmt: skip
+    p = rows[0]["point"]
+    headings = (
+        f"{p['model']}, r = {p['rank']} on all linears, {p['rows']} x {p['tokens']} tokens",
+        "in passes of the adapter", "ms", "rows/s", "peak GiB",
+    )  # fmt: skip
+    parts = [table(headings, body), _targets(rows, lambda r: MODEL[r["point"]["way"]])]
+    return "\n\n".join([*parts, taken_on(rows)])
 
 
-def _targets(rows: Sequence[Row]) -> str:
+MODEL = {
+    "mean": "the adapter, one pass", "base": "no adapter, one pass",
+    "naive": "naive PEFT loop, S = 10", "last_100": "last layer, S = 100",
+    "full": "full, S = 10", "tail": "tail k = 1, S = 10", "last": "last layer, S = 10",
+}  # fmt: skip
+
+
+def _targets(rows: Sequence[Row], name: Callable[[Row], str]) -> str:
     """How many points meet each target, and every point that does not."""
     found = [(t, row) for row in rows for t in row.get("targets", [])]
     kinds = list(dict.fromkeys(t["name"].partition(" (")[0] for t, _ in found))
@@ -107,11 +108,11 @@ def _targets(rows: Sequence[Row]) -> str:
         met = sum(t["met"] for t in own)
         body.append([kind, f"{met} of {len(own)}", f"{worst:.3g}"])
     missed = [
-        f"- {_name(row)}: {t['name']} is {t['value']:.3g}, the target {t['bound']:.3g}"
+        f"- {name(row)}: {t['name']} is {t['value']:.3g}, the target {t['bound']:.3g}"
         for t, row in found
         if not t["met"]
     ]
-    skipped = [f"- {_name(r)}: {r['skipped_point']}" for r in rows if "skipped_point" in r]
+    skipped = [f"- {name(r)}: {r['skipped_point']}" for r in rows if "skipped_point" in r]
     lists = {"Targets that are missed": missed, "Points that were skipped": skipped}
     text = table(["target", "met", "worst"], body)
     return text + "".join(f"\n\n{k}:\n\n" + "\n".join(v) for k, v in lists.items() if v)

@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks.calibration.ablation_tables import ablations_table, plot_ablations
 from benchmarks.calibration.pictures import plot_calibration
 from benchmarks.calibration.tables import calibration_table, evidence_table
-from benchmarks.kernel_tables import linear_table, predictive_table
+from benchmarks.kernel_tables import linear_table, model_table, predictive_table
 from benchmarks.markdown import Row, spread, table, taken_on
 from benchmarks.paper.tables import paper_table
 from benchmarks.score_tables import score_table
@@ -103,8 +103,6 @@ def passes_table(rows: Sequence[Row]) -> str:
         if not t["met"]
     ]
     text = table(["in passes of the deterministic adapter", *names], body)
-    if measured := [r for r in rows if r["device"] == "cuda"]:
-        text += "\n\n" + _rows_per_second(measured)
     for r in decoding:
         u, p = r["in_units_of"]["ratios"], r["point"]
         text += (
@@ -116,19 +114,6 @@ def passes_table(rows: Sequence[Row]) -> str:
     if missed:
         text += "\n\nTargets that are missed:\n\n" + "\n".join(missed)
     return text + "\n\n" + taken_on(rows)
-
-
-def _rows_per_second(rows: Sequence[Row]) -> str:
-    """Absolute figures of a GPU: rows a second, and the most memory in use."""
-    body = []
-    for key, label in ({"mean": "deterministic, one pass"} | PASSES).items():
-        cells = []
-        for r in rows:
-            c = r["contenders"].get(key)
-            rate = "" if c is None else f"{r['point']['rows'] / c['median']:.1f}"
-            cells.append(rate and f"{rate}, {c['peak_bytes'] / 2**30:.1f} GiB")
-        body.append([label, *cells])
-    return table(["rows/s, peak memory", *(f"{r['point']['rows']} rows" for r in rows)], body)
 
 
 def quality_table(rows: Sequence[Row]) -> str:
@@ -160,6 +145,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "predict": predict_table,
     "passes": passes_table,
     "linear": linear_table,
+    "model": model_table,
     "quality": quality_table,
     "score": score_table,
     "evidence": evidence_table,

@@ -8,7 +8,7 @@ from benchmarks.markdown import Row, spread, table, taken_on
 
 NOT_MEASURED = (
     "*Not measured yet: `python -m pytest benchmarks/test_score.py --record` (two quiet cores), "
-    "`benchmarks/gpu.sh` (a GPU).*"
+    "`benchmarks/gpu.sh --stage score` (a GPU).*"
 )
 
 
@@ -22,7 +22,7 @@ def score_table(rows: Sequence[Row]) -> str:
     }
     parts = [
         _throughput(by_measure["throughput"]), *map(_workers, by_measure["ray workers"]),
-        *map(_memory, by_measure["resident memory"]), *map(_million, by_measure["million"]),
+        *map(_memory, by_measure["resident memory"]), _million(by_measure["million"]),
         _missed(rows), taken_on(rows),
     ]  # fmt: skip
     return "\n\n".join(part for part in parts if part)
@@ -86,16 +86,19 @@ _LABELS = {
 }  # fmt: skip
 
 
-def _million(row: Row) -> str:
+def _million(rows: Sequence[Row]) -> str:
+    if not rows:
+        return ""
     body = []
-    for name, label in _LABELS.items():
-        run = row["runs"][name]
+    for row in sorted(rows, key=lambda r: list(_LABELS).index(r["point"]["way"])):
+        run = row["run"]
         energy = run["kwh_a_million"]
         body.append([
-            label, f"{run['prompts_per_second']:.1f}", f"{run['hours_a_million']:.1f}",
-            "" if energy is None else f"{energy:.1f}", str(run["prompts"]),
+            _LABELS[row["point"]["way"]], f"{run['prompts_per_second']:.1f}",
+            f"{run['hours_a_million']:.1f}", "" if energy is None else f"{energy:.1f}",
+            str(run["prompts"]),
         ])  # fmt: skip
-    point = row["point"]
+    point = rows[0]["point"]
     headings = ("a million prompts", "rows/s", "hours", "kWh of the GPU", "prompts measured")
     note = (
         f"{point['model']}, random weights ({point['dtype']}), prompts of "

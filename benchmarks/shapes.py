@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +39,8 @@ ADAPTERS = {
 
 
 def random_model(shape: Shape, rank: int, targets: tuple[str, ...], bench: Bench) -> Any:
-    """A PEFT model with random weights, the same at every call."""
+    """A PEFT model with random weights, the same at every call; LoRA in the dtype of the base,
+    which is cheaper for a plain loop than PEFT's default of float32."""
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -47,24 +49,26 @@ def random_model(shape: Shape, rank: int, targets: tuple[str, ...], bench: Bench
         vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.inner,
         num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads, max_position_embeddings=2 * shape.tokens,
-        pad_token_id=0,
+        pad_token_id=0, dtype=bench.dtype,
     )  # fmt: skip
-    with torch.device(bench.device):
-        base: Any = LlamaForCausalLM(config)
-    base.to(bench.dtype)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(bench.dtype)  # 8B parameters in float32 would be made first
+    try:
+        with torch.device(bench.device):
+            base: Any = LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
     lora = LoraConfig(
         task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules=list(targets)
     )
-    made = get_peft_model(base, lora)
+    made = get_peft_model(base, lora, autocast_adapter_dtype=False)
     for name, p in made.named_parameters():
         if "lora_B" in name:
             p.data.normal_(0, 0.02)
     return made.eval()
 
 
-def share_weights(source: Any, twin: Any) -> None:
-    """Let both models hold the same base tensors: several copies of 8B parameters do not fit."""
-    own = dict(source.named_parameters())
-    for name, p in twin.named_parameters():
-        if "lora_" not in name:
-            p.data = own[name].data
+def twin(source: Any) -> Any:
+    """A copy that holds the same base tensors: several copies of 8B parameters do not fit."""
+    shared = {id(p): p for name, p in source.named_parameters() if "lora_" not in name}
+    return deepcopy(source, shared)

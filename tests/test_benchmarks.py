@@ -57,6 +57,32 @@ def test_the_newest_row_of_a_point_counts(tmp_path: Path) -> None:
 
 def test_kernels_without_gpu_rows_claim_nothing() -> None:
     assert "Not measured on a GPU yet" in report.linear_table([])
+    assert report.model_table([]) == ""
+
+
+def test_model_table_has_a_line_for_every_way() -> None:
+    """In passes of the adapter, milliseconds, rows a second and GiB; the units once, though every
+    row has them; what is missed."""
+    point = {"model": "8B", "rank": 16, "rows": 50, "tokens": 300}
+    made = {
+        way: {
+            "device": "cuda", "toy": False, "date": "2026-01-01", "measure": "predict",
+            "point": point | {"way": way}, "environment": score_rows()[0]["environment"],
+            "contenders": {
+                k: {"median": s, "peak_bytes": 3 << 30}
+                for k, s in {"ours": seconds, "mean": 0.5, "base": 0.4}.items()
+            },
+            "in_units_of": {"ratios": {"ours": ratio(2 * seconds), "base": ratio(0.8)}},
+            "targets": [{"name": "tail S=10, in passes", "value": 1.3, "bound": 1.15,
+                         "at_least": False, "met": way != "tail"}],
+        }
+        for way, seconds in (("full", 5.0), ("tail", 0.65))
+    }  # fmt: skip
+    text = report.model_table(list(made.values()))
+    assert "| full, S = 10 | 10.00 [10.00, 10.00] | 5000 | 10.0 | 3.0 |" in text
+    assert "| tail k = 1, S = 10 | 1.30 [1.30, 1.30] | 650 | 76.9 | 3.0 |" in text
+    assert text.count("the adapter, one pass") == text.count("no adapter, one pass") == 1
+    assert text.count("is 1.3, the target 1.15") == 1
 
 
 def ratio(value: float) -> dict[str, float]:
@@ -86,12 +112,13 @@ def score_rows() -> list[dict[str, Any]]:
             "measure": "ray workers", "point": {"model": "m", "data": "d", "rows": 20},
             "ratios": {"one_worker": ratio(1.8)}, "timed": "after the start",
         },
-        common | {
-            "measure": "million",
-            "point": {"model": "8B", "rows": 30, "tokens": 9000, "dtype": "b"},
-            "runs": dict.fromkeys(("tail", "last", "naive"), run)
-            | {"full": {**run, "kwh_a_million": None}},
-        },
+        *(
+            common | {
+                "measure": "million", "run": {**run, "kwh_a_million": energy},
+                "point": {"way": way, "model": "8B", "rows": 30, "tokens": 9000, "dtype": "b"},
+            }
+            for way, energy in (("tail", 3.9), ("full", None))
+        ),
         common | {
             "measure": "resident memory", "growth": 1.02, "seconds": 600.0,
             "point": {"model": "m", "rows": 40, "mode": "tail", "tail": 1, "draws": 10},

@@ -2,7 +2,8 @@
 
 Compiles each kernel in each shipped configuration for NVIDIA sm_80 and sm_90 and AMD gfx942 and
 reads the resources from the binaries: registers, shared memory, stack, spills, and whether the
-tensor cores' warpgroup product (wgmma) is there. ``--write`` updates ``data/resources.json``,
+tensor cores' warpgroup product (wgmma) is there; and what a normal and an output cost in
+instructions. ``--write`` updates ``data/resources.json``,
 ``--check`` fails where a kernel uses stack or spills, or a product lost its wgmma.
 
     python -m tfb_kernels.aot [--arch sm_90 ...] [--kernel shrink ...] [--dtype bf16] [--check]
@@ -101,12 +102,13 @@ def cases(
                 if kernel in ("statistics", "mean"):
                     served = [0]
                 for rank in served[-1:] if largest_only or kernel == "generate" else served:
-                    yield from _kernel_cases(arch, kernel, dtype, rank, config)
+                    yield from kernel_cases(arch, kernel, dtype, rank, config)
 
 
-def _kernel_cases(
+def kernel_cases(
     arch: str, kernel: str, dtype: str, rank: int, config: launch.LaunchConfig
 ) -> Iterator[Case]:
+    """One kernel in one configuration: twice where shared and per-draw x differ."""
     math = "libm" if arch.startswith("gfx") else "cuda"
     tensor = f"*{dtype}"
     dot = {"PRECISION": "ieee", "UPCAST": False}
@@ -224,7 +226,7 @@ def resources(case: Case, arch: str) -> Resources:
         )  # fmt: skip
     usage = _nvidia_tool("cuobjdump", "-res-usage", compiled.asm["cubin"])
     numbers = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    opcodes = [name.partition(".")[0] for name in sass(compiled.asm["cubin"])]
+    opcodes = [name.partition(".")[0] for name in sass(compiled.asm["cubin"]) if ":" not in name]
     return Resources(
         case=case.label, arch=arch, registers=numbers["REG"], shared_bytes=shared,
         stack_bytes=numbers["STACK"] + numbers["LOCAL"],
@@ -233,11 +235,53 @@ def resources(case: Case, arch: str) -> Resources:
 
 
 def sass(cubin: bytes) -> list[str]:
-    """Opcodes of a cubin in order, predicates left out."""
+    """Opcodes of a cubin in order, predicates left out; a label is ".L_x_0:", with its colon."""
     listing = _nvidia_tool("nvdisasm", "-c", cubin)
     address = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/")
-    lines = (address.sub("", x).split() for x in listing.splitlines() if address.match(x))
-    return [(w[1] if w[0].startswith("@") else w[0]).rstrip(";") for w in lines if w]
+    found = []
+    for line in listing.splitlines():
+        words = address.sub("", line).split()
+        if re.match(r"\.L_\w+:", line):
+            found.append(words[0])
+        elif words and address.match(line):
+            opcode = words[1] if words[0].startswith("@") else words[0]
+            # A branch keeps its target.
+            found.append(" ".join([opcode, *re.findall(r"\.L_\w+", line)]).rstrip(";"))
+    return found
+
+
+def instructions(cubin: bytes) -> tuple[int, int]:
+    """(outside its longest loop, inside it) SASS instructions of a kernel, by their listing.
+
+    Both sides of a branch count, so it is what a thread executes or a little more.
+    """
+    longest, total, labels = 0, 0, dict[str, int]()
+    for word in sass(cubin):
+        opcode, _, target_label = word.partition(" ")
+        if opcode.endswith(":"):
+            labels[opcode[:-1]] = total
+            continue
+        if opcode == "NOP":
+            continue
+        total += 1
+        start = labels.get(target_label)
+        # The jump to itself after EXIT only fills the last cache line.
+        if opcode == "BRA" and start is not None and total - start > 1:
+            longest = max(longest, total - start)
+    return total - longest, longest
+
+
+def expand_instructions(arch: str, dtype: str, rank: int, rows: int, draws: int | None) -> float:
+    """SASS instructions a thread spends on one element of expand's output.
+
+    rows: of z. draws: S, which share a base output; None: each row of base has its own draw.
+    """
+    config = launch.choose_config("expand", rows=rows, rank=rank, arch=arch)
+    shared = draws is not None
+    (case,) = (c for c in kernel_cases(arch, "expand", dtype, rank, config) if c.shared == shared)
+    outside, inside = instructions(compile_case(case, arch).asm["cubin"])
+    threads = 32 * config.num_warps / (config.block_t * config.block_m)
+    return threads * (outside / draws + inside if draws else outside + inside)
 
 
 def _nvidia_tool(name: str, flag: str, cubin: bytes) -> str:
@@ -298,7 +342,7 @@ def instructions_per_normal(arch: str = "sm_90") -> float:
             fn=_noise_probe, signature=signature, constexprs={"CALLS": calls, "MATH": "cuda"}
         )
         compiled = triton.compile(source, target=target(arch), options={"num_warps": 4})
-        counts.append(sum(name != "NOP" for name in sass(compiled.asm["cubin"])))
+        counts.append(sum(instructions(compiled.asm["cubin"])))
     return (counts[1] - counts[0]) / 4
 
 
@@ -334,6 +378,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             faults += problems(case, r)
     for arch in (a for a in options.arch if a.startswith("sm_")):
         print(f"{arch}: {instructions_per_normal(arch):g} SASS instructions a normal")
+        for draws, kind in ((10, "shared x"), (None, "per-draw x")):
+            each = expand_instructions(arch, "bf16", 16, 4096, draws)
+            print(f"{arch}: {each:.1f} SASS instructions an output of expand, {kind}")
     if options.write:
         rows = [json.dumps(asdict(r)) for r in found]
         header = json.dumps({"triton": triton.__version__})

@@ -1,0 +1,489 @@
+"""Measure tile configurations and the threshold between paths: ``python -m benchmarks.sweep``.
+
+Every kernel is timed with each of about 30 configurations at five numbers of rows, in CUDA graphs,
+at rank 16 in bfloat16: shared x through a layer 4096 -> 4096 with ten antithetic draws, and x of
+each draw's own through 14336 -> 4096. The configuration of least time (the geometric mean over
+both) becomes that of its rows and of ranks up to 32; larger ranks keep the default. With the new
+table both paths are timed whole, and ``generate_min_rows`` is where the slower one changes.
+
+The answer goes into ``tfb_kernels/data/launch.json`` with device, date, commit and medians, kernel
+by kernel, and a copy beside the rows, which hold every median and why a configuration did not run.
+What is chosen is compared with float64 at the end, and withdrawn where it is wrong. Afterwards
+``python -m tfb_kernels.aot --write`` says what the new configurations use. Inputs stay in the L2
+where they fit, as they do in a model, where the layer before has just written them.
+
+--toy: tiny sizes, a few configurations, also in Triton's interpreter; leaves launch.json alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.environment import environment, results_folder
+from benchmarks.harness import Bench, elapsed, heading, record
+from tfb_kernels import launch, predictive_reduction
+from tfb_kernels.launch import LaunchConfig
+
+RANK, STREAMS, DRAWS = 16, 5, 10
+ROWS = (8, 50, 256, 1024, 4096)  # measured at, each for the rows up to ``UP_TO``
+UP_TO = (16, 128, 512, 2048, None)
+PATH_ROWS = (16, 64, 128, 256, 512, 1024, 2048, 4096)
+TARGET_TIME, REPLAYS = 5e-4, 5  # seconds of a replay; replays whose median counts
+SHARED_RANK = 32  # the largest rank that takes what rank 16 found
+NEVER = 1 << 30  # rows: generate was slower everywhere
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """n and m: of q (shared x) and down (per draw). V: vocabulary of predictive_reduction."""
+
+    shared: tuple[int, int] = (4096, 4096)
+    per_draw: tuple[int, int] = (14336, 4096)
+    vocabulary: int = 128256
+    label_rows: int = 50  # of logits
+    rows: tuple[int, ...] = ROWS
+    up_to: tuple[int | None, ...] = UP_TO
+    path_rows: tuple[int, ...] = PATH_ROWS
+
+
+TOY = Sizes((64, 48), (96, 32), 100, 2, (4, 20), (16, None), (4, 32))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel at one number of rows, in both ways of x where it has two."""
+
+    kernel: str
+    rows: int
+    max_rows: int | None
+    candidates: tuple[LaunchConfig, ...]
+    splits: int = 1  # of the shrink before an expand
+
+
+# --- candidates -----------------------------------------------------------------------------------
+
+
+def candidates(kernel: str, rows: int) -> Iterator[LaunchConfig]:
+    """Tiles worth trying: as few rows of a tile idle as a number of rows allows."""
+    tiles = [16] if rows <= 16 else [16, 32, 64] if rows <= 64 else [32, 64, 128]
+    if kernel == "shrink":
+        # A block of x for each multiprocessor: fewer rows are split along in_features.
+        splits = {16: (4, 8, 16, 32), 64: (2, 4, 8), 256: (1, 2, 4)}
+        few = next((s for bound, s in splits.items() if rows <= bound), (1, 2))
+        for t, p, k, s in product(tiles, (32, 64), (64, 128), few):
+            if rows > 16 and t < 64 and k == 64:
+                continue  # too little work a step
+            for w in (4, 8) if t * p >= 4096 else (4,):
+                yield LaunchConfig(t, 128, p, k, s, w, 2)
+    elif kernel == "expand":
+        for t, m, w, stages in product(tiles, (64, 128, 256, 512), (2, 4, 8), (2, 3)):
+            if 16 <= t * m // (32 * w) <= (64 if t > 16 else 128):
+                yield LaunchConfig(block_t=t, block_m=m, block_k=32, num_warps=w, num_stages=stages)
+    elif kernel == "generate":
+        for p, k, w in product((8, 16, 32, 64), (128, 256, 512, 1024), (2, 4, 8)):
+            if 4 <= p * k // (32 * w) <= 64:
+                yield LaunchConfig(block_p=p, block_k=k, num_warps=w)
+    else:
+        for k, w in product((256, 512, 1024, 2048, 4096, 8192), (2, 4, 8, 16)):
+            if 4 <= k // (32 * w) <= 64:
+                yield LaunchConfig(block_k=k, num_warps=w)
+
+
+def jobs(sizes: Sizes, toy: bool) -> Iterator[Job]:
+    """In this order: expand reads as many partial sums as the shrink before it makes."""
+    few = slice(None, None, 12) if toy else slice(None)
+    for kernel in ("shrink", "expand"):
+        for rows, bound in zip(sizes.rows, sizes.up_to, strict=True):
+            yield Job(kernel, rows, bound, tuple(candidates(kernel, rows))[few])
+    for kernel in ("generate", "statistics", "mean"):  # one line each, for any number of rows
+        yield Job(kernel, sizes.label_rows, None, tuple(candidates(kernel, 0))[few])
+
+
+# --- what is timed --------------------------------------------------------------------------------
+
+Step = Callable[[LaunchConfig], object]
+
+
+def steps(job: Job, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> dict[str, Step]:
+    """By the way x comes: a launch of the job's kernel with a configuration."""
+    from tfb_kernels.triton_generate import generate
+    from tfb_kernels.triton_predictive import predictive_reduction_triton
+    from tfb_kernels.triton_shrink import shrink
+
+    def randn(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, dtype=dtype, device=device)
+
+    if job.kernel in ("statistics", "mean"):
+        logits = randn(DRAWS, job.rows, sizes.vocabulary)
+        units = torch.arange(DRAWS, device=device).view(-1, 2)
+        other = launch.choose_config("mean", rows=0, rank=0)
+        if job.kernel == "statistics":
+            return {"": lambda c: predictive_reduction_triton(logits, units, c, other)}
+        other = launch.choose_config("statistics", rows=0, rank=0)
+        return {"": lambda c: predictive_reduction_triton(logits, units, other, c)}
+
+    seed, found = torch.tensor(0, device=device), dict[str, Step]()
+    # Shared: one group of all streams. Per draw: a group for each pair of draws.
+    for kind, (n, m), groups, q in (
+        ("shared", sizes.shared, 1, STREAMS),
+        ("per-draw", sizes.per_draw, STREAMS, 1),
+    ):
+        A, streams = randn(RANK, n, dtype=torch.float32), torch.arange(groups * q, device=device)
+        streams = streams.view(groups, q)
+        if job.kernel == "shrink":
+            x = randn(groups, job.rows, n)
+            found[kind] = partial(_shrink, shrink, x, A, streams, seed)
+        elif job.kernel == "generate":
+            found[kind] = partial(generate, A, streams, seed, 0, RANK, n, dtype)
+        else:
+            found[kind] = _expand_step(job, m, kind == "shared", randn, device, dtype)
+    return found
+
+
+def _shrink(
+    call: Callable[..., Tensor], x: Tensor, A: Tensor, streams: Tensor, seed: Tensor,
+    config: LaunchConfig,
+) -> Tensor:  # fmt: skip
+    return call(x, A, streams, seed, 0, config)
+
+
+def _expand_step(
+    job: Job,
+    m: int,
+    shared: bool,
+    randn: Callable[..., Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Step:
+    """expand into outputs of a draw for shared x, else in place; ``job.rows`` are rows of z."""
+    from tfb_kernels.triton_expand import expand
+
+    draws = DRAWS if shared else 2
+    rows = job.rows if shared else job.rows // draws * draws
+    z = randn(job.splits, rows, 1 + STREAMS if shared else 2, RANK, dtype=torch.float32)
+    B, inv_d = randn(m, RANK, dtype=torch.float32), torch.ones(RANK, device=device)
+    sigmas = torch.tensor([0.1, -0.1] * (draws // 2), device=device)
+    index = torch.arange(draws // 2, device=device).repeat_interleave(2)
+    base = randn(rows, m) if shared else randn(draws, rows // draws, m)
+    out = base.new_empty((draws, rows, m)) if shared else base
+    return lambda c: expand(z, B, base, None, out, sigmas, inv_d, index, 1.0, dtype, c)
+
+
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Median time of a call: on a GPU of one in a graph of several, launches left out."""
+    call()
+    if device.type != "cuda":
+        return median(elapsed(call, device) for _ in range(2))
+    repeats = 4
+    for _ in range(2):  # the second graph is as long as the first one's time asks for
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(repeats):
+                call()
+        graph.replay()
+        once = median(elapsed(graph.replay, device) for _ in range(REPLAYS)) / repeats
+        if once * repeats >= TARGET_TIME:
+            break
+        repeats = min(200, math.ceil(TARGET_TIME / once))
+    return once
+
+
+# --- compilation ----------------------------------------------------------------------------------
+
+
+def compile_ahead(
+    job: Job, sizes: Sizes, config: LaunchConfig, *, dtype: torch.dtype
+) -> str | None:
+    """Launch once in this process, which leaves the binary in Triton's cache.
+
+    Returns:
+        Why this configuration is none, if it is: it does not compile, or the gate of
+        ``tfb_kernels.aot`` refuses what it would use, in bfloat16 or float32.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        for step in steps(job, sizes, device, dtype).values():
+            step(config)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return "; ".join(refused(job.kernel, config)) or None
+    except Exception as error:  # of the compiler: a finding about this configuration
+        return f"{type(error).__name__}: {error}".splitlines()[0][:160]
+
+
+def refused(kernel: str, config: LaunchConfig) -> list[str]:
+    """What the gate says of a configuration, on architectures that it knows."""
+    from tfb_kernels import aot
+
+    arch = launch.architecture()
+    if arch not in aot.ARCHITECTURES:
+        return []
+    rank = 0 if kernel in ("statistics", "mean") else RANK
+    return [
+        problem
+        for dtype in ("bf16", "fp32")
+        for case in aot.kernel_cases(arch, kernel, dtype, rank, config)
+        for problem in aot.problems(case, aot.resources(case, arch))
+    ]
+
+
+def _few_rows(job: Job) -> Job:
+    """Enough for a launch: the binary is the same for any number of rows."""
+    return replace(job, rows=2)
+
+
+# --- the sweep ------------------------------------------------------------------------------------
+
+
+def sweep(bench: Bench, sizes: Sizes, workers: int, files: Collection[Path]) -> None:
+    """All kernels, the entry of ``files`` (launch.json and copies) written after each, then the
+    threshold.
+
+    Raises:
+        RuntimeError: a kernel of which nothing runs, or a chosen configuration that is wrong.
+    """
+    arch = launch.architecture()
+    data = json.loads(launch.LAUNCH_FILE.read_text())
+    default, earlier = data["architectures"]["default"], data["architectures"].get(arch)
+    medians: dict[str, dict[int, dict[str, float]]] = {}
+    measured = about() | {"microseconds": medians}
+    entry: dict[str, Any] = {"kernels": {}, "paths": default["paths"], "measured": measured}
+    data["architectures"][arch] = entry
+    splits: dict[int, int] = {}
+    # Each has a context on the GPU of its own; a fork would share a broken one.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+        for job in jobs(sizes, bench.toy):
+            if job.kernel == "expand":
+                job = replace(job, splits=splits[job.rows])
+            ahead = partial(compile_ahead, _few_rows(job), sizes, dtype=bench.dtype)
+            reasons = list(pool.map(ahead, job.candidates))
+            best, times = measure(bench, job, sizes, reasons)
+            medians.setdefault(job.kernel, {})[job.rows] = times
+            if job.kernel == "shrink":
+                splits[job.rows] = best.splits
+            add(entry["kernels"].setdefault(job.kernel, []), job, best)
+            if job.max_rows is None:
+                finish(entry["kernels"], job.kernel, default["kernels"][job.kernel])
+                write(data, files)
+    launch.table.cache_clear()
+    launch.configurations.cache_clear()
+    if faults := wrong(bench, sizes):
+        data["architectures"].pop(arch)
+        if earlier is not None:
+            data["architectures"][arch] = earlier
+        write(data, files)
+        raise RuntimeError("the new configurations are wrong and were withdrawn: " + faults)
+    entry["paths"] = {"generate_min_rows": threshold(bench, sizes)}
+    write(data, files)
+
+
+def wrong(bench: Bench, sizes: Sizes) -> str:
+    """What float64 says against the table as it is now, at every number of rows; else ""."""
+    from benchmarks import baselines
+
+    found = {
+        path: baselines.errors(path, bench.device, bench.dtype, sizes.rows) for path in launch.PATHS
+    }
+    logits = 4 * torch.randn(DRAWS, 3, sizes.vocabulary, device=bench.device)
+    # A GPU's own kernels, or the reference on a CPU.
+    ours, exact = predictive_reduction(logits)[:2], predictive_reduction(logits.cpu().double())[:2]
+    error = max(float((a.cpu() - b).abs().max()) for a, b in zip(ours, exact, strict=True))
+    found["predictive_reduction"] = None if error <= 1e-4 else f"error {error:.3g}"
+    return "; ".join(f"{path}: {fault}" for path, fault in found.items() if fault)
+
+
+def measure(
+    bench: Bench, job: Job, sizes: Sizes, reasons: Sequence[str | None]
+) -> tuple[LaunchConfig, dict[str, float]]:
+    """Time a job's configurations, record the row, return the fastest and its microseconds.
+
+    Raises:
+        RuntimeError: none of them runs.
+    """
+    made = steps(job, sizes, bench.device, bench.dtype)
+    times: dict[LaunchConfig, dict[str, float]] = {}
+    failed: list[dict[str, Any]] = []
+    for config, reason in zip(job.candidates, reasons, strict=True):
+        try:
+            if reason is None:
+                found = {k: seconds(partial(s, config), bench.device) for k, s in made.items()}
+                times[config] = found
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+        if reason is not None:
+            failed.append({**asdict(config), "reason": reason})
+    if not times:
+        raise RuntimeError(f"{job.kernel}, {job.rows} rows: no configuration runs: {failed[:1]}")
+    best = min(times, key=lambda c: sum(map(math.log, times[c].values())))
+    point = {"rows": job.rows, "r": RANK, "S": DRAWS, "dtype": str(bench.dtype)[6:],
+             "splits": job.splits}  # fmt: skip
+    row = heading(bench, "sweep", job.kernel, point) | {
+        "medians": [{**asdict(c), **t} for c, t in times.items()],
+        "failed": failed,
+        "best": {**asdict(best), **times[best]},
+    }
+    record(bench, row)
+    shown = ", ".join(f"{k or 'time'} {1e6 * t:.1f} µs" for k, t in times[best].items())
+    slowest = max(sum(t.values()) for t in times.values()) / sum(times[best].values())
+    print(
+        f"{job.kernel:10} {job.rows:5} rows: {shown}; {len(times)} ran, {len(failed)} did not; "
+        f"worst {slowest:.1f}x; {best}",
+        flush=True,
+    )
+    return best, {k or "both": round(1e6 * t, 2) for k, t in times[best].items()}
+
+
+def threshold(bench: Bench, sizes: Sizes) -> int:
+    """Rows that share a stream from which generating loses least, summed over points."""
+    from benchmarks import baselines
+
+    times: dict[tuple[int, str], dict[str, float]] = {}
+    for rows in sizes.path_rows:
+        for kind, (n, m) in (("shared", sizes.shared), ("per-draw", sizes.per_draw)):
+            # Of per-draw x two draws, antithetic, share a stream.
+            size = (rows,) if kind == "shared" else (DRAWS, rows // 2)
+            layer = baselines.make_layer(m, n, RANK, bench.dtype, bench.device)
+            x = torch.randn(*size, n, dtype=bench.dtype, device=bench.device)
+            base, draws = x.new_zeros(*size, m), baselines.make_draws(DRAWS)
+            times[rows, kind] = {
+                path: seconds(
+                    partial(baselines.op_on_path, layer, x, base, draws, path), bench.device
+                )
+                for path in launch.PATHS
+            }
+    found = best_threshold({k: (t["fused"], t["generate"]) for k, t in times.items()})
+    point = {"r": RANK, "S": DRAWS, "dtype": str(bench.dtype)[6:]}
+    row = heading(bench, "sweep", "paths", point) | {
+        "medians": [{"rows": r, "x": kind, **t} for (r, kind), t in times.items()],
+        "generate_min_rows": found,
+    }
+    record(bench, row)
+    for (rows, kind), t in times.items():
+        fused, generated = 1e6 * t["fused"], 1e6 * t["generate"]
+        print(f"paths {rows:5} rows {kind:8}: fused {fused:.1f} µs, generate {generated:.1f} µs")
+    print(f"generate_min_rows: {found}", flush=True)
+    return found
+
+
+def best_threshold(times: dict[tuple[int, str], tuple[float, float]]) -> int:
+    """From (rows, kind) -> seconds (fused, generate): the bound of least summed excess over the
+    faster path; ``NEVER`` where that is to take fused always."""
+    bounds = [*sorted({rows for rows, _ in times}), NEVER]
+
+    def excess(bound: int) -> float:
+        return sum(
+            (generate if rows >= bound else fused) / min(fused, generate) - 1
+            for (rows, _), (fused, generate) in times.items()
+        )
+
+    return min(bounds, key=excess)
+
+
+# --- launch.json ----------------------------------------------------------------------------------
+
+
+def about() -> dict[str, Any]:
+    """What an entry's "measured" says."""
+    e = environment()
+    return {
+        "device": (e["gpu"] or {}).get("name") or e["cpu"]["model"],
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "commit": e["commit"]["id"],
+        "torch": e["versions"]["torch"],
+        "triton": e["versions"]["triton"],
+        "rows": "benchmarks/results/sweep.jsonl",
+    }
+
+
+# What a kernel's launcher takes from a configuration (``LaunchConfig``); warps all of them.
+USED = {
+    "shrink": ("block_t", "block_p", "block_k", "splits", "num_stages"),
+    "expand": ("block_t", "block_m", "block_k", "num_stages"),
+    "generate": ("block_p", "block_k"),
+    "statistics": ("block_k",),
+    "mean": ("block_k",),
+}
+
+
+def add(listed: list[dict[str, Any]], job: Job, best: LaunchConfig) -> None:
+    """One line of a kernel's list."""
+    line: dict[str, Any] = {} if job.max_rows is None else {"max_rows": job.max_rows}
+    if job.kernel in ("shrink", "expand"):
+        line["max_rank"] = SHARED_RANK
+    values = asdict(best)
+    listed.append(line | {k: values[k] for k in (*USED[job.kernel], "num_warps")})
+
+
+def finish(kernels: dict[str, Any], kernel: str, default: list[dict[str, Any]]) -> None:
+    """Ranks that were not measured keep the default's lines."""
+    if "max_rank" in kernels[kernel][-1]:
+        kernels[kernel] += [c for c in default if c.get("max_rank", 1 << 30) > SHARED_RANK]
+
+
+def write(data: dict[str, Any], files: Collection[Path]) -> None:
+    """A configuration a line; an old file stays whole until the new one is."""
+    for file in files:
+        unfinished = file.with_suffix(".partial")
+        unfinished.write_text(formatted(data) + "\n", encoding="utf-8")
+        os.replace(unfinished, file)
+
+
+def formatted(value: Any, indent: str = "") -> str:
+    """JSON in which an object of plain values takes one line."""
+    inner = indent + "  "
+    if isinstance(value, dict) and any(isinstance(v, dict | list) for v in value.values()):
+        lines = [f"{inner}{json.dumps(str(k))}: {formatted(v, inner)}" for k, v in value.items()]
+        return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+    if isinstance(value, list):
+        return "[\n" + ",\n".join(inner + formatted(v, inner) for v in value) + f"\n{indent}]"
+    return json.dumps(value, ensure_ascii=False)
+
+
+# --- command line ---------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--toy", action="store_true", help="tiny sizes, a few configurations")
+    parser.add_argument("--workers", type=int, help="processes that compile (default: up to 8)")
+    options = parser.parse_args(arguments)
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu and not (options.toy and launch.INTERPRET):
+        parser.error(
+            "no GPU that torch can see; TRITON_INTERPRET=1 python -m benchmarks.sweep --toy tries "
+            "the script out without one"
+        )
+    results = results_folder()
+    results.mkdir(parents=True, exist_ok=True)
+    bench = Bench.untimed(results, toy=options.toy)
+    if on_gpu:
+        bench = replace(bench, device=torch.device("cuda"), dtype=torch.bfloat16)
+    copy = results / "launch.json"
+    if options.toy:
+        copy.write_text(launch.LAUNCH_FILE.read_text())
+        launch.LAUNCH_FILE = copy
+    workers = options.workers or min(8, os.cpu_count() or 1)
+    with torch.no_grad():
+        sweep(bench, TOY if options.toy else Sizes(), workers, {launch.LAUNCH_FILE, copy})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Whole-model sampling at Llama-3.1-8B's shape on a GPU, random weights, r = 16 on every linear.
+
+    mean    one pass of the deterministic adapter: the unit     base   one pass without any adapter
+    full    ten draws through the whole model, against ten PEFT forwards with materialised noise
+    tail    noise at the last prompt position only (k = 1)      last   noise in the head alone
+
+50 prompts of 300 tokens, no prefix in common. Each way is a row of its own, kept as soon as its
+three rounds are done, with the most memory in use and the longest kernels. Without a GPU, and with
+--toy, the same code runs at toy sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tfb
+from benchmarks.harness import Bench, Row, Step, compare, target
+from benchmarks.models import Case, forward, naive_loop, reparameterized
+from benchmarks.shapes import ADAPTERS, GPU, TOY, Shape, random_model, twin
+from tfb.draws import Draws
+
+SIGMA, DRAWS, MANY = 0.01, 10, 100
+ADAPTER = "r16-all"
+# A pass that S draws may cost: of the un-adapted base (full), of the deterministic adapter.
+FULL, TAIL, LAST, LAST_MANY = 10.3, 1.15, 1.02, 1.1
+
+
+@dataclass(frozen=True, eq=False)
+class Models:
+    """Noise in all layers, in the head alone, and the model without an adapter, on one batch."""
+
+    shape: Shape
+    case: Case
+    last: tfb.BayesianModel
+    unadapted: Any
+
+    def ours(self, which: tfb.BayesianModel, draws: int, **mode: Any) -> Step:
+        chosen = Draws.antithetic(draws, SIGMA)
+        return lambda i: which.predict(
+            self.case.batch, chosen, label_ids=self.case.label_ids, **mode
+        )
+
+    def mean(self, i: int) -> Tensor:
+        return forward(self.case, self.case.bayes.model)
+
+    def base(self, i: int) -> Tensor:
+        return forward(self.case, self.unadapted)
+
+
+@pytest.fixture(scope="module")
+def models(bench: Bench) -> Models:
+    if bench.device.type != "cuda" and not bench.toy:
+        pytest.skip("8B parameters: on a GPU")
+    shape = TOY if bench.toy else GPU
+    source = random_model(shape, *ADAPTERS[ADAPTER], bench)
+    # Unloaded, since ``disable_adapter`` itself takes some per cent of a pass.
+    plain, last, unadapted = twin(source), twin(source), twin(source).unload()
+    bayes = tfb.bayesianize(source)
+    ids = torch.randint(1, shape.vocabulary, (shape.rows, shape.tokens), device=bench.device)
+    ids[:, 0] = torch.arange(1, shape.rows + 1, device=bench.device)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    labels = torch.arange(10, 14, device=bench.device).expand(shape.rows, 4)
+    case = Case(shape.name, bayes, reparameterized(plain, bayes), batch, labels)
+    return Models(shape, case, tfb.bayesianize(last, layers=tfb.last_layers(0)), unadapted)
+
+
+def full(m: Models) -> dict[str, Step]:
+    return {
+        "ours": m.ours(m.case.bayes, DRAWS, mode="full"),
+        "naive": lambda i: naive_loop(m.case, DRAWS, SIGMA),
+    }
+
+
+def tail(m: Models) -> dict[str, Step]:
+    return {"ours": m.ours(m.case.bayes, DRAWS, mode="tail", tail=1)}
+
+
+def last(m: Models) -> dict[str, Step]:
+    return {"ours": m.ours(m.last, DRAWS), f"last_{MANY}": m.ours(m.last, MANY)}
+
+
+WAYS: dict[str, Callable[[Models], dict[str, Step]]] = {"full": full, "tail": tail, "last": last}
+
+
+def judge(way: str, row: Row) -> list[Row]:
+    units = {k: r["median"] for k, r in row["in_units_of"]["ratios"].items()}
+    if way == "full":
+        value = units["ours"] / units["base"]
+        found = [target("full S=10, in un-adapted passes", value, FULL, at_least=False)]
+        if "naive" in row["ratios"]:
+            value = row["ratios"]["naive"]["median"]
+            found.append(target("naive loop / full S=10", value, 1.0, at_least=True))
+        return found
+    if way == "tail":
+        return [target("tail S=10, in passes", units["ours"], TAIL, at_least=False)]
+    return [
+        target("last layer S=10, in passes", units["ours"], LAST, at_least=False),
+        target("last layer S=100, in passes", units[f"last_{MANY}"], LAST_MANY, at_least=False),
+    ]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_model(benchmark: Any, bench: Bench, models: Models, way: str) -> None:
+    shape, (rank, targets) = models.shape, ADAPTERS[ADAPTER]
+    point = {
+        "way": way, "model": shape.name, "adapter": ADAPTER, "rank": rank, "targets": list(targets),
+        "rows": shape.rows, "tokens": shape.tokens, "draws": DRAWS, "layers": shape.layers,
+        "hidden": shape.hidden, "vocabulary": shape.vocabulary,
+        "dtype": str(bench.dtype).removeprefix("torch."),
+    }  # fmt: skip
+    steps = WAYS[way](models) | {"mean": models.mean, "base": models.base}
+    compare(
+        benchmark, bench, "model", "predict", point, steps, unit="mean", profiled=("ours",),
+        parts=("base", f"last_{MANY}"), judge=lambda row: judge(way, row), rounds=(3, 3),
+    )  # fmt: skip
