@@ -12,7 +12,8 @@ What is chosen is compared with float64 at the end, and withdrawn where it is wr
 ``python -m tfb_kernels.aot --write`` says what the new configurations use. Inputs stay in the L2
 where they fit, as they do in a model, where the layer before has just written them.
 
---toy: tiny sizes, a few configurations, also in Triton's interpreter; leaves launch.json alone.
+Token noise keeps its default tiles. --toy: tiny sizes, a few configurations, also in Triton's
+interpreter; leaves launch.json alone.
 """
 
 from __future__ import annotations

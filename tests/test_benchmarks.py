@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import report
+from benchmarks import reference_data, report
 from benchmarks.energy import EnergyMeter, integral
 
 RESULTS = report.FOLDER / "results"
@@ -83,6 +83,22 @@ def test_model_table_has_a_line_for_every_way() -> None:
     assert "| tail k = 1, S = 10 | 1.30 [1.30, 1.30] | 650 | 76.9 | 3.0 |" in text
     assert text.count("the adapter, one pass") == text.count("no adapter, one pass") == 1
     assert text.count("is 1.3, the target 1.15") == 1
+
+
+def test_reference_data_may_travel_with_the_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the repository, then beside it; TFB_SHARED alone where it is set."""
+    monkeypatch.setattr(reference_data, "REPOSITORY", tmp_path / "repository")
+    monkeypatch.delenv("TFB_SHARED", raising=False)
+    with pytest.raises(FileNotFoundError, match="in or beside the repository"):
+        reference_data.shared_folder()
+    for folder in (tmp_path / "shared", tmp_path / "repository" / "shared"):
+        (folder / "data").mkdir(parents=True)
+        assert reference_data.shared_folder() == folder
+    monkeypatch.setenv("TFB_SHARED", str(tmp_path / "none"))
+    with pytest.raises(FileNotFoundError, match="TFB_SHARED has no folder 'data'"):
+        reference_data.shared_folder()
 
 
 def ratio(value: float) -> dict[str, float]:
