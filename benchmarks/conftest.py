@@ -89,6 +89,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         if "skipped_point" in row:
             terminalreporter.write_line(f"    skipped: {row['skipped_point']}")
             continue
+        for kernel, seconds in row.get("kernels", {}).items():
+            terminalreporter.write_line(f"    {1e6 * seconds:10.2f} us  {kernel}")
         for contender, r in row["ratios"].items():
             terminalreporter.write_line(
                 f"    {contender:16} {r['median']:8.3f} [{r['q25']:.3f}, {r['q75']:.3f}]"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -14,12 +15,13 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results"
+LAUNCH_TABLE = REPOSITORY / "tfb_kernels" / "data" / "launch.json"  # as at the first call
 PACKAGES = ("torch", "triton", "transformers", "peft", "numpy")
 
 
 @cache
 def environment() -> dict[str, Any]:
-    """Hardware, versions, commit and thread count of this process, for a result row.
+    """Hardware, versions, commit, thread count and the kernels' table of this process, for a row.
 
     GPU memory in GiB, clocks in MHz (at the time of the first call), None where unknown.
     """
@@ -29,6 +31,7 @@ def environment() -> dict[str, Any]:
         "versions": _versions(),
         "commit": _commit(),
         "torch_threads": torch.get_num_threads(),
+        "launch_table": hashlib.sha256(LAUNCH_TABLE.read_bytes()).hexdigest()[:12],
     }
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from benchmarks.environment import environment, l2_bytes
@@ -107,17 +108,22 @@ def elapsed(call: Callable[[], object], device: torch.device) -> float:
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     """The best of several copies of a large tensor and products of large square matrices."""
     large = device.type == "cuda"
-    source = torch.empty((2 << 30) if large else (64 << 20), dtype=torch.uint8, device=device)
+    nbytes, size = 64 << 20, 1024
+    if large:
+        nbytes = min(8 << 30, torch.cuda.get_device_properties(0).total_memory // 8)
+        size = 8192
+    source = torch.empty(nbytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    size = 8192 if large else 1024
     a = torch.randn(size, size, dtype=dtype, device=device)
 
     def best(call: Callable[[], object]) -> float:
         call()
         return min(elapsed(call, device) for _ in range(10))
 
+    if large:
+        elapsed(lambda: [a @ a for _ in range(200)], device)  # 0.3 s, after which clocks are up
     return Ceilings(
-        copy=2 * source.numel() / best(lambda: target.copy_(source)),
+        copy=2 * nbytes / best(lambda: target.copy_(source)),
         matmul=2 * size**3 / best(lambda: a @ a),
     )
 
@@ -173,17 +179,20 @@ class Contender:
         del earlier
 
     def kernels(self) -> dict[str, float]:
-        """Seconds of a step in each kernel (on a CPU: operator), the longest ``KERNELS`` of them,
-        by torch.profiler."""
+        """Seconds of a step in each kernel (on a CPU: operator), the longest ``KERNELS`` of them.
+
+        torch.profiler stays attached to the process and slows what is launched later: nothing is
+        to be timed after this.
+        """
         on_gpu = self.device.type == "cuda"
         activity = torch.profiler.ProfilerActivity
         with torch.profiler.profile(activities=[activity.CUDA if on_gpu else activity.CPU]) as p:
             self.run()
             synchronize(self.device)
-        times = {
-            e.key[:80]: (e.self_device_time_total if on_gpu else e.self_cpu_time_total) * 1e-6
-            for e in p.key_averages()
-        }
+        times: dict[str, float] = {}
+        for e in p.key_averages():
+            microseconds = e.self_device_time_total if on_gpu else e.self_cpu_time_total
+            times[e.key[:80]] = times.get(e.key[:80], 0.0) + 1e-6 * microseconds
         longest = sorted(times, key=lambda k: -times[k])[:KERNELS]
         return {k: times[k] / self.repeats for k in longest if times[k] > 0}
 
@@ -201,7 +210,6 @@ def compare(
     *,
     copies: int = 1,
     graphs: bool = False,
-    profiled: Collection[str] = (),
     unit: str | None = None,
     parts: Collection[str] = (),
     skipped: Mapping[str, str] | None = None,
@@ -215,7 +223,6 @@ def compare(
     Args:
         suite: the results file. measure: what of the point is timed. point: its configuration.
         graphs: on a GPU all are replayed as CUDA graphs, which leaves launches out.
-        profiled: steps whose kernels' times are kept too.
         unit: a step in whose time the others are expressed as well, paired like the ratios.
         parts: steps that are part of the work and no rivals, so never a loss.
         skipped: contenders that are left out, and why.
@@ -223,8 +230,7 @@ def compare(
         rounds: the fewest and the most; between them ``bench.seconds`` decides.
 
     Returns:
-        The row. Contenders that fail on a GPU, for want of memory say, are skipped with that
-        reason.
+        The row. Contenders that run out of GPU memory are skipped with that reason.
     """
     left_out = dict(skipped or {})
     contenders = _start(bench, steps, copies, graphs, left_out)
@@ -253,7 +259,6 @@ def compare(
     own = [elapsed(timed, bench.device)] if benchmark.disabled else benchmark.stats.stats.data
     seconds = {"ours": list(own), **seconds}
     contenders = {"ours": mine, **contenders}
-    kernels = _profiles(bench, contenders, profiled, left_out)
     each = {k: np.array(v) / contenders[k].repeats for k, v in seconds.items()}
     row: Row = {
         **heading(bench, suite, measure, point),
@@ -269,7 +274,6 @@ def compare(
         "ratios": {k: quartiles(v / each["ours"]) for k, v in each.items() if k != "ours"},
         "skipped": left_out,
         "graphs": graphs and bench.device.type == "cuda",
-        **({"kernels": kernels} if kernels else {}),
         **(details or {}),
     }
     if unit is not None:
@@ -285,6 +289,24 @@ def compare(
     ]
     row["targets"] = judge(row) if judge else []
     benchmark.extra_info.update(seconds={k: row["contenders"][k]["median"] for k in names})
+    return record(bench, row)
+
+
+def profile(
+    bench: Bench,
+    suite: str,
+    point: Mapping[str, Any],
+    step: Step,
+    *,
+    copies: int = 1,
+    graphs: bool = False,
+) -> Row:
+    """A row of the time that a step spends in each kernel; the last thing that a process does."""
+    made = Contender("ours", step, copies, bench.device)
+    if graphs and bench.device.type == "cuda":
+        made.capture(torch.cuda.graph_pool_handle())
+    row = heading(bench, suite, "kernels", point) | {"kernels": made.kernels(), "ratios": {},
+                                                     "losses": [], "targets": []}  # fmt: skip
     return record(bench, row)
 
 
@@ -330,35 +352,14 @@ def _start(
             found[name] = made
         except torch.OutOfMemoryError:
             left_out[name] = "out of memory"
-        except RuntimeError as error:  # of a driver, say: the others are measured all the same
-            if bench.device.type == "cpu":
+        except RuntimeError as error:
+            if pool is None:
                 raise
-            left_out[name] = _first_line(error)
+            # After a capture that failed the allocator of this process is not to be trusted.
+            pytest.exit(f"the CUDA graph of {name} failed: {error}", returncode=1)
     if "ours" not in found:
         raise RuntimeError(f"ours could not run: {left_out['ours']}")
     return found
-
-
-def _profiles(
-    bench: Bench,
-    contenders: Mapping[str, Contender],
-    names: Collection[str],
-    left_out: dict[str, str],
-) -> dict[str, dict[str, float]]:
-    """Kernel times of some contenders, after the clock has stopped: a profiler disturbs."""
-    found = {}
-    for name in names:
-        try:
-            found[name] = contenders[name].kernels()
-        except RuntimeError as error:
-            if bench.device.type == "cpu":
-                raise
-            left_out[f"profile of {name}"] = _first_line(error)
-    return found
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 # --- summaries ------------------------------------------------------------------------------------

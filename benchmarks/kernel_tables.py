@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from benchmarks.markdown import Row, spread, table, taken_on
 
-NOT_MEASURED = "*Not measured on a GPU yet: `benchmarks/gpu.sh --stage smoke`.*"
+NOT_MEASURED = "*Not measured on a GPU yet: `benchmarks/gpu.sh --stage {}`.*"
 
 
 def linear_table(rows: Sequence[Row]) -> str:
@@ -18,7 +18,7 @@ def linear_table(rows: Sequence[Row]) -> str:
         for name in ("layer", "update")
     )
     if not layers:
-        return NOT_MEASURED
+        return NOT_MEASURED.format("smoke")
     parts = [
         _layer_rows(layers), _update_rows(updates), _targets(rows, _name),
         "Points that a rival or another path wins:\n\n" + _lost(rows), taken_on(rows),
@@ -65,6 +65,7 @@ def model_table(rows: Sequence[Row]) -> str:
     """8B parameters on a GPU: passes, milliseconds, rows a second and peak memory; no rows, no
     words, since the table above it says so."""
     rows = [r for r in rows if r["device"] == "cuda" or r["toy"]]
+    rows = [r for r in rows if r["measure"] == "predict"]
     if not rows:
         return ""
     body, seen = [], set[str]()
@@ -127,7 +128,7 @@ def predictive_table(rows: Sequence[Row]) -> str:
     """The reduction on a GPU against torch: time and peak memory."""
     rows = [r for r in rows if r["device"] == "cuda" or r["toy"]]
     if not rows:
-        return NOT_MEASURED
+        return NOT_MEASURED.format("predict")
     body = []
     for row in rows:
         p, peak = row["point"], row.get("peak_bytes", {})

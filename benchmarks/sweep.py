@@ -6,9 +6,9 @@ each draw's own through 14336 -> 4096. The configuration of least time (the geom
 both) becomes that of its rows and of ranks up to 32; larger ranks keep the default. With the new
 table both paths are timed whole, and ``generate_min_rows`` is where the slower one changes.
 
-The answer goes into ``tfb_kernels/data/launch.json`` with device, date, commit and medians, kernel
-by kernel, and a copy beside the rows, which hold every median and why a configuration did not run.
-What is chosen is compared with float64 at the end, and withdrawn where it is wrong. Afterwards
+The answer, with device, date, commit and medians, is a launch.json beside the rows, which hold
+every median and why a configuration did not run. It grows kernel by kernel; when all is measured
+and float64 has confirmed it, it replaces ``tfb_kernels/data/launch.json``. Afterwards
 ``python -m tfb_kernels.aot --write`` says what the new configurations use. Inputs stay in the L2
 where they fit, as they do in a model, where the layer before has just written them.
 
@@ -24,7 +24,7 @@ import math
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -235,7 +235,7 @@ def refused(kernel: str, config: LaunchConfig) -> list[str]:
     arch = launch.architecture()
     if arch not in aot.ARCHITECTURES:
         return []
-    rank = 0 if kernel in ("statistics", "mean") else RANK
+    rank = 0 if kernel in ("statistics", "mean") else SHARED_RANK  # where it is tightest
     return [
         problem
         for dtype in ("bf16", "fp32")
@@ -252,16 +252,15 @@ def _few_rows(job: Job) -> Job:
 # --- the sweep ------------------------------------------------------------------------------------
 
 
-def sweep(bench: Bench, sizes: Sizes, workers: int, files: Collection[Path]) -> None:
-    """All kernels, the entry of ``files`` (launch.json and copies) written after each, then the
-    threshold.
+def sweep(bench: Bench, sizes: Sizes, workers: int) -> None:
+    """All kernels, the entry of ``launch.LAUNCH_FILE`` written after each, then the threshold.
 
     Raises:
         RuntimeError: a kernel of which nothing runs, or a chosen configuration that is wrong.
     """
     arch = launch.architecture()
     data = json.loads(launch.LAUNCH_FILE.read_text())
-    default, earlier = data["architectures"]["default"], data["architectures"].get(arch)
+    default = data["architectures"]["default"]
     medians: dict[str, dict[int, dict[str, float]]] = {}
     measured = about() | {"microseconds": medians}
     entry: dict[str, Any] = {"kernels": {}, "paths": default["paths"], "measured": measured}
@@ -282,17 +281,13 @@ def sweep(bench: Bench, sizes: Sizes, workers: int, files: Collection[Path]) -> 
             add(entry["kernels"].setdefault(job.kernel, []), job, best)
             if job.max_rows is None:
                 finish(entry["kernels"], job.kernel, default["kernels"][job.kernel])
-                write(data, files)
+                write(data, launch.LAUNCH_FILE)
     launch.table.cache_clear()
     launch.configurations.cache_clear()
     if faults := wrong(bench, sizes):
-        data["architectures"].pop(arch)
-        if earlier is not None:
-            data["architectures"][arch] = earlier
-        write(data, files)
-        raise RuntimeError("the new configurations are wrong and were withdrawn: " + faults)
+        raise RuntimeError("the new configurations are wrong, none was taken: " + faults)
     entry["paths"] = {"generate_min_rows": threshold(bench, sizes)}
-    write(data, files)
+    write(data, launch.LAUNCH_FILE)
 
 
 def wrong(bench: Bench, sizes: Sizes) -> str:
@@ -438,12 +433,11 @@ def finish(kernels: dict[str, Any], kernel: str, default: list[dict[str, Any]]) 
         kernels[kernel] += [c for c in default if c.get("max_rank", 1 << 30) > SHARED_RANK]
 
 
-def write(data: dict[str, Any], files: Collection[Path]) -> None:
-    """A configuration a line; an old file stays whole until the new one is."""
-    for file in files:
-        unfinished = file.with_suffix(".partial")
-        unfinished.write_text(formatted(data) + "\n", encoding="utf-8")
-        os.replace(unfinished, file)
+def write(data: dict[str, Any], file: Path) -> None:
+    """A configuration a line; the old file stays whole until the new one is."""
+    unfinished = file.with_suffix(".partial")
+    unfinished.write_text(formatted(data) + "\n", encoding="utf-8")
+    os.replace(unfinished, file)
 
 
 def formatted(value: Any, indent: str = "") -> str:
@@ -464,7 +458,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--toy", action="store_true", help="tiny sizes, a few configurations")
-    parser.add_argument("--workers", type=int, help="processes that compile (default: up to 8)")
+    parser.add_argument("--workers", type=int, help="processes that compile (default: up to 16)")
     options = parser.parse_args(arguments)
     on_gpu = torch.cuda.is_available()
     if not on_gpu and not (options.toy and launch.INTERPRET):
@@ -477,13 +471,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     bench = Bench.untimed(results, toy=options.toy)
     if on_gpu:
         bench = replace(bench, device=torch.device("cuda"), dtype=torch.bfloat16)
-    copy = results / "launch.json"
-    if options.toy:
-        copy.write_text(launch.LAUNCH_FILE.read_text())
-        launch.LAUNCH_FILE = copy
-    workers = options.workers or min(8, os.cpu_count() or 1)
+    # The table that everything uses changes when its successor has proved right, not before.
+    package, launch.LAUNCH_FILE = launch.LAUNCH_FILE, results / "launch.json"
+    write(json.loads(package.read_text()), launch.LAUNCH_FILE)
+    workers = options.workers or min(16, os.cpu_count() or 1)
     with torch.no_grad():
-        sweep(bench, TOY if options.toy else Sizes(), workers, {launch.LAUNCH_FILE, copy})
+        sweep(bench, TOY if options.toy else Sizes(), workers)
+    if not options.toy:
+        write(json.loads(launch.LAUNCH_FILE.read_text()), package)
 
 
 if __name__ == "__main__":

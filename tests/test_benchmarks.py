@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from benchmarks import reference_data, report
+from benchmarks import baselines, reference_data, report
 from benchmarks.energy import EnergyMeter, integral
 
 RESULTS = report.FOLDER / "results"
@@ -83,6 +84,25 @@ def test_model_table_has_a_line_for_every_way() -> None:
     assert "| tail k = 1, S = 10 | 1.30 [1.30, 1.30] | 650 | 76.9 | 3.0 |" in text
     assert text.count("the adapter, one pass") == text.count("no adapter, one pass") == 1
     assert text.count("is 1.3, the target 1.15") == 1
+
+
+@pytest.mark.parametrize("part", ["half", "a column in four", "the last columns"])
+def test_wrong_noise_is_seen(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is timed in bfloat16: too little noise, or none in some columns, is told from
+    rounding, and right noise is not."""
+
+    def spoiled(layer: Any, x: Tensor, base: Tensor, draws: Any) -> Tensor:
+        pool = layer.sampler.pool(draws, x.device).clone()
+        if part == "half":
+            pool *= 0.5
+        else:
+            pool[..., slice(3, None, 4) if part == "a column in four" else slice(192, None)] = 0
+        return baselines.op(layer, x, base, draws, pool=pool)
+
+    where = torch.device("cpu"), torch.bfloat16
+    assert baselines.errors("pool", *where) is None
+    monkeypatch.setitem(baselines.PATHS, "pool", spoiled)
+    assert "over the budget" in (baselines.errors("pool", *where) or "")
 
 
 def test_reference_data_may_travel_with_the_repository(

@@ -21,8 +21,8 @@ from benchmarks.kernel_tables import linear_table
 SCRIPT = REPOSITORY / "benchmarks" / "gpu.sh"
 # In order of worth; seconds at most.
 PLAN = {
-    "smoke": 90, "sweep": 300, "model": 240, "score": 180, "tests": 180, "memcheck": 60,
-    "racecheck": 60,
+    "smoke": 90, "sweep": 300, "model": 240, "score": 180, "predict": 120, "tests": 180,
+    "memcheck": 90, "racecheck": 90,
 }  # fmt: skip
 
 PYTHON = """#!/bin/sh
@@ -39,6 +39,7 @@ shift 2
 "$@" || exit ${FAKE_TIMEOUT:-$?}
 """
 SANITIZER = """#!/bin/sh
+[ "$PYTORCH_NO_CUDA_MEMORY_CACHING" = 1 ] || exit 9
 shift 4
 exec "$@"
 """
@@ -154,8 +155,9 @@ def test_a_dry_run_of_one_stage_keeps_its_rows_where_it_is_told(tmp_path: Path) 
     )
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(x) for x in (tmp_path / "linear.jsonl").read_text().splitlines()]
-    assert {r["measure"] for r in rows} == {"layer", "update"}
-    assert all(r["toy"] and r["environment"]["commit"] and r["contenders"] for r in rows)
+    assert [r["measure"] for r in rows] == 6 * ["layer"] + 6 * ["update"] + 6 * ["kernels"]
+    assert all(r["toy"] and r["environment"]["commit"] for r in rows)
+    assert all(min(r["kernels"].values()) > 0 for r in rows[12:])
     table = linear_table(rows)
     assert table.count("| down, 16 rows, per draw |") == 2  # whole and the update alone
     assert "passed" in (tmp_path / "smoke.log").read_text()

@@ -38,7 +38,7 @@ from tfb_kernels.triton_shrink import padded_rank, shrink_kernel, token_shrink_k
 
 ARCHITECTURES = ("sm_80", "sm_90", "gfx942")
 DTYPES = ("bf16", "fp16", "fp32")
-RANKS = (8, 16, 64, 256)
+RANKS = (8, 16, 32, 64, 256)
 RESOURCES = Path(__file__).parent / "data" / "resources.json"
 # Largest dynamic shared memory of a block, bytes: A100 163 KiB, H100 227 KiB, MI300 64 KiB.
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}

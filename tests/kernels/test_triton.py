@@ -134,7 +134,7 @@ def test_the_kernels_run_here() -> None:
 # --- linear -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("path", ["fused", "generate"])
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize(
@@ -315,7 +315,7 @@ def close_to_contract(found: Tensor, E: Tensor) -> None:
     assert float(error.square().mean().sqrt()) <= 1e-6
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_generate_is_the_contract(dtype: torch.dtype) -> None:
     """Stacked factors: A' and each stream's E, rounded once to the dtype that was asked for."""
     r, n = 5, 131
@@ -341,7 +341,7 @@ def test_generate_is_the_contract(dtype: torch.dtype) -> None:
     close_to_contract(bare[0].cpu(), weight_noise(seed.cpu(), LAYER_ID, streams[0].cpu(), r, n))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("r", [3, 16, 70])
 def test_token_noise_is_the_definition(shared: bool, r: int, dtype: torch.dtype) -> None:
@@ -366,7 +366,7 @@ def test_token_noise_is_the_definition(shared: bool, r: int, dtype: torch.dtype)
 # --- predictive -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("S", "B", "V"), [(1, 1, 1), (2, 3, 37), (6, 2, 5003)])
 def test_predictive_reduction(S: int, B: int, V: int, dtype: torch.dtype) -> None:
     """Against the oracle in float64 on the same (rounded) logits; masked columns are allowed.
