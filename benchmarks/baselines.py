@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import tfb
+from benchmarks.harness import first_line
 from tfb.draws import Draws
 from tfb.linear import LowRankSampler
 from tfb_kernels import bayes_lora_linear
@@ -79,11 +80,6 @@ def make_layer(m: int, n: int, r: int, dtype: torch.dtype, device: torch.device)
     W = torch.randn(m, n, dtype=dtype, device=device) / math.sqrt(n)
     posterior = _posterior(m, n, r)
     return Layer(W, posterior, LowRankSampler(posterior))
-
-
-def make_draws(S: int, *, iid: bool = False) -> Draws:
-    """Antithetic, our default, where S is even and nothing else is asked for."""
-    return Draws.iid(S, SIGMA) if iid or S % 2 else Draws.antithetic(S, SIGMA)
 
 
 # --- ours -----------------------------------------------------------------------------------------
@@ -190,11 +186,11 @@ def _with_pool(layer: Layer, x: Tensor, base: Tensor, draws: Draws) -> Tensor:
 
 
 PATHS: dict[str, Call] = {
-    "auto": lambda layer, x, base, draws: op(layer, x, base, draws),
+    "auto": op,
     "fused": partial(op_on_path, path="fused"),
     "generate": partial(op_on_path, path="generate"),
     "pool": _with_pool,
-    "token": lambda layer, x, base, draws: op(layer, x, base, draws, noise="token"),
+    "token": partial(op, noise="token"),
 }
 
 
@@ -219,7 +215,7 @@ def errors(
         try:
             y = PATHS[path](layer, x, base.clone(), draws).cpu()
         except Exception as error:  # of the compiler or the driver: a finding, not our end
-            return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            return first_line(error)
         found = float((y.double() - exact).abs().max())
         if not found <= allowed:  # NaN is wrong too
             kind = "shared" if shared else "per-draw"
@@ -231,24 +227,14 @@ def _exact_and_eager(
     path: str, layer: Layer, x: Tensor, base: Tensor, draws: Draws
 ) -> tuple[Tensor, Tensor]:
     """The float64 truth on a CPU, and the same in the dtype of x."""
+    if path == "token":  # no weight sample: the reference itself, in float64
+        how: dict[str, Any] = {"noise": "token", "impl": "reference"}
+        return op(layer, x.double(), base.double(), draws, **how), op(layer, x, base, draws, **how)
     p = layer.posterior
-    if path == "token":
-        A, B, inv_d = layer.sampler.factors(x.device)
-        t = draws.tensors()
-        return tuple(
-            bayes_lora_linear(
-                x.to(dtype), base.to(dtype), A, B, inv_d, t.sigmas, t.streams,
-                stream_index=t.stream_index, seed=0, layer_id=LAYER_ID, scaling=SCALING,
-                noise="token", impl="reference",
-            )
-            for dtype in (torch.float64, x.dtype)
-        )  # type: ignore[return-value]  # fmt: skip
-    operands = (x, base, p.A, p.B, p.inv_d.float())
-    options = (torch.tensor(draws.sigmas), torch.tensor(draws.streams))
-    return tuple(
-        samples(*operands, *options, seed=0, layer_id=LAYER_ID, scaling=SCALING)
-        for samples in (exact_weight_samples, eager_weight_samples)
-    )  # type: ignore[return-value]
+    sigmas, streams = torch.tensor(draws.sigmas), torch.tensor(draws.streams)
+    operands = (x, base, p.A, p.B, p.inv_d.float(), sigmas, streams)
+    options: dict[str, Any] = {"seed": draws.seed, "layer_id": LAYER_ID, "scaling": SCALING}
+    return exact_weight_samples(*operands, **options), eager_weight_samples(*operands, **options)
 
 
 @torch.no_grad()
@@ -268,10 +254,11 @@ def _check_moments(
     name: str, layer: Layer, shared: bool, contender: Callable[[Layer, Tensor, Draws], Outputs]
 ) -> None:
     S, p, device = 2000, layer.posterior, layer.W.device
+    draws = Draws.iid(S, SIGMA)
     rows = torch.randn(4, 256, device=device)
     x = rows if shared else rows.expand(S, 4, 256).contiguous()
     # One call of T tokens would do for fresh weights; S calls also see what a call reuses.
-    y = torch.stack(list(contender(layer, x, make_draws(S, iid=True)))).double().cpu()
+    y = torch.stack(list(contender(layer, x, draws))).double().cpu()
     cpu = rows.double().cpu()
     mean = cpu @ (layer.W.double().cpu() + p.mean()).mT
     variance = p.column_covariance(SIGMA).diagonal() * cpu.square().sum(-1)[:, None]

@@ -51,6 +51,12 @@ def bench(request: pytest.FixtureRequest) -> Bench:
 
 
 @pytest.fixture(scope="session")
+def kernels(bench: Bench) -> Bench:
+    """The session for suites whose sizes only a GPU can run."""
+    return bench.for_kernels()
+
+
+@pytest.fixture(scope="session")
 def shared() -> Path:
     """Folder with the reference models, adapters and data; skips where there is none."""
     try:

@@ -85,7 +85,7 @@ bench=("${pytest[@]}" --benchmark-only --benchmark-quiet --record ${toy:+--toy -
 sanitized() {
   local check=("${pytest[@]}" tests/kernels/test_triton.py -k "ragged and 131 and bfloat16")
   # Allocations of their own, since a sanitizer sees nothing inside a segment of torch's.
-  local run=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout --kill-after=10 "$limit")
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # this is a subshell
   if [ -n "$toy" ]; then
     "${run[@]}" "${check[@]}"
   elif command -v compute-sanitizer > /dev/null; then
@@ -96,15 +96,14 @@ sanitized() {
   fi
 }
 
-stage() { # name; its limit is in $limit
-  local run=(timeout --kill-after=10 "$limit")
+stage() { # name
   case $1 in
     smoke)
       # The profile comes last: what follows a profiler in its process is slowed.
       "${run[@]}" "${bench[@]}" benchmarks/test_linear.py benchmarks/test_profile.py
       ;;
     sweep)
-      [ "$gpu" = True ] || export TRITON_INTERPRET=1 # a dry run; this is a subshell
+      [ "$gpu" = True ] || export TRITON_INTERPRET=1 # a dry run, in a subshell
       "${run[@]}" "$PYTHON" -m benchmarks.sweep ${toy:+--toy}
       ;;
     model) "${run[@]}" "${bench[@]}" benchmarks/test_model.py ;;
@@ -126,6 +125,7 @@ while read -r name limit what; do
   [ -n "$only" ] && [ "$only" != "$name" ] && continue
   echo "=== $name, at most $limit s: $what"
   started=$SECONDS
+  run=(timeout --kill-after=10 "$limit")
   stage "$name" < /dev/null 2>&1 | tee "$OUT/$name.log"
   status=${PIPESTATUS[0]}
   case $status in

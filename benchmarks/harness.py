@@ -75,6 +75,10 @@ class Bench:
         """On a CPU in float32, for figures that no clock decides."""
         return cls(torch.device("cpu"), torch.float32, toy, 0.0, results, Ceilings(1.0, 1.0))
 
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
     def for_kernels(self) -> Bench:
         """The same session for suites whose sizes only a GPU can run; a CPU gets toy sizes."""
         return self if self.device.type == "cuda" else replace(self, toy=True)
@@ -121,7 +125,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
         return min(elapsed(call, device) for _ in range(10))
 
     if large:
-        elapsed(lambda: [a @ a for _ in range(200)], device)  # 0.3 s, after which clocks are up
+        elapsed(lambda: [a @ a for _ in range(200)], device)  # so that clocks are up
     return Ceilings(
         copy=2 * nbytes / best(lambda: target.copy_(source)),
         matmul=2 * size**3 / best(lambda: a @ a),
@@ -131,9 +135,9 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 class Contender:
     """A step repeated over rotating buffer sets: called, or replayed as one CUDA graph."""
 
-    def __init__(self, name: str, step: Step, copies: int, device: torch.device) -> None:
+    def __init__(self, step: Step, copies: int, device: torch.device) -> None:
         """Warms up on every buffer set, then finds how many steps a timed call needs."""
-        self.name, self.step, self.copies, self.device = name, step, copies, device
+        self.step, self.copies, self.device = step, copies, device
         self.graph: Any = None
         self.repeats = copies
         self.peak_bytes: int | None = None  # of device memory, all tensors alive included
@@ -158,8 +162,8 @@ class Contender:
         for i in range(self.repeats):
             self.step(i % self.copies)
 
-    def capture(self, pool: Any) -> None:
-        """Replay a CUDA graph from now on, whose memory is that of ``pool``.
+    def capture(self, pool: Any = None) -> None:
+        """Replay a CUDA graph from now on, whose memory is that of ``pool`` or its own.
 
         Two captures: without launches a step may take a tenth of its time, and what lasts
         ``MIN_TIME`` is known only then.
@@ -302,12 +306,10 @@ def profile(
     graphs: bool = False,
 ) -> Row:
     """A row of the time that a step spends in each kernel; the last thing that a process does."""
-    made = Contender("ours", step, copies, bench.device)
+    made = Contender(step, copies, bench.device)
     if graphs and bench.device.type == "cuda":
-        made.capture(torch.cuda.graph_pool_handle())
-    row = heading(bench, suite, "kernels", point) | {"kernels": made.kernels(), "ratios": {},
-                                                     "losses": [], "targets": []}  # fmt: skip
-    return record(bench, row)
+        made.capture()
+    return record(bench, heading(bench, suite, "kernels", point) | {"kernels": made.kernels()})
 
 
 def record_skip(bench: Bench, suite: str, measure: str, point: Mapping[str, Any], why: str) -> None:
@@ -316,14 +318,22 @@ def record_skip(bench: Bench, suite: str, measure: str, point: Mapping[str, Any]
 
 
 def heading(bench: Bench, suite: str, measure: str, point: Mapping[str, Any]) -> Row:
-    """What every row begins with."""
+    """What every row begins with; nothing compared yet."""
     return {
         "suite": suite,
         "measure": measure,
         "point": dict(point),
         "device": bench.device.type,
         "toy": bench.toy,
+        "ratios": {},
+        "losses": [],
+        "targets": [],
     }
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong, in a line of a row."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:160]
 
 
 def record(bench: Bench, row: Row) -> Row:
@@ -346,7 +356,7 @@ def _start(
     pool = torch.cuda.graph_pool_handle() if graphs and bench.device.type == "cuda" else None
     for name, step in {**steps, "ours_again": steps["ours"]}.items():
         try:
-            made = Contender(name, step, copies, bench.device)
+            made = Contender(step, copies, bench.device)
             if pool is not None:
                 made.capture(pool)
             found[name] = made

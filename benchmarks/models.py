@@ -17,7 +17,10 @@ from torch.nn import functional as F
 
 import tfb
 from benchmarks import minilm as minilm_package
+from benchmarks.harness import Bench, Step
+from benchmarks.shapes import ADAPTERS, Shape, random_model, twin
 from tfb.batching import batches
+from tfb.draws import Draws
 from tfb.engine import BayesianModel
 from tfb.rows import read_rows
 from tfb.scoring import encode, pad_token
@@ -51,6 +54,10 @@ class Case:
             "tokens": T,
             "dtype": str(next(self.bayes.base.parameters()).dtype).removeprefix("torch."),
         }
+
+    def sampling(self, bayes: BayesianModel, draws: Draws, **mode: Any) -> Step:
+        """``bayes``, this one or another on the same base, predicting this batch."""
+        return lambda i: bayes.predict(self.batch, draws, label_ids=self.label_ids, **mode)
 
     def small(self, rows: int) -> Case:
         """The first rows of the batch."""
@@ -152,6 +159,18 @@ def lora_a(bayes: BayesianModel, twin: Any) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 # --- the models -----------------------------------------------------------------------------------
+
+
+def random_case(shape: Shape, adapter: str, bench: Bench) -> tuple[Case, Any]:
+    """A random Llama with noise in all layers, on prompts with no prefix in common; and its PEFT
+    model, not Bayesianized, whose base tensors both forms hold."""
+    source = random_model(shape, *ADAPTERS[adapter], bench)
+    bayes = tfb.bayesianize(twin(source))
+    ids = torch.randint(1, shape.vocabulary, (shape.rows, shape.tokens), device=bench.device)
+    ids[:, 0] = torch.arange(1, shape.rows + 1, device=bench.device)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    labels = torch.arange(10, 14, device=bench.device).expand(shape.rows, 4)
+    return Case(shape.name, bayes, reparameterized(twin(source), bayes), batch, labels), source
 
 
 def stories(shared: Path, device: torch.device) -> Case:

@@ -38,6 +38,16 @@ ADAPTERS = {
 }
 
 
+def description(shape: Shape, adapter: str, bench: Bench) -> dict[str, Any]:
+    """The configuration of a point."""
+    rank, targets = ADAPTERS[adapter]
+    return {
+        "model": shape.name, "adapter": adapter, "rank": rank, "targets": list(targets),
+        "rows": shape.rows, "tokens": shape.tokens, "hidden": shape.hidden,
+        "layers": shape.layers, "vocabulary": shape.vocabulary, "dtype": bench.dtype_name,
+    }  # fmt: skip
+
+
 def random_model(shape: Shape, rank: int, targets: tuple[str, ...], bench: Bench) -> Any:
     """A PEFT model with random weights, the same at every call; LoRA in the dtype of the base,
     which is cheaper for a plain loop than PEFT's default of float32."""

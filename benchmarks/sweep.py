@@ -36,16 +36,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import baselines, test_predictive
 from benchmarks.environment import environment, results_folder
-from benchmarks.harness import Bench, elapsed, heading, record
-from tfb_kernels import launch, predictive_reduction
+from benchmarks.harness import Bench, Contender, elapsed, first_line, heading, record
+from tfb.draws import Draws
+from tfb_kernels import launch
 from tfb_kernels.launch import LaunchConfig
 
 RANK, STREAMS, DRAWS = 16, 5, 10
 ROWS = (8, 50, 256, 1024, 4096)  # measured at, each for the rows up to ``UP_TO``
 UP_TO = (16, 128, 512, 2048, None)
 PATH_ROWS = (16, 64, 128, 256, 512, 1024, 2048, 4096)
-TARGET_TIME, REPLAYS = 5e-4, 5  # seconds of a replay; replays whose median counts
+REPLAYS = 5  # whose median counts
 SHARED_RANK = 32  # the largest rank that takes what rank 16 found
 NEVER = 1 << 30  # rows: generate was slower everywhere
 
@@ -108,7 +110,7 @@ def candidates(kernel: str, rows: int) -> Iterator[LaunchConfig]:
 
 def jobs(sizes: Sizes, toy: bool) -> Iterator[Job]:
     """In this order: expand reads as many partial sums as the shrink before it makes."""
-    few = slice(None, None, 12) if toy else slice(None)
+    few = slice(None, None, 20) if toy else slice(None)
     for kernel in ("shrink", "expand"):
         for rows, bound in zip(sizes.rows, sizes.up_to, strict=True):
             yield Job(kernel, rows, bound, tuple(candidates(kernel, rows))[few])
@@ -149,19 +151,12 @@ def steps(job: Job, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> d
         streams = streams.view(groups, q)
         if job.kernel == "shrink":
             x = randn(groups, job.rows, n)
-            found[kind] = partial(_shrink, shrink, x, A, streams, seed)
+            found[kind] = partial(shrink, x, A, streams, seed, 0)
         elif job.kernel == "generate":
             found[kind] = partial(generate, A, streams, seed, 0, RANK, n, dtype)
         else:
             found[kind] = _expand_step(job, m, kind == "shared", randn, device, dtype)
     return found
-
-
-def _shrink(
-    call: Callable[..., Tensor], x: Tensor, A: Tensor, streams: Tensor, seed: Tensor,
-    config: LaunchConfig,
-) -> Tensor:  # fmt: skip
-    return call(x, A, streams, seed, 0, config)
 
 
 def _expand_step(
@@ -187,22 +182,11 @@ def _expand_step(
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Median time of a call: on a GPU of one in a graph of several, launches left out."""
-    call()
-    if device.type != "cuda":
-        return median(elapsed(call, device) for _ in range(2))
-    repeats = 4
-    for _ in range(2):  # the second graph is as long as the first one's time asks for
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(repeats):
-                call()
-        graph.replay()
-        once = median(elapsed(graph.replay, device) for _ in range(REPLAYS)) / repeats
-        if once * repeats >= TARGET_TIME:
-            break
-        repeats = min(200, math.ceil(TARGET_TIME / once))
-    return once
+    """Median time of a call, on a GPU without launches."""
+    made = Contender(lambda i: call(), 1, device)
+    if device.type == "cuda":
+        made.capture()
+    return median(elapsed(made.run, device) for _ in range(REPLAYS)) / made.repeats
 
 
 # --- compilation ----------------------------------------------------------------------------------
@@ -225,7 +209,7 @@ def compile_ahead(
             torch.cuda.synchronize()
         return "; ".join(refused(job.kernel, config)) or None
     except Exception as error:  # of the compiler: a finding about this configuration
-        return f"{type(error).__name__}: {error}".splitlines()[0][:160]
+        return first_line(error)
 
 
 def refused(kernel: str, config: LaunchConfig) -> list[str]:
@@ -242,11 +226,6 @@ def refused(kernel: str, config: LaunchConfig) -> list[str]:
         for case in aot.kernel_cases(arch, kernel, dtype, rank, config)
         for problem in aot.problems(case, aot.resources(case, arch))
     ]
-
-
-def _few_rows(job: Job) -> Job:
-    """Enough for a launch: the binary is the same for any number of rows."""
-    return replace(job, rows=2)
 
 
 # --- the sweep ------------------------------------------------------------------------------------
@@ -272,7 +251,8 @@ def sweep(bench: Bench, sizes: Sizes, workers: int) -> None:
         for job in jobs(sizes, bench.toy):
             if job.kernel == "expand":
                 job = replace(job, splits=splits[job.rows])
-            ahead = partial(compile_ahead, _few_rows(job), sizes, dtype=bench.dtype)
+            # Few rows are enough for a launch: the binary is the same for any number.
+            ahead = partial(compile_ahead, replace(job, rows=2), sizes, dtype=bench.dtype)
             reasons = list(pool.map(ahead, job.candidates))
             best, times = measure(bench, job, sizes, reasons)
             medians.setdefault(job.kernel, {})[job.rows] = times
@@ -291,17 +271,16 @@ def sweep(bench: Bench, sizes: Sizes, workers: int) -> None:
 
 
 def wrong(bench: Bench, sizes: Sizes) -> str:
-    """What float64 says against the table as it is now, at every number of rows; else ""."""
-    from benchmarks import baselines
+    """What float64 says against the table as it is now, at every number of rows; else "".
 
+    Raises:
+        AssertionError: predictive_reduction is wrong.
+    """
+    units = torch.arange(DRAWS, device=bench.device).view(-1, 2)
+    test_predictive.check(4 * torch.randn(DRAWS, 3, sizes.vocabulary, device=bench.device), units)
     found = {
         path: baselines.errors(path, bench.device, bench.dtype, sizes.rows) for path in launch.PATHS
     }
-    logits = 4 * torch.randn(DRAWS, 3, sizes.vocabulary, device=bench.device)
-    # A GPU's own kernels, or the reference on a CPU.
-    ours, exact = predictive_reduction(logits)[:2], predictive_reduction(logits.cpu().double())[:2]
-    error = max(float((a.cpu() - b).abs().max()) for a, b in zip(ours, exact, strict=True))
-    found["predictive_reduction"] = None if error <= 1e-4 else f"error {error:.3g}"
     return "; ".join(f"{path}: {fault}" for path, fault in found.items() if fault)
 
 
@@ -322,13 +301,13 @@ def measure(
                 found = {k: seconds(partial(s, config), bench.device) for k, s in made.items()}
                 times[config] = found
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+            reason = first_line(error)
         if reason is not None:
             failed.append({**asdict(config), "reason": reason})
     if not times:
         raise RuntimeError(f"{job.kernel}, {job.rows} rows: no configuration runs: {failed[:1]}")
     best = min(times, key=lambda c: sum(map(math.log, times[c].values())))
-    point = {"rows": job.rows, "r": RANK, "S": DRAWS, "dtype": str(bench.dtype)[6:],
+    point = {"rows": job.rows, "r": RANK, "S": DRAWS, "dtype": bench.dtype_name,
              "splits": job.splits}  # fmt: skip
     row = heading(bench, "sweep", job.kernel, point) | {
         "medians": [{**asdict(c), **t} for c, t in times.items()],
@@ -348,8 +327,7 @@ def measure(
 
 def threshold(bench: Bench, sizes: Sizes) -> int:
     """Rows that share a stream from which generating loses least, summed over points."""
-    from benchmarks import baselines
-
+    draws = Draws.antithetic(DRAWS, baselines.SIGMA)
     times: dict[tuple[int, str], dict[str, float]] = {}
     for rows in sizes.path_rows:
         for kind, (n, m) in (("shared", sizes.shared), ("per-draw", sizes.per_draw)):
@@ -357,7 +335,7 @@ def threshold(bench: Bench, sizes: Sizes) -> int:
             size = (rows,) if kind == "shared" else (DRAWS, rows // 2)
             layer = baselines.make_layer(m, n, RANK, bench.dtype, bench.device)
             x = torch.randn(*size, n, dtype=bench.dtype, device=bench.device)
-            base, draws = x.new_zeros(*size, m), baselines.make_draws(DRAWS)
+            base = x.new_zeros(*size, m)
             times[rows, kind] = {
                 path: seconds(
                     partial(baselines.op_on_path, layer, x, base, draws, path), bench.device
@@ -365,7 +343,7 @@ def threshold(bench: Bench, sizes: Sizes) -> int:
                 for path in launch.PATHS
             }
     found = best_threshold({k: (t["fused"], t["generate"]) for k, t in times.items()})
-    point = {"r": RANK, "S": DRAWS, "dtype": str(bench.dtype)[6:]}
+    point = {"r": RANK, "S": DRAWS, "dtype": bench.dtype_name}
     row = heading(bench, "sweep", "paths", point) | {
         "medians": [{"rows": r, "x": kind, **t} for (r, kind), t in times.items()],
         "generate_min_rows": found,

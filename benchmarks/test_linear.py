@@ -1,4 +1,4 @@
-"""One layer of Llama-3.1-8B with ten draws: 12 points that a cold GPU reaches within a minute.
+"""One layer of Llama-3.1-8B with ten draws: 12 points, the smallest first.
 
     q      4096 -> 4096      shared x, as in the first noisy layer
     head   4096 -> 128256    shared x, as in last-layer TFB
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import baselines
-from benchmarks.baselines import Layer, make_draws, make_layer
+from benchmarks.baselines import SIGMA, Layer, make_layer
 from benchmarks.environment import environment
 from benchmarks.harness import LOSS, Bench, Row, Step, Work, compare, record_skip, target
 from tfb.draws import Draws
@@ -143,7 +143,7 @@ def operands(bench: Bench, point: Point, copies: int, layers: int) -> Operands:
     """``copies`` inputs, and ``layers`` weights that take turns."""
     m, n = shape(bench, point)
     rows = (point.T,) if point.shared else (S, point.T)
-    draws = make_draws(S)
+    draws = Draws.antithetic(S, SIGMA)
     return Operands(
         layers=[make_layer(m, n, RANK, bench.dtype, bench.device) for _ in range(layers)],
         x=[torch.randn(*rows, n, dtype=bench.dtype, device=bench.device) for _ in range(copies)],
@@ -151,9 +151,16 @@ def operands(bench: Bench, point: Point, copies: int, layers: int) -> Operands:
         description={
             **asdict(point), "r": RANK, "S": S, "m": m, "n": n,
             "streams": len(draws.distinct_streams),
-            "dtype": str(bench.dtype).removeprefix("torch."),
+            "dtype": bench.dtype_name,
         },
     )  # fmt: skip
+
+
+def layer_operands(bench: Bench, point: Point) -> Operands:
+    """Weights and inputs in turn: what the whole layer reads."""
+    nbytes = sizes(bench, point)
+    copies = bench.copies(nbytes.weight + nbytes.x)
+    return operands(bench, point, copies, copies)
 
 
 def refuse(bench: Bench, point: Point, measure: str, wrong: dict[str, str]) -> None:
@@ -186,14 +193,14 @@ def judge_layer(point: Point, row: Row) -> list[Row]:
     return found
 
 
-def judge_update(bench: Bench, point: Point, expand_floor: float, row: Row) -> list[Row]:
+def judge_update(bench: Bench, point: Point, row: Row) -> list[Row]:
     """Large updates of per-draw x against their bytes, large expands against their floor."""
     nbytes, found = sizes(bench, point), []
     if not point.shared and nbytes.update >= LARGE:
         value = 1 / row["floor"]["fraction"]
         found.append(target("update / time of its bytes", value, FLOOR, at_least=False))
     if "expand" in row["contenders"] and nbytes.outputs >= LARGE:
-        fraction = expand_floor / row["contenders"]["expand"]["median"]
+        fraction = expand_floor(bench, point) / row["contenders"]["expand"]["median"]
         found.append(target("expand, of its floor", fraction, EXPAND, at_least=True))
     return found
 
@@ -217,36 +224,32 @@ def expand_floor(bench: Bench, point: Point) -> float:
 # --- tests ----------------------------------------------------------------------------------------
 
 
-def test_layer(benchmark: Any, bench: Bench, wrong: dict[str, str], point: Point) -> None:
+def test_layer(benchmark: Any, kernels: Bench, wrong: dict[str, str], point: Point) -> None:
     """The whole layer, base product and update, against what people would do."""
-    bench = bench.for_kernels()
-    refuse(bench, point, "layer", wrong)
-    nbytes = sizes(bench, point)
-    copies = bench.copies(nbytes.weight + nbytes.x)
-    case = operands(bench, point, copies, copies)
+    refuse(kernels, point, "layer", wrong)
+    case = layer_operands(kernels, point)
     calls = {k: v for k, v in baselines.OURS.items() if k not in wrong} | baselines.RIVALS
     compare(
-        benchmark, bench, "linear", "layer", case.description,
+        benchmark, kernels, "linear", "layer", case.description,
         {
             "ours": case.step(baselines.ours),
             **{name: case.step(call) for name, call in calls.items()},
             "base": case.step(lambda layer, x, draws: F.linear(x, layer.W)),
         },
-        copies=copies, graphs=True, unit="base",
+        copies=len(case.x), graphs=True, unit="base",
         skipped={k: v for k, v in wrong.items() if k in baselines.OURS},
         judge=partial(judge_layer, point), rounds=(20, 20),
     )  # fmt: skip
 
 
-def test_update(benchmark: Any, bench: Bench, wrong: dict[str, str], point: Point) -> None:
+def test_update(benchmark: Any, kernels: Bench, wrong: dict[str, str], point: Point) -> None:
     """The update alone, beside expand alone (on a GPU) and the base product."""
-    bench = bench.for_kernels()
-    refuse(bench, point, "update", wrong)
-    nbytes = sizes(bench, point)
+    refuse(kernels, point, "update", wrong)
+    nbytes = sizes(kernels, point)
     # The update never reads the weight: only what it reads can hold the last cache.
-    copies = bench.copies(nbytes.x + nbytes.base)
+    copies = kernels.copies(nbytes.x + nbytes.base)
     # The base product beside it does.
-    case = operands(bench, point, copies, min(copies, bench.copies(nbytes.weight)))
+    case = operands(kernels, point, copies, min(copies, kernels.copies(nbytes.weight)))
     layer = case.layers[0]
     base = [F.linear(x, layer.W) for x in case.x]
     inplace = not point.shared
@@ -255,15 +258,15 @@ def test_update(benchmark: Any, bench: Bench, wrong: dict[str, str], point: Poin
         "base": case.step(lambda layer, x, draws: F.linear(x, layer.W)),
     }
     skipped = {}
-    if bench.device.type == "cuda":
+    if kernels.device.type == "cuda":
         steps["expand"] = expand_step(case, base)
     else:
         skipped["expand"] = "a Triton kernel; no GPU here"
     compare(
-        benchmark, bench, "linear", "update", case.description, steps,
+        benchmark, kernels, "linear", "update", case.description, steps,
         copies=copies, graphs=True, unit="base", parts=("expand",), skipped=skipped,
         work=Work(nbytes.update, flops=0.0),
-        judge=partial(judge_update, bench, point, expand_floor(bench, point)), rounds=(20, 20),
+        judge=partial(judge_update, kernels, point), rounds=(20, 20),
     )  # fmt: skip
 
 

@@ -17,13 +17,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 import tfb
 from benchmarks.harness import Bench, Row, Step, compare, profile, target
-from benchmarks.models import Case, forward, naive_loop, reparameterized
-from benchmarks.shapes import ADAPTERS, GPU, TOY, Shape, random_model, twin
+from benchmarks.models import Case, forward, naive_loop, random_case
+from benchmarks.shapes import GPU, TOY, Shape, description, twin
 from tfb.draws import Draws
 
 SIGMA, DRAWS, MANY = 0.01, 10, 100
@@ -42,10 +41,7 @@ class Models:
     unadapted: Any
 
     def ours(self, which: tfb.BayesianModel, draws: int, **mode: Any) -> Step:
-        chosen = Draws.antithetic(draws, SIGMA)
-        return lambda i: which.predict(
-            self.case.batch, chosen, label_ids=self.case.label_ids, **mode
-        )
+        return self.case.sampling(which, Draws.antithetic(draws, SIGMA), **mode)
 
     def mean(self, i: int) -> Tensor:
         return forward(self.case, self.case.bayes.model)
@@ -59,16 +55,10 @@ def models(bench: Bench) -> Models:
     if bench.device.type != "cuda" and not bench.toy:
         pytest.skip("8B parameters: on a GPU")
     shape = TOY if bench.toy else GPU
-    source = random_model(shape, *ADAPTERS[ADAPTER], bench)
-    # Unloaded, since ``disable_adapter`` itself takes some per cent of a pass.
-    plain, last, unadapted = twin(source), twin(source), twin(source).unload()
-    bayes = tfb.bayesianize(source)
-    ids = torch.randint(1, shape.vocabulary, (shape.rows, shape.tokens), device=bench.device)
-    ids[:, 0] = torch.arange(1, shape.rows + 1, device=bench.device)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    labels = torch.arange(10, 14, device=bench.device).expand(shape.rows, 4)
-    case = Case(shape.name, bayes, reparameterized(plain, bayes), batch, labels)
-    return Models(shape, case, tfb.bayesianize(last, layers=tfb.last_layers(0)), unadapted)
+    case, source = random_case(shape, ADAPTER, bench)
+    last = tfb.bayesianize(twin(source), layers=tfb.last_layers(0))
+    # Unloaded, since ``disable_adapter`` itself would be part of a pass.
+    return Models(shape, case, last, source.unload())
 
 
 def full(m: Models) -> dict[str, Step]:
@@ -107,13 +97,7 @@ def judge(way: str, row: Row) -> list[Row]:
 
 
 def point_of(models: Models, way: str, bench: Bench) -> dict[str, Any]:
-    shape, (rank, targets) = models.shape, ADAPTERS[ADAPTER]
-    return {
-        "way": way, "model": shape.name, "adapter": ADAPTER, "rank": rank, "targets": list(targets),
-        "rows": shape.rows, "tokens": shape.tokens, "draws": DRAWS, "layers": shape.layers,
-        "hidden": shape.hidden, "vocabulary": shape.vocabulary,
-        "dtype": str(bench.dtype).removeprefix("torch."),
-    }  # fmt: skip
+    return description(models.shape, ADAPTER, bench) | {"way": way, "draws": DRAWS}
 
 
 @pytest.mark.parametrize("way", WAYS)

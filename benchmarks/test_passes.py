@@ -19,58 +19,34 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import tfb
 from benchmarks.harness import Bench, Row, Step, compare, target
 from benchmarks.models import (
     CASES,
-    Case,
     flipout_loop,
     forward,
     naive_draws,
     naive_loop,
-    reparameterized,
+    random_case,
 )
-from benchmarks.shapes import ADAPTERS, CPU, TOY, Shape, random_model, twin
+from benchmarks.shapes import ADAPTERS, CPU, TOY, Shape, description, twin
 from tfb.draws import Draws
 
 SIGMA = 0.01
 NEW_TOKENS = 16
 
 
-def models(
-    shape: Shape, rank: int, targets: tuple[str, ...], bench: Bench
-) -> tuple[Case, Any, Any, Any]:
-    """Noise in all layers, in the last quarter of the blocks and in the head, on one batch, and the
-    model without an adapter; models share the base's weights."""
-    source = random_model(shape, rank, targets, bench)
-    plain, quarter, last = (twin(source) for _ in range(3))
-    # ``disable_adapter`` itself would be part of a pass.
-    unadapted = twin(source).unload()
-    bayes = tfb.bayesianize(source)
-    ids = torch.randint(1, shape.vocabulary, (shape.rows, shape.tokens), device=bench.device)
-    ids[:, 0] = torch.arange(1, shape.rows + 1, device=bench.device)  # no prefix in common
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    labels = torch.arange(10, 14, device=bench.device).expand(shape.rows, 4)
-    case = Case(shape.name, bayes, reparameterized(plain, bayes), batch, labels)
-    layers = tfb.last_layers(max(1, shape.layers // 4))
-    return (
-        case,
-        tfb.bayesianize(quarter, layers=layers),
-        tfb.bayesianize(last, layers=tfb.last_layers(0)),
-        unadapted,
-    )
-
-
-def steps(shape: Shape, rank: int, targets: tuple[str, ...], bench: Bench) -> dict[str, Step]:
-    """All contenders on one batch."""
-    case, quarter, last, unadapted = models(shape, rank, targets, bench)
-    bayes, batch, labels = case.bayes, case.batch, case.label_ids
+def steps(shape: Shape, adapter: str, bench: Bench) -> dict[str, Step]:
+    """All contenders on one batch; their models share the base's weights."""
+    case, source = random_case(shape, adapter, bench)
+    bayes, layers = case.bayes, tfb.last_layers(max(1, shape.layers // 4))
+    quarter = tfb.bayesianize(twin(source), layers=layers)
+    last = tfb.bayesianize(twin(source), layers=tfb.last_layers(0))
+    unadapted = source.unload()  # ``disable_adapter`` itself would be part of a pass
 
     def ours(which: Any, draws: int, **mode: Any) -> Step:
-        chosen = Draws.antithetic(draws, SIGMA)
-        return lambda i: which.predict(batch, chosen, label_ids=labels, **mode)
+        return case.sampling(which, Draws.antithetic(draws, SIGMA), **mode)
 
     return {
         "ours": ours(bayes, 10, mode="full"),
@@ -110,23 +86,14 @@ def shape_of(bench: Bench) -> Shape:
     return TOY if bench.toy else CPU
 
 
-def point_of(shape: Shape, adapter: str, bench: Bench) -> dict[str, Any]:
-    rank, targets = ADAPTERS[adapter]
-    return {
-        "model": shape.name, "adapter": adapter, "rank": rank, "targets": list(targets),
-        "rows": shape.rows, "tokens": shape.tokens, "hidden": shape.hidden,
-        "layers": shape.layers, "vocabulary": shape.vocabulary,
-        "dtype": str(bench.dtype).removeprefix("torch."),
-    }  # fmt: skip
-
-
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_passes(benchmark: Any, bench: Bench, adapter: str) -> None:
     shape = shape_of(bench)
-    made = steps(shape, *ADAPTERS[adapter], bench)
+    made = steps(shape, adapter, bench)
     cheaper = [k for k in made if k.partition("_")[0] in ("full", "quarter", "last", "tail")]
     compare(
-        benchmark, bench, "passes", "predict", point_of(shape, adapter, bench), made, unit="mean",
+        benchmark, bench, "passes", "predict", description(shape, adapter, bench), made,
+        unit="mean",
         parts=(*cheaper, "base"), judge=judge, rounds=(4, 20),
     )  # fmt: skip
 
@@ -142,7 +109,7 @@ def test_passes_of_an_encoder(benchmark: Any, bench: Bench, shared: Path) -> Non
         case = case.small(4)
 
     def ours(which: Any, draws: int) -> Step:
-        return lambda i: which.predict(case.batch, Draws.antithetic(draws, SIGMA))
+        return case.sampling(which, Draws.antithetic(draws, SIGMA))
 
     made: dict[str, Step] = {
         "ours": ours(case.bayes, 10),
@@ -164,7 +131,7 @@ def test_decoding(benchmark: Any, bench: Bench) -> None:
     """Prompts continued by ``NEW_TOKENS`` tokens: ours with 10 draws, one plain generation (the
     unit), and 10 plain generations with materialised noise, which average nothing."""
     shape = shape_of(bench)
-    case, *_ = models(shape, *ADAPTERS["r8-q,v,head"], bench)
+    case, _ = random_case(shape, "r8-q,v,head", bench)
     options: dict[str, Any] = {
         "max_new_tokens": NEW_TOKENS,
         "min_new_tokens": NEW_TOKENS,
@@ -179,7 +146,7 @@ def test_decoding(benchmark: Any, bench: Bench) -> None:
             naive_draws(case, 10, SIGMA, lambda _, model: model.generate(**case.batch, **options))
         ),
     }
-    point = point_of(shape, "r8-q,v,head", bench) | {"new_tokens": NEW_TOKENS, "draws": 10}
+    point = description(shape, "r8-q,v,head", bench) | {"new_tokens": NEW_TOKENS, "draws": 10}
     compare(
         benchmark, bench, "passes", "decode", point, made, unit="mean", rounds=(4, 20)
     )  # fmt: skip

@@ -8,19 +8,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks import baselines, test_linear
+from benchmarks import baselines
 from benchmarks.harness import Bench, profile
-from benchmarks.test_linear import Point, operands, pytest_generate_tests, sizes
+from benchmarks.test_linear import Point, layer_operands, pytest_generate_tests, refuse
 
 __all__ = ["pytest_generate_tests"]  # pytest's hook: all points
 
 
-def test_kernels(benchmark: Any, bench: Bench, point: Point) -> None:
-    bench = bench.for_kernels()
+def test_kernels(benchmark: Any, kernels: Bench, point: Point) -> None:
     benchmark.pedantic(lambda: None)
-    test_linear.refuse(bench, point, "kernels", {})
-    nbytes = sizes(bench, point)
-    copies = bench.copies(nbytes.weight + nbytes.x)
-    case = operands(bench, point, copies, copies)
+    refuse(kernels, point, "kernels", {})
+    case = layer_operands(kernels, point)
     step = case.step(baselines.ours)
-    profile(bench, "linear", case.description, step, copies=copies, graphs=True)
+    profile(kernels, "linear", case.description, step, copies=len(case.x), graphs=True)

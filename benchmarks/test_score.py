@@ -232,7 +232,6 @@ def test_ray_workers(
         "contenders": {k: {**quantiles(v), "rounds": len(v)} for k, v in each.items()},
         "ratios": {"one_worker": ratio},
         "timed": f"seconds a row after the first {STARTING:.0%} of the rows",
-        "losses": [],
         "targets": [target("one worker / two", ratio["median"], 1.7, at_least=True)],
     }
     record(bench, row)

@@ -123,7 +123,7 @@ def test_a_million_prompts(benchmark: Any, bench: Bench, tmp_path: Path) -> None
     }
     point = {
         "model": task.model, "adapter": ADAPTER, "rows": len(tokens), "tokens": sum(tokens),
-        "draws": DRAWS, "dtype": str(bench.dtype).removeprefix("torch."),
+        "draws": DRAWS, "dtype": bench.dtype_name,
         "batch_tokens": jobs.Job.batch_tokens,
     }  # fmt: skip
 
@@ -133,7 +133,6 @@ def test_a_million_prompts(benchmark: Any, bench: Bench, tmp_path: Path) -> None
                 call(4)  # kernels are compiled and chosen, memory is taken
                 run = measured(call, min(SHARES[name], len(tokens)), tokens, bench)
             row = heading(bench, "score", "million", point | {"way": name})
-            record(bench, row | {"run": run, "script_batch_rows": size, "ratios": {}, "losses": [],
-                                 "targets": []})  # fmt: skip
+            record(bench, row | {"run": run, "script_batch_rows": size})
 
     benchmark.pedantic(run_all, rounds=1, iterations=1)

@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from tfb_kernels.ops import NOISE_KINDS, common_run
+from tfb_kernels.ops import NOISE_KINDS, by_stream
 
 
 def stable_layer_id(name: str) -> int:
@@ -172,14 +172,13 @@ class Draws:
         device = torch.device(device)
         found = self._tensors.get(device)
         if found is None:
-            order = {q: i for i, q in enumerate(dict.fromkeys(self.streams))}
-            index = [order[q] for q in self.streams]
+            distinct, index, run = by_stream(self.streams)
             found = DrawTensors(
                 sigmas=torch.tensor(self.sigmas, dtype=torch.float64, device=device),
-                streams=torch.tensor(list(order), dtype=torch.int64, device=device),
+                streams=torch.tensor(distinct, dtype=torch.int64, device=device),
                 stream_index=torch.tensor(index, dtype=torch.int64, device=device),
                 seed=torch.tensor(self.seed, dtype=torch.int64, device=device),
-                draws_per_stream=common_run(index),
+                draws_per_stream=run,
             )
             if not torch.compiler.is_compiling():
                 self._tensors[device] = found

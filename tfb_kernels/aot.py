@@ -226,7 +226,7 @@ def resources(case: Case, arch: str) -> Resources:
         )  # fmt: skip
     usage = _nvidia_tool("cuobjdump", "-res-usage", compiled.asm["cubin"])
     numbers = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    opcodes = [name.partition(".")[0] for name in sass(compiled.asm["cubin"]) if ":" not in name]
+    opcodes = [name.partition(".")[0] for name in sass(compiled.asm["cubin"])]
     return Resources(
         case=case.label, arch=arch, registers=numbers["REG"], shared_bytes=shared,
         stack_bytes=numbers["STACK"] + numbers["LOCAL"],

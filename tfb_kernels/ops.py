@@ -124,6 +124,13 @@ def _check_layer_id(layer_id: int) -> None:
         raise ValueError(f"layer_id={layer_id}: expected an unsigned 32-bit number")
 
 
+def by_stream(streams: Sequence[int]) -> tuple[list[int], list[int], int]:
+    """The distinct streams in order of first use, each draw's number among them, the common run."""
+    order = {q: i for i, q in enumerate(dict.fromkeys(streams))}
+    index = [order[q] for q in streams]
+    return list(order), index, common_run(index)
+
+
 def common_run(index: Sequence[int]) -> int:
     """How many consecutive draws share a stream, if that is the same for all of Q = 0, 1, ...
 
@@ -377,10 +384,9 @@ def _distinct(given: Tensor | Sequence[int], streams: Tensor) -> tuple[Tensor, T
     numbers = _host_numbers(given)
     if numbers is None:
         return streams, torch.arange(len(streams), device=streams.device), 1
-    order = {q: i for i, q in enumerate(dict.fromkeys(numbers))}
-    index = [order[q] for q in numbers]
-    distinct = torch.tensor(list(order), dtype=torch.int64, device=streams.device)
-    return distinct, torch.tensor(index, device=streams.device), common_run(index)
+    found, index, run = by_stream(numbers)
+    distinct = torch.tensor(found, dtype=torch.int64, device=streams.device)
+    return distinct, torch.tensor(index, device=streams.device), run
 
 
 def _check_shapes(
