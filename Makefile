@@ -38,10 +38,12 @@ define install
 	  sys.exit(any(r.startswith('triton') for r in m.requires('torch') or ()))"; \
 	then cp $< $(@D)/constraints.txt; fi
 	$(@D)/bin/python -m pip --disable-pip-version-check install \
-	  -c $(@D)/constraints.txt -e ".[dev]"
+	  -c $(@D)/constraints.txt -e ".[$(EXTRAS)]"
 	touch $@
 endef
 
+EXTRAS = dev
+$(STAMP): EXTRAS = dev,dev-data
 $(STAMP): constraints.txt pyproject.toml setup.py
 	$(install)
 

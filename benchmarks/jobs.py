@@ -26,7 +26,7 @@ from tfb.batching import Batch, batches
 from tfb.engine import BayesianModel
 from tfb.job import Job
 from tfb.pipeline import LocalEngine
-from tfb.rows import read_rows
+from tfb.readers import read_rows
 from tfb.scorer import Scorer
 from tfb.scoring import encode, pad_token
 
@@ -102,7 +102,7 @@ def read_probs(paths: Iterable[Path]) -> torch.Tensor:
 def engine_batches(task: Task, draws: int, tail: int | None = None) -> list[Batch]:
     """The batches of a job whose rows fit into one part."""
     task.bayes.set_mode("full" if tail is None else "tail", tail)
-    encoded = encode(task.bayes, read_rows(task.rows), task.tokenizer)
+    encoded = encode(task.bayes, task.rows, task.tokenizer)
     pad = pad_token(task.bayes, task.tokenizer)
     return [
         batch

@@ -22,7 +22,7 @@ from benchmarks.shapes import ADAPTERS, Shape, random_model, twin
 from tfb.batching import batches
 from tfb.draws import Draws
 from tfb.engine import BayesianModel
-from tfb.rows import read_rows
+from tfb.readers import read_rows
 from tfb.scoring import encode, pad_token
 
 ROWS, CLASSES = 50, 150
@@ -181,6 +181,7 @@ def stories(shared: Path, device: torch.device) -> Case:
     base, adapter = shared / "models/stories260K", shared / "adapters/stories260K-clinc-domain"
     made = [tfb.load_adapter(tfb.load_base(base, adapter), adapter).to(device) for _ in range(2)]
     bayes = tfb.bayesianize(made[0])
+    bayes.label_tokens = "last"  # as the adapter was trained
     tokenizer = AutoTokenizer.from_pretrained(str(base))
     rows = read_rows(shared / "data/clinc-domain/validation.jsonl", limit=ROWS)
     encoded = encode(bayes, rows, tokenizer)

@@ -29,7 +29,7 @@ from benchmarks.reference_data import shared_folder
 from tfb.batching import EncodedRows
 from tfb.draws import Draws
 from tfb.metrics import evaluate
-from tfb.rows import read_rows
+from tfb.readers import read_rows
 from tfb.scoring import encode, pad_token, predict_rows
 
 FOLDER = Path(__file__).resolve().parent
@@ -43,6 +43,7 @@ def setting(shared: Path, layers: Any) -> tuple[Any, EncodedRows, EncodedRows, i
 
     base, adapter = shared / "models/stories260K", shared / "adapters/stories260K-clinc-domain"
     bayes = tfb.bayesianize(tfb.load_adapter(tfb.load_base(base, adapter), adapter), layers=layers)
+    bayes.label_tokens = "last"  # as the adapter was trained
     tokenizer = AutoTokenizer.from_pretrained(str(base))
     # The file is sorted by label: take rows from all over it, anchors and rows in turn.
     rows = read_rows(shared / "data/clinc-domain/validation.jsonl")

@@ -129,7 +129,7 @@ def test_lists_are_tensors_and_rows_are_named() -> None:
     assert found.content_hash == AnchorSet.of(
         [lists | {"labels": torch.tensor([0, 1]), "label_ids": torch.tensor([5, 6])}]
     ).content_hash  # fmt: skip
-    with pytest.raises(TypeError, match=r"got Row; rows go through tfb.scoring.encode"):
+    with pytest.raises(TypeError, match=r"got Row; write anchors = tfb\.scoring\.encode"):
         AnchorSet.of([Row("a", text="b")])  # type: ignore[list-item]
 
 

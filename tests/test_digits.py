@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tfb import digits
-from tfb.rows import read_rows
+from tfb.readers import read_rows
 
 # SHA-256 of the images and labels as bytes. They must not change: the shipped adapter was fitted
 # to "train", and the README's figures are over "test" and "shifted".

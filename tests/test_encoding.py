@@ -16,10 +16,23 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tfb.batching import NO_LABEL, NO_TOKEN, EncodedRows, batches
-from tfb.encoding import encode_answers, encode_choices, encode_texts
-from tfb.rows import Row, RowError, read_rows
+from tfb.encoding import RowEncoder
+from tfb.readers import read_rows
+from tfb.rows import Row, RowError
 
 LETTERS = tuple("ABCDEFGHIJ")
+
+
+def encode_choices(rows: list[Row], tokenizer: Any, **how: Any) -> EncodedRows:
+    return RowEncoder(tokenizer, **how)(rows)
+
+
+def encode_answers(rows: list[Row], tokenizer: Any, **how: Any) -> EncodedRows:
+    return RowEncoder(tokenizer, "SEQ_2_SEQ_LM", **how)(rows)
+
+
+def encode_texts(rows: list[Row], tokenizer: Any, **how: Any) -> EncodedRows:
+    return RowEncoder(tokenizer, "SEQ_CLS", **how)(rows)
 
 
 def special(template: str) -> processors.TemplateProcessing:
@@ -87,14 +100,36 @@ def encode_one(tokenizer: Any, prompt: str, *choices: str, **options: Any) -> tu
     return " ".join(prompt_tokens), names(tokenizer, encoded.label_ids[0])
 
 
-def test_space_goes_between_prompt_and_choice() -> None:
-    """' B' is one token and 'A' follows a bare space mark: both are read right after 'Topic'."""
+def test_first_tokens_that_all_choices_share_are_read() -> None:
+    """' A' is '▁', 'A' and ' C' is '▁', 'C': the mark goes into the prompt, one token is scored."""
     tokenizer = marked_bpe()
-    expected = ("<s> ▁T o p i c", ["A", "▁B"])
-    assert encode_one(tokenizer, "Topic", "A", "B") == expected
-    assert encode_one(tokenizer, "Topic", " A", " B") == expected
-    assert encode_one(tokenizer, "Topic ", "A", "B") == expected  # the space moves to the choices
+    expected = ("<s> ▁T o p i c ▁", ["A", "C"])
+    assert encode_one(tokenizer, "Topic", "A", "C") == expected
+    assert encode_one(tokenizer, "Topic", " A", " C") == expected
+    assert encode_one(tokenizer, "Topic ", "A", "C") == expected
     assert encode_one(tokenizer, "Topic", "A", "B", separator="")[1] == ["A", "B"]
+
+
+def test_no_token_of_a_choice_is_left_out() -> None:
+    """' B' is one token and ' A' two: both are scored by all of theirs after the same prompt."""
+    tokenizer = marked_bpe()
+    for prompt, choices in (("Topic", "AB"), ("Topic", [" A", " B"]), ("Topic ", "AB")):
+        encoded = encode_choices([row(prompt, *choices)], tokenizer)
+        assert names(tokenizer, encoded.input_ids[0]) == ["<s>", "▁T", *"opic"]
+        assert tokens_of(tokenizer, prompt, *choices) == ["▁ A", "▁B"]
+
+
+def test_the_last_token_alone() -> None:
+    """The convention of the authors' scripts: whatever precedes it in a choice is not read."""
+    tokenizer, last = marked_bpe(), {"label_tokens": "last"}
+    expected = ("<s> ▁T o p i c", ["A", "▁B"])
+    assert encode_one(tokenizer, "Topic", "A", "B", **last) == expected
+    assert encode_one(tokenizer, "Topic ", "A", "B", **last) == expected
+    assert encode_one(tokenizer, "Topic", "xyA", "xyC", **last)[1] == ["A", "C"]
+    message = choice_error(tokenizer, "Topic", "xA", "yA", **last)
+    assert "'xA' and 'yA' are the same token by label_tokens 'last' (4)" in message
+    with pytest.raises(ValueError, match="label_tokens='first': expected one of all, last"):
+        RowEncoder(tokenizer, label_tokens="first")
 
 
 def test_byte_level_space_and_newline() -> None:
@@ -108,9 +143,9 @@ def test_byte_level_space_and_newline() -> None:
 def test_special_tokens(template: str) -> None:
     """BOS stays, EOS goes: the model is to continue the prompt."""
     bos = ["<s>"] if template.startswith("<s>") else []
-    prompt, choices = encode_one(marked_bpe(template), "Topic", "A", "B")
-    assert prompt.split() == [*bos, *["▁T", "o", "p", "i", "c"]]
-    assert choices == ["A", "▁B"]
+    prompt, choices = encode_one(marked_bpe(template), "Topic", "A", "C")
+    assert prompt.split() == [*bos, *["▁T", "o", "p", "i", "c", "▁"]]
+    assert choices == ["A", "C"]
 
 
 def test_whitespace_moves_for_the_whole_row_only() -> None:
@@ -137,11 +172,11 @@ def tokens_of(tokenizer: Any, prompt: str, *choices: str, **options: Any) -> lis
 
 
 def test_choices_of_several_tokens() -> None:
-    """All choices of the row by all of their tokens; what is dropped in front of a single token is
-    dropped in front of several. One may begin another."""
+    """All choices of the row by all of their tokens but the first ones that they share, of which
+    each keeps one. One may begin another."""
     tokenizer = marked_bpe()
-    assert tokens_of(tokenizer, "Topic", "A", "Toy") == ["A", "▁T o y"]
-    assert tokens_of(tokenizer, "Topic", "A", "AB", "B", "BA") == ["A", "A B", "▁B", "▁B A"]
+    assert tokens_of(tokenizer, "Topic", "A", "Toy") == ["▁ A", "▁T o y"]
+    assert tokens_of(tokenizer, "Topic", "A", "AB", "B", "BA") == ["▁ A", "▁ A B", "▁B", "▁B A"]
     assert tokens_of(tokenizer, "Topic ", "A", "AB") == ["A", "A B"]
     assert tokens_of(tokenizer, "Topic", "A", "A B") == ["A", "A ▁B"]  # inside, spaces count
     assert tokens_of(byte_bpe(), "x:", "A", "AB") == ["ĠA", "ĠA B"]
@@ -157,7 +192,7 @@ def test_choices_of_several_tokens() -> None:
 
 def test_several_tokens_that_cannot_be_told_apart() -> None:
     message = choice_error(marked_bpe(), "Topic", "AC", "B", " AC")
-    assert "'AC' and ' AC' are the same tokens (4, 6)" in message
+    assert "'AC' and ' AC' are the same tokens (3, 4, 6)" in message
     assert "does not know the choice 'AQ'" in choice_error(marked_bpe(), "Topic", "A", "AQ")
 
 
@@ -171,7 +206,7 @@ def test_a_choices_last_token_is_not_read() -> None:
 
 def test_choices_that_collide() -> None:
     message = choice_error(marked_bpe(), "Topic", "A", " A")
-    assert "'A' and ' A' are the same token" in message and "use choices" in message
+    assert "'A' and ' A' are the same tokens (3, 4)" in message and "use choices" in message
 
 
 def test_unknown_choice() -> None:
@@ -184,6 +219,109 @@ def test_long_prompt_is_never_cut() -> None:
     assert "9 tokens, but the model takes 8" in message
     message = choice_error(byte_bpe(), "x" * 21, "A", "B")  # the tokenizer's own limit
     assert "21 tokens, but the model takes 20" in message
+
+
+@pytest.mark.parametrize(
+    ("side", "kept"), [("left", ["▁", "A", "?", ":"]), ("right", ["▁T", "o", "p", "i"])]
+)
+def test_a_long_prompt_is_cut_where_it_is_said_to_be(side: str, kept: list[str]) -> None:
+    """BOS stays, and so do the choices: 1 + 4 tokens, and a choice of 3, of which 2 are read."""
+    rows = [row("Topic A?:", "A", "BA", "B?B"), row("x", "A", "B")]
+    tokenizer = marked_bpe()
+    encoded = encode_choices(rows, tokenizer, max_length=7, truncate=side)
+    assert names(tokenizer, encoded.input_ids[0]) == ["<s>", *kept]
+    assert encoded.truncated == [5, 0] and encoded.subset([1]).truncated == [0]
+    whole = encode_choices(rows, tokenizer)
+    assert encoded.choice_ids == whole.choice_ids and whole.truncated == [0, 0]
+    assert len(whole.input_ids[0]) == len(encoded.input_ids[0]) + 5
+    with pytest.raises(RowError, match="truncation would leave nothing of the prompt; shorten"):
+        encode_choices(rows, tokenizer, max_length=3, truncate=side)
+
+
+@pytest.mark.parametrize(("side", "kept"), [("left", "a table"), ("right", "book a")])
+def test_a_long_text_keeps_its_special_tokens(side: str, kept: str) -> None:
+    tokenizer = word_level()
+    rows = [Row("1", text="book a table"), Row("2", text="book a")]
+    encoded = encode_texts(rows, tokenizer, num_labels=2, max_length=4, truncate=side)
+    assert names(tokenizer, encoded.input_ids[0]) == ["[CLS]", *kept.split(), "[SEP]"]
+    assert encoded.token_type_ids == [[0] * 4, [0] * 4] and encoded.truncated == [1, 0]
+    with pytest.raises(ValueError, match="truncate='top': expected one of left, right, or None"):
+        encode_texts(rows, tokenizer, num_labels=2, truncate="top")
+
+
+def test_a_prompt_that_begins_with_bos_gets_no_second_one() -> None:
+    tokenizer = marked_bpe()
+    for text in ("Topic", "<s>Topic", "<s><s>Topic"):
+        ids = encode_choices([row(text, "A", "C")], tokenizer).input_ids[0]
+        assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
+    # A tokenizer that adds none leaves the text's own; one inside a text is the text's business.
+    bare = encode_choices([row("<s>Topic<s>", "A", "C")], marked_bpe("$A")).input_ids[0]
+    assert bare[0] == tokenizer.bos_token_id and bare.count(tokenizer.bos_token_id) == 2
+
+
+# --- chat -----------------------------------------------------------------------------------------
+
+TURNS = (
+    "{% for m in messages %}{% if m.role == 'user' %}" + "{{ USER }}{% else %}{{ ANSWER }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ PROMPT }}{% endif %}"
+)
+
+
+def chat(tokenizer: Any, user: str, answer: str, prompt: str = "''") -> Any:
+    """The tokenizer with a template made of three expressions."""
+    pieces = {"USER": user, "ANSWER": answer, "PROMPT": prompt}
+    template = TURNS
+    for name, expression in pieces.items():
+        template = template.replace(name, expression)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def asks(*said: str, choices: tuple[str, ...] = ("A", "C")) -> Row:
+    turns = [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(said)]
+    return Row("r", choices=choices, messages=tuple(turns), source="f.jsonl:12")
+
+
+@pytest.mark.parametrize(("bos", "adds"), [("<s>", True), ("<s>", False), ("", True), ("", False)])
+def test_messages_go_through_the_template(bos: str, adds: bool) -> None:
+    """With the generation prompt, and one BOS whether it is the template's or the tokenizer's; the
+    tokens are those of the template's own tokenization."""
+    tokenizer = chat(
+        marked_bpe("<s> $A" if adds else "$A"), f"'{bos}x' + m.content", "m.content", "':'"
+    )
+    encoded = encode_choices([asks("Topic")], tokenizer, separator="")
+    (ids,) = encoded.input_ids
+    plain = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Topic"}], add_generation_prompt=True, return_dict=False
+    )
+    assert ids == ([1] if adds and not bos else []) + plain
+    assert ids.count(1) == (adds or bool(bos))
+    assert encoded.label_ids == [tuple(tokenizer.convert_tokens_to_ids(["A", "C"]))]
+
+
+@pytest.mark.parametrize(
+    ("between", "labels"), [("' '", ["A", "C"]), ("''", ["A", "C"]), ("'xyz '", ["A", "C"])]
+)
+def test_an_answer_follows_as_the_template_writes_it(between: str, labels: list[str]) -> None:
+    """After "[/INST]" Llama 2 writes a space, others nothing; what is no whitespace is not ours."""
+    tokenizer = chat(marked_bpe(), "'x' + m.content + ':'", f"{between} + m.content")
+    encoded = encode_choices([asks("Topic"), asks("Topic", "A", "x")], tokenizer)
+    mark = ["▁"] if between == "' '" else []
+    assert names(tokenizer, encoded.input_ids[0])[-1 - len(mark) :] == [":", *mark]
+    assert encoded.label_ids is not None
+    assert [names(tokenizer, ids) for ids in encoded.label_ids] == [labels, labels]
+    (spaced,) = encode_choices([asks("Topic", choices=(" A", " C"))], tokenizer).input_ids
+    assert names(tokenizer, spaced)[-2:] == [":", "▁"]  # a choice that brings its own
+
+
+def test_messages_that_no_template_takes() -> None:
+    with pytest.raises(RowError, match=r"f\.jsonl:12 .* no chat template; use the chat model's"):
+        encode_choices([asks("x")], marked_bpe())
+    strict = chat(marked_bpe(), "raise_exception('roles must alternate')", "''")
+    with pytest.raises(RowError, match=r"refuses the messages \(roles must alternate\)"):
+        encode_choices([asks("x")], strict)
+    with pytest.raises(RowError, match="makes an empty prompt"):
+        encode_choices([asks("x")], chat(marked_bpe(), "''", "''"))
 
 
 def test_rows_of_the_wrong_kind() -> None:
@@ -339,7 +477,7 @@ def test_reference_label_tokens(shared: Path) -> None:
     """The label token is the last of 'Topic A': bare for most letters, '▁B' where that exists."""
     tokenizer = AutoTokenizer.from_pretrained(shared / "models" / "stories260K")
     rows = read_rows(shared / "data" / "clinc-domain" / "test.jsonl")
-    encoded = encode_choices(rows, tokenizer)
+    encoded = encode_choices(rows, tokenizer, label_tokens="last")
     expected = tuple(tokenizer(f"Topic {letter}")["input_ids"][-1] for letter in LETTERS)
     assert encoded.label_ids == [expected] * 4500
     assert expected == (447, 368, 457, 455, 459, 453, 463, 320, 359, 454)
@@ -358,7 +496,7 @@ def test_reference_accuracy_and_nll(shared: Path) -> None:
         shared / "adapters" / "stories260K-clinc-domain",
     ).eval()
     rows = read_rows(shared / "data" / "clinc-domain" / "validation.jsonl", limit=1500)
-    encoded = encode_choices(rows, tokenizer, max_length=model.config.max_position_embeddings)
+    encoded = encode_choices(rows, tokenizer, label_tokens="last")
     log_probs = torch.empty(1500, 10)
     for batch in batches(encoded, batch_size=100, pad_token_id=0, sort_by_length=True):
         assert batch.label_ids is not None
@@ -376,25 +514,27 @@ def test_reference_accuracy_and_nll(shared: Path) -> None:
 
 def test_answers_begin_anew() -> None:
     """The encoder reads the prompt with its special tokens, and a choice is what the decoder writes
-    first: the space mark of "▁", "A" goes, "▁B" is one token."""
+    first: "▁B" is one token, and of "▁", "A" the last one where that is the convention."""
     tokenizer = marked_bpe("$A </s>")
-    found = encode_answers([row("Topic:", "A", "B", label=1), row("x", "B")], tokenizer)
+    found = encode_answers([row("Topic:", "T", "B", label=1), row("x", "B", "T")], tokenizer)
     assert names(tokenizer, found.input_ids[0]) == ["▁T", *"opic:", "</s>"]
     assert names(tokenizer, found.input_ids[1]) == ["▁", "x", "</s>"]
     assert found.label_ids is not None and found.choice_ids is None
-    assert [names(tokenizer, ids) for ids in found.label_ids] == [["A", "▁B"], ["▁B"]]
-    assert found.labels == [1, None] and found.choices == [("A", "B"), ("B",)]
+    assert [names(tokenizer, ids) for ids in found.label_ids] == [["▁T", "▁B"], ["▁B", "▁T"]]
+    assert found.labels == [1, None] and found.choices == [("T", "B"), ("B", "T")]
+    last = encode_answers([row("Topic:", "A", "B")], tokenizer, label_tokens="last")
+    assert [names(tokenizer, ids) for ids in last.label_ids or []] == [["A", "▁B"]]
 
 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
         ([], "there are no rows"),
-        ([row("x", "AB", "C")], "the choice 'AB' is an answer of 2 tokens; name the choices"),
-        ([row("x", "A", "?A")], "the choice '[?]A' is an answer of 2 tokens"),
-        ([row("x", "A", " A")], "the choices 'A' and ' A' are the same token"),
-        ([row("x", "Ω", "A")], "does not know the choice 'Ω'"),
-        ([row("x" * 30, "A", "B")], "32 tokens, but the model takes 20; shorten the row"),
+        ([row("x", "A", "B")], "the choice 'A' is an answer of 2 tokens; name the choices"),
+        ([row("x", "B", "B?A")], "the choice 'B[?]A' is an answer of 3 tokens"),
+        ([row("x", "B", "B")], "the choices 'B' and 'B' are the same token"),
+        ([row("x", "Ω", "B")], "does not know the choice 'Ω'"),
+        ([row("x" * 30, "T", "B")], "32 tokens, but the model takes 20; shorten the row"),
         ([Row(id="t", text="x", source="f:1")], "this is a text row"),
     ],
 )

@@ -29,7 +29,7 @@ from torch import Tensor
 import tfb
 from tfb import BayesianModel, Draws, Predictive
 from tfb.engine import align
-from tfb.rows import read_rows
+from tfb.readers import read_rows
 
 EXACT = 1e-10  # float64 sums in another order; see test_convert
 DRAWS = Draws((0.05, -0.05, 0.0, 0.1, 0.05), (0, 0, 1, 9, 1), seed=11)

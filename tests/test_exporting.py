@@ -33,7 +33,7 @@ from torch import Tensor
 import tfb
 from tfb import AdapterError, ArtifactError, BayesianModel, Draws, cli, digits, exporting
 from tfb.artifact import file_sha256, read_sidecar
-from tfb.rows import read_rows
+from tfb.readers import read_rows
 from tfb.scoring import encode, load_tokenizer, pad_token, predict_rows
 from tfb_kernels import NOISE_VERSION, gaussian_noise
 
@@ -395,7 +395,7 @@ def test_command_line_round_trip(
     model = shared / "models" / "stories260K"
     adapter = shared / "adapters" / "stories260K-clinc-domain"
     bayes = tfb.bayesianize(tfb.load_adapter(tfb.load_base(model, adapter), adapter))
-    bayes.sigma, bayes.source = 0.012, adapter
+    bayes.sigma, bayes.source, bayes.label_tokens = 0.012, adapter, "last"
     bayes.save(tmp_path / "artifact")
     code, out, err = command(
         "--model", model, "--artifact", tmp_path / "artifact", "--out", tmp_path / "out",

@@ -17,8 +17,8 @@ from models import add_lora, causal, exact, llama, randomize
 import tfb
 from tfb import BayesianModel, Draws
 from tfb.batching import batches
-from tfb.encoding import encode_choices
-from tfb.rows import read_rows
+from tfb.encoding import RowEncoder
+from tfb.readers import read_rows
 from tfb.scoring import load_tokenizer, pad_token
 
 pytest.importorskip("lm_eval", reason='lm-evaluation-harness is an extra: "tfb[lm-eval]"')
@@ -208,8 +208,6 @@ def task(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
                 "doc_to_text": "{{prompt}}",
                 "doc_to_choice": "choices",
                 "doc_to_target": "label",
-                # This tokenizer writes " A" as " ", "A", of which tfb scores the second alone.
-                "target_delimiter": "",
                 "metric_list": [{"metric": "acc"}],
             }
         )
@@ -217,10 +215,12 @@ def task(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     yield "clinc_local"
 
 
-def test_accuracy_of_a_task_is_our_own_count(
+def test_figures_of_a_task_are_our_own(
     shared: Path, task: str, tokenizer: Any, tmp_path: Path
 ) -> None:
-    """From an artifact and an argument string, as on the command line."""
+    """From an artifact and an argument string, as on the command line: the harness's probability of
+    " A", which this tokenizer writes as two tokens where " B" is one, is the mean over draws of
+    exp(tfb's score); without noise, normalized over the choices, it is tfb's prediction."""
     model = shared / "models" / "stories260K"
     made = tfb.bayesianize(model_of(shared, double=False), seed=SEED)
     made.sigma, made.source = SIGMA, shared / "adapters" / "stories260K-clinc-domain"
@@ -233,16 +233,17 @@ def test_accuracy_of_a_task_is_our_own_count(
         task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
         bootstrap_iters=0,
     )
-    encoded = encode_choices(read_rows(tmp_path / "rows.jsonl"), tokenizer, separator="")
+    encoded = RowEncoder(tokenizer)(read_rows(tmp_path / "rows.jsonl"))
+    assert encoded.choice_ids is not None and None not in encoded.choice_ids
     hits = 0
     values: dict[int, list[float]] = {}
     for batch in batches(encoded, batch_size=8, pad_token_id=pad_token(made, tokenizer)):
-        # Over the whole vocabulary: the harness compares the choices' probabilities as they are.
-        probs = made.predict(batch.model_inputs(), DRAWS).probs
-        assert batch.label_ids is not None and batch.labels is not None
-        chosen = probs.gather(1, batch.label_ids)
+        # Not normalized over the choices in each draw: the harness compares them as they are.
+        scores = made.logits(batch.model_inputs(), made.draws(DRAWS), batch.label_ids)
+        assert batch.labels is not None
+        chosen = scores.logsumexp(0) - math.log(DRAWS)
         hits += int((chosen.argmax(1) == batch.labels).sum())
-        values |= dict(zip(batch.indices.tolist(), chosen.log().tolist(), strict=True))
+        values |= dict(zip(batch.indices.tolist(), chosen.tolist(), strict=True))
     assert results["results"][task]["acc,none"] == hits / len(encoded)
     assert 0 < hits < len(encoded) == 40
     expected_info = {"sigma": [SIGMA], "seed": SEED, "draws": DRAWS, "noise_version": 1}
@@ -251,6 +252,18 @@ def test_accuracy_of_a_task_is_our_own_count(
         found = [float(answer[0]) for answer in sample["filtered_resps"]]
         # float32 through five blocks, in batches of other widths.
         assert found == pytest.approx(values[sample["doc_id"]], abs=1e-3)
+    hf = HFLM(pretrained=model_of(shared, double=True), tokenizer=tokenizer, batch_size=8)
+    plain = lm_eval.simple_evaluate(
+        model=hf,
+        tasks=[task],
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        bootstrap_iters=0,
+    )
+    made = tfb.bayesianize(model_of(shared, double=True))
+    results = tfb.score(tmp_path / "rows.jsonl", made, tokenizer, draws=Draws.mean())
+    for sample, ours in zip(plain["samples"][task], results, strict=True):
+        scores = torch.tensor([float(answer[0]) for answer in sample["filtered_resps"]])
+        assert ours["probs"] == pytest.approx(scores.double().softmax(0).tolist(), abs=1e-6)
 
 
 # --- arguments ------------------------------------------------------------------------------------

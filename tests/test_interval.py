@@ -18,7 +18,7 @@ from tfb.batching import EncodedRows
 from tfb.curve import LossCurve
 from tfb.doubts import doubts, label_nll
 from tfb.interval import crossing_interval, point_margin
-from tfb.rows import read_rows
+from tfb.readers import read_rows
 from tfb.scoring import encode
 from tfb.search import SEARCHES
 
@@ -206,6 +206,7 @@ def test_limits_that_tell_nothing(limits: tuple[float, float | None], said: str 
 def rows_of(shared: Path, file: str, n: int) -> tuple[tfb.BayesianModel, EncodedRows]:
     base, adapter = shared / "models/stories260K", shared / "adapters/stories260K-clinc-domain"
     bayes = tfb.bayesianize(tfb.load_adapter(tfb.load_base(base, adapter), adapter))
+    bayes.label_tokens = "last"  # as the adapter was trained
     rows = read_rows(shared / "data/clinc-domain" / file)
     return bayes, encode(bayes, rows[:: len(rows) // n][:n], AutoTokenizer.from_pretrained(base))
 

@@ -165,8 +165,8 @@ def test_anchors(shared: Path) -> None:
 
 
 def test_label_tokens(shared: Path) -> None:
-    """Of the small Llama: those that continue the prompt, "A" without its spaces, in form plain;
-    the last token of the letter alone in form script, which whole words have not."""
+    """Of the small Llama: all that continue the prompt in form plain; the last token of the letter
+    alone in form script, which whole words have not."""
     from transformers import AutoConfig
 
     model = str(shared / "models/stories260K")
@@ -176,7 +176,9 @@ def test_label_tokens(shared: Path) -> None:
     script = prompts.encode(rows, tokenizer, config, "script")
     alone = [tokenizer(letter, add_special_tokens=False)["input_ids"][-1] for letter in "AB"]
     assert script.label_ids == [tuple(alone)] * 3 and script.input_ids == plain.input_ids
-    assert plain.label_ids is not None and plain.label_ids[0][0] == 447  # shared data/README.md
+    after = len(tokenizer("a")["input_ids"])
+    whole = [tokenizer(f"a {letter}")["input_ids"][after:] for letter in "AB"]
+    assert plain.choice_ids == [tuple(map(tuple, whole))] * 3 and alone[0] == whole[0][-1]
     record = {"question": "is ice cold", "passage": "Ice is cold.", "answer": True}
     words = tasks.rows_of_records("BoolQ", "validation", [record], "plain")
     assert prompts.encode(words, tokenizer, config, "plain").choice_ids is not None

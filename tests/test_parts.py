@@ -29,7 +29,7 @@ KEPT = {"when": pa.timestamp("us"), "note": pa.string()}
 
 
 def folder(path: Path, file_format: str = "parquet") -> OutputFolder:
-    return OutputFolder(path, part_schema("CAUSAL_LM", KEPT), tuple(KEPT), file_format)
+    return OutputFolder(path, part_schema(KEPT), tuple(KEPT), file_format)
 
 
 def good(n: int) -> dict[str, Any]:
@@ -49,14 +49,15 @@ def name_hash(name: str) -> int:
 
 
 def test_schema() -> None:
-    names = part_schema("SEQ_CLS", {"a": pa.int8()}, per_draw=True, logits=True).names
+    names = part_schema({"a": pa.int8()}, truncated=True, per_draw=True, logits=True).names
     assert names == [
-        "id", "a", "prediction", "probs", "total", "aleatoric", "epistemic", "agreement",
-        "standard_error", "draws", "label", "draw_probs", "draw_logits", "error", "key",
+        "id", "a", "prediction", "choice", "probs", "total", "aleatoric", "epistemic", "agreement",
+        "standard_error", "draws", "label", "truncated", "draw_probs", "draw_logits", "error",
+        "key",
     ]  # fmt: skip
-    assert "choice" in part_schema("CAUSAL_LM", {}).names
+    assert "truncated" not in part_schema({}).names
     with pytest.raises(ValueError, match="--keep error: the output has a column of that name"):
-        part_schema("SEQ_CLS", {"error": pa.string()})
+        part_schema({"error": pa.string()})
 
 
 def test_both_formats(tmp_path: Path) -> None:

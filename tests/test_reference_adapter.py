@@ -30,9 +30,12 @@ def test_clinc_domain(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         monkeypatch, "fit", "--model", model, "--adapter",
         shared / "adapters" / "stories260K-clinc-domain", "--anchors", data / "anchor.jsonl",
         "--out", artifact, "--limit", 100, "--draws", 2, "--tolerance", 0.05,
+        "--label-tokens", "last",
     )  # fmt: skip
     sidecar = json.loads((artifact / "tfb.json").read_text())
     assert sidecar["sigma"] > 0 and sidecar["fit"]["curve"][0]["sigma"] == 0.0
+    told = sidecar["extra"]["label_tokens_nll"]  # of the adapter's own training rows
+    assert told["last"] == pytest.approx(sidecar["fit"]["baseline"], rel=1e-4) and told["all"] > 2
 
     def evaluate(*options: object) -> dict[str, Any]:
         figures = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"

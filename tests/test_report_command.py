@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import pytest
-
-from tfb.report_command import facts, fit_line
+from tfb.report_command import facts
 
 FIT: dict[str, Any] = {
     "metric": "nll", "objective": "max_variance", "search": "grid", "tolerance": 0.003,
@@ -19,10 +16,6 @@ SIDECAR: dict[str, Any] = {
     "base": {"model_type": "llama"}, "adapter_sha256": "0123456789abcdef", "fit": FIT,
     "extra": {"anchors": "my anchors.jsonl"}, "versions": {"tfb": "0.1.0", "torch": "2.13"},
 }  # fmt: skip
-
-
-def changed(**fit: Any) -> dict[str, Any]:
-    return {**SIDECAR, "fit": {**FIT, **fit}}
 
 
 def test_facts_name_what_the_artifact_keeps() -> None:
@@ -44,43 +37,14 @@ def test_facts_of_an_artifact_without_a_fit() -> None:
     found = facts({**SIDECAR, "fit": None, "extra": {}, "mode": "tail", "tail": 2}, 10)
     assert found["Mode"] == "tail: noise at the last 2 tokens of a prompt"
     assert not {"Search", "Anchors", "KL divergence"} & set(found)
-    assert fit_line("M", Path("A"), {**SIDECAR, "fit": None}) == []
-    assert fit_line("M", Path("A"), {**SIDECAR, "extra": {}}) == []
-    # The command has no other weight than the default.
-    assert fit_line("M", Path("A"), changed(objective="gvi", kl_weight=1 / 2000)) == []
-    assert "gvi" in fit_line("M", Path("A"), changed(objective="gvi", kl_weight=1 / 500))[0]
 
 
 def test_no_draws_are_claimed_where_sigma_is_zero() -> None:
     assert facts({**SIDECAR, "sigma": 0.0}, 10)["Draws"].startswith("none: ")
 
 
-def test_multipliers_are_said_and_no_command_is_claimed_to_make_them() -> None:
+def test_multipliers_are_said() -> None:
     adapted = {**SIDECAR, "layer_scales": {"a": 0.5, "b": 2.0}}
     assert facts(adapted, 10)["Layer scales"] == "σ times 0.5 to 2, by layer"
-    assert fit_line("M", Path("A"), adapted) == []
-    assert fit_line("M", Path("A"), changed(family="full_rank")) == []
     plain = {**SIDECAR, "layer_scales": {"a": 1.0, "b": 1.0}}
-    assert "Layer scales" not in facts(plain, 10) and len(fit_line("M", Path("A"), plain)) == 1
-
-
-def test_fit_can_be_made_again() -> None:
-    assert fit_line("M", Path("A"), SIDECAR) == [
-        "tfb fit --model M --adapter A --anchors 'my anchors.jsonl' --limit 500 --out NEW "
-        "--metric nll --objective max_variance --search grid --tolerance 0.003 --mode full "
-        "--draws 4 --seed 5"
-    ]
-
-
-@pytest.mark.parametrize(
-    ("sidecar", "options", "missing"),
-    [
-        (changed(relative=False), "--tolerance 0.003 --absolute", "--tail"),
-        (changed(mode="tail", tail=2), "--mode tail --tail 2", "--absolute"),
-        (changed(compat="reference"), "--out NEW --compat reference", "--objective"),
-        ({**SIDECAR, "length_normalization": "tokens"}, "--length-normalization tokens", "--tail"),
-    ],
-)
-def test_fit_line_of_other_settings(sidecar: dict[str, Any], options: str, missing: str) -> None:
-    [line] = fit_line("M", Path("A"), sidecar)
-    assert options in line and missing not in line
+    assert "Layer scales" not in facts(plain, 10)

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tfb.rows import Row, RowError, iter_rows, parse_row, read_rows
+from tfb.readers import iter_rows, read_rows
+from tfb.rows import Row, RowError, RowFormat, class_names, decode_object
 
 CHOICE: dict[str, Any] = {"id": "q1", "prompt": "2+2?", "choices": ["A", "B"], "label": 1}
 TEXT: dict[str, Any] = {"id": "t1", "text": "book a table", "label": 3}
@@ -23,15 +24,22 @@ def write(path: Path, *rows: Any) -> Path:
     return path
 
 
+def parse_row(line: str | bytes, source: str = "row") -> Row:
+    return RowFormat().row(decode_object(line, source), source)
+
+
 def test_both_shapes(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", CHOICE, "", {**TEXT, "id": 7})
     first, second = read_rows(file)
     assert first == Row("q1", "2+2?", ("A", "B"), None, 1, f"{file}:1")
     assert second == Row("7", None, None, "book a table", 3, f"{file}:3")
-    assert first.is_choice and not second.is_choice
 
 
-@pytest.mark.parametrize(("label", "index"), [(0, 0), (1, 1), ("A", 0), ("B", 1), (None, None)])
+@pytest.mark.parametrize(
+    ("label", "index"),
+    [(0, 0), (1, 1), ("A", 0), ("B", 1), (None, None), ("1", 1), (" A", 0), ("", None), (1.0, 1),
+     (float("nan"), None)],
+)  # fmt: skip
 def test_label_is_an_index_or_a_choice(label: Any, index: int | None) -> None:
     assert parse_row(json.dumps({**CHOICE, "label": label})).label == index
 
@@ -51,7 +59,7 @@ def test_line_ends_inside_strings_and_byte_order_mark(tmp_path: Path) -> None:
 def test_several_files_and_limit(tmp_path: Path) -> None:
     a = write(tmp_path / "a.jsonl", {"id": 1, "text": "x"}, {"id": 2, "text": "y"})
     b = write(tmp_path / "b.jsonl", {"id": 3, "text": "z"}, "not json")
-    assert [row.id for row in read_rows([str(a), b], limit=3)] == ["1", "2", "3"]
+    assert [row.id for row in read_rows([a, b], limit=3)] == ["1", "2", "3"]
     assert [row.id for row in read_rows(a, limit=9)] == ["1", "2"]
     with pytest.raises(RowError, match=r"b\.jsonl:2: not valid JSON"):
         read_rows([a, b])
@@ -74,28 +82,28 @@ BAD_LINES = [
     ("[1]", "expected a JSON object, found a list", "write {"),
     ("3", "expected a JSON object, found the number 3", "write {"),
     ("null", "expected a JSON object, found null", "write {"),
-    ({"id": 1}, "no task", "add 'prompt' and 'choices', or add 'text'"),
-    ({"text": "x"}, "missing column 'id'", "add it"),
-    ({"id": 1, "choices": ["A", "B"]}, "missing column 'prompt'", "add it"),
-    ({"id": 1, "prompt": "x"}, "missing column 'choices'", "add it"),
+    ({"id": 1}, "no column 'text', or nothing in it; there are 'id'", "such as text=YOURS"),
+    ({"id": 1, "choices": ["A", "B"]}, "no column 'prompt'", "such as prompt=YOURS"),
+    ({"id": 1, "prompt": "x"}, "no column 'choices'", "all rows the same by labels"),
     ({**TEXT, "prompt": "x"}, "'text' together with", "keep 'text'"),
-    (
-        {**CHOICE, "answer": 1},
-        "unknown column 'answer'",
-        "allowed here: id, prompt, choices, label",
-    ),
-    ({**TEXT, "a": 1, "b": 2}, "unknown columns 'a', 'b'", "allowed here: id, text, label"),
+    ({**CHOICE, "messages": "[]"}, "'prompt' together with 'messages'", "keep one"),
+    ({"messages": "say", "choices": "A|B"}, "'messages' is no list", "write [{"),
+    ({"messages": [], "choices": "A|B"}, "'messages' is no list", "write [{"),
+    ({"messages": ["x"], "choices": "A|B"}, "a message is a string", "write {"),
+    ({"messages": [{"role": "user"}], "choices": "A|B"}, "'content' of a message is null", "make"),
     ('{"id": 1, "id": 2, "text": "x"}', "'id' stands twice in one object", "keep one"),
     ({**TEXT, "id": 1.5}, "'id' is the number 1.5", "a string or an integer"),
     ({**TEXT, "id": True}, "'id' is a boolean", "a string or an integer"),
     ({**TEXT, "id": " "}, "'id' is empty", "write some text"),
     ({**TEXT, "text": ["x"]}, "'text' is a list", "make it a string"),
+    ({**TEXT, "text": ""}, "no column 'text', or nothing in it", "name yours"),
     ({**TEXT, "text": "\n"}, "'text' is empty", "write some text"),
     ('{"id": 1, "text": "\\ud800"}', "half of a surrogate pair", "proper Unicode"),
-    ({**TEXT, "label": "sports"}, "the label 'sports' is a string", "index of the class"),
-    ({**CHOICE, "prompt": None}, "'prompt' is null", "make it a string"),
+    ({**TEXT, "label": "sports"}, "the label 'sports' is text; classes lack names", "by labels"),
+    ({**CHOICE, "prompt": None}, "no column 'prompt', or nothing in it", "such as prompt=YOURS"),
     ({**CHOICE, "prompt": "  "}, "'prompt' is empty", "write some text"),
-    ({**CHOICE, "choices": "AB"}, "'choices' is a string", "list of strings"),
+    ({**CHOICE, "choices": "AB"}, "'choices' holds 1", "at least two"),
+    ({**CHOICE, "choices": 3}, "'choices' is the number 3", "list of strings"),
     ({**CHOICE, "choices": ["A"]}, "'choices' holds 1", "at least two"),
     ({**CHOICE, "choices": []}, "'choices' holds 0", "at least two"),
     ({**CHOICE, "choices": ["A", 2]}, "a choice is the number 2", "make it a string"),
@@ -103,8 +111,8 @@ BAD_LINES = [
     ({**CHOICE, "choices": ["A", "B", "A"]}, "choices stand twice: 'A'", "make them differ"),
     ({**CHOICE, "label": 2}, "the label 2 is outside the 2 choices", "an index from 0 to 1"),
     ({**CHOICE, "label": -1}, "the label -1 is negative", "count from 0"),
-    ({**CHOICE, "label": "C"}, "the label 'C' is none of the choices", "or its index"),
-    ({**CHOICE, "label": 1.0}, "'label' is the number 1.0", "an integer index"),
+    ({**CHOICE, "label": "C"}, "the label 'C' is none of the choices", "use its index"),
+    ({**CHOICE, "label": 1.5}, "'label' is the number 1.5", "an integer index"),
     ({**CHOICE, "label": True}, "'label' is a boolean", "an integer index"),
     ({**CHOICE, "label": [1]}, "'label' is a list", "an integer index"),
 ]
@@ -126,15 +134,13 @@ def test_duplicate_ids_name_both_places(tmp_path: Path) -> None:
         read_rows([a, b])
 
 
-def test_missing_empty_and_folder(tmp_path: Path) -> None:
+def test_missing_and_empty(tmp_path: Path) -> None:
     good = write(tmp_path / "good.jsonl", TEXT)
     with pytest.raises(RowError, match=r"no\.jsonl: there is no such file"):
         iter_rows([good, tmp_path / "no.jsonl"])  # before the first row is read
-    with pytest.raises(RowError, match="this is a folder; name the JSONL files"):
-        iter_rows(tmp_path)
-    with pytest.raises(RowError, match=r"empty\.jsonl: the file holds no rows"):
-        read_rows([good, write(tmp_path / "empty.jsonl", "", "  ")])
-    with pytest.raises(RowError, match="no input files"):
+    with pytest.raises(RowError, match=r"empty\.jsonl: holds no rows; add some"):
+        read_rows(write(tmp_path / "empty.jsonl", "", "  "))
+    with pytest.raises(RowError, match="the input: holds no rows"):
         read_rows([])
 
 
@@ -145,7 +151,7 @@ JSON_VALUES = st.recursive(
     ),
     max_leaves=6,
 )
-COLUMNS = st.sampled_from(["id", "prompt", "choices", "text", "label", "other"])
+COLUMNS = st.sampled_from(["id", "prompt", "messages", "choices", "text", "label", "other"])
 ROWS = st.dictionaries(COLUMNS, JSON_VALUES | st.just(["A", "B"]), max_size=5)
 
 
@@ -155,7 +161,8 @@ def parses_or_row_error(line: str | bytes) -> None:
     except RowError as error:
         assert str(error).startswith("f:1: ") and ";" in str(error)
     else:
-        assert row.id and ((row.text is None) != (row.prompt is None))
+        asked = row.prompt is not None or row.messages is not None
+        assert row.id and (row.text is not None) != asked == (row.choices is not None)
         row.id.encode()  # what is accepted can be written again
 
 
@@ -176,6 +183,99 @@ def test_fuzz_broken_rows(data: st.DataObject) -> None:
     start = data.draw(st.integers(0, len(line)))
     end = data.draw(st.integers(start, len(line)))
     parses_or_row_error(line[:start] + data.draw(st.text(max_size=4)) + line[end:])
+
+
+# --- other names ----------------------------------------------------------------------------------
+
+
+def test_columns_under_other_names() -> None:
+    fields = {"uid": 3, "question": "2+2?", "options": ["A", "B"], "gold": "B", "prompt": "no"}
+    columns = {"id": "uid", "prompt": "question", "choices": "options", "label": "gold"}
+    assert RowFormat(columns).row(fields) == Row("3", "2+2?", ("A", "B"), None, 1)
+    with pytest.raises(RowError, match=r"no column 'body'.* there are 'a'; .* such as text=YOURS"):
+        RowFormat({"text": "body"}, task="SEQ_CLS").row({"a": "x"})
+
+
+def test_other_columns_are_ignored_and_rows_numbered() -> None:
+    rows = read_rows([{"text": "x", "weight": 2}, {"text": "y", "id": "b"}, {"text": "z"}])
+    assert [(r.id, r.text) for r in rows] == [("0", "x"), ("b", "y"), ("2", "z")]
+
+
+def test_the_task_decides_where_a_row_could_be_both() -> None:
+    both = {"text": "t", "prompt": "p", "choices": ["A", "B"], "label": 1}
+    assert RowFormat(task="SEQ_CLS").row(both).text == "t"
+    assert RowFormat(task="CAUSAL_LM").row(both).prompt == "p"
+    with pytest.raises(RowError, match="no column 'prompt'"):
+        RowFormat(task="CAUSAL_LM").row({"text": "t"})
+
+
+@pytest.mark.parametrize(
+    ("label", "index"), [("bad", 0), ("good", 1), (" good ", 1), ("2", 2), (2, 2), ("0", 0)]
+)
+def test_labels_by_the_names_of_classes(label: Any, index: int) -> None:
+    form = RowFormat(labels=["bad", "good", "1"], task="SEQ_CLS")
+    assert form.row({"text": "x", "label": label}).label == index
+    assert form.row({"text": "x", "label": "1"}).label == 2  # a name comes before an index
+    for wrong, message in (("fine", "none of the classes"), (3, "outside the 3 classes")):
+        with pytest.raises(RowError, match=message):
+            form.row({"text": "x", "label": wrong})
+
+
+def test_labels_are_the_choices_of_rows_without() -> None:
+    form = RowFormat(labels=["yes", "no"], task="CAUSAL_LM")
+    assert form.row({"prompt": "x", "label": "no"}) == Row("0", "x", ("yes", "no"), None, 1)
+    assert form.row({"prompt": "x", "choices": "A|B", "label": "B"}).choices == ("A", "B")
+
+
+def test_messages_in_place_of_a_prompt() -> None:
+    said = [{"role": "user", "content": "hi", "name": "x"}]
+    for messages in (said, json.dumps(said)):
+        row = RowFormat().row({"messages": messages, "choices": '["A", "B|C"]', "label": "B|C"})
+        assert row.messages == ({"role": "user", "content": "hi"},) and row.prompt is None
+        assert row.choices == ("A", "B|C") and row.label == 1 and row.characters == 2
+
+
+def test_settings_that_cannot_be() -> None:
+    for how, message in (
+        ({"columns": {"question": "prompt"}}, "'question' is none of id, prompt, messages"),
+        ({"columns": {"prompt": "x"}, "task": "SEQ_CLS"}, "that rows of task SEQ_CLS have"),
+        ({"columns": {"id": "a", "text": "a"}}, "'a' is named twice"),
+        ({"labels": ["a"]}, "at least two different names"),
+        ({"labels": ["a", "a"]}, "at least two different names"),
+        ({"labels": "a,b"}, "expected a list of names, got 'a,b'"),
+        ({"labels": [1, 2]}, "expected a list of names"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            RowFormat(**how)  # type: ignore[arg-type]
+
+
+def test_a_row_by_hand_says_what_to_write() -> None:
+    for wrong in (
+        {"id": "good"},
+        {"id": "1", "prompt": "x"},
+        {"id": "1", "text": "x", "prompt": "y"},
+    ):
+        with pytest.raises(
+            RowError, match=r"write Row\(id='1', text='...'\) or Row\(id='1', prompt"
+        ):
+            Row(**wrong)
+    with pytest.raises(RowError, match="the label 'yes' is no index; write the position"):
+        Row("1", text="x", label="yes")  # type: ignore[arg-type]
+
+
+def test_names_in_a_configuration() -> None:
+    class Config:
+        id2label: Any = None
+
+    found = Config()
+    for names, expected in (
+        ({0: "LABEL_0", 1: "LABEL_1"}, None),
+        ({1: "neg", 0: "pos"}, ("pos", "neg")),
+        ({0: "one"}, None),
+        (None, None),
+    ):
+        found.id2label = names
+        assert class_names(found) == expected
 
 
 @given(st.data())

@@ -228,7 +228,7 @@ def test_text_rows(tokenizer: Any) -> None:
         batch = {k: inputs[k] for k in ("input_ids", "attention_mask")}
         wanted = head.predict(batch, 4).probs[0].float()
         torch.testing.assert_close(torch.tensor(values["probs"]), wanted, **CLOSE)
-        assert "choice" not in values and values["label"] == 2
+        assert values["choice"] is None and values["label"] == 2
 
 
 # --- memory ---------------------------------------------------------------------------------------

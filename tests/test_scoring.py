@@ -207,9 +207,19 @@ def test_padding_token_comes_from_the_model_then_the_tokenizer() -> None:
 # --- score --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", ["rows.jsonl", [{"id": "a", "prompt": "b"}]])
-def test_what_is_no_row_is_named(demo: tuple[tfb.BayesianModel, Any], rows: Any) -> None:
-    with pytest.raises(TypeError, match=r"got (str|dict); read files by tfb.rows.read_rows"):
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([3], r"row 0: expected a dict, a string or a Row, got int; write \[{'text'"),
+        (3, "int holds no rows; give a path, a DataFrame"),
+        ({"test": []}, r"dict holds no rows.* \(of a dict of splits one, such as data\['test'\]"),
+        (["a.jsonl"], "a list of strings is a list of texts, but 'a.jsonl' looks like a file"),
+    ],
+)
+def test_what_is_no_row_is_named(
+    demo: tuple[tfb.BayesianModel, Any], rows: Any, message: str
+) -> None:
+    with pytest.raises(TypeError, match=message):
         next(score(rows, *demo))
 
 
@@ -277,14 +287,19 @@ def test_window_size_does_not_matter(
         assert float(difference.abs().max()) <= budget + 2 * SINGLE < 1e-4
 
 
-def test_classification_results_have_no_choice() -> None:
+def test_classification_results_name_the_class() -> None:
+    """Where somebody gave names; else only its index."""
     head = tfb.bayesianize(CASES["llama_classifier"].build(), seed=3)
     head.sigma = 0.1
     tokenizer = AutoTokenizer.from_pretrained(str(digits.BASE))
     rows = [Row("t1", text="a b c", label=2), Row("t2", text="q p o n m l")]
     results = list(score(rows, head, tokenizer, draws=4))
     assert [(r["id"], r["label"]) for r in results] == [("t1", 2), ("t2", None)]
-    assert all("choice" not in r and len(r["probs"]) == 3 for r in results)
+    assert all(r["choice"] is None and len(r["probs"]) == 3 for r in results)
+    names = ["bad", "fair", "good"]
+    named = list(score(["a b c", "q p o n m l"], head, tokenizer, draws=4, labels=names))
+    assert [r["choice"] for r in named] == [names[r["prediction"]] for r in results]
+    assert [r["probs"] for r in named] == [r["probs"] for r in results]
     draws = Draws.antithetic(4, 0.1, seed=3)
     batch = tokenizer(["a b c", "q p o n m l"], return_tensors="pt", padding=True)
     wanted = head.predict({k: batch[k] for k in ("input_ids", "attention_mask")}, draws).probs

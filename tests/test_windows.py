@@ -15,16 +15,16 @@ from hypothesis import strategies as st
 
 from tfb import windows as windows_module
 from tfb.hashset import HashSet
-from tfb.rows import RowError
+from tfb.rows import RowError, RowFormat
 from tfb.sources import find_sources
-from tfb.windows import Item, Reading, check_unchanged, error_text, parse_columns, windows
+from tfb.windows import Item, Reading, check_unchanged, error_text, windows
 
 HASHES = st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 20), max_size=30)
 
 
 def reading(path: Path, rows: list[Any], **how: Any) -> Reading:
     path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
-    return Reading(find_sources([path]), **({"task": "SEQ_CLS"} | how))
+    return Reading(find_sources([path]), RowFormat(task="SEQ_CLS"), **how)
 
 
 def items(read: Reading) -> list[Item]:
@@ -87,7 +87,7 @@ def test_the_second_row_of_an_id_is_an_error(
     assert found[2].error == (
         f"{tmp_path / 'a.jsonl'}:3: the id 'r1' was already used; give every row its own"
     )
-    assert "missing column 'text'" in str(found[3].error) or "no task" in str(found[3].error)
+    assert "no column 'text'" in str(found[3].error)
 
 
 def test_faulty_rows_keep_what_can_be_told(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_faulty_rows_keep_what_can_be_told(tmp_path: Path) -> None:
     found = items(reading(tmp_path / "a.jsonl", rows, keep=("tag",)))
     assert [i.id for i in found] == [None, "7", None, "r8"]
     assert found[1].kept == {"tag": 1} and found[3].kept == {}
-    assert "'text' is empty" in str(found[1].error)
+    assert "no column 'text', or nothing in it" in str(found[1].error)
     assert "a column that is to be kept ('tag') cannot be written" in str(found[3].error)
 
 
@@ -108,24 +108,14 @@ def test_error_texts_are_bounded_and_plain() -> None:
 # --- columns --------------------------------------------------------------------------------------
 
 
-def test_columns_under_other_names(tmp_path: Path) -> None:
-    row = {"uid": 3, "question": "2+2?", "options": ["A", "B"], "gold": "B", "prompt": "no"}
-    columns = parse_columns(["id=uid,prompt=question", "choices=options", "label=gold"])
-    (item,) = items(reading(tmp_path / "a.jsonl", [row], task="CAUSAL_LM", columns=columns))
-    assert item.row is not None and (item.row.id, item.row.prompt) == ("3", "2+2?")
-    assert item.row.choices == ("A", "B") and item.row.label == 1
-
-
-def test_bad_column_options() -> None:
-    for option, message in (
-        ("prompt", "expected name=column"),
-        ("prompt=", "expected name=column"),
-        ("question=prompt", "'question' is none of id, prompt, choices, label, text"),
-        ("id=a,id=b", "named twice"),
-        ("id=a,text=a", "named twice"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            parse_columns([option])
+def test_rows_without_ids_have_their_number(tmp_path: Path) -> None:
+    """Whatever stands in front, an error too; of what cannot be read it need not be the id."""
+    rows = [{"text": "a"}, "{", {"text": ""}, {"text": "b", "id": "x"}, {"text": "c"}]
+    found = items(reading(tmp_path / "a.jsonl", rows))
+    assert [i.id for i in found] == ["0", None, "2", "x", "4"]
+    assert [i.row is None for i in found] == [False, True, True, False, False]
+    again = items(reading(tmp_path / "a.jsonl", [*rows, {"text": "d"}]))
+    assert [i.key for i in again[:5]] == [i.key for i in found]
 
 
 def test_csv_values_get_their_types(tmp_path: Path) -> None:
@@ -134,7 +124,7 @@ def test_csv_values_get_their_types(tmp_path: Path) -> None:
         'id,prompt,choices,label\n1,p,A|B,B\n2,p,"[""A"", ""B|C""]",1\n3,p,A|B,\n4,p,1|0,1\n'
         "5,p,[A,B\n6,p,A|B,9\n7,p,A|B,x\n"
     )
-    found = items(Reading(find_sources([path]), "CAUSAL_LM"))
+    found = items(Reading(find_sources([path]), RowFormat(task="CAUSAL_LM")))
     rows = [i.row for i in found]
     assert [(r.choices, r.label) for r in rows if r is not None] == [
         (("A", "B"), 1), (("A", "B|C"), 1), (("A", "B"), None), (("1", "0"), 0),
@@ -146,7 +136,7 @@ def test_labels_that_pandas_made_float(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     table = {"id": ["1", "2", "3", "4"], "text": ["a"] * 4, "label": [1.0, float("nan"), None, 0.5]}
     pq.write_table(pa.table(table), path)
-    found = items(Reading(find_sources([path]), "SEQ_CLS"))
+    found = items(Reading(find_sources([path]), RowFormat(task="SEQ_CLS")))
     assert [i.row.label for i in found[:3] if i.row] == [1, None, None]
     assert "'label' is the number 0.5" in str(found[3].error)
 

@@ -162,14 +162,40 @@ def load_base(name: str | Path, adapter: str | Path) -> nn.Module:
 
     # Left alone, transformers keeps a checkpoint's bfloat16, which CPUs are slow at.
     dtype = "auto" if torch.cuda.is_available() else torch.float32
+    folder, task = _task(adapter)
+    classes = {
+        "CAUSAL_LM": transformers.AutoModelForCausalLM,
+        "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
+        "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+    }
+    return _pretrained(classes[task], name, dtype=dtype, **_head(adapter, folder, task))
+
+
+def base_config(name: str | Path, adapter: str | Path) -> Any:
+    """The configuration that an adapter's base model will have, without loading weights.
+
+    Raises:
+        AdapterError: as ``load_base``. OSError, ValueError: no configuration can be loaded.
+    """
+    from transformers import AutoConfig
+
+    head = _head(adapter, *_task(adapter))
+    return AutoConfig.from_pretrained(str(name), trust_remote_code=False, **head)
+
+
+def _task(adapter: str | Path) -> tuple[Path, str]:
+    """The local folder of an adapter, and its task."""
     folder = adapter_folder(adapter)
     task = str(adapter_config(folder).get("task_type"))
-    if task == "CAUSAL_LM":
-        return _pretrained(transformers.AutoModelForCausalLM, name, dtype=dtype)
-    if task == "SEQ_2_SEQ_LM":
-        return _pretrained(transformers.AutoModelForSeq2SeqLM, name, dtype=dtype)
-    if task != "SEQ_CLS":
+    if task not in TASKS:
         raise AdapterError(f"{adapter}: task_type {task}; supported: {', '.join(TASKS)}")
+    return folder, task
+
+
+def _head(adapter: str | Path, folder: Path, task: str) -> dict[str, int]:
+    """The number of labels of a SEQ_CLS adapter's head, as transformers takes it."""
+    if task != "SEQ_CLS":
+        return {}
     heads = [
         shape[0]
         for key, shape in adapter_tensor_shapes(folder).items()
@@ -180,9 +206,7 @@ def load_base(name: str | Path, adapter: str | Path) -> nn.Module:
             f"{adapter}: a SEQ_CLS adapter without its head (modules_to_save); the labels' number "
             "and weights are unknown"
         )
-    return _pretrained(
-        transformers.AutoModelForSequenceClassification, name, num_labels=heads[-1], dtype=dtype
-    )
+    return {"num_labels": heads[-1]}
 
 
 def _pretrained(kind: Any, name: str | Path, **options: Any) -> nn.Module:

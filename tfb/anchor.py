@@ -327,10 +327,11 @@ def _with_tensors(batch: Mapping[str, Any]) -> Mapping[str, Any]:
     Raises:
         TypeError: not a batch.
     """
-    if not isinstance(batch, Mapping):
+    if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
         raise TypeError(
-            f"anchors: expected batches (dicts of tensors), got {type(batch).__name__}; rows go "
-            "through tfb.scoring.encode(bayes, rows, tokenizer) first"
+            "anchors: expected encoded rows, or batches (dicts with input_ids and other tensors), "
+            f"got {type(batch).__name__}; write anchors = tfb.scoring.encode(bayes, data, "
+            "tokenizer) for files, DataFrames, Datasets and lists of rows"
         )
     names = [n for n in ("labels", "label_ids") if isinstance(batch.get(n), list)]
     return {**batch, **{n: torch.tensor(batch[n]) for n in names}} if names else batch

@@ -30,6 +30,7 @@ from tfb.adapters import load_adapter, load_base, save_adapter
 from tfb.choices import check_length_normalization
 from tfb.convert import bayesianize
 from tfb.draws import stable_layer_id
+from tfb.encoding import check_label_tokens
 from tfb.engine import BayesianModel, check_mode
 from tfb.posterior import LowRankPosterior
 from tfb.search import SigmaFit
@@ -133,6 +134,8 @@ def save(
             "mode": bayes.mode,
             "tail": bayes.tail,
             "length_normalization": bayes.length_normalization,
+            "label_tokens": bayes.label_tokens,
+            "labels": None if bayes.labels is None else list(bayes.labels),
             "task": bayes.task,
             "layers": {name: p.scaling for name, p in bayes.posteriors.items()},
             "layer_scales": bayes.layer_scales,
@@ -171,6 +174,11 @@ def read_sidecar(folder: str | Path) -> dict[str, Any]:
                 f"({data.get('versions', {}).get('tfb', 'unknown')})"
             )
     bad = [key for key, types in _FIELDS.items() if not isinstance(data.get(key), types)]
+    labels = data.get("labels")  # absent, as label_tokens is, before 0.2
+    if labels is not None and not (
+        isinstance(labels, list) and all(isinstance(name, str) for name in labels)
+    ):
+        bad.append("labels")
     if not bad and not (math.isfinite(data["sigma"]) and data["sigma"] >= 0):
         bad = ["sigma"]
     if bad:
@@ -199,6 +207,8 @@ def load(base_model: nn.Module | str | Path, folder: str | Path) -> BayesianMode
     check_mode(sidecar["mode"], sidecar.get("tail"))
     normalization = sidecar.get("length_normalization", "none")  # absent before choices had several
     check_length_normalization(normalization)
+    label_tokens = sidecar.get("label_tokens", "all")
+    check_label_tokens(label_tokens)
     if not isinstance(base_model, nn.Module):
         base_model = load_base(base_model, folder)
     model = load_adapter(base_model, folder)
@@ -225,7 +235,9 @@ def load(base_model: nn.Module | str | Path, folder: str | Path) -> BayesianMode
     bayes.sigma, bayes.source = sidecar["sigma"], folder
     bayes.set_layer_scales(sidecar.get("layer_scales") or bayes.layer_scales)
     bayes.set_mode(sidecar["mode"], sidecar.get("tail"))
-    bayes.length_normalization = normalization
+    bayes.length_normalization, bayes.label_tokens = normalization, label_tokens
+    if sidecar.get("labels") is not None:
+        bayes.labels = tuple(sidecar["labels"])
     return bayes
 
 

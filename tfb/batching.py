@@ -41,6 +41,8 @@ class EncodedRows:
     choice_ids: list[tuple[tuple[int, ...], ...] | None] | None = None
     """Per row the tokens of each of its K_i choices, for rows with a choice of several tokens; None
     for any other row, or for all of them."""
+    truncated: list[int] | None = None
+    """Per row how many tokens were left out; None where none ever were."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -72,6 +74,7 @@ class EncodedRows:
             if self.token_type_ids is None
             else [self.token_type_ids[i] for i in keep],
             choice_ids=None if self.choice_ids is None else [self.choice_ids[i] for i in keep],
+            truncated=None if self.truncated is None else [self.truncated[i] for i in keep],
         )
 
     @cached_property

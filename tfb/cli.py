@@ -11,20 +11,26 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from tfb.console import (
+    LABEL_TOKENS_HELP,
+    Columns,
+    Input,
+    Labels,
+    Truncate,
     check_batch_size,
     check_draws,
     check_labels,
-    encode_early,
     load_artifact,
+    note_label_tokens,
     out,
     print_fit,
+    print_label_tokens,
     print_metrics,
     progress_bar,
     quiet,
@@ -68,8 +74,12 @@ def main() -> NoReturn:
 def fit(
     model: Model,
     adapter: Annotated[str, typer.Option(help="PEFT LoRA adapter: folder or hub name")],
-    anchors: Annotated[Path, typer.Option(help="anchor rows, JSONL")],
+    anchors: Annotated[Path, typer.Option(help="anchor rows: JSONL, CSV, Parquet, Arrow")],
     output: Annotated[Path, typer.Option("--out", help="new folder for the artifact")],
+    columns: Columns = None,
+    labels: Labels = None,
+    truncate: Truncate = None,
+    label_tokens: Annotated[str, typer.Option(help=LABEL_TOKENS_HELP)] = "all",
     metric: Annotated[
         str, typer.Option(help="nll, accuracy, pseudo_nll, embedding_norm, expected_nll")
     ] = "nll",
@@ -101,14 +111,13 @@ def fit(
     batch_size: BatchSize = 50,
 ) -> None:
     """Search sigma on anchor rows and write the artifact."""
-    from tfb.adapters import adapter_config, adapter_folder, load_adapter, load_base
+    from tfb.adapters import adapter_folder, load_adapter, load_base
     from tfb.anchor import SUPERVISED, AnchorSet
     from tfb.artifact import check_output_folder
     from tfb.choices import check_length_normalization
     from tfb.convert import bayesianize
     from tfb.engine import check_mode
-    from tfb.rows import read_rows
-    from tfb.scoring import encode, load_tokenizer, set_padding, to_device
+    from tfb.scoring import compare_label_tokens, set_padding, to_device
     from tfb.search import (
         SEARCH_DRAWS,
         TOLERANCE,
@@ -129,22 +138,28 @@ def fit(
     objective = default_objective(objective, metric, tolerance, search, compat)
     tolerance = TOLERANCE if tolerance is None else tolerance
     check_arguments(metric, tolerance, search, objective, draws or SEARCH_DRAWS, compat=compat)
-    rows = read_rows(anchors, limit=limit)
+    source = adapter_folder(adapter)
+    given = Input.of(model, source, columns, labels, truncate, label_tokens=label_tokens)
+    rows = given.read(anchors, limit)
     if not compat and metric in SUPERVISED:
         check_labels(
             rows, f"metric {metric} needs one on every row of --anchors (embedding_norm needs none)"
         )
-    source = adapter_folder(adapter)
-    tokenizer = load_tokenizer(model)
-    task = str(adapter_config(source).get("task_type"))
-    encoded = encode_early(rows, tokenizer, model, task)
-    if encoded is not None:
-        AnchorSet.of(encoded).check("pseudo_nll" if compat else metric)
+    encoded = given.encode(rows)
+    AnchorSet.of(encoded).check("pseudo_nll" if compat else metric)
     bayes = bayesianize(load_adapter(load_base(model, adapter), adapter), seed=seed)
     bayes.source, bayes.length_normalization = source, length_normalization
-    set_padding(bayes, tokenizer)
+    bayes.label_tokens, bayes.labels = label_tokens, given.form.labels
+    set_padding(bayes, given.tokenizer)
     to_device(bayes)
-    encoded = encode(bayes, rows, tokenizer) if encoded is None else encoded
+    extra: dict[str, Any] = {"anchors": anchors.name}
+    if bayes.task != "SEQ_CLS" and all(row.label is not None for row in rows):
+        figures = compare_label_tokens(
+            bayes, rows, given.tokenizer, truncate=truncate, batch_size=batch_size
+        )
+        if figures is not None:
+            extra["label_tokens_nll"] = figures
+            print_label_tokens(figures, label_tokens)
     with progress_bar("searching sigma (rows x draws)", None) as advance:
         found = fit_sigma(
             bayes,
@@ -161,7 +176,7 @@ def fit(
             compat=compat,
             progress=advance,
         )
-    bayes.save(output, fit=found, anchors=str(anchors.name))
+    bayes.save(output, fit=found, **extra)
     print_fit(found)
     out.print(f"artifact: {output}", markup=False, soft_wrap=True)
 
@@ -170,7 +185,13 @@ def fit(
 def evaluate(
     model: Model,
     artifact: Annotated[Path, typer.Option(help="folder written by tfb fit")],
-    data: Annotated[Path, typer.Option(help="labelled rows, JSONL")],
+    data: Annotated[Path, typer.Option(help="labelled rows: JSONL, CSV, Parquet, Arrow")],
+    columns: Columns = None,
+    labels: Labels = None,
+    truncate: Truncate = None,
+    label_tokens: Annotated[
+        str | None, typer.Option(help=f"{LABEL_TOKENS_HELP}; default: as fitted")
+    ] = None,
     sigma: Annotated[float | None, typer.Option(help="use this sigma instead")] = None,
     mode: Mode = None,
     tail: Tail = None,
@@ -183,8 +204,7 @@ def evaluate(
     from tfb.artifact import read_sidecar
     from tfb.engine import check_mode
     from tfb.metrics import evaluate as measure
-    from tfb.rows import read_rows
-    from tfb.scoring import encode, evaluations, load_tokenizer, pad_token
+    from tfb.scoring import evaluations, pad_token
 
     quiet()
     check_mode(mode or "full", tail)
@@ -194,32 +214,42 @@ def evaluate(
         raise ValueError(f"--sigma {sigma}: expected a finite number >= 0")
     if json_out is not None and json_out.exists():
         raise ValueError(f"--json {json_out} exists already; choose another name")
-    rows = read_rows(data, limit=limit)
+    sidecar = read_sidecar(artifact)
+    chosen = label_tokens or sidecar.get("label_tokens", "all")
+    given = Input.of(
+        model, artifact, columns, labels, truncate, saved=sidecar.get("labels"), label_tokens=chosen
+    )
+    rows = given.read(data, limit)
     check_labels(rows, "evaluate needs one on every row")
-    task = str(read_sidecar(artifact)["task"])
-    tokenizer = load_tokenizer(model)
-    encoded = encode_early(rows, tokenizer, model, task)
-    bayes = load_artifact(model, artifact, tokenizer, mode, tail)
+    encoded = given.encode(rows)
+    note_label_tokens(sidecar, chosen)
+    bayes = load_artifact(model, artifact, given.tokenizer, mode, tail)
     if sigma is not None:
         bayes.sigma = sigma
-    encoded = encode(bayes, rows, tokenizer) if encoded is None else encoded
     with progress_bar("evaluating", 2 * len(rows)) as advance:
         found = evaluations(
             bayes, encoded, dataset=data.stem, draws=draws, batch_size=batch_size,
-            pad=pad_token(bayes, tokenizer), progress=advance,
+            pad=pad_token(bayes, given.tokenizer), progress=advance,
         )  # fmt: skip
     print_metrics(found)
     if bayes.sigma == 0.0:
         out.print("sigma = 0: no noise, so tfb is the deterministic adapter")
     if json_out is not None:
-        reference, labels = found[0].probs.argmax(-1), found[0].labels
-        assert labels is not None
+        reference, truth = found[0].probs.argmax(-1), found[0].labels
+        assert truth is not None
         figures = {
-            e.name: measure(e.probs, labels, reference_predictions=reference).to_dict()
+            e.name: measure(e.probs, truth, reference_predictions=reference).to_dict()
             for e in found
         }
         averaged = found[-1].draws  # one where sigma is 0
-        setting = {"sigma": bayes.sigma, "draws": averaged, "mode": bayes.mode, "tail": bayes.tail}
+        setting = {
+            "sigma": bayes.sigma,
+            "draws": averaged,
+            "mode": bayes.mode,
+            "tail": bayes.tail,
+            "label_tokens": chosen,
+            "truncated": sum(n > 0 for n in encoded.truncated or ()),
+        }
         write_json(json_out, {"data": str(data.name), **setting, "metrics": figures})
 
 

@@ -6,14 +6,21 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from tfb.batching import EncodedRows
+    from tfb.encoding import RowEncoder
+    from tfb.rows import Row, RowFormat
 
 out = Console(width=None if sys.stdout.isatty() else 120)
 
@@ -41,25 +48,120 @@ def check_batch_size(batch_size: int) -> None:
 def check_labels(rows: Sequence[Any], needed: str) -> None:
     """Refuse the first row without a label, by file and line; ``needed``: by what."""
     if bare := [row.source for row in rows if row.label is None]:
-        raise ValueError(f"{bare[0]}: no label; {needed}")
+        raise ValueError(
+            f"{bare[0]}: no label; {needed}; if its column has another name: --columns label=NAME"
+        )
 
 
-def _early_config(model: str, task: str) -> Any:
-    """The base model's configuration, if rows can be checked by it before weights are loaded.
+# --- how rows are read ----------------------------------------------------------------------------
 
-    None for a classification head: its number of classes comes with the adapter's weights.
+Columns = Annotated[
+    list[str] | None,
+    typer.Option("--columns", help="text=sentence,label=gold: names of your columns"),
+]
+Labels = Annotated[
+    str | None,
+    typer.Option(help="a,b,c: names of the classes in order; choices of rows that bring none"),
+]
+Truncate = Annotated[
+    str | None, typer.Option(help="left or right: cut rows that are too long, and say so")
+]
+LABEL_TOKENS_HELP = "by which tokens choices are scored: all, or the last one (authors' scripts)"
+
+
+def parse_columns(options: Sequence[str] | None) -> dict[str, str]:
+    """ "prompt=question,choices=options" as {"prompt": "question", "choices": "options"}.
+
+    Raises:
+        ValueError: not of that form, or a name on the left twice.
     """
-    from transformers import AutoConfig
+    found: dict[str, str] = {}
+    for pair in (p for option in options or () for p in option.split(",")):
+        ours, separator, theirs = pair.partition("=")
+        if not (separator and ours and theirs):
+            raise ValueError(f"--columns {pair!r}: expected name=column, such as text=sentence")
+        if ours in found:
+            raise ValueError(f"--columns {pair}: {ours!r} is named twice")
+        found[ours] = theirs
+    return found
 
-    return AutoConfig.from_pretrained(model, trust_remote_code=False) if task != "SEQ_CLS" else None
+
+def parse_labels(option: str | None) -> tuple[str, ...] | None:
+    """ "a,b,c" as ("a", "b", "c")."""
+    return None if option is None else tuple(name.strip() for name in option.split(","))
 
 
-def encode_early(rows: Any, tokenizer: Any, model: str, task: str) -> Any:
-    """The rows encoded, and so checked, before weights are loaded; None where that is too early."""
-    from tfb.scoring import encode_rows
+@dataclass(frozen=True)
+class Input:
+    """Rows of files as a command reads them: for an adapter or artifact, before its weights are.
 
-    config = _early_config(model, task)
-    return None if config is None else encode_rows(rows, tokenizer, task, config)
+    Attributes:
+        tokenizer: of the base model. form: how fields become rows. encoder: makes tokens of them.
+    """
+
+    tokenizer: Any
+    form: RowFormat
+    encoder: RowEncoder
+
+    @classmethod
+    def of(
+        cls,
+        model: str,
+        adapter: str | Path,
+        columns: Sequence[str] | None,
+        labels: str | None,
+        truncate: str | None,
+        *,
+        saved: Sequence[str] | None = None,
+        label_tokens: str = "all",
+    ) -> Input:
+        """Read configurations and the tokenizer; ``saved``: the labels of an artifact.
+
+        Raises:
+            ValueError: options that cannot work, another number of labels than the head has.
+        """
+        from tfb.adapters import adapter_config, base_config
+        from tfb.encoding import RowEncoder, check_label_tokens, check_truncate
+        from tfb.rows import RowFormat, class_names
+        from tfb.scoring import load_tokenizer
+
+        given, named = parse_columns(columns), parse_labels(labels)
+        check_truncate(truncate)
+        check_label_tokens(label_tokens)
+        RowFormat(given, named)  # names that cannot be, before anything is loaded
+        tokenizer = load_tokenizer(model)
+        task = str(adapter_config(adapter).get("task_type"))
+        config = base_config(model, adapter)
+        known = named or (None if saved is None else tuple(saved))
+        if task == "SEQ_CLS":
+            known = known or class_names(config)
+            if known is not None and len(known) != config.num_labels:
+                raise ValueError(
+                    f"--labels names {len(known)} classes, but the adapter's head has "
+                    f"{config.num_labels}; name all of them in order"
+                )
+        how: dict[str, Any] = {"label_tokens": label_tokens, "truncate": truncate}
+        encoder = RowEncoder.of(tokenizer, task, config, **how)
+        return cls(tokenizer, RowFormat(given, known, task), encoder)
+
+    def read(self, path: Path, limit: int | None) -> list[Row]:
+        """The rows of a file, folder or pattern."""
+        from tfb.readers import read_rows
+
+        form = self.form
+        return read_rows(
+            path, columns=form.columns, labels=form.labels, task=form.task, limit=limit
+        )
+
+    def encode(self, rows: Sequence[Row]) -> EncodedRows:
+        """The rows as tokens; says so if some were cut."""
+        encoded = self.encoder(rows)
+        if cut := sum(n > 0 for n in encoded.truncated or ()):
+            note(
+                f"{cut} of {len(rows)} rows were cut on the {self.encoder.truncate} to "
+                f"{self.encoder.limit} tokens"
+            )
+        return encoded
 
 
 def load_artifact(
@@ -80,11 +182,32 @@ def load_artifact(
 def note_mode(searched: tuple[str, int | None], mode: str | None, tail: int | None) -> None:
     """Say that sigma was searched in another mode than the one asked for (None: in that one)."""
     if mode is not None and searched != (mode, tail):
-        Console(stderr=True).print(
-            f"note: sigma was searched with mode={searched[0]} tail={searched[1]}; it need not "
-            f"suit mode={mode} tail={tail}",
-            soft_wrap=True,
+        note(
+            f"sigma was searched with mode={searched[0]} tail={searched[1]}; it need not suit "
+            f"mode={mode} tail={tail}"
         )
+
+
+def note_label_tokens(sidecar: Mapping[str, Any], chosen: str) -> None:
+    """Say that choices are scored in another way than the adapter was trained for."""
+    figures = (sidecar.get("extra") or {}).get("label_tokens_nll")
+    if isinstance(figures, dict) and chosen in figures and min(figures.values()) < figures[chosen]:
+        said = ", ".join(f"{nll:.4g} with {name!r}" for name, nll in figures.items())
+        note(
+            f"label_tokens is {chosen!r}, but the adapter was trained for "
+            f"{min(figures, key=figures.__getitem__)!r}: on the anchors its NLL was {said}"
+        )
+    elif "label_tokens" not in sidecar and sidecar["task"] != "SEQ_CLS":
+        note(
+            "the artifact is of tfb 0.1, which left out spaces that begin a choice; choices are "
+            "now scored by all of their tokens. Fit again, with --label-tokens last for an adapter "
+            "that was trained on the last token alone"
+        )
+
+
+def note(text: str) -> None:
+    """A remark on stderr."""
+    Console(stderr=True).print(f"note: {text}", soft_wrap=True, markup=False, highlight=False)
 
 
 # --- what is printed and written ------------------------------------------------------------------
@@ -125,6 +248,18 @@ def print_fit(found: Any) -> None:
         out.print(f"95 % interval over anchors and draws: {low:.4g} to {end}", soft_wrap=True)
     for note in found.notes:
         out.print(f"note: {note}", markup=False, soft_wrap=True)
+
+
+def print_label_tokens(figures: Mapping[str, float], chosen: str) -> None:
+    """By which tokens of the choices the adapter was trained, as its NLL on the anchors tells."""
+    trained = min(figures, key=figures.__getitem__)
+    said = ", ".join(f"{nll:.4g} with {name!r}" for name, nll in figures.items())
+    out.print(f"label_tokens: NLL {said}: the adapter was trained for {trained!r}", markup=False)
+    if trained != chosen:
+        note(
+            f"the search goes on with {chosen!r}, where the adapter's figures are wrong; stop it "
+            f"and fit with --label-tokens {trained}"
+        )
 
 
 def print_metrics(found: list[Any]) -> None:

@@ -26,7 +26,6 @@ def run(folder: Path | None, *, draws: int) -> None:
     from tfb.findings import comparisons, named
     from tfb.metrics import fit_temperature
     from tfb.report import check_report_folder, write_report
-    from tfb.rows import Row
     from tfb.scoring import encode, evaluations, load_tokenizer, pad_token, predict_rows
 
     started = time.perf_counter()
@@ -38,17 +37,7 @@ def run(folder: Path | None, *, draws: int) -> None:
     pad = pad_token(bayes, tokenizer)
 
     def rows(split: str) -> Any:
-        return encode(
-            bayes,
-            [
-                Row(
-                    id=r["id"], prompt=r["prompt"], choices=tuple(r["choices"]), label=r["label"],
-                    source=r["id"],
-                )
-                for r in digits.rows(split)
-            ],
-            tokenizer,
-        )  # fmt: skip
+        return encode(bayes, digits.rows(split), tokenizer)
 
     anchors = rows("anchor")
     out.print(
@@ -81,6 +70,6 @@ def run(folder: Path | None, *, draws: int) -> None:
         out.print(named(c), soft_wrap=True)
     page = write_report(
         folder, found, fit.to_dict(), title="Digits: an over-fitted adapter",
-        commands=["tfb demo"], overwrite=replace,
+        overwrite=replace,
     )  # fmt: skip
     out.print(f"pictures and page: {page}  ({time.perf_counter() - started:.0f} s in all)")

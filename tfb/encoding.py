@@ -1,300 +1,437 @@
-"""Task rows to token ids: which tokens the model reads, and which head columns are the choices.
+"""Task rows to token ids: what the model reads, and by which tokens a choice is scored.
 
-Choice rows (causal language models). A choice is scored by the tokens that continue the prompt with
-it. ' A' and 'A' are different tokens, and which of them follows the prompt is the tokenizer's
-business, so prompt + choice is tokenized as one text and what follows the prompt's own tokens is
-taken:
+A choice of a causal language model is scored as the continuation of its prompt. ' A' and 'A' are
+different tokens, and which of them follows is the tokenizer's business, so prompt + choice is
+tokenized as one text:
 
 1. Join. Where neither the prompt ends nor the choice starts with whitespace, `separator` (one
-   space) goes between them. "Topic" + "A" is read as "Topic A".
+   space) goes between them: "Topic" + "A" is read as "Topic A". After chat messages it is the
+   whitespace that the chat template writes between its generation prompt and an answer.
 2. The prompt's tokens must be a prefix of the whole text's tokens. Where they are not ("Answer: "
    + "A", where most tokenizers have a token " A"), the whitespace that ends the prompt is moved
    into the choices, for all choices of the row alike. Where that does not help: `RowError`.
-3. Tokens that are whitespace alone and lead the continuation are dropped: a tokenizer without a
-   token for " A" writes it as " ", "A", and the choice is told apart by the second one.
-4. What remains differs from choice to choice, and holds no unknown token.
+3. All tokens after the prompt's are the choice's: it is scored by the sum of their
+   log-probabilities (`tfb.choices`). First tokens that all choices of a row share are moved into
+   the prompt. Their probability is a factor of every choice's, so it cancels.
+   `label_tokens="last"` is the convention of the authors' scripts instead: the last token of each
+   choice, right after the prompt.
 
-Where one token of each choice remains, these are the row's *label tokens*: it is scored by their
-columns of the logits right after the prompt. A row with a longer choice is scored by summed
-log-probabilities (`tfb.choices`), all of its choices alike. For choices of one token that is the
-same thing: a softmax over log-probabilities is a softmax over logits. Step 3 is the same for both
-kinds of rows for that reason: what is dropped is neither read nor scored, so that the odds of two
-letters do not change because a third choice of the row is a word. One choice may be the beginning
-of another; its summed log-probability is then never the smaller one.
+Where one token of each choice is left, the row is scored by these columns of one position's logits.
+For choices of one token that is the same: a softmax over log-probabilities is one over logits.
 
-Special tokens in front (BOS) are kept, those at the end (EOS, SEP) are removed from choice rows:
-the model is to continue the prompt. Text rows keep what the tokenizer adds.
-
-Nothing is ever truncated.
+Special tokens in front (BOS) are kept, exactly one where the text itself begins with it; those at
+the end (EOS, SEP) are removed from choice rows, since the model is to continue the prompt. Text
+rows keep what the tokenizer adds. Nothing is truncated unless `truncate` says on which side.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NoReturn
+
+from jinja2 import TemplateError
 
 from tfb.batching import EncodedRows
 from tfb.rows import Row, RowError
 
 Tokenizer = Any  # a transformers tokenizer; importing its type would import all of transformers
+Pair = tuple[str, list[str]]  # a prompt, and its choices as they continue it
+Tokens = tuple[list[int], list[list[int]]]  # the same as token ids
 
+LABEL_TOKENS = ("all", "last")
+SIDES = ("left", "right")
 # Rows tokenized in one call: enough to occupy the tokenizer, small enough for memory.
 CHUNK = 1024
-# What stands for whitespace inside tokens: SentencePiece's mark, the byte-level alphabet's space,
-# newline, tab and return, and byte fallback.
-_SPACE_MARKS = "▁ĠĊĉč \t\n\r"
-_SPACE_BYTES = {"<0x09>", "<0x0A>", "<0x0D>", "<0x20>"}
+# A token that goes on over a space: "▁" is SentencePiece's, "Ġ" the byte-level alphabet's.
+_OVER_A_SPACE = re.compile("[^▁Ġ ][▁Ġ ]")
 
 
-def encode_choices(
-    rows: Sequence[Row],
-    tokenizer: Tokenizer,
-    *,
-    max_length: int | None = None,
-    separator: str = " ",
-) -> EncodedRows:
-    """Token ids of the prompts and of the choices; the rule is at the top of the file.
+def check_label_tokens(value: Any) -> None:
+    """Raise ValueError for an unknown convention."""
+    if value not in LABEL_TOKENS:
+        raise ValueError(f"label_tokens={value!r}: expected one of {', '.join(LABEL_TOKENS)}")
+
+
+def check_truncate(value: Any) -> None:
+    """Raise ValueError for an unknown side."""
+    if value is not None and value not in SIDES:
+        raise ValueError(f"truncate={value!r}: expected one of {', '.join(SIDES)}, or None")
+
+
+class RowEncoder:
+    """Encodes the rows of one task for one tokenizer and one model; the rule is at the top.
 
     Args:
-        rows: choice rows; the number of choices may differ from row to row.
-        max_length: the most tokens a prompt may have, the model's number of positions;
-            None: the tokenizer's own `model_max_length`.
+        tokenizer: of transformers.
+        task: "CAUSAL_LM" and "SEQ_2_SEQ_LM" take choice rows, "SEQ_CLS" text rows.
+        num_labels: classes of a SEQ_CLS head.
+        max_length: the most tokens that the model takes; None: the tokenizer's
+            `model_max_length`.
+        label_tokens: "all" tokens of a choice, or the "last" one right after the prompt.
+        truncate: None: a longer row is an error. "left" or "right": the side on which its prompt
+            or text loses tokens; special tokens and choices stay.
         separator: goes between prompt and choice where neither brings whitespace; "" joins them
             directly, for scripts without spaces.
 
     Raises:
-        RowError: no rows, a text row, a prompt with its choices longer than `max_length`, a choice
-            with tokens unknown to the tokenizer, two choices of the same tokens, or a prompt that
-            merges with its choices.
+        ValueError: an unknown setting, or fewer than two labels.
     """
-    _check_choice_rows(rows)
-    tail = _added_at_end(tokenizer)
-    input_ids: list[list[int]] = []
-    continuations: list[tuple[tuple[int, ...], ...]] = []
-    for start in range(0, len(rows), CHUNK):
-        chunk = rows[start : start + CHUNK]
-        pairs = [_join(row, separator) for row in chunk]
-        found = _split(tokenizer, tail, pairs)
-        retry = [i for i, row in enumerate(found) if row is None and pairs[i][0][-1].isspace()]
-        moved = _split(tokenizer, tail, [_move_whitespace(*pairs[i]) for i in retry])
-        found = list(found)
-        for i, again in zip(retry, moved, strict=True):
-            found[i] = again
-        for row, tokens in zip(chunk, found, strict=True):
-            if tokens is None:
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        task: str = "CAUSAL_LM",
+        *,
+        num_labels: int | None = None,
+        max_length: int | None = None,
+        label_tokens: str = "all",
+        truncate: str | None = None,
+        separator: str = " ",
+    ) -> None:
+        check_label_tokens(label_tokens)
+        check_truncate(truncate)
+        if task == "SEQ_CLS" and (num_labels is None or num_labels < 2):
+            raise ValueError(f"num_labels must be at least 2, got {num_labels}")
+        self.tokenizer, self.task, self.num_labels = tokenizer, task, num_labels
+        self.label_tokens, self.truncate, self.separator = label_tokens, truncate, separator
+        # A tokenizer that knows no limit reports a huge number, which no row exceeds.
+        self.limit = int(tokenizer.model_max_length if max_length is None else max_length)
+        self._glue: str | None = None
+        self._front: list[int] = []
+        self._front, self._back = self._added()
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, task: str, config: Any, **options: Any) -> RowEncoder:
+        """For a model's task and configuration; its weights need not be there."""
+        limit = getattr(config, "max_position_embeddings", None)
+        labels = int(config.num_labels) if task == "SEQ_CLS" else None
+        return cls(tokenizer, task, num_labels=labels, max_length=limit, **options)
+
+    def __call__(self, rows: Sequence[Row]) -> EncodedRows:
+        """Encode rows, in their order.
+
+        Raises:
+            RowError: no rows, a row of the other kind, a row longer than the model takes, a label
+                outside the classes, a choice with tokens that the tokenizer does not know, two
+                choices of the same tokens, a prompt that merges with its choices, messages that
+                the chat template refuses, or, of an encoder-decoder, a choice of several tokens.
+        """
+        if not rows:
+            raise RowError("there are no rows to encode; give at least one")
+        if self.task == "SEQ_CLS":
+            return self._texts(rows)
+        for row in rows:
+            if row.choices is None:
+                _fail(row, "this is a text row", "use rows with 'prompt' and 'choices' here")
+            if row.prompt == "" or not all(row.choices):
+                _fail(row, "the prompt or a choice is empty", "write some text into it")
+        return self._answers(rows) if self.task == "SEQ_2_SEQ_LM" else self._choices(rows)
+
+    # --- the three kinds of rows ------------------------------------------------------------------
+
+    def _choices(self, rows: Sequence[Row]) -> EncodedRows:
+        """Prompts of a causal language model, and the tokens of their choices."""
+        input_ids, cut, continuations = [], [], []
+        for start in range(0, len(rows), CHUNK):
+            chunk = rows[start : start + CHUNK]
+            for row, tokens in zip(
+                chunk, self._tokens([self._pair(row) for row in chunk]), strict=True
+            ):
+                if tokens is None:
+                    _fail(
+                        row,
+                        "the last token of the prompt merges with the first of a choice",
+                        "end the prompt differently, for instance with a colon or a whole word",
+                    )
+                prompt, choices = tokens
+                if self.label_tokens == "last":
+                    choices = [ids[-1:] for ids in choices]
+                self._check_choices(row, choices)
+                # A choice's last token is scored but never read.
+                prompt, left_out = self._fit(row, prompt, self.limit + 1 - max(map(len, choices)))
+                shared = _shared(choices)
+                input_ids.append(prompt + choices[0][:shared])
+                cut.append(left_out)
+                continuations.append(tuple(tuple(ids[shared:]) for ids in choices))
+        single = [all(len(ids) == 1 for ids in choices) for choices in continuations]
+        return EncodedRows(
+            ids=[row.id for row in rows],
+            input_ids=input_ids,
+            label_ids=[
+                tuple(ids for (ids,) in choices) if one else ()
+                for choices, one in zip(continuations, single, strict=True)
+            ],
+            labels=[row.label for row in rows],
+            choices=[row.choices or () for row in rows],
+            choice_ids=None
+            if all(single)
+            else [None if one else c for c, one in zip(continuations, single, strict=True)],
+            truncated=cut,
+        )
+
+    def _answers(self, rows: Sequence[Row]) -> EncodedRows:
+        """Prompts as an encoder reads them, and each choice as the first token that a decoder
+        writes, where nothing precedes it."""
+        texts = list(dict.fromkeys(choice for row in rows for choice in row.choices or ()))
+        answers = self.tokenizer(text_target=texts, add_special_tokens=False, verbose=False)
+        known = {c: list(ids) for c, ids in zip(texts, answers["input_ids"], strict=True)}
+        input_ids, cut, label_ids = [], [], []
+        prompts = self._ids([self._pair(row)[0] for row in rows])
+        for row, prompt in zip(rows, prompts, strict=True):
+            found = [known[choice] for choice in row.choices or ()]
+            if self.label_tokens == "last":
+                found = [ids[-1:] for ids in found]
+            self._check_choices(row, found)
+            for choice, ids in zip(row.choices or (), found, strict=True):
+                if len(ids) > 1:
+                    _fail(
+                        row,
+                        f"the choice {choice!r} is an answer of {len(ids)} tokens",
+                        "name the choices of an encoder-decoder by single tokens, such as letters; "
+                        "if it was trained on the last token alone: label_tokens 'last'",
+                    )
+            label_ids.append(tuple(ids[0] for ids in found))
+            prompt, left_out = self._fit(row, prompt, self.limit, self._back)
+            input_ids.append(prompt)
+            cut.append(left_out)
+        return EncodedRows(
+            ids=[row.id for row in rows],
+            input_ids=input_ids,
+            label_ids=label_ids,
+            labels=[row.label for row in rows],
+            choices=[row.choices or () for row in rows],
+            truncated=cut,
+        )
+
+    def _texts(self, rows: Sequence[Row]) -> EncodedRows:
+        """Texts for a sequence-classification head."""
+        classes = self.num_labels or 0
+        for row in rows:
+            if row.text is None:
+                _fail(row, "this is a choice row", "use rows with 'text' for a classification head")
+            if row.label is not None and not 0 <= row.label < classes:
                 _fail(
                     row,
-                    "the last token of the prompt merges with the first of a choice",
-                    "end the prompt differently, for instance with a colon or a whole word",
+                    f"the label {row.label} is outside the model's {classes} classes",
+                    f"use an index from 0 to {classes - 1}, or a model with that class",
                 )
-            input_ids.append(tokens[0])
-            continuations.append(_choice_tokens(row, tokens[1], tokenizer))
-    # A choice's last token is scored but never read.
-    longest = [max(map(len, choices)) for choices in continuations]
-    lengths = [len(ids) + n - 1 for ids, n in zip(input_ids, longest, strict=True)]
-    _check_lengths(rows, lengths, tokenizer, max_length)
-    return EncodedRows(
-        ids=[row.id for row in rows],
-        input_ids=input_ids,
-        label_ids=[
-            tuple(ids for (ids,) in choices) if n == 1 else ()
-            for choices, n in zip(continuations, longest, strict=True)
-        ],
-        labels=[row.label for row in rows],
-        choices=[row.choices or () for row in rows],
-        choice_ids=None
-        if max(longest) == 1
-        else [None if n == 1 else c for c, n in zip(continuations, longest, strict=True)],
-    )
+        texts = [row.text for row in rows]
+        batch = self.tokenizer(texts, return_attention_mask=False, verbose=False)
+        found = [self._one_front(ids) for ids in batch["input_ids"]]
+        fitted = [
+            self._fit(row, ids, self.limit, self._back)
+            for row, ids in zip(rows, found, strict=True)
+        ]
+        types = batch.get("token_type_ids")
+        return EncodedRows(
+            ids=[row.id for row in rows],
+            input_ids=[ids for ids, _ in fitted],
+            label_ids=None,
+            labels=[row.label for row in rows],
+            choices=None,
+            num_labels=classes,
+            # One text a row is one segment, so where its types are cut does not matter.
+            token_type_ids=None
+            if types is None
+            else [list(t)[: len(ids)] for t, (ids, _) in zip(types, fitted, strict=True)],
+            truncated=[cut for _, cut in fitted],
+        )
 
+    # --- prompts and choices as text --------------------------------------------------------------
 
-def encode_answers(
-    rows: Sequence[Row], tokenizer: Tokenizer, *, max_length: int | None = None
-) -> EncodedRows:
-    """Token ids of the prompts as an encoder reads them, and the label token of each choice as the
-    first token of a decoder's answer, where nothing precedes it.
+    def _pair(self, row: Row) -> Pair:
+        """The prompt, and the choices as they continue it."""
+        prompt, separator = row.prompt or "", self.separator
+        if row.messages is not None:
+            prompt = self._rendered(row, add_generation_prompt=True)
+            if self._glue is None:
+                self._glue = self._after_generation_prompt(row, prompt)
+            separator = self._glue
+        bare = not prompt[-1].isspace()
+        choices = row.choices or ()
+        return prompt, [separator + c if bare and not c[0].isspace() else c for c in choices]
 
-    Raises:
-        RowError: no rows, a text row, a prompt longer than `max_length` (None: the tokenizer's own
-            `model_max_length`), a choice of more than one token, or one that is unknown or the
-            same as another.
-    """
-    _check_choice_rows(rows)
-    input_ids = _token_ids(tokenizer, [row.prompt or "" for row in rows])
-    texts = list(dict.fromkeys(choice for row in rows for choice in row.choices or ()))
-    answers = tokenizer(text_target=texts, add_special_tokens=False, verbose=False)["input_ids"]
-    known = dict(zip(texts, answers, strict=True))
-    label_ids = []
-    for row in rows:
-        found = _choice_tokens(row, [list(known[c]) for c in row.choices or ()], tokenizer)
-        for choice, ids in zip(row.choices or (), found, strict=True):
-            if len(ids) > 1:
-                _fail(
-                    row,
-                    f"the choice {choice!r} is an answer of {len(ids)} tokens",
-                    "name the choices of an encoder-decoder by single tokens, such as letters",
-                )
-        label_ids.append(tuple(ids for (ids,) in found))
-    _check_lengths(rows, [len(ids) for ids in input_ids], tokenizer, max_length)
-    return EncodedRows(
-        ids=[row.id for row in rows],
-        input_ids=input_ids,
-        label_ids=label_ids,
-        labels=[row.label for row in rows],
-        choices=[row.choices or () for row in rows],
-    )
-
-
-def encode_texts(
-    rows: Sequence[Row], tokenizer: Tokenizer, *, num_labels: int, max_length: int | None = None
-) -> EncodedRows:
-    """Token ids of text rows, for a sequence-classification head of `num_labels` classes.
-
-    Raises:
-        RowError: no rows, a choice row, a label outside [0, num_labels), or a text longer than
-            `max_length` (None: the tokenizer's own `model_max_length`).
-        ValueError: `num_labels` below 2.
-    """
-    if num_labels < 2:
-        raise ValueError(f"num_labels must be at least 2, got {num_labels}")
-    if not rows:
-        raise RowError("there are no rows to encode; give at least one")
-    for row in rows:
-        if row.text is None:
-            _fail(row, "this is a choice row", "use rows with 'text' for a classification head")
-        if row.label is not None and not 0 <= row.label < num_labels:
+    def _rendered(self, row: Row, *answer: dict[str, str], add_generation_prompt: bool) -> str:
+        """A row's messages through the tokenizer's chat template."""
+        if not getattr(self.tokenizer, "chat_template", None):
             _fail(
                 row,
-                f"the label {row.label} is outside the model's {num_labels} classes",
-                f"use an index from 0 to {num_labels - 1}, or a model with that class",
+                "the row has messages, but the tokenizer has no chat template",
+                "use the chat model's tokenizer, or write the text into 'prompt'",
             )
-    batch = tokenizer([row.text for row in rows], return_attention_mask=False, verbose=False)
-    input_ids = [list(ids) for ids in batch["input_ids"]]
-    types = batch.get("token_type_ids")
-    _check_lengths(rows, [len(ids) for ids in input_ids], tokenizer, max_length)
-    return EncodedRows(
-        ids=[row.id for row in rows],
-        input_ids=input_ids,
-        label_ids=None,
-        labels=[row.label for row in rows],
-        choices=None,
-        num_labels=num_labels,
-        token_type_ids=None if types is None else [list(ids) for ids in types],
-    )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [*(row.messages or ()), *answer],
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except (TemplateError, AttributeError, KeyError, TypeError, ValueError) as error:
+            _fail(row, f"the chat template refuses the messages ({error})", "see its own rules")
+        if not text:
+            _fail(row, "the chat template makes an empty prompt of the messages", "write some")
+        return str(text)
+
+    def _after_generation_prompt(self, row: Row, prompt: str) -> str:
+        """The whitespace that the template writes between its generation prompt and an answer."""
+        answer = {"role": "assistant", "content": "Answer"}
+        try:
+            whole = self._rendered(row, answer, add_generation_prompt=False)
+        except RowError:  # a template for prompts alone
+            return ""
+        between = whole[len(prompt) :].partition("Answer")[0]
+        return between if whole.startswith(prompt) and between.isspace() else ""
+
+    # --- text to tokens ---------------------------------------------------------------------------
+
+    def _tokens(self, pairs: list[Pair]) -> list[Tokens | None]:
+        """Per pair the prompt's tokens and each choice's continuation; None where they merge."""
+        found = self._spliced(pairs)
+        left = [i for i, tokens in enumerate(found) if tokens is None]
+        for i, tokens in zip(left, self._whole([pairs[i] for i in left]), strict=True):
+            found[i] = tokens
+        left = [i for i in left if found[i] is None and pairs[i][0][-1].isspace()]
+        moved = [_move_whitespace(*pairs[i]) for i in left]
+        for i, tokens in zip(left, self._whole(moved), strict=True):
+            found[i] = tokens
+        return found
+
+    def _whole(self, pairs: list[Pair]) -> list[Tokens | None]:
+        """``_tokens`` from every text as a whole."""
+        if not pairs:
+            return []
+        texts = [
+            text for prompt, choices in pairs for text in (prompt, *map(prompt.__add__, choices))
+        ]
+        encoded = iter(self._ids(texts, ended=False))
+        result: list[Tokens | None] = []
+        for _, choices in pairs:
+            prompt, *whole = (next(encoded) for _ in range(1 + len(choices)))
+            merged = not prompt or any(ids[: len(prompt)] != prompt for ids in whole)
+            result.append(None if merged else (prompt, [ids[len(prompt) :] for ids in whole]))
+        return result
+
+    def _spliced(self, pairs: list[Pair]) -> list[Tokens | None]:
+        """``_whole`` from one text a row and one for each distinct choice, None where that need
+        not be the same.
+
+        A choice that begins with a space after a prompt that does not end with one has tokens of
+        its own, whatever the prompt, if no token of the vocabulary goes on over a space: BPE merges
+        and Unigram paths on the two sides are then independent, and words are split there. What a
+        tokenizer does before its model sees the text is checked on every row, with one of its
+        choices.
+        """
+        found: list[Tokens | None] = [None] * len(pairs)
+        if not self._breaks_at_spaces:
+            return found
+        able = [
+            i
+            for i, (prompt, choices) in enumerate(pairs)
+            if not prompt[-1].isspace() and all(choice.startswith(" ") for choice in choices)
+        ]
+        distinct = list(dict.fromkeys(choice for i in able for choice in pairs[i][1]))
+        after = self._whole([("a", distinct)])[0] if distinct else None
+        if after is None:
+            return found
+        known = dict(zip(distinct, after[1], strict=True))
+        checked = [pairs[i][1][i % len(pairs[i][1])] for i in able]
+        texts = [pairs[i][0] + choice for i, choice in zip(able, checked, strict=True)]
+        for i, choice, ids in zip(able, checked, self._ids(texts, ended=False), strict=True):
+            end = len(ids) - len(known[choice])
+            if 0 < end < len(ids) and ids[end:] == known[choice]:
+                found[i] = ids[:end], [known[c] for c in pairs[i][1]]
+        return found
+
+    @cached_property
+    def _breaks_at_spaces(self) -> bool:
+        """Whether no token of the vocabulary goes on over a space."""
+        vocabulary = self.tokenizer.get_vocab()
+        return not any(not isinstance(t, str) or _OVER_A_SPACE.search(t) for t in vocabulary)
+
+    def _ids(self, texts: list[str], *, ended: bool = True, **options: bool) -> list[list[int]]:
+        """Token ids; not ``ended``: without the special tokens at the end."""
+        batch = self.tokenizer(
+            texts,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # it would warn of long texts, which are checked here
+            **options,
+        )
+        back = 0 if ended else self._back
+        return [self._one_front(ids[: len(ids) - back]) for ids in batch["input_ids"]]
+
+    def _one_front(self, ids: Sequence[int]) -> list[int]:
+        """The ids without a special token in front that the text brought and the tokenizer added
+        once more."""
+        found, n = list(ids), len(self._front)
+        while n and found[:n] == found[n : 2 * n] == self._front:
+            found = found[n:]
+        return found
+
+    def _added(self) -> tuple[list[int], int]:
+        """The special tokens that the tokenizer puts before a text, and how many after it."""
+        (bare,), (full,) = self._ids(["a"], add_special_tokens=False), self._ids(["a"])
+        for start in range(len(full) - len(bare) + 1):
+            if full[start : start + len(bare)] == bare:
+                return full[:start], len(full) - len(bare) - start
+        return [], 0
+
+    # --- checks -----------------------------------------------------------------------------------
+
+    def _check_choices(self, row: Row, found: list[list[int]]) -> None:
+        """Refuse choices that have no tokens, unknown tokens, or those of another choice."""
+        choices, seen = row.choices or (), dict[tuple[int, ...], int]()
+        for i, (choice, ids) in enumerate(zip(choices, found, strict=True)):
+            if not ids:
+                _fail(row, f"the choice {choice!r} adds no token to this prompt", "use others")
+            if self.tokenizer.unk_token_id in ids:
+                _fail(row, f"the tokenizer does not know the choice {choice!r}", "use others")
+            first = seen.setdefault(tuple(ids), i)
+            if first < i:
+                same = "token" if len(ids) == 1 else "tokens"
+                last = "" if self.label_tokens == "all" else " by label_tokens 'last'"
+                _fail(
+                    row,
+                    f"the choices {choices[first]!r} and {choice!r} are the same {same}{last} "
+                    f"({', '.join(map(str, ids))})",
+                    "use choices that differ in more than whitespace, such as letters",
+                )
+
+    def _fit(self, row: Row, ids: list[int], room: int, back: int = 0) -> tuple[list[int], int]:
+        """At most ``room`` tokens of ``ids``, and how many were left out.
+
+        back: special tokens at the end of ``ids``.
+        """
+        over = len(ids) - room
+        if over <= 0:
+            return ids, 0
+        tokens = len(ids) + self.limit - room
+        fault = f"{tokens} tokens, but the model takes {self.limit}"
+        if self.truncate is None:
+            _fail(row, fault, "shorten the row, or choose a side to truncate; nothing is silently")
+        front = len(self._front)
+        if not front and ids[:1] == [self.tokenizer.bos_token_id]:  # a chat template's own
+            front = 1
+        body = ids[front : len(ids) - back]
+        if over >= len(body):
+            _fail(row, f"{fault}, and truncation would leave nothing of the prompt", "shorten it")
+        body = body[over:] if self.truncate == "left" else body[: len(body) - over]
+        return [*ids[:front], *body, *ids[len(ids) - back :]], over
 
 
-def _check_choice_rows(rows: Sequence[Row]) -> None:
-    if not rows:
-        raise RowError("there are no rows to encode; give at least one")
-    for row in rows:
-        if row.prompt is None or row.choices is None:
-            _fail(row, "this is a text row", "use rows with 'prompt' and 'choices' here")
-        if not row.prompt or not all(row.choices):
-            _fail(row, "the prompt or a choice is empty", "write some text into it")
+def _shared(choices: list[list[int]]) -> int:
+    """The number of first tokens that all choices have in common, each keeping one token."""
+    most, n = min(map(len, choices)) - 1, 0
+    while n < most and len({ids[n] for ids in choices}) == 1:
+        n += 1
+    return n
 
 
-def _join(row: Row, separator: str) -> tuple[str, list[str]]:
-    """The prompt, and its choices as they continue it."""
-    prompt, choices = row.prompt or "", row.choices or ()
-    bare = not prompt[-1].isspace()
-    return prompt, [separator + c if bare and not c[0].isspace() else c for c in choices]
-
-
-def _move_whitespace(prompt: str, choices: list[str]) -> tuple[str, list[str]]:
+def _move_whitespace(prompt: str, choices: list[str]) -> Pair:
     """The same texts, with the whitespace that ends the prompt given to the choices."""
     short = prompt.rstrip()
     return short, [prompt[len(short) :] + choice for choice in choices]
-
-
-def _split(
-    tokenizer: Tokenizer, tail: int, pairs: list[tuple[str, list[str]]]
-) -> list[tuple[list[int], list[list[int]]] | None]:
-    """Per pair the prompt's tokens and each choice's continuation; None where they merge.
-
-    Every text is tokenized whole. Remembering a choice's tokens from another prompt would be right
-    only for tokenizers that always break at whitespace, which cannot be seen from outside.
-    """
-    if not pairs:
-        return []
-    texts = [text for prompt, choices in pairs for text in (prompt, *(prompt + c for c in choices))]
-    encoded = _token_ids(tokenizer, texts)
-    result: list[tuple[list[int], list[list[int]]] | None] = []
-    position = 0
-    for _, choices in pairs:
-        prompt, *whole = (
-            ids[: len(ids) - tail] for ids in encoded[position : position + 1 + len(choices)]
-        )
-        position += 1 + len(choices)
-        merged = not prompt or any(ids[: len(prompt)] != prompt for ids in whole)
-        result.append(None if merged else (prompt, [ids[len(prompt) :] for ids in whole]))
-    return result
-
-
-def _choice_tokens(
-    row: Row, continuations: list[list[int]], tokenizer: Tokenizer
-) -> tuple[tuple[int, ...], ...]:
-    """The tokens by which each choice is scored."""
-    found: list[tuple[int, ...]] = []
-    for choice, ids in zip(row.choices or (), continuations, strict=True):
-        rest = tuple(ids)
-        while len(rest) > 1 and _is_space(tokenizer, rest[0]):
-            rest = rest[1:]
-        if not rest:
-            _fail(row, f"the choice {choice!r} adds no token to this prompt", "use other choices")
-        if tokenizer.unk_token_id in rest:
-            _fail(row, f"the tokenizer does not know the choice {choice!r}", "use other choices")
-        if rest in found:
-            other = (row.choices or ())[found.index(rest)]
-            same = "token" if len(rest) == 1 else "tokens"
-            _fail(
-                row,
-                f"the choices {other!r} and {choice!r} are the same {same} "
-                f"({', '.join(map(str, rest))})",
-                "use choices that differ in more than whitespace, such as letters",
-            )
-        found.append(rest)
-    return tuple(found)
-
-
-def _is_space(tokenizer: Tokenizer, token_id: int) -> bool:
-    token = tokenizer.convert_ids_to_tokens(token_id)
-    return token in _SPACE_BYTES or (isinstance(token, str) and not token.strip(_SPACE_MARKS))
-
-
-def _token_ids(tokenizer: Tokenizer, texts: list[str], **options: bool) -> list[list[int]]:
-    batch = tokenizer(
-        texts,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,  # it would warn of long texts, which are checked here
-        **options,
-    )
-    return [list(ids) for ids in batch["input_ids"]]
-
-
-def _added_at_end(tokenizer: Tokenizer) -> int:
-    """How many special tokens (EOS, SEP) the tokenizer puts after a text."""
-    (bare,) = _token_ids(tokenizer, ["a"], add_special_tokens=False)
-    (full,) = _token_ids(tokenizer, ["a"])
-    for start in range(len(full) - len(bare) + 1):
-        if full[start : start + len(bare)] == bare:
-            return len(full) - len(bare) - start
-    return 0
-
-
-def _check_lengths(
-    rows: Sequence[Row], lengths: Sequence[int], tokenizer: Tokenizer, max_length: int | None
-) -> None:
-    """Raise for the first row of which the model would read too many tokens."""
-    # A tokenizer that knows no limit reports a huge number, which no row exceeds.
-    limit = tokenizer.model_max_length if max_length is None else max_length
-    for row, length in zip(rows, lengths, strict=True):
-        if length > limit:
-            _fail(
-                row,
-                f"{length} tokens, but the model takes {int(limit)}",
-                "shorten the row; nothing is truncated silently",
-            )
 
 
 def _fail(row: Row, fault: str, remedy: str) -> NoReturn:

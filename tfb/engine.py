@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from tfb.passes import hidden_norms, plan, run
 from tfb.posterior import LowRankPosterior
 from tfb.predictive import Predictive
 from tfb.replay import make_replayable, restore_blocks
+from tfb.rows import class_names
 from tfb.sampling import (
     FanOut,
     SamplingState,
@@ -54,6 +55,9 @@ class BayesianModel:
         length_normalization: how choices of several tokens are scored, "none" (sum of
             log-probabilities) or "tokens" (their mean), see :mod:`tfb.choices`; to be set before
             the search, kept in the artifact.
+        label_tokens: by which tokens of a choice rows are scored, "all" or "last", see
+            :mod:`tfb.encoding`; to be set before rows are encoded, kept in the artifact.
+        labels: names of the classes, or choices of rows that bring none; kept in the artifact.
     """
 
     def __init__(
@@ -76,9 +80,12 @@ class BayesianModel:
         self.mode = "full"
         self.tail: int | None = None
         self.length_normalization = "none"
+        self.label_tokens = "all"
         self.source: Path | None = None  # the adapter's folder, copied untouched into artifacts
         inner: Any = model.get_base_model()  # type: ignore[operator]
         self.base = inner
+        names = class_names(inner.config) if task == "SEQ_CLS" else None
+        self.labels: Sequence[str] | None = names
         self._forward_names = frozenset(inspect.signature(inner.forward).parameters)
         self._fan_out = FanOut(self.owner, model, inner, list(samplers))
         narrow_head(inner, task)

@@ -12,7 +12,7 @@
 
 Tokenization, windows, truncation from the left with a warning, stop sequences and chat templates
 are the harness's own (its HFLM), so that at sigma = 0 results are those of model ``hf``. Unlike
-``tfb evaluate``, the harness scores all tokens of " A", and does not normalize over the choices.
+``tfb evaluate``, the harness does not normalize over the choices of a row in each draw.
 
 Importing this file imports lm_eval, an extra: pip install "tfb[lm-eval]".
 """

@@ -19,9 +19,15 @@ def align(batch: Batch, side: str, device: torch.device) -> dict[str, Any]:
     depend on it. position_ids are moved along with the tokens.
 
     Raises:
+        TypeError: no dict.
         ValueError: no input_ids [B, T], no rows, a mask of another shape, holes inside a row's
             mask, an empty row.
     """
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"batch: expected a tokenizer's dict of tensors, got {type(batch).__name__}; write "
+            "batch = tokenizer(texts, return_tensors='pt', padding=True)"
+        )
     ids = batch.get("input_ids")
     if not isinstance(ids, Tensor) or ids.dim() != 2:
         raise ValueError("batch: needs input_ids [B, T], a tensor (tokenizer return_tensors='pt')")

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from tfb.artifact import SIDECAR, file_sha256, library_versions, load, read_sidecar
+from tfb.encoding import check_truncate
 from tfb.engine import BayesianModel, check_mode
 from tfb.parts import FORMATS
 from tfb.readers import schema_of
-from tfb.rows import RowError
+from tfb.rows import RowError, RowFormat
 from tfb.scorer import Scorer
 from tfb.scoring import load_tokenizer, set_padding, to_device
 from tfb.sources import Source
@@ -33,7 +34,9 @@ class Job:
         inputs: files, folders and patterns, see :mod:`tfb.sources`. output: the folder of parts.
         draws: antithetic draws (even), or "auto". mode, tail: None: as sigma was searched.
         file_format: "parquet" or "jsonl". batch_tokens: padded tokens of a batch (of one copy of
-            its rows). part_rows: most rows of a part. columns, keep: see :class:`Reading`.
+            its rows). part_rows: most rows of a part. keep: columns that pass through.
+        columns, labels: see :class:`tfb.rows.RowFormat`; labels None: the artifact's. truncate:
+            see :class:`tfb.encoding.RowEncoder`.
         per_draw, logits: keep every draw's probabilities, logits. limit: records to read.
         device: None: a GPU if there is one. workers, ray_address: of the engine "ray", see
             :class:`tfb.ray_engine.RayEngine`.
@@ -50,6 +53,8 @@ class Job:
     batch_tokens: int = 4096
     part_rows: int = 2048
     columns: Mapping[str, str] = field(default_factory=dict)
+    labels: tuple[str, ...] | None = None
+    truncate: str | None = None
     keep: tuple[str, ...] = ()
     per_draw: bool = False
     logits: bool = False
@@ -63,6 +68,8 @@ class Job:
         if self.file_format not in FORMATS:
             raise ValueError(f"--format {self.file_format}: expected one of {', '.join(FORMATS)}")
         check_mode(self.mode or "full", self.tail)
+        check_truncate(self.truncate)
+        RowFormat(self.columns, self.labels)
         if isinstance(self.draws, str):
             if self.draws != "auto":
                 raise ValueError(f"--draws {self.draws}: expected an even number or auto")
@@ -88,22 +95,25 @@ class Job:
             RowError: a declared file lacks a column, or there are no rows at all.
             ArtifactError: no artifact.
         """
-        task = str(read_sidecar(self.artifact)["task"])
-        reading = Reading(sources, task, b"", self.columns, self.keep, self.limit)
-        needed = [theirs for ours, theirs in reading.names.items() if ours != "label"]
-        needed += [theirs for ours, theirs in self.columns.items() if ours == "label"]
+        form = RowFormat(self.columns, self.names(), str(read_sidecar(self.artifact)["task"]))
+        reading = Reading(sources, form, b"", self.keep, self.limit)
         for source in sources:
             names = getattr(schema_of(source), "names", None)
-            if names is not None and (
-                lacks := [n for n in [*needed, *self.keep] if n not in names]
-            ):
-                raise RowError(
-                    f"{source}: no column {', '.join(map(repr, lacks))}; it has "
-                    f"{', '.join(map(repr, names))}: name yours with --columns ours=yours"
-                )
+            if names is not None:
+                form.check(names, str(source))
+                if lacks := [name for name in self.keep if name not in names]:
+                    raise RowError(
+                        f"{source}: no column {lacks[0]!r} to keep; it has "
+                        f"{', '.join(map(repr, names))}"
+                    )
         if next(reading.records(), None) is None:
             raise RowError(f"{', '.join(map(str, sources))}: the input holds no rows; add some")
         return reading
+
+    def names(self) -> tuple[str, ...] | None:
+        """The classes' names: given here, or the artifact's."""
+        saved = read_sidecar(self.artifact).get("labels")
+        return self.labels or (None if saved is None else tuple(saved))
 
     def load(self) -> tuple[BayesianModel, Any]:
         """The model, on its device and in the job's mode, and the tokenizer."""
@@ -124,14 +134,19 @@ class Job:
             budget=self.batch_tokens,
             per_draw=self.per_draw,
             logits=self.logits,
+            truncate=self.truncate,
+            labels=self.names() if bayes.task == "SEQ_CLS" else None,
         )
 
     def declared(self) -> dict[str, Any]:
         """The part of the configuration that is known before a model is loaded."""
-        names = ("draws", "batch_tokens", "part_rows", "file_format", "per_draw", "logits")
+        names = ("draws", "batch_tokens", "part_rows", "file_format", "per_draw", "logits",
+                 "truncate")  # fmt: skip
+        labels = self.names()
         return {
             **{name: getattr(self, name) for name in names},
             "columns": dict(self.columns),
+            "labels": None if labels is None else list(labels),
             "keep": list(self.keep),
             "artifact_sha256": file_sha256(Path(self.artifact) / SIDECAR),
             "versions": {"python": platform.python_version(), **library_versions()},
@@ -146,6 +161,7 @@ class Job:
             "seed": bayes.seed,
             "mode": bayes.mode,
             "tail": bayes.tail,
+            "label_tokens": bayes.label_tokens,
             "device": bayes.device.type,
             "dtype": str(bayes.dtype).removeprefix("torch."),
             "model_sha256": model_sha256(bayes.base),

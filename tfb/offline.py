@@ -23,7 +23,14 @@ from typing import Any
 
 from tfb.hashset import HashSet
 from tfb.job import Job, configuration_sha256, differences, kept_types
-from tfb.parts import OutputError, OutputFolder, holds_something, part_schema, read_manifest
+from tfb.parts import (
+    Finished,
+    OutputError,
+    OutputFolder,
+    holds_something,
+    part_schema,
+    read_manifest,
+)
 from tfb.pipeline import LocalEngine, Stop
 from tfb.ray_engine import RayEngine, import_ray
 from tfb.scorer import Scored
@@ -61,7 +68,7 @@ class Outcome:
     Attributes:
         status: "complete", "stopped" (by a signal) or "too many errors" (before the end).
         rows, errors: of all parts, those of earlier runs included. signal: what stopped it.
-        too_many_errors: their share is above what was allowed.
+        too_many_errors: their share is above what was allowed. truncated: rows that were cut.
     """
 
     status: str
@@ -69,6 +76,7 @@ class Outcome:
     errors: int
     signal: int | None
     too_many_errors: bool
+    truncated: int = 0
 
 
 def run(
@@ -111,11 +119,14 @@ def run(
     sources = find_sources(job.inputs)
     reading = job.reading(sources)
     schema = part_schema(
-        reading.task, kept_types(sources, job.keep), per_draw=job.per_draw, logits=job.logits
+        kept_types(sources, job.keep),
+        truncated=job.truncate is not None,
+        per_draw=job.per_draw,
+        logits=job.logits,
     )
     folder = OutputFolder(path, schema, job.keep, job.file_format)
     with ExitStack() as stack:
-        done, rows, errors = HashSet(), 0, 0
+        done, finished = HashSet(), None
         if earlier is not None:
             stack.enter_context(folder)
             _compare(path, earlier["configuration"], job.declared())
@@ -123,7 +134,7 @@ def run(
             reading = replace(reading, salt=salt)
             finished = folder.finished(reading.id_hash, errors=not retry_errors)
             check_unchanged(reading, finished.keys, finished.ids)
-            done, rows, errors = finished.keys, finished.rows, finished.errors
+            done = finished.keys
         engine_ = ENGINES[engine](job)
         configuration = engine_.configuration()
         if earlier is not None:
@@ -136,12 +147,14 @@ def run(
         salt = bytes.fromhex(configuration_sha256(configuration))
         pending = Windows(replace(reading, salt=salt), job.part_rows, done, folder.free_numbers())
         parts = len(folder.parts())
-        ledger = _Ledger(job, configuration, earlier, rows, errors, parts, max_error_rate)
+        ledger = _Ledger(job, configuration, earlier, finished, parts, max_error_rate)
         folder.write_manifest(ledger.manifest(RUNNING))
         signal = _write_parts(engine_.scored(pending), folder, ledger, report)
         status = ledger.status(signal)
         folder.write_manifest(ledger.manifest(status))
-    return Outcome(status, ledger.rows, ledger.errors, signal, ledger.too_many)
+    return Outcome(
+        status, ledger.rows, ledger.errors, signal, ledger.too_many, ledger.truncated
+    )
 
 
 def _write_parts(
@@ -179,12 +192,15 @@ class _Ledger:
         job: Job,
         configuration: Mapping[str, Any],
         earlier: Mapping[str, Any] | None,
-        rows: int,
-        errors: int,
+        finished: Finished | None,
         parts: int,
         max_error_rate: float,
     ) -> None:
-        self.rows, self.errors, self.parts = rows, errors, parts
+        self.rows = self.errors = self.truncated = 0
+        if finished is not None:
+            self.rows, self.errors = finished.rows, finished.errors
+            self.truncated = finished.truncated
+        self.parts = parts
         self._max = max_error_rate
         self._fixed = {
             "format_version": FORMAT_VERSION,
@@ -203,6 +219,7 @@ class _Ledger:
         """Count a scored window."""
         self.rows += len(part.rows)
         self.errors += part.errors
+        self.truncated += part.truncated
         self.parts += 1
         self._new += len(part.rows)
         self._tokens += part.tokens
@@ -243,7 +260,12 @@ class _Ledger:
             "status": status,
             **self._fixed,
             "updated": _now(),
-            "counts": {"rows": self.rows, "errors": self.errors, "parts": self.parts},
+            "counts": {
+                "rows": self.rows,
+                "errors": self.errors,
+                "truncated": self.truncated,
+                "parts": self.parts,
+            },
             "throughput": {  # of the latest session
                 "rows": self._new,
                 "seconds": round(seconds, 3),

@@ -8,9 +8,10 @@ Each file is written under a temporary name, synced to disk and renamed, so that
 its name is whole, whatever happened. The parts are the truth of what is finished; the manifest's
 counts are for people.
 
-Columns: id, those that were kept, prediction (index), choice (its text), probs [K], total,
-aleatoric, epistemic (nats), agreement, standard_error, draws, label, draw_probs [S, K] and
-draw_logits [S, K] on request, error (null in a good row; in others only id, kept columns and key
+Columns: id, those that were kept, prediction (index), choice (its text, or the class's name where
+there is one), probs [K], total, aleatoric, epistemic (nats), agreement, standard_error, draws,
+label, truncated (tokens left out, where that is allowed), draw_probs [S, K] and draw_logits [S, K]
+on request, error (null in a good row; in others only id, kept columns and key
 have values beside it), key (16 hex digits, see :mod:`tfb.windows`).
 """
 
@@ -49,6 +50,7 @@ class Finished:
     ids: HashSet
     rows: int
     errors: int
+    truncated: int
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,11 @@ class FreeNumbers:
 
 
 def part_schema(
-    task: str, kept: Mapping[str, Any], *, per_draw: bool = False, logits: bool = False
+    kept: Mapping[str, Any],
+    *,
+    truncated: bool = False,
+    per_draw: bool = False,
+    logits: bool = False,
 ) -> Any:
     """The Arrow schema of a part; ``kept``: Arrow types of the columns that pass through.
 
@@ -73,11 +79,10 @@ def part_schema(
 
     real, reals = pa.float32(), pa.list_(pa.float32())
     first = {"id": pa.string()}
-    ours: dict[str, Any] = {"prediction": pa.int32()}
-    if task != "SEQ_CLS":
-        ours["choice"] = pa.string()
-    ours |= {"probs": reals, **dict.fromkeys(UNCERTAINTIES, real)}
-    ours |= {"draws": pa.int32(), "label": pa.int32()}
+    ours: dict[str, Any] = {"prediction": pa.int32(), "choice": pa.string(), "probs": reals}
+    ours |= {**dict.fromkeys(UNCERTAINTIES, real), "draws": pa.int32(), "label": pa.int32()}
+    if truncated:
+        ours["truncated"] = pa.int32()
     if per_draw:
         ours["draw_probs"] = pa.list_(reals)
     if logits:
@@ -147,20 +152,21 @@ class OutputFolder:
         Raises:
             OutputError: a part that cannot be read, or a row that stands there twice.
         """
-        keys, ids, rows, bad = HashSet(), HashSet(), 0, 0
+        keys, ids, rows, bad, cut = HashSet(), HashSet(), 0, 0, 0
         for path in self.parts():
             found = self._read(path)
-            wrong = sum(error is not None for _, _, error in found)
-            chosen = [row for row in found if errors or row[2] is None]
-            keys.add(int(key, 16) for key, _, _ in chosen)
-            ids.add(id_hash(name) for _, name, _ in chosen if name is not None)
+            wrong = sum(row["error"] is not None for row in found)
+            chosen = [row for row in found if errors or row["error"] is None]
+            keys.add(int(row["key"], 16) for row in chosen)
+            ids.add(id_hash(row["id"]) for row in chosen if row["id"] is not None)
             rows, bad = rows + len(chosen), bad + (wrong if errors else 0)
+            cut += sum(bool(row.get("truncated")) for row in found)
         if len(keys) < rows:
             raise OutputError(
                 f"{self.path}: {rows - len(keys)} rows stand there twice; a part was copied or "
                 "renamed: remove it"
             )
-        return Finished(keys, ids, rows, bad)
+        return Finished(keys, ids, rows, bad, cut)
 
     def drop_errors(self) -> int:
         """Take the error rows out of all parts, so that they are to be done again; their number."""
@@ -195,19 +201,19 @@ class OutputFolder:
         typed = [{**row, **{n: as_text(row.get(n)) for n in text}} for row in rows]
         return _parquet(pa.Table.from_pylist(typed, schema=self.schema))
 
-    def _read(self, path: Path) -> list[tuple[str, str | None, str | None]]:
-        """Key, id and error of each row of a part."""
+    def _read(self, path: Path) -> list[dict[str, Any]]:
+        """Key, id, error and truncated of each row of a part."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        names = ["key", "id", "error"]
+        names = [n for n in ("key", "id", "error", "truncated") if n in self.schema.names]
         try:
             if self.format == "jsonl":
                 with path.open(encoding="utf-8") as file:
                     rows = [json.loads(line) for line in file]
             else:
                 rows = pq.read_table(path, columns=names, partitioning=None).to_pylist()
-            return [(row["key"], row["id"], row["error"]) for row in rows]
+            return [{name: row[name] for name in names} for row in rows]
         except (pa.ArrowException, ValueError, KeyError, TypeError) as error:
             raise OutputError(
                 f"{path}: is damaged ({error}); remove this part, its rows are then scored again"

@@ -1,24 +1,29 @@
-"""Records of input files as one stream, never a whole file in memory.
+"""Rows and records of files, tables and lists as one stream, never a whole file in memory.
 
-A row that cannot be read is a record with a fault, not an end. pyarrow decompresses and reads
-Parquet and Arrow; CSV goes through Python's own reader, which tells a faulty row from its
-neighbours.
+A row of a file that cannot be read is a record with a fault, not an end. pyarrow decompresses and
+reads Parquet and Arrow; CSV goes through Python's own reader, which tells a faulty row from its
+neighbours. A .json file that holds one list of objects is read at once.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
 from typing import Any, BinaryIO
 
-from tfb.rows import RowError, decode_object
-from tfb.sources import Source
+from tfb.rows import Row, RowError, RowFormat, decode_object
+from tfb.sources import KINDS, Source, find_sources
 
 BLOCK = 1024  # rows of a columnar file that are turned into Python objects at a time
 LONGEST_LINE = 1 << 26  # bytes; a longer one is a faulty row, and is not held in memory
+_MAGIC = {b"PAR1": "a Parquet file", b"ARROW1": "an Arrow file", b"\x1f\x8b": "compressed by gzip"}
 
 
 @dataclass(frozen=True)
@@ -27,11 +32,103 @@ class Record:
 
     place: str
     """Where it stands, "rows.jsonl:12"."""
-    kind: str
     fields: dict[str, Any] | None
     """Values by column name; None where they could not be read."""
     fault: str | None = None
     """Why not."""
+
+
+def read_rows(data: Any, *, limit: int | None = None, **how: Any) -> list[Row]:
+    """All rows of ``data``; see :func:`iter_rows`.
+
+    Raises:
+        RowError: there are none, or an id stands twice.
+    """
+    rows, places = list(iter_rows(data, limit=limit, **how)), dict[str, str]()
+    for row in rows:
+        if row.id in places:
+            raise RowError(
+                f"{row.source}: the id {row.id!r} was already used at {places[row.id]}; give every "
+                "row an id of its own, or none"
+            )
+        places[row.id] = row.source
+    if not rows:
+        where = data if isinstance(data, str | os.PathLike) else "the input"
+        raise RowError(f"{where}: holds no rows; add some")
+    return rows
+
+
+def iter_rows(
+    data: Any,
+    *,
+    columns: Mapping[str, str] | None = None,
+    labels: Sequence[str] | None = None,
+    task: str | None = None,
+    limit: int | None = None,
+) -> Iterator[Row]:
+    """Stream the rows of anything that holds rows, in order.
+
+    Args:
+        data: a path, folder or pattern (:mod:`tfb.sources`), or several as ``pathlib.Path``; a
+            DataFrame of pandas or polars or a pyarrow table; or an iterable, such as a
+            ``datasets.Dataset``, of dicts, strings (texts, or prompts where ``task`` is a language
+            model's) or :class:`Row`.
+        columns, labels, task: see :class:`RowFormat`. limit: stop after that many rows.
+
+    Raises:
+        RowError: a file that cannot be read, or a row that cannot be used. TypeError: data that
+            holds no rows. ValueError: settings that cannot work.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}; leave it out to read every row")
+    return _rows(islice(_items(data), limit), RowFormat(columns or {}, labels, task))
+
+
+def _rows(items: Iterator[Any], form: RowFormat) -> Iterator[Row]:
+    for number, item in enumerate(items):
+        source = f"row {number}"
+        if isinstance(item, Record):
+            if item.fields is None:
+                raise RowError(str(item.fault))
+            yield form.row(item.fields, item.place, number)
+        elif isinstance(item, Row):
+            yield item
+        elif isinstance(item, Mapping):
+            yield form.row(item, source, number)
+        elif isinstance(item, str):
+            name = "prompt" if form.task not in (None, "SEQ_CLS") else "text"
+            yield form.row({form.names[name]: item}, source, number)
+        else:
+            raise TypeError(
+                f"{source}: expected a dict, a string or a Row, got {type(item).__name__}; "
+                "write [{'text': ..., 'label': ...}, ...]"
+            )
+
+
+def _items(data: Any) -> Iterator[Any]:
+    """The records of files and tables, the elements of anything else."""
+    if isinstance(data, str | os.PathLike):
+        sources = find_sources([data])
+        return read(sources, Meter(sources))
+    if hasattr(data, "__arrow_c_stream__"):
+        return _table_records(data)
+    if isinstance(data, Mapping) or hasattr(data, "iloc") or not isinstance(data, Iterable):
+        several = " (of a dict of splits one, such as data['test'])" * isinstance(data, Mapping)
+        raise TypeError(
+            f"{type(data).__name__} holds no rows; give a path, a DataFrame (pandas 2.2 or newer), "
+            f"a Dataset, or a list of dicts{several}"
+        )
+    stream = iter(data)
+    first = list(islice(stream, 1))
+    if first and isinstance(first[0], os.PathLike):
+        sources = find_sources([*first, *stream])
+        return read(sources, Meter(sources))
+    if first and isinstance(first[0], str) and _is_file_name(first[0]):
+        raise TypeError(
+            f"a list of strings is a list of texts, but {first[0]!r} looks like a file; give it "
+            "alone, or several as pathlib.Path"
+        )
+    return chain(first, stream)
 
 
 class Meter:
@@ -109,17 +206,20 @@ def _read_jsonl(source: Source, meter: Meter, _: Sequence[str] | None) -> Iterat
             meter.at(position())
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")  # byte order mark
+                if found := next((n for m, n in _MAGIC.items() if line.startswith(m)), None):
+                    raise RowError(f"{source}: is {found}, which its name does not say; rename it")
+                if line.lstrip().startswith(b"[") and ".json" in source.path.suffixes:
+                    yield from _json_list(source, line + stream.read())
+                    return
             if len(line) >= LONGEST_LINE and not line.endswith(b"\n"):
                 while (rest := stream.readline(LONGEST_LINE)) and not rest.endswith(b"\n"):
                     pass
-                yield Record(
-                    place, "jsonl", None, f"{place}: a line of more than {LONGEST_LINE} bytes"
-                )
+                yield Record(place, None, f"{place}: a line of more than {LONGEST_LINE} bytes")
             elif line.strip():
                 try:
-                    yield Record(place, "jsonl", decode_object(line, place))
+                    yield Record(place, decode_object(line, place))
                 except RowError as error:
-                    yield Record(place, "jsonl", None, str(error))
+                    yield Record(place, None, str(error))
 
 
 def _read_csv(source: Source, meter: Meter, _: Sequence[str] | None) -> Iterator[Record]:
@@ -131,16 +231,16 @@ def _read_csv(source: Source, meter: Meter, _: Sequence[str] | None) -> Iterator
             try:
                 values = next(reader, None)
             except csv.Error as error:
-                yield Record(place, "csv", None, f"{place}: not valid CSV ({error}); quote it")
+                yield Record(place, None, f"{place}: not valid CSV ({error}); quote it")
                 continue
             meter.at(position())
             if values is None:
                 return
             if len(values) == len(names):
-                yield Record(place, "csv", dict(zip(names, values, strict=True)))
+                yield Record(place, dict(zip(names, values, strict=True)))
             elif values:
                 fault = f"{len(values)} values, but the header names {len(names)} columns"
-                yield Record(place, "csv", None, f"{place}: {fault}; quote values with separators")
+                yield Record(place, None, f"{place}: {fault}; quote values with separators")
 
 
 def _read_parquet(source: Source, meter: Meter, columns: Sequence[str] | None) -> Iterator[Record]:
@@ -154,7 +254,7 @@ def _read_parquet(source: Source, meter: Meter, columns: Sequence[str] | None) -
         for batch in file.iter_batches(batch_size=BLOCK, columns=wanted):
             for fields in batch.to_pylist():
                 number += 1
-                yield Record(f"{source}:{number}", "parquet", fields)
+                yield Record(f"{source}:{number}", fields)
             meter.at(size * number / rows)
 
 
@@ -170,8 +270,36 @@ def _read_arrow(source: Source, meter: Meter, columns: Sequence[str] | None) -> 
             for start in range(0, chosen.num_rows, BLOCK):
                 for fields in chosen.slice(start, BLOCK).to_pylist():
                     number += 1
-                    yield Record(f"{source}:{number}", "arrow", fields)
+                    yield Record(f"{source}:{number}", fields)
             meter.at(file.tell())
+
+
+def _is_file_name(text: str) -> bool:
+    return Path(text).suffix.lower() in KINDS and not any(map(str.isspace, text))
+
+
+def _table_records(data: Any) -> Iterator[Record]:
+    """The rows of a DataFrame or table in memory, by Arrow's stream interface."""
+    import pyarrow as pa
+
+    number = 0
+    for batch in pa.RecordBatchReader.from_stream(data):
+        for start in range(0, batch.num_rows, BLOCK):
+            for fields in batch.slice(start, BLOCK).to_pylist():
+                yield Record(f"row {number}", fields)
+                number += 1
+
+
+def _json_list(source: Source, data: bytes) -> Iterator[Record]:
+    """The objects of one JSON list, however it is laid out; of lines with a list each, faults."""
+    try:
+        rows = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise RowError(f"{source}: not a JSON list ({error}); write one object a line") from error
+    for number, fields in enumerate(rows, 1):
+        place = f"{source}:{number}"
+        fault = None if isinstance(fields, dict) else f"{place}: expected a JSON object"
+        yield Record(place, fields if fault is None else None, fault)
 
 
 def _ipc_reader(file: Any) -> Any:

@@ -51,7 +51,6 @@ def write_report(
     notes: Sequence[str] = (),
     shifts: Sequence[Evaluation] = (),
     facts: Mapping[str, str] | None = None,
-    commands: Sequence[str] = (),
     overwrite: bool = False,
 ) -> Path:
     """The pictures and ``index.html`` (images embedded) in ``folder``; all of them or none.
@@ -60,7 +59,7 @@ def write_report(
         evaluations: labelled; the first of each data set is what others are compared with.
         fit: ``SigmaFit.to_dict()``, or None. notes: sentences shown under the table.
         shifts: rows of another kind than the first data set's, by the same methods; their labels
-            are not used. facts, commands: shown under "How this was made".
+            are not used. facts: shown under "How this was made".
 
     Raises:
         ValueError: no evaluations, or one without labels; shifts by another method; the folder
@@ -80,7 +79,7 @@ def write_report(
         made = _draw(staging, evaluations, fit, shifts)
         page = _page(
             {n: staging / n for n in made}, evaluations, fit, shifts,
-            title=title, notes=list(notes), facts=dict(facts or {}), commands=list(commands),
+            title=title, notes=list(notes), facts=dict(facts or {}),
         )  # fmt: skip
         (staging / PAGE).write_text(page, encoding="utf-8")
         path.mkdir(exist_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,11 +9,15 @@ from typing import Annotated, Any
 import typer
 
 from tfb.console import (
+    Columns,
+    Input,
+    Labels,
+    Truncate,
     check_batch_size,
     check_draws,
     check_labels,
-    encode_early,
     load_artifact,
+    note_label_tokens,
     out,
     print_metrics,
     progress_bar,
@@ -25,12 +28,17 @@ from tfb.console import (
 def report(
     model: Annotated[str, typer.Option(help="base model: folder or hub name")],
     artifact: Annotated[Path, typer.Option(help="folder written by tfb fit")],
-    data: Annotated[list[Path], typer.Option(help="labelled rows, JSONL; repeatable")],
+    data: Annotated[
+        list[Path], typer.Option(help="labelled rows: JSONL, CSV, Parquet, Arrow; repeatable")
+    ],
     output: Annotated[Path, typer.Option(help="new folder for the pictures and the page")],
     shift: Annotated[
         list[Path] | None,
-        typer.Option(help="unfamiliar rows (out of scope), labels not used, JSONL; repeatable"),
+        typer.Option(help="unfamiliar rows (out of scope), labels not used; repeatable"),
     ] = None,
+    columns: Columns = None,
+    labels: Labels = None,
+    truncate: Truncate = None,
     draws: Annotated[
         int, typer.Option(help="posterior draws (antithetic pairs: an even number)")
     ] = 10,
@@ -40,35 +48,36 @@ def report(
     """One HTML page in plain words, with pictures: what the fit changed, why, and its cost."""
     from tfb.artifact import read_sidecar
     from tfb.report import check_report_folder, write_report
-    from tfb.rows import read_rows
-    from tfb.scoring import encode, evaluations, load_tokenizer, pad_token
+    from tfb.scoring import evaluations, pad_token
 
     quiet()
     check_draws(draws)
     check_batch_size(batch_size)
     check_report_folder(output)
     sidecar = read_sidecar(artifact)
-    task = str(sidecar["task"])
     names = [path.stem for path in (*data, *(shift or []))]
     if twice := sorted({n for n in names if names.count(n) > 1}):
         raise ValueError(f"--data, --shift: two files are called {twice[0]!r}; rename one")
-    tables = {path: read_rows(path, limit=limit) for path in (*data, *(shift or []))}
+    label_tokens = sidecar.get("label_tokens", "all")
+    given = Input.of(
+        model, artifact, columns, labels, truncate,
+        saved=sidecar.get("labels"), label_tokens=label_tokens,
+    )  # fmt: skip
+    tables = {path: given.read(path, limit) for path in (*data, *(shift or []))}
     for path in data:
         check_labels(tables[path], "report needs one on every row of --data, --shift needs none")
-    tokenizer = load_tokenizer(model)
-    early = {p: encode_early(rows, tokenizer, model, task) for p, rows in tables.items()}
-    bayes = load_artifact(model, artifact, tokenizer)
+    encoded = {path: given.encode(rows) for path, rows in tables.items()}
+    note_label_tokens(sidecar, label_tokens)
+    bayes = load_artifact(model, artifact, given.tokenizer)
     found: dict[Path, list[Any]] = {}
-    for path, rows in tables.items():
-        encoded = encode(bayes, rows, tokenizer) if early[path] is None else early[path]
+    for path, rows in encoded.items():
         with progress_bar(path.name, 2 * len(rows)) as advance:
             found[path] = evaluations(
-                bayes, encoded, dataset=path.stem, draws=draws, batch_size=batch_size,
-                pad=pad_token(bayes, tokenizer), progress=advance,
+                bayes, rows, dataset=path.stem, draws=draws, batch_size=batch_size,
+                pad=pad_token(bayes, given.tokenizer), progress=advance,
             )  # fmt: skip
     labelled = [e for path in data for e in found[path]]
     print_metrics(labelled)
-    again = _report_line(model, artifact, data, shift or [], output, draws, limit)
     page = write_report(
         output,
         labelled,
@@ -76,7 +85,6 @@ def report(
         title=f"{artifact.name}: what averaging over noisy copies changed",
         shifts=[e for path in shift or [] for e in found[path]],
         facts=facts(sidecar, draws),
-        commands=[*fit_line(model, artifact, sidecar), again],
     )
     out.print(f"report: {page}", markup=False, soft_wrap=True)
 
@@ -118,62 +126,6 @@ def facts(sidecar: Mapping[str, Any], draws: int) -> dict[str, str]:
     return found
 
 
-def fit_line(model: str, artifact: Path, sidecar: Mapping[str, Any]) -> list[str]:
-    """The ``tfb fit`` that gives this sigma, if the anchors' file is known; the artifact holds the
-    adapter itself."""
-    fit, file = sidecar.get("fit"), (sidecar.get("extra") or {}).get("anchors")
-    if fit is None or not isinstance(file, str):
-        return []
-    if not _of_a_command(sidecar, fit):
-        return []
-    words: list[object] = ["tfb", "fit", "--model", model, "--adapter", artifact]
-    words += ["--anchors", file, "--limit", fit["anchors"], "--out", "NEW"]
-    if fit.get("compat"):
-        words += ["--compat", fit["compat"]]
-    else:
-        words += ["--metric", fit["metric"], "--objective", fit["objective"]]
-        words += ["--search", fit["search"]]
-    if fit["objective"] == "max_variance":
-        words += ["--tolerance", fit["tolerance"], *([] if fit["relative"] else ["--absolute"])]
-    words += ["--mode", fit["mode"]]
-    words += [] if fit.get("tail") is None else ["--tail", fit["tail"]]
-    if (normalization := sidecar.get("length_normalization", "none")) != "none":
-        words += ["--length-normalization", normalization]
-    words += ["--draws", fit["draws"], "--seed", fit["seed"]]
-    return [_line(words)]
-
-
-def _of_a_command(sidecar: Mapping[str, Any], fit: Mapping[str, Any]) -> bool:
-    """Whether the command could have made this fit, as far as the record tells: from Python
-    there are multipliers, families of noise and lambda to choose as well."""
-    weight = fit.get("kl_weight")
-    return (
-        weight in (None, 1 / fit["anchors"])
-        and fit.get("family", "low_rank") == "low_rank"
-        and set(_layer_scales(sidecar)) == {1.0}
-    )
-
-
 def _layer_scales(sidecar: Mapping[str, Any]) -> list[float]:
     """Multipliers of sigma, one a layer; earlier records have none, which are 1."""
     return list((sidecar.get("layer_scales") or dict.fromkeys(sidecar["layers"], 1.0)).values())
-
-
-def _report_line(
-    model: str,
-    artifact: Path,
-    data: list[Path],
-    shift: list[Path],
-    output: Path,
-    draws: int,
-    limit: int | None,
-) -> str:
-    words: list[object] = ["tfb", "report", "--model", model, "--artifact", artifact]
-    words += [word for path in data for word in ("--data", path)]
-    words += [word for path in shift for word in ("--shift", path)]
-    words += ["--draws", draws, *([] if limit is None else ["--limit", limit])]
-    return _line([*words, "--output", f"{output}-again"])
-
-
-def _line(words: list[object]) -> str:
-    return shlex.join(str(word) for word in words)

@@ -1,27 +1,25 @@
-"""Reading task rows: one JSON object a line, checked before any model is loaded.
-
-Two shapes are accepted, and one file may hold only one of them where it is encoded:
+"""Task rows: fields under any names to rows that are checked, before any model is loaded.
 
     {"id": "q1", "prompt": "... Answer:", "choices": ["A", "B"], "label": 1}     choice row
     {"id": "t1", "text": "book me a table", "label": 3}                          text row
 
-`label` is optional (absent or null: unlabelled). It is an index, or, in a choice row, one of the
-choices. Every fault is a `RowError` that names the file, the line and the remedy.
+``messages`` (role and content of each, for a chat template) may stand in place of ``prompt``.
+``id`` is optional: the row's number, counted from 0. ``label`` is optional: an index, or the text
+of a choice or class. Other columns are ignored. Every fault is a `RowError` that names the place,
+the fault and the remedy.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NoReturn
 
-PathOrPaths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
-
-CHOICE_COLUMNS = ("id", "prompt", "choices", "label")
+CHOICE_COLUMNS = ("id", "prompt", "messages", "choices", "label")
 TEXT_COLUMNS = ("id", "text", "label")
+COLUMNS = (*CHOICE_COLUMNS, "text")
 
 
 class RowError(ValueError):
@@ -30,7 +28,11 @@ class RowError(ValueError):
 
 @dataclass(frozen=True)
 class Row:
-    """One task row: a choice row has `prompt` and `choices`, a text row has `text`."""
+    """One task row: a choice row has `choices` and `prompt` or `messages`, a text row has `text`.
+
+    Raises:
+        RowError: another combination, or a label that is no index.
+    """
 
     id: str
     prompt: str | None = None
@@ -39,95 +41,169 @@ class Row:
     label: int | None = None
     source: str = "row"
     """Where the row was read, "file.jsonl:12"; used in error messages only."""
+    messages: tuple[Mapping[str, str], ...] | None = None
+    """Of a chat: role and content of each."""
+
+    def __post_init__(self) -> None:
+        asked = (self.prompt is not None) + (self.messages is not None)
+        if (self.text is not None, asked, self.choices is not None) not in (
+            (True, 0, False),
+            (False, 1, True),
+        ):
+            raise RowError(
+                f"Row({self.id!r}): a row has a text, or a prompt or messages with choices; write "
+                "Row(id='1', text='...') or Row(id='1', prompt='...', choices=('A', 'B'), label=0)"
+            )
+        if self.label is not None and type(self.label) is not int:
+            raise RowError(
+                f"Row({self.id!r}): the label {self.label!r} is no index; write the position of "
+                "the choice or class, counted from 0"
+            )
 
     @property
-    def is_choice(self) -> bool:
-        return self.choices is not None
+    def characters(self) -> int:
+        """Of what the model reads before the choices."""
+        said = (message["content"] for message in self.messages or ())
+        return sum(map(len, (self.text or self.prompt or "", *said)))
 
 
-def read_rows(paths: PathOrPaths, *, limit: int | None = None) -> list[Row]:
-    """All rows of one or more JSONL files, in order; see `iter_rows`."""
-    return list(iter_rows(paths, limit=limit))
+@dataclass(frozen=True)
+class RowFormat:
+    """How fields become rows.
 
-
-def iter_rows(paths: PathOrPaths, *, limit: int | None = None) -> Iterator[Row]:
-    """Stream the rows of one or more JSONL files, in order.
-
-    Args:
-        paths: one path or several. Whether each exists is checked before the first row.
-        limit: stop after that many rows over all files; lines beyond it are not looked at.
-
-    Blank lines are skipped. Ids must be unique over all files, so the ids seen are kept in memory.
-
-    Raises:
-        RowError: a missing, unreadable or empty file, or a faulty line.
-        ValueError: `limit` below 1.
-    """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1, got {limit}; leave it out to read every row")
-    files = [Path(paths)] if isinstance(paths, str | os.PathLike) else [Path(p) for p in paths]
-    if not files:
-        raise RowError("no input files were given; name at least one JSONL file")
-    for file in files:
-        _check_file(file)
-    return _stream(files, limit)
-
-
-def parse_row(line: str | bytes, source: str = "row") -> Row:
-    """Parse and check one JSON line.
+    Attributes:
+        columns: for our names those of the data, where they differ: {"text": "sentence"}.
+        labels: names of the classes, in the order of the head's outputs; for choice rows the
+            choices of rows that bring none.
+        task: "SEQ_CLS" reads text rows, "CAUSAL_LM" and "SEQ_2_SEQ_LM" choice rows; None: each row
+            as what it is.
 
     Raises:
-        RowError: malformed JSON, a wrong column, a wrong type or an impossible value.
+        ValueError: a name that no row has, one that is given twice, or fewer than two labels.
     """
-    return make_row(decode_object(line, source), source)
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    labels: Sequence[str] | None = None
+    task: str | None = None
+
+    def __post_init__(self) -> None:
+        known = self.ours
+        for ours, theirs in self.columns.items():
+            if ours not in known:
+                what = "" if self.task is None else f" that rows of task {self.task} have"
+                raise ValueError(f"columns: {ours!r} is none of {', '.join(known)}{what}")
+            if list(self.columns.values()).count(theirs) > 1:
+                raise ValueError(f"columns: {theirs!r} is named twice")
+        if self.labels is not None and (
+            isinstance(self.labels, str) or not all(isinstance(n, str) for n in self.labels)
+        ):
+            raise ValueError(f"labels: expected a list of names, got {self.labels!r}")
+        if self.labels is not None and len(set(self.labels)) < max(2, len(self.labels)):
+            raise ValueError(f"labels: expected at least two different names, got {self.labels}")
+
+    @property
+    def ours(self) -> tuple[str, ...]:
+        """Our names of the columns."""
+        if self.task is None:
+            return COLUMNS
+        return TEXT_COLUMNS if self.task == "SEQ_CLS" else CHOICE_COLUMNS
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """For every column of a row its name in the data."""
+        return {name: self.columns.get(name, name) for name in self.ours}
+
+    def check(self, present: Sequence[str], source: str) -> None:
+        """Refuse a table that lacks columns of its rows.
+
+        Raises:
+            RowError: it does.
+        """
+        for ours, theirs in self.columns.items():
+            if theirs not in present:
+                self._missing(ours, present, source)
+        if self.task is not None:
+            there = {ours for ours, theirs in self.names.items() if theirs in present}
+            self._kind(there, present, source)
+
+    def row(self, fields: Mapping[str, Any], source: str = "row", number: int = 0) -> Row:
+        """Check the fields of one row. ``number`` is the id of a row without one.
+
+        Raises:
+            RowError: a missing field, a wrong type or an impossible value.
+        """
+        values = {name: fields.get(theirs) for name, theirs in self.names.items()}
+        there = {name for name, value in values.items() if not _is_absent(value)}
+        name = self.row_id(fields, source, number)
+        if self._kind(there, list(fields), source) == "text":
+            text = _string(values["text"], "'text'", source)
+            label = _label(values["label"], self.labels, "classes", source)
+            return Row(id=name, text=text, label=label, source=source)
+        choices = None if self.labels is None else tuple(self.labels)
+        if "choices" in there:
+            choices = _choices(values["choices"], source)
+        messages = prompt = None
+        if "messages" in there:
+            messages = _messages(values["messages"], source)
+        else:
+            prompt = _string(values["prompt"], "'prompt'", source)
+        label = _label(values["label"], choices, "choices", source)
+        return Row(name, prompt, choices, None, label, source, messages)
+
+    def row_id(self, fields: Mapping[str, Any], source: str, number: int) -> str:
+        """The id as text; the row's number where there is none.
+
+        Raises:
+            RowError: neither a string with text in it nor an integer.
+        """
+        value = fields.get(self.names["id"])
+        if _is_absent(value):
+            return str(number)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return str(value)
+        if not isinstance(value, str):
+            _fail(source, f"'id' is {_kind(value)}", "make it a string or an integer")
+        return _string(value, "'id'", source)
+
+    def _kind(self, there: set[str], present: Sequence[str], source: str) -> str:
+        """ "text" or "choice", by the columns that are there, which suffice for it."""
+        asked = there & {"prompt", "messages"}
+        if "text" in there and (asked or "choices" in there):
+            _fail(
+                source,
+                "the row has 'text' together with 'prompt', 'messages' or 'choices'",
+                "keep 'text' for a classification head, or the others for a language model",
+            )
+        if self.task == "SEQ_CLS" or "text" in there:
+            if "text" not in there:
+                self._missing("text", present, source)
+            return "text"
+        if not asked:
+            self._missing("prompt" if self.task or "choices" in there else "text", present, source)
+        if len(asked) > 1:
+            _fail(source, "the row has 'prompt' together with 'messages'", "keep one of them")
+        if "choices" not in there and self.labels is None:
+            self._missing("choices", present, source)
+        return "choice"
+
+    def _missing(self, ours: str, present: Sequence[str], source: str) -> NoReturn:
+        more = ", or give all rows the same by labels" if ours == "choices" else ""
+        if ours == "text" and self.task is None:
+            more = ", or prompt=YOURS and choices=YOURS of a choice row"
+        _fail(
+            source,
+            f"no column {self.columns.get(ours, ours)!r}, or nothing in it; there are "
+            + (", ".join(map(repr, present)) or "none"),
+            f"name yours by columns, such as {ours}=YOURS{more}",
+        )
 
 
-def make_row(fields: dict[str, Any], source: str = "row") -> Row:
-    """Check the columns of one row and their values.
-
-    Raises:
-        RowError: a wrong column, a wrong type or an impossible value.
-    """
-    _check_columns(fields, source)
-    return _choice_row(fields, source) if "text" not in fields else _text_row(fields, source)
-
-
-def _stream(files: list[Path], limit: int | None) -> Iterator[Row]:
-    seen: dict[str, tuple[int, int]] = {}  # id -> (file, line): small, as there may be millions
-    count = 0
-    for index, file in enumerate(files):
-        before = count
-        try:
-            with file.open("rb") as stream:
-                for number, line in enumerate(stream, start=1):
-                    if number == 1:
-                        line = line.removeprefix(b"\xef\xbb\xbf")  # byte order mark
-                    if not line.strip():
-                        continue
-                    row = parse_row(line, f"{file}:{number}")
-                    if row.id in seen:
-                        other, other_line = seen[row.id]
-                        _fail(
-                            row.source,
-                            f"the id {row.id!r} was already used at {files[other]}:{other_line}",
-                            "give every row an id of its own",
-                        )
-                    seen[row.id] = (index, number)
-                    count += 1
-                    yield row
-                    if count == limit:
-                        return
-        except OSError as error:
-            raise RowError(f"{file}: cannot be read ({error.strerror or error})") from error
-        if count == before:
-            _fail(str(file), "the file holds no rows", "write one JSON object a line into it")
-
-
-def _check_file(file: Path) -> None:
-    if file.is_dir():
-        _fail(str(file), "this is a folder", "name the JSONL files inside it")
-    if not file.exists():
-        _fail(str(file), "there is no such file", "check the path")
+def class_names(config: Any) -> tuple[str, ...] | None:
+    """The names of a classifier's labels in its configuration; None where nobody gave any."""
+    names = getattr(config, "id2label", None) or {}
+    found = tuple(str(names.get(i)) for i in range(len(names)))
+    made_up = all(name == f"LABEL_{i}" for i, name in enumerate(found))
+    return None if made_up or len(set(found)) < 2 else found
 
 
 def decode_object(line: str | bytes, source: str) -> dict[str, Any]:
@@ -154,31 +230,9 @@ def decode_object(line: str | bytes, source: str) -> dict[str, Any]:
         _fail(
             source,
             f"expected a JSON object, found {_kind(fields)}",
-            'write {"id": ..., "prompt": ..., "choices": [...]} or {"id": ..., "text": ...}',
+            'write {"prompt": ..., "choices": [...]} or {"text": ...}',
         )
     return fields
-
-
-def _check_columns(fields: dict[str, Any], source: str) -> None:
-    if "text" in fields and ("prompt" in fields or "choices" in fields):
-        _fail(
-            source,
-            "the row has 'text' together with 'prompt' or 'choices'",
-            "keep 'text' for a classification head, or 'prompt' and 'choices' for a language model",
-        )
-    allowed = TEXT_COLUMNS if "text" in fields else CHOICE_COLUMNS
-    unknown = [name for name in fields if name not in allowed]
-    if unknown:
-        _fail(
-            source,
-            f"unknown column{'s' if len(unknown) > 1 else ''} {', '.join(map(repr, unknown))}",
-            f"allowed here: {', '.join(allowed)}; remove or rename the others",
-        )
-    missing = [name for name in allowed if name != "label" and name not in fields]
-    if missing == ["prompt", "choices"]:
-        _fail(source, "the row has no task", "add 'prompt' and 'choices', or add 'text'")
-    if missing:
-        _fail(source, f"missing column {', '.join(map(repr, missing))}", "add it to every row")
 
 
 def _unique(pairs: list[tuple[str, Any]], source: str) -> dict[str, Any]:
@@ -191,65 +245,82 @@ def _unique(pairs: list[tuple[str, Any]], source: str) -> dict[str, Any]:
     return fields
 
 
-def _choice_row(fields: dict[str, Any], source: str) -> Row:
-    choices = fields["choices"]
-    if not isinstance(choices, list):
-        _fail(source, f"'choices' is {_kind(choices)}", "make it a list of strings")
-    for choice in choices:
+def _choices(value: Any, source: str) -> tuple[str, ...]:
+    """A list of choices, or a text with a JSON list or with choices parted by "|"."""
+    if isinstance(value, str):
+        parsed = _json_list(value)
+        value = value.split("|") if parsed is None else parsed
+    if not isinstance(value, list | tuple):
+        _fail(source, f"'choices' is {_kind(value)}", "make it a list of strings")
+    for choice in value:
         _string(choice, "a choice", source)
-    if len(choices) < 2:
-        _fail(source, f"'choices' holds {len(choices)}", "give at least two choices")
-    if len(set(choices)) < len(choices):
-        twice = sorted({choice for choice in choices if choices.count(choice) > 1})
+    if len(value) < 2:
+        _fail(source, f"'choices' holds {len(value)}", "give at least two choices")
+    if len(set(value)) < len(value):
+        twice = sorted({choice for choice in value if value.count(choice) > 1})
         _fail(source, f"choices stand twice: {', '.join(map(repr, twice))}", "make them differ")
-    label = fields.get("label")
-    if isinstance(label, str):
-        if label not in choices:
-            _fail(
-                source,
-                f"the label {label!r} is none of the choices {choices}",
-                "use one of the choices, or its index",
-            )
-        label = choices.index(label)
-    label = _index(label, source)
-    if label is not None and label >= len(choices):
+    return tuple(value)
+
+
+def _messages(value: Any, source: str) -> tuple[dict[str, str], ...]:
+    """A list of messages, or a text with one as JSON."""
+    if isinstance(value, str):
+        value = _json_list(value)
+    if not isinstance(value, list | tuple) or not value:
+        _fail(source, "'messages' is no list of messages", 'write [{"role": ..., "content": ...}]')
+    found = []
+    for message in value:
+        if not isinstance(message, Mapping):
+            _fail(source, f"a message is {_kind(message)}", 'write {"role": ..., "content": ...}')
+        role, content = message.get("role"), message.get("content")
+        found.append(
+            {
+                "role": _string(role, "'role' of a message", source),
+                "content": _string(content, "'content' of a message", source),
+            }
+        )
+    return tuple(found)
+
+
+def _json_list(text: str) -> Any:
+    """The JSON list that a text holds, None if it holds none."""
+    try:
+        return json.loads(text) if text.lstrip().startswith("[") else None
+    except (ValueError, RecursionError):
+        return None
+
+
+def _label(value: Any, names: Sequence[str] | None, what: str, source: str) -> int | None:
+    """The index of a label: an index, or a name, or an index as text. Blank and NaN are none."""
+    if value is None or value != value or (isinstance(value, str) and not value.strip()):
+        return None
+    if isinstance(value, float) and value.is_integer():  # a column with nulls, by way of pandas
+        value = int(value)
+    if isinstance(value, str):
+        same = [i for i, name in enumerate(names or ()) if name == value]
+        same = same or [i for i, n in enumerate(names or ()) if n.strip() == value.strip()]
+        if len(same) == 1:
+            return same[0]
+        digits = value.strip()
+        if not (digits.isascii() and digits.isdigit() and len(digits) < 10):
+            why = f"is none of the {what} {list(names)}" if names else f"is text; {what} lack names"
+            _fail(source, f"the label {value!r} {why}", "use its index, or name them by labels")
+        value = int(digits)
+    if not isinstance(value, int) or isinstance(value, bool):
+        _fail(source, f"'label' is {_kind(value)}", "use an integer index, counted from 0")
+    if value < 0:
+        _fail(source, f"the label {value} is negative", "count from 0, or leave 'label' out")
+    if names is not None and value >= len(names):
         _fail(
             source,
-            f"the label {label} is outside the {len(choices)} choices",
-            f"use an index from 0 to {len(choices) - 1}",
+            f"the label {value} is outside the {len(names)} {what}",
+            f"use an index from 0 to {len(names) - 1}",
         )
-    return Row(
-        id=row_id(fields["id"], source),
-        prompt=_string(fields["prompt"], "'prompt'", source),
-        choices=tuple(choices),
-        label=label,
-        source=source,
-    )
+    return value
 
 
-def _text_row(fields: dict[str, Any], source: str) -> Row:
-    label = fields.get("label")
-    if isinstance(label, str):
-        _fail(source, f"the label {label!r} is a string", "use the index of the class")
-    return Row(
-        id=row_id(fields["id"], source),
-        text=_string(fields["text"], "'text'", source),
-        label=_index(label, source),
-        source=source,
-    )
-
-
-def row_id(value: Any, source: str = "row") -> str:
-    """An id as text.
-
-    Raises:
-        RowError: neither a string with text in it nor an integer.
-    """
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str):
-        _fail(source, f"'id' is {_kind(value)}", "make it a string or an integer")
-    return _string(value, "'id'", source)
+def _is_absent(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value)  # CSV has no null
 
 
 def _string(value: Any, name: str, source: str) -> str:
@@ -259,16 +330,6 @@ def _string(value: Any, name: str, source: str) -> str:
         _fail(source, f"{name} is empty", "write some text into it, or remove the row")
     if any("\ud800" <= character <= "\udfff" for character in value):
         _fail(source, f"{name} holds half of a surrogate pair", "write it as proper Unicode")
-    return value
-
-
-def _index(value: Any, source: str) -> int | None:
-    if value is None:
-        return None
-    if not isinstance(value, int) or isinstance(value, bool):
-        _fail(source, f"'label' is {_kind(value)}", "use an integer index, counted from 0")
-    if value < 0:
-        _fail(source, f"the label {value} is negative", "count from 0, or leave 'label' out")
     return value
 
 

@@ -11,7 +11,17 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from tfb.console import note_mode, out, quiet
+from tfb.console import (
+    Columns,
+    Labels,
+    Truncate,
+    note_label_tokens,
+    note_mode,
+    out,
+    parse_columns,
+    parse_labels,
+    quiet,
+)
 
 if TYPE_CHECKING:
     from tfb.offline import Progress
@@ -36,9 +46,9 @@ def score(
     draws: Annotated[str, typer.Option(help="posterior draws (an even number), or auto")] = "10",
     batch_tokens: Annotated[int, typer.Option(help="tokens of a batch, padding included")] = 4096,
     part_rows: Annotated[int, typer.Option(help="most rows of a part file")] = 2048,
-    columns: Annotated[
-        list[str] | None, typer.Option(help="prompt=question,choices=options: your column names")
-    ] = None,
+    columns: Columns = None,
+    labels: Labels = None,
+    truncate: Truncate = None,
     keep: Annotated[
         list[str] | None, typer.Option(help="columns that pass through: a,b; repeatable")
     ] = None,
@@ -70,7 +80,6 @@ def score(
     from tfb.artifact import read_sidecar
     from tfb.job import Job
     from tfb.offline import run
-    from tfb.windows import parse_columns
 
     quiet()
     job = Job(
@@ -84,7 +93,9 @@ def score(
         file_format=file_format,
         batch_tokens=batch_tokens,
         part_rows=part_rows,
-        columns=parse_columns(columns or []),
+        columns=parse_columns(columns),
+        labels=parse_labels(labels),
+        truncate=truncate,
         keep=tuple(name for option in keep or [] for name in option.split(",")),
         per_draw=per_draw,
         logits=logits,
@@ -96,6 +107,7 @@ def score(
     job.check()
     sidecar = read_sidecar(artifact)
     note_mode((sidecar["mode"], sidecar.get("tail")), mode, tail)
+    note_label_tokens(sidecar, sidecar.get("label_tokens", "all"))
     with _bar() as report:
         done = run(
             job,
@@ -106,7 +118,9 @@ def score(
             report=report,
         )
     out.print(
-        f"{done.status}: {done.rows} rows, {done.errors} of them errors: {output}",
+        f"{done.status}: {done.rows} rows, {done.errors} of them errors"
+        + (f", {done.truncated} cut on the {truncate}" if truncate else "")
+        + f": {output}",
         markup=False,
         soft_wrap=True,
     )

@@ -7,7 +7,7 @@ out are batches other ones; results are then the same to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from tfb.engine import BayesianModel
 from tfb.parts import UNCERTAINTIES
 from tfb.predictive import Predictive
 from tfb.rows import Row, RowError
-from tfb.scoring import encode_rows, pad_token
+from tfb.scoring import encoder, pad_token
 from tfb.windows import Item, Window, error_text
 
 
@@ -46,6 +46,8 @@ class Scored:
     errors: int
     tokens: int
     """Of the prompts that were scored."""
+    truncated: int
+    """Rows that were cut."""
     share: float
     """Of the input, up to the end of this window."""
 
@@ -56,6 +58,7 @@ class Scorer:
     Args:
         draws: antithetic draws of every row, or "auto". budget: padded tokens of a batch, of one
             copy of the rows. per_draw: keep each draw's probabilities. logits: and logits.
+        truncate: see :class:`tfb.encoding.RowEncoder`. labels: names of the classes of text rows.
 
     Raises:
         ValueError: ``per_draw`` or ``logits`` with "auto", where rows have different numbers.
@@ -70,12 +73,15 @@ class Scorer:
         budget: int = 4096,
         per_draw: bool = False,
         logits: bool = False,
+        truncate: str | None = None,
+        labels: Sequence[str] | None = None,
     ) -> None:
         if draws == "auto" and (per_draw or logits):
             raise ValueError(
                 "draws 'auto': rows have different numbers of draws, keep none of them"
             )
-        self.bayes, self.tokenizer = bayes, tokenizer
+        self.bayes, self.labels = bayes, labels
+        self.encoder = encoder(bayes, tokenizer, truncate)
         self.draws, self.per_draw, self.logits = draws, per_draw, logits
         self.budget = budget
         self._pad = pad_token(bayes, tokenizer)
@@ -98,17 +104,20 @@ class Scorer:
     def compute(self, prepared: Prepared) -> Scored:
         """Predict what was prepared."""
         results: dict[int, dict[str, Any]] = {}
-        encoded, tokens = prepared.encoded, 0
+        encoded, tokens, truncated = prepared.encoded, 0, 0
         if encoded is not None:
             tokens = sum(map(len, encoded.input_ids))
             found = self._predict(encoded)
+            for i, cut in enumerate(encoded.truncated or ()):
+                found[i]["truncated"] = cut
+                truncated += cut > 0
             results = {prepared.positions[i]: values for i, values in found.items()}
         failed = {i: {"error": text} for i, text in prepared.errors.items()}
         values = failed | results
-        rows = [_row(item, values[i]) for i, item in enumerate(prepared.window.items)]
+        rows = [self._row(item, values[i]) for i, item in enumerate(prepared.window.items)]
         errors = sum(row["error"] is not None for row in rows)
         window = prepared.window
-        return Scored(window.number, rows, errors, tokens, window.share)
+        return Scored(window.number, rows, errors, tokens, truncated, window.share)
 
     def _encode(self, rows: dict[int, Row]) -> tuple[EncodedRows | None, dict[int, str]]:
         """The rows encoded, or by position what is wrong with some of them, found by halving."""
@@ -116,9 +125,7 @@ class Scorer:
             return None, {}
         at = list(rows)
         try:
-            encoded = encode_rows(
-                list(rows.values()), self.tokenizer, self.bayes.task, self.bayes.base.config
-            )
+            encoded = self.encoder(list(rows.values()))
         except RowError as error:
             if len(rows) == 1:
                 return None, {at[0]: str(error)}
@@ -208,16 +215,15 @@ class Scorer:
         fault = {"error": "the model returned NaN or Inf; check the adapter and the dtype"}
         return [row if good else fault for row, good in zip(rows, finite, strict=True)]
 
-
-def _row(item: Item, values: dict[str, Any]) -> dict[str, Any]:
-    """A row of the output; columns that are not there are null."""
-    row: dict[str, Any] = {"id": item.id, **item.kept, **values}
-    error = values.get("error")
-    if item.row is not None and error is None:
-        row["label"] = item.row.label
-        if item.row.choices is not None:
-            row["choice"] = item.row.choices[values["prediction"]]
-    elif item.row is not None and error and not error.startswith(item.row.source):
-        error = f"{item.row.source} (id {item.id!r}): {error}"
-    row["error"] = None if error is None else error_text(error)
-    return {**row, "key": f"{item.key:016x}"}
+    def _row(self, item: Item, values: dict[str, Any]) -> dict[str, Any]:
+        """A row of the output; columns that are not there are null."""
+        row: dict[str, Any] = {"id": item.id, **item.kept, **values}
+        error = values.get("error")
+        if item.row is not None and error is None:
+            row["label"] = item.row.label
+            names = item.row.choices or self.labels
+            row["choice"] = None if names is None else names[values["prediction"]]
+        elif item.row is not None and error and not error.startswith(item.row.source):
+            error = f"{item.row.source} (id {item.id!r}): {error}"
+        row["error"] = None if error is None else error_text(error)
+        return {**row, "key": f"{item.key:016x}"}

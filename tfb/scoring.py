@@ -5,7 +5,7 @@ Rows go out in the order they came in. From files to files: :mod:`tfb.offline`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -17,10 +17,11 @@ from tfb.adaptive import Adaptive
 from tfb.batching import EncodedRows, batches
 from tfb.cost import passes_per_row
 from tfb.draws import Draws
-from tfb.encoding import encode_answers, encode_choices, encode_texts
+from tfb.encoding import LABEL_TOKENS, RowEncoder
 from tfb.engine import BayesianModel
-from tfb.metrics import Evaluation, apply_temperature
-from tfb.rows import Row
+from tfb.metrics import Evaluation, apply_temperature, evaluate
+from tfb.readers import iter_rows, read_rows
+from tfb.rows import Row, RowError
 
 WINDOW = 1024  # rows encoded at a time while streaming
 
@@ -84,23 +85,65 @@ def set_padding(bayes: BayesianModel, tokenizer: Any) -> None:
         bayes.base.config.pad_token_id = tokenizer.pad_token_id
 
 
-def encode(bayes: BayesianModel, rows: Sequence[Row], tokenizer: Any) -> EncodedRows:
-    """Encode rows for the model's task, refusing prompts longer than the model.
+def encode(
+    bayes: BayesianModel,
+    data: Any,
+    tokenizer: Any,
+    *,
+    columns: Mapping[str, str] | None = None,
+    labels: Sequence[str] | None = None,
+    truncate: str | None = None,
+) -> EncodedRows:
+    """Read and encode rows for the model's task, by its ``label_tokens``.
+
+    Args:
+        data: anything that holds rows, see :func:`tfb.readers.iter_rows`. columns: for our names
+            those of the data. labels: names of the classes, or choices of rows that bring none;
+            default: ``bayes.labels``. truncate: see :class:`RowEncoder`.
 
     Raises:
         RowError: a row that the task, the tokenizer or the model cannot take.
     """
-    return encode_rows(rows, tokenizer, bayes.task, bayes.base.config)
+    labels = bayes.labels if labels is None else labels
+    rows = read_rows(data, columns=columns, labels=labels, task=bayes.task)
+    return encoder(bayes, tokenizer, truncate)(rows)
 
 
-def encode_rows(rows: Sequence[Row], tokenizer: Any, task: str, config: Any) -> EncodedRows:
-    """``encode`` without the model: its task and its configuration are enough."""
-    limit = getattr(config, "max_position_embeddings", None)
-    if task == "CAUSAL_LM":
-        return encode_choices(rows, tokenizer, max_length=limit)
-    if task == "SEQ_2_SEQ_LM":
-        return encode_answers(rows, tokenizer, max_length=limit)
-    return encode_texts(rows, tokenizer, num_labels=int(config.num_labels), max_length=limit)
+def encoder(bayes: BayesianModel, tokenizer: Any, truncate: str | None = None) -> RowEncoder:
+    """What encodes rows for a model."""
+    how: dict[str, Any] = {"label_tokens": bayes.label_tokens, "truncate": truncate}
+    return RowEncoder.of(tokenizer, bayes.task, bayes.base.config, **how)
+
+
+def compare_label_tokens(
+    bayes: BayesianModel,
+    rows: Sequence[Row],
+    tokenizer: Any,
+    *,
+    truncate: str | None = None,
+    batch_size: int = 50,
+) -> dict[str, float] | None:
+    """Compare how choices may be scored: the adapter's NLL on labelled rows by each of
+    ``LABEL_TOKENS``, in nats. The lower one tells how the adapter was trained. One pass each.
+
+    Returns:
+        None where both give the same tokens, or one of them cannot be used.
+    """
+    found: dict[str, EncodedRows] = {}
+    for name in LABEL_TOKENS:
+        how: dict[str, Any] = {"label_tokens": name, "truncate": truncate}
+        try:
+            found[name] = RowEncoder.of(tokenizer, bayes.task, bayes.base.config, **how)(rows)
+        except RowError:
+            return None
+    if len({encoded.content_hash for encoded in found.values()}) == 1:
+        return None
+    pad, figures = pad_token(bayes, tokenizer), {}
+    for name, encoded in found.items():
+        p = predict_rows(bayes, encoded, Draws.mean(), batch_size=batch_size, pad_token_id=pad)
+        labels = torch.tensor(encoded.labels)
+        figures[name] = evaluate(p.probs, labels).nll
+    return figures
 
 
 def predict_rows(
@@ -149,46 +192,53 @@ def predict_rows(
 
 
 def score(
-    rows: Iterable[Row],
+    data: Any,
     bayes: BayesianModel,
     tokenizer: Any,
     *,
     draws: int | Draws | Adaptive | str = 10,
     batch_size: int = 50,
     per_draw: bool = False,
+    columns: Mapping[str, str] | None = None,
+    labels: Sequence[str] | None = None,
+    truncate: str | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Stream one result for each row, in order, reading at most ``WINDOW`` rows ahead.
 
-    ``draws``: as for ``bayes.predict``, "auto" included. Raises RowError at a bad row, TypeError at
-    what is none; the command line (:mod:`tfb.offline`) makes rows with an error of them.
+    Args:
+        data, columns, labels, truncate: see :func:`encode`. draws: as for ``bayes.predict``,
+            "auto" included.
+
+    Raises:
+        RowError: a row that cannot be used; the command line (:mod:`tfb.offline`) makes rows with
+            an error of them. TypeError: data that holds no rows.
 
     Yields:
-        dicts: id, prediction (index), choice (text, choice rows), probs, total, aleatoric,
-        epistemic (nats), agreement, standard_error, label if given, draw_probs if ``per_draw``.
+        dicts: id, prediction (index), choice (its text, or the class's name if it has one), probs,
+        total, aleatoric, epistemic (nats), agreement, standard_error, label if given, truncated
+        (tokens left out) with ``truncate``, draw_probs if ``per_draw``.
     """
-    stream = iter(rows)
-    pad = pad_token(bayes, tokenizer)
+    labels = bayes.labels if labels is None else labels
+    stream = iter_rows(data, columns=columns, labels=labels, task=bayes.task)
+    make, pad = encoder(bayes, tokenizer, truncate), pad_token(bayes, tokenizer)
     while window := list(islice(stream, WINDOW)):
-        if other := [row for row in window if not isinstance(row, Row)]:
-            raise TypeError(
-                f"score: expected tfb.rows.Row, got {type(other[0]).__name__}; read files by "
-                "tfb.rows.read_rows(path)"
-            )
-        encoded = encode(bayes, window, tokenizer)
+        encoded = make(window)
         out = predict_rows(
             bayes, encoded, draws, batch_size=batch_size, pad_token_id=pad, keep_draws=per_draw
         )
         for i, row in enumerate(window):
             k = encoded.num_choices(i)
             best = int(out.probs[i].argmax())
+            names = row.choices or labels
             result: dict[str, Any] = {"id": row.id, "prediction": best}
-            if row.choices is not None:
-                result["choice"] = row.choices[best]
+            result["choice"] = None if names is None else names[best]
             result["probs"] = out.probs[i, :k].tolist()
             for name in ("total", "aleatoric", "epistemic", "agreement", "standard_error"):
                 value = float(getattr(out, name)[i])
                 result[name] = None if value != value else value
             result["label"] = row.label
+            if truncate is not None and encoded.truncated is not None:
+                result["truncated"] = encoded.truncated[i]
             if out.draw_probs is not None:
                 result["draw_probs"] = out.draw_probs[:, i, :k].tolist()
             yield result

@@ -15,7 +15,7 @@ missing, so its parts are those of an uninterrupted run, bit for bit.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import count, islice
@@ -23,7 +23,7 @@ from typing import Any
 
 from tfb.hashset import HashSet
 from tfb.readers import Meter, Record, read
-from tfb.rows import CHOICE_COLUMNS, TEXT_COLUMNS, Row, RowError, make_row, row_id
+from tfb.rows import Row, RowError, RowFormat
 from tfb.sources import Source
 
 BLOCK = 256  # rows that are looked up together
@@ -55,68 +55,40 @@ class Window:
     """Of the input that was read when the window was full."""
 
 
-def parse_columns(options: Iterable[str]) -> dict[str, str]:
-    """ "prompt=question,choices=options" as {"prompt": "question", "choices": "options"}.
-
-    Raises:
-        ValueError: not of that form, a name on the left that no row has, or a name twice.
-    """
-    known = (*CHOICE_COLUMNS, "text")
-    found: dict[str, str] = {}
-    for pair in (p for option in options for p in option.split(",")):
-        ours, separator, theirs = pair.partition("=")
-        if not (separator and ours and theirs):
-            raise ValueError(f"--columns {pair!r}: expected name=column, such as prompt=question")
-        if ours not in known:
-            raise ValueError(f"--columns {pair}: {ours!r} is none of {', '.join(known)}")
-        if ours in found or theirs in found.values():
-            raise ValueError(f"--columns {pair}: {ours!r} or {theirs!r} is named twice")
-        found[ours] = theirs
-    return found
-
-
 @dataclass(frozen=True)
 class Reading:
     """How the input of a run is read.
 
     Attributes:
-        sources: the files, in order. task: "SEQ_CLS" (text rows) or another (choice rows).
+        sources: the files, in order. form: how their fields become rows.
         salt: hash of the run's configuration, at most 64 bytes; goes into every key.
-        columns: for our names those of the input, where they differ. keep: columns that pass
-            through. limit: read that many records; None: all.
+        keep: columns that pass through. limit: read that many records; None: all.
     """
 
     sources: Sequence[Source]
-    task: str
+    form: RowFormat
     salt: bytes = b""
-    columns: Mapping[str, str] = field(default_factory=dict)
     keep: Sequence[str] = ()
     limit: int | None = None
 
-    @property
-    def names(self) -> dict[str, str]:
-        """For every column of a row its name in the input."""
-        ours = CHOICE_COLUMNS if self.task != "SEQ_CLS" else TEXT_COLUMNS
-        return {name: self.columns.get(name, name) for name in ours}
-
     def records(self, meter: Meter | None = None) -> Iterator[Record]:
         """The records of all files."""
-        wanted = [*self.names.values(), *self.keep]
+        wanted = [*self.form.names.values(), *self.keep]
         stream = read(self.sources, meter or Meter(self.sources), wanted)
         return islice(stream, self.limit)
 
     def blocks(self, meter: Meter | None = None) -> Iterator[list[Item]]:
         """All rows, in blocks. A row with an id that was there before is one with an error."""
-        stream, seen = self.records(meter), HashSet()
+        stream, seen = enumerate(self.records(meter)), HashSet()
         while block := list(islice(stream, BLOCK)):
-            items = [self._item(record) for record in block]
+            items = [self._item(number, record) for number, record in block]
             used = [i for i, item in enumerate(items) if item.row is not None]
             hashes = [self._hash(["id", items[i].id]) for i in used]
             here: set[int] = set()
             for i, h, known in zip(used, hashes, seen.contains(hashes), strict=True):
                 if known or h in here:
                     fault = f"the id {items[i].id!r} was already used; give every row its own"
-                    items[i] = self._faulty(block[i], fault, items[i].kept)
+                    items[i] = self._faulty(*block[i], fault, items[i].kept)
                 here.add(h)
             seen.add(here)
             yield items
@@ -125,23 +97,23 @@ class Reading:
         """The hash that stands for an id."""
         return self._hash(["id", name])
 
-    def _item(self, record: Record) -> Item:
+    def _item(self, number: int, record: Record) -> Item:
         if record.fields is None:
-            return self._faulty(record, record.fault or "cannot be read", {})
+            return self._faulty(number, record, record.fault or "cannot be read", {})
         kept: dict[str, Any] = {}
         try:
             kept = self._kept(record)
-            row = make_row(self._fields(record), record.place)
+            row = self.form.row(record.fields, record.place, number)
         except RowError as error:
-            return self._faulty(record, str(error), kept)
-        content = [row.id, row.prompt, row.choices, row.text, row.label, kept]
+            return self._faulty(number, record, str(error), kept)
+        content = [row.id, row.messages or row.prompt, row.choices, row.text, row.label, kept]
         return Item(self._hash(content), row.id, row, None, kept)
 
-    def _faulty(self, record: Record, fault: str, kept: dict[str, Any]) -> Item:
+    def _faulty(self, number: int, record: Record, fault: str, kept: dict[str, Any]) -> Item:
         name = None
         if record.fields is not None:
             try:
-                name = row_id(record.fields.get(self.names["id"]))
+                name = self.form.row_id(record.fields, record.place, number)
             except RowError:
                 name = None
         content = ["fault", record.place, fault if record.fields is None else record.fields]
@@ -151,19 +123,6 @@ class Reading:
             key = self._hash(["fault", record.place, fault])
         text = fault if fault.startswith(record.place) else f"{record.place}: {fault}"
         return Item(key, name, None, error_text(text), kept)
-
-    def _fields(self, record: Record) -> dict[str, Any]:
-        """The row's columns under our names."""
-        values = record.fields or {}
-        fields = {name: values[theirs] for name, theirs in self.names.items() if theirs in values}
-        if record.kind == "csv":
-            _from_text(fields)
-        elif record.kind != "jsonl" and isinstance(label := fields.get("label"), float):
-            # A column with nulls that came by way of pandas.
-            fields["label"] = (
-                int(label) if label.is_integer() else None if label != label else label
-            )
-        return fields
 
     def _kept(self, record: Record) -> dict[str, Any]:
         kept = {name: (record.fields or {}).get(name) for name in self.keep}
@@ -201,7 +160,7 @@ def windows(
             if there:
                 continue
             pending.append(item)
-            text += 0 if item.row is None else len(item.row.prompt or item.row.text or "")
+            text += 0 if item.row is None else item.row.characters
             if len(pending) >= size or text >= LONGEST_TEXT:
                 yield Window(next(free), pending, share)
                 pending, text = [], 0
@@ -254,23 +213,3 @@ def error_text(text: str) -> str:
     """A message that any file can hold: of bounded length, no half surrogates."""
     text = text.encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= LONGEST_ERROR else text[:LONGEST_ERROR] + " ..."
-
-
-def _from_text(fields: dict[str, Any]) -> None:
-    """Give the columns of a CSV row their types, in place.
-
-    Choices are a JSON list, or parted by "|". A label that is none of them is an index.
-    """
-    choices = fields.get("choices")
-    if isinstance(choices, str):
-        try:
-            parsed = json.loads(choices) if choices.lstrip().startswith("[") else None
-        except (ValueError, RecursionError):
-            parsed = None
-        fields["choices"] = choices.split("|") if parsed is None else parsed
-    label = fields.get("label")
-    if isinstance(label, str) and label not in (fields.get("choices") or ()):
-        if not label.strip():
-            fields["label"] = None
-        elif label.strip().isdecimal():
-            fields["label"] = int(label) if len(label) < 10 else label

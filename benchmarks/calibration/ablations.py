@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 import tfb
-from benchmarks.calibration.tasks import Task, load_task
+from benchmarks.calibration.tasks import LABEL_TOKENS, Task, load_task
 from benchmarks.calibration.train import ADAPTERS, adapter
 from benchmarks.harness import Bench, Row, record
 from benchmarks.reference_data import shared_folder
@@ -152,6 +152,7 @@ class Study:
             base = tfb.load_base(self.task.base, self.folder)
             model = tfb.load_adapter(base, self.folder)
             self.models[family] = tfb.bayesianize(model, family=family)
+            self.models[family].label_tokens = LABEL_TOKENS
         return self.models[family]
 
     @cached_property

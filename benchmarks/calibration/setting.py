@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import tfb
-from benchmarks.calibration.tasks import Task
+from benchmarks.calibration.tasks import LABEL_TOKENS, Task
 from tfb.batching import Batch, EncodedRows, batches
 from tfb.draws import Draws
 from tfb.engine import BayesianModel
@@ -80,6 +80,7 @@ class Setting:
         folder = self.adapters(kind, seed)
         model = tfb.load_adapter(tfb.load_base(self.task.base, folder), folder)
         bayes = tfb.bayesianize(model, layers=layers, seed=self.task.seed)
+        bayes.label_tokens = LABEL_TOKENS
         if layers is None:
             self._models[kind, seed] = bayes
         return bayes

@@ -30,10 +30,12 @@ from typing import Any
 from benchmarks import minilm
 from benchmarks.calibration.stems import cut, stems, unseen
 from benchmarks.questions import arc, mmlu, openbookqa, winogrande
-from tfb.rows import Row, read_rows
+from tfb.readers import read_rows
+from tfb.rows import Row
 
 TASKS = ("clinc-domain", "clinc150", "clinc150-early", "clinc-fewshot", "exam", "subject")
 GIVEN = {"clinc-domain": "stories260K-clinc-domain", "clinc150": "stories260K-clinc150"}
+LABEL_TOKENS = "last"  # of clinc-domain: the convention that the given adapter was trained with
 SHOTS = 10  # training rows of an intent, clinc-fewshot
 DOMAIN_ROWS = 2000  # training rows of clinc-domain, as many as the given adapter had
 EXAM_ROWS = 200  # training rows of a class, exam

@@ -28,12 +28,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import minilm
-from benchmarks.calibration.tasks import GIVEN, TASKS, Task, load_task
+from benchmarks.calibration.tasks import GIVEN, LABEL_TOKENS, TASKS, Task, load_task
 from benchmarks.environment import environment
 from benchmarks.reference_data import shared_folder
 from tfb.batching import Batch, EncodedRows, batches
+from tfb.encoding import RowEncoder
 from tfb.rows import Row
-from tfb.scoring import encode_rows
 
 ADAPTERS = Path(__file__).resolve().parent / "adapters"
 KINDS = ("mle", "map")
@@ -99,7 +99,7 @@ def train(task: Task, kind: str, recipe: Recipe, folder: Path) -> dict[str, Any]
     started = time.perf_counter()
     torch.manual_seed(task.seed)  # of the head, of LoRA's A and of dropout
     model, tokenizer = _model(task, recipe)
-    rows = encode_rows(task.train, tokenizer, task.task_type, model.config)
+    rows = encoder(task, tokenizer, model.config)(task.train)
     pad = int(model.config.pad_token_id)
     prior = [p for name, p in model.named_parameters() if "lora_" in name] if kind == "map" else []
     losses = []
@@ -130,11 +130,15 @@ def train(task: Task, kind: str, recipe: Recipe, folder: Path) -> dict[str, Any]
     return record
 
 
+def encoder(task: Task, tokenizer: Any, config: Any) -> RowEncoder:
+    return RowEncoder.of(tokenizer, task.task_type, config, label_tokens=LABEL_TOKENS)
+
+
 def evaluate_rows(
     model: Any, rows: Sequence[Row], task: Task, tokenizer: Any
 ) -> dict[str, float | int]:
     """Accuracy, NLL and mean confidence of the deterministic model."""
-    encoded = encode_rows(rows, tokenizer, task.task_type, model.config)
+    encoded = encoder(task, tokenizer, model.config)(rows)
     model.eval()
     probs, labels = [], []
     pad = int(model.config.pad_token_id)

@@ -26,8 +26,8 @@ from typing import Any
 
 from benchmarks.questions import Question
 from tfb.batching import EncodedRows
+from tfb.encoding import RowEncoder
 from tfb.rows import Row, RowError
-from tfb.scoring import encode_rows
 
 FORMS = ("script", "plain")
 LETTERS = "ABCDE"
@@ -90,7 +90,8 @@ def encode(rows: Sequence[Row], tokenizer: Any, config: Any, form: str) -> Encod
         RowError: a row that the tokenizer or the model cannot take, or, in form "script", choices
             that are no single token or share one.
     """
-    encoded = encode_rows(rows, tokenizer, "CAUSAL_LM", config)
+    label_tokens = "all" if form == "plain" else "last"  # which leaves prompts as they are
+    encoded = RowEncoder.of(tokenizer, "CAUSAL_LM", config, label_tokens=label_tokens)(rows)
     if form == "plain":
         return encoded
     known = {choice: label_token(choice, tokenizer) for row in rows for choice in row.choices or ()}
