@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 
 from tfb.batching import EncodedRows
 
@@ -67,6 +68,7 @@ def padded_tokens(encoded: EncodedRows, batch: list[int]) -> int:
     return len(batch) * max(len(encoded.input_ids[i]) for i in batch)
 
 
+@cache
 def _bucket(length: int) -> int:
     """The number of a length's bucket; buckets widen by ``BUCKET``, by one token at least."""
     bucket, end = 0, 1

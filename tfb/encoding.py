@@ -27,7 +27,8 @@ rows keep what the tokenizer adds. Nothing is truncated unless `truncate` says o
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import string
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, NoReturn
 
@@ -44,6 +45,7 @@ LABEL_TOKENS = ("all", "last")
 SIDES = ("left", "right")
 # Rows tokenized in one call: enough to occupy the tokenizer, small enough for memory.
 CHUNK = 1024
+_PUNCTUATION = frozenset(string.punctuation)
 # A token that goes on over a space: "▁" is SentencePiece's, "Ġ" the byte-level alphabet's.
 _OVER_A_SPACE = re.compile("[^▁Ġ ][▁Ġ ]")
 
@@ -98,6 +100,7 @@ class RowEncoder:
         self.label_tokens, self.truncate, self.separator = label_tokens, truncate, separator
         # A tokenizer that knows no limit reports a huge number, which no row exceeds.
         self.limit = int(tokenizer.model_max_length if max_length is None else max_length)
+        self._unknown = tokenizer.unk_token_id  # a property that is slow to ask for
         self._glue: str | None = None
         self._front: list[int] = []
         self._front, self._back = self._added()
@@ -316,19 +319,23 @@ class RowEncoder:
         """``_whole`` from one text a row and one for each distinct choice, None where that need
         not be the same.
 
-        A choice that begins with a space after a prompt that does not end with one has tokens of
-        its own, whatever the prompt, if no token of the vocabulary goes on over a space: BPE merges
-        and Unigram paths on the two sides are then independent, and words are split there. What a
-        tokenizer does before its model sees the text is checked on every row, with one of its
+        Between a prompt and a choice that begins with one space, no token and no merge can lie if
+        no token of the vocabulary goes on over a space: BPE merges and Unigram paths on the two
+        sides are then independent, and words are split there. What a tokenizer does before its
+        model sees the text could differ where characters are rewritten or added tokens take the
+        spaces beside them: such rows are left out, and every row is checked with one of its
         choices.
         """
         found: list[Tokens | None] = [None] * len(pairs)
         if not self._breaks_at_spaces:
             return found
+        added = tuple(str(token) for token in self.tokenizer.added_tokens_decoder.values())
         able = [
             i
             for i, (prompt, choices) in enumerate(pairs)
-            if not prompt[-1].isspace() and all(choice.startswith(" ") for choice in choices)
+            if not prompt.endswith(added)
+            and _is_plain(prompt[-1])
+            and all(c[:1] == " " and _is_plain(c[1:2]) for c in choices)
         ]
         distinct = list(dict.fromkeys(choice for i in able for choice in pairs[i][1]))
         after = self._whole([("a", distinct)])[0] if distinct else None
@@ -371,11 +378,16 @@ class RowEncoder:
 
     def _added(self) -> tuple[list[int], int]:
         """The special tokens that the tokenizer puts before a text, and how many after it."""
-        (bare,), (full,) = self._ids(["a"], add_special_tokens=False), self._ids(["a"])
-        for start in range(len(full) - len(bare) + 1):
-            if full[start : start + len(bare)] == bare:
-                return full[:start], len(full) - len(bare) - start
+        for text in self._texts_with_tokens():
+            (bare,), (full,) = self._ids([text], add_special_tokens=False), self._ids([text])
+            for start in range(len(full) - len(bare) + 1) if bare else ():
+                if full[start : start + len(bare)] == bare:
+                    return full[:start], len(full) - len(bare) - start
         return [], 0
+
+    def _texts_with_tokens(self) -> Iterator[str]:
+        yield "a"
+        yield from self.tokenizer.get_vocab()  # for alphabets without an "a"
 
     # --- checks -----------------------------------------------------------------------------------
 
@@ -385,7 +397,7 @@ class RowEncoder:
         for i, (choice, ids) in enumerate(zip(choices, found, strict=True)):
             if not ids:
                 _fail(row, f"the choice {choice!r} adds no token to this prompt", "use others")
-            if self.tokenizer.unk_token_id in ids:
+            if self._unknown in ids:
                 _fail(row, f"the tokenizer does not know the choice {choice!r}", "use others")
             first = seen.setdefault(tuple(ids), i)
             if first < i:
@@ -418,6 +430,11 @@ class RowEncoder:
             _fail(row, f"{fault}, and truncation would leave nothing of the prompt", "shorten it")
         body = body[over:] if self.truncate == "left" else body[: len(body) - over]
         return [*ids[:front], *body, *ids[len(ids) - back :]], over
+
+
+def _is_plain(character: str) -> bool:
+    """Whether no tokenizer takes it for a space, or writes a space with it."""
+    return character.isalnum() or character in _PUNCTUATION
 
 
 def _shared(choices: list[list[int]]) -> int:

@@ -152,9 +152,7 @@ def run(
         signal = _write_parts(engine_.scored(pending), folder, ledger, report)
         status = ledger.status(signal)
         folder.write_manifest(ledger.manifest(status))
-    return Outcome(
-        status, ledger.rows, ledger.errors, signal, ledger.too_many, ledger.truncated
-    )
+    return Outcome(status, ledger.rows, ledger.errors, signal, ledger.too_many, ledger.truncated)
 
 
 def _write_parts(

@@ -328,8 +328,11 @@ def _string(value: Any, name: str, source: str) -> str:
         _fail(source, f"{name} is {_kind(value)}", "make it a string")
     if not value.strip():
         _fail(source, f"{name} is empty", "write some text into it, or remove the row")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        _fail(source, f"{name} holds half of a surrogate pair", "write it as proper Unicode")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        fault = f"{name} holds half of a surrogate pair"
+        _fail(source, fault, "write it as proper Unicode", error)
     return value
 
 

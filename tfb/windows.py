@@ -125,6 +125,8 @@ class Reading:
         return Item(key, name, None, error_text(text), kept)
 
     def _kept(self, record: Record) -> dict[str, Any]:
+        if not self.keep:
+            return {}
         kept = {name: (record.fields or {}).get(name) for name in self.keep}
         try:
             json.dumps(kept, ensure_ascii=False, default=str).encode()
