@@ -520,6 +520,29 @@ def test_special_tokens_of_an_alphabet_of_its_own(
     assert found.label_ids == [(vocabulary["A"], vocabulary["G"])]
 
 
+def bare(pieces: str, merges: list[tuple[str, str]], **how: Any) -> Any:
+    """As Llama 2, over a small alphabet."""
+    vocabulary = {piece: i for i, piece in enumerate(pieces.split())}
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, **how))
+    made.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token=how.get("unk_token"))
+
+
+@pytest.mark.parametrize("choices", ["AB", "BA"])
+def test_a_prompts_last_character_without_a_token(choices: str) -> None:
+    """It may vanish, so that spaces meet over it, or become one <unk> with a space."""
+    merges = [("▁", "B"), ("▁", "▁"), ("▁", "A")]
+    for tokenizer, prompt in (
+        (bare("▁ A B a x ▁B ▁▁ ▁A", merges), "x q"),
+        (bare("<unk> x A B a", [], unk_token="<unk>", fuse_unk=True), "xq"),
+    ):
+        rows = [row_of(prompt, choices)]
+        found = outcome(RowEncoder(tokenizer), rows)
+        assert found == outcome(slow(tokenizer), rows)
+
+
 # --- the generated tokenizers are what they should be ---------------------------------------------
 
 

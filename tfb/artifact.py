@@ -11,6 +11,7 @@ safetensors only, never pickle.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -279,6 +280,7 @@ def _check_fingerprint(folder: Path, saved: dict[str, Any], found: dict[str, Any
             )
 
 
+@functools.cache
 def library_versions() -> dict[str, str]:
     """Versions of what results depend on."""
     found = {"noise": str(NOISE_VERSION), "torch": torch.__version__}

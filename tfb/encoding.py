@@ -46,8 +46,6 @@ SIDES = ("left", "right")
 # Rows tokenized in one call: enough to occupy the tokenizer, small enough for memory.
 CHUNK = 1024
 _PUNCTUATION = frozenset(string.punctuation)
-# A token that goes on over a space: "▁" is SentencePiece's, "Ġ" the byte-level alphabet's.
-_OVER_A_SPACE = re.compile("[^▁Ġ ][▁Ġ ]")
 
 
 def check_label_tokens(value: Any) -> None:
@@ -159,20 +157,10 @@ class RowEncoder:
                 cut.append(left_out)
                 continuations.append(tuple(tuple(ids[shared:]) for ids in choices))
         single = [all(len(ids) == 1 for ids in choices) for choices in continuations]
-        return EncodedRows(
-            ids=[row.id for row in rows],
-            input_ids=input_ids,
-            label_ids=[
-                tuple(ids for (ids,) in choices) if one else ()
-                for choices, one in zip(continuations, single, strict=True)
-            ],
-            labels=[row.label for row in rows],
-            choices=[row.choices or () for row in rows],
-            choice_ids=None
-            if all(single)
-            else [None if one else c for c, one in zip(continuations, single, strict=True)],
-            truncated=cut,
-        )
+        kinds = list(zip(continuations, single, strict=True))
+        label_ids = [tuple(ids for (ids,) in c) if one else () for c, one in kinds]
+        several = None if all(single) else [None if one else c for c, one in kinds]
+        return _encoded(rows, input_ids, cut, label_ids=label_ids, choice_ids=several)
 
     def _answers(self, rows: Sequence[Row]) -> EncodedRows:
         """Prompts as an encoder reads them, and each choice as the first token that a decoder
@@ -199,14 +187,7 @@ class RowEncoder:
             prompt, left_out = self._fit(row, prompt, self.limit, self._back)
             input_ids.append(prompt)
             cut.append(left_out)
-        return EncodedRows(
-            ids=[row.id for row in rows],
-            input_ids=input_ids,
-            label_ids=label_ids,
-            labels=[row.label for row in rows],
-            choices=[row.choices or () for row in rows],
-            truncated=cut,
-        )
+        return _encoded(rows, input_ids, cut, label_ids=label_ids)
 
     def _texts(self, rows: Sequence[Row]) -> EncodedRows:
         """Texts for a sequence-classification head."""
@@ -227,20 +208,11 @@ class RowEncoder:
             self._fit(row, ids, self.limit, self._back)
             for row, ids in zip(rows, found, strict=True)
         ]
+        input_ids, cut = (list(column) for column in zip(*fitted, strict=True))
         types = batch.get("token_type_ids")
-        return EncodedRows(
-            ids=[row.id for row in rows],
-            input_ids=[ids for ids, _ in fitted],
-            label_ids=None,
-            labels=[row.label for row in rows],
-            choices=None,
-            num_labels=classes,
-            # One text a row is one segment, so where its types are cut does not matter.
-            token_type_ids=None
-            if types is None
-            else [list(t)[: len(ids)] for t, (ids, _) in zip(types, fitted, strict=True)],
-            truncated=[cut for _, cut in fitted],
-        )
+        if types is not None:  # one text a row is one segment: where its types are cut is the same
+            types = [list(t)[: len(ids)] for t, ids in zip(types, input_ids, strict=True)]
+        return _encoded(rows, input_ids, cut, num_labels=classes, token_type_ids=types)
 
     # --- prompts and choices as text --------------------------------------------------------------
 
@@ -346,15 +318,33 @@ class RowEncoder:
         texts = [pairs[i][0] + choice for i, choice in zip(able, checked, strict=True)]
         for i, choice, ids in zip(able, checked, self._ids(texts, ended=False), strict=True):
             end = len(ids) - len(known[choice])
-            if 0 < end < len(ids) and ids[end:] == known[choice]:
-                found[i] = ids[:end], [known[c] for c in pairs[i][1]]
+            tokens = [known[c] for c in pairs[i][1]]
+            whole = 0 < end < len(ids) and ids[end:] == known[choice]
+            # A prompt's last character that has no token may hide what happened to the space.
+            if whole and ids[end - 1] not in self._spaces and all(map(self._is_known, tokens)):
+                found[i] = ids[:end], tokens
         return found
+
+    @cached_property
+    def _vocabulary(self) -> dict[str, int]:
+        return dict(self.tokenizer.get_vocab())
+
+    @property
+    def _marks(self) -> str:
+        """What stands for a space in tokens: "▁" is SentencePiece's, "Ġ" that of bytes."""
+        return "▁ " if "▁" in self._vocabulary else "▁Ġ "
 
     @cached_property
     def _breaks_at_spaces(self) -> bool:
         """Whether no token of the vocabulary goes on over a space."""
-        vocabulary = self.tokenizer.get_vocab()
-        return not any(not isinstance(t, str) or _OVER_A_SPACE.search(t) for t in vocabulary)
+        over = re.compile(f"[^{self._marks}][{self._marks}]")
+        return not any(over.search(token) for token in self._vocabulary)
+
+    @cached_property
+    def _spaces(self) -> frozenset[int]:
+        """The tokens that are nothing but spaces."""
+        found = self._vocabulary.items()
+        return frozenset(i for token, i in found if not token.strip(self._marks))
 
     def _ids(self, texts: list[str], *, ended: bool = True, **options: bool) -> list[list[int]]:
         """Token ids; not ``ended``: without the special tokens at the end."""
@@ -387,7 +377,9 @@ class RowEncoder:
 
     def _texts_with_tokens(self) -> Iterator[str]:
         yield "a"
-        yield from self.tokenizer.get_vocab()  # for alphabets without an "a"
+        # For alphabets without an "a".
+        added = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
+        yield from sorted(self._vocabulary.keys() - added)
 
     # --- checks -----------------------------------------------------------------------------------
 
@@ -397,7 +389,7 @@ class RowEncoder:
         for i, (choice, ids) in enumerate(zip(choices, found, strict=True)):
             if not ids:
                 _fail(row, f"the choice {choice!r} adds no token to this prompt", "use others")
-            if self._unknown in ids:
+            if not self._is_known(ids):
                 _fail(row, f"the tokenizer does not know the choice {choice!r}", "use others")
             first = seen.setdefault(tuple(ids), i)
             if first < i:
@@ -409,6 +401,9 @@ class RowEncoder:
                     f"({', '.join(map(str, ids))})",
                     "use choices that differ in more than whitespace, such as letters",
                 )
+
+    def _is_known(self, ids: list[int]) -> bool:
+        return self._unknown not in ids
 
     def _fit(self, row: Row, ids: list[int], room: int, back: int = 0) -> tuple[list[int], int]:
         """At most ``room`` tokens of ``ids``, and how many were left out.
@@ -430,6 +425,20 @@ class RowEncoder:
             _fail(row, f"{fault}, and truncation would leave nothing of the prompt", "shorten it")
         body = body[over:] if self.truncate == "left" else body[: len(body) - over]
         return [*ids[:front], *body, *ids[len(ids) - back :]], over
+
+
+def _encoded(
+    rows: Sequence[Row], input_ids: list[list[int]], truncated: list[int], **fields: Any
+) -> EncodedRows:
+    found: dict[str, Any] = {"label_ids": None, **fields}
+    return EncodedRows(
+        ids=[row.id for row in rows],
+        input_ids=input_ids,
+        labels=[row.label for row in rows],
+        choices=None if rows[0].choices is None else [row.choices or () for row in rows],
+        truncated=truncated,
+        **found,
+    )
 
 
 def _is_plain(character: str) -> bool:
