@@ -118,9 +118,9 @@ def judge(row: Row) -> list[Row]:
     """Speed against the plain script, and what a job costs beside its engine."""
     units = {k: r["median"] for k, r in row["in_units_of"]["ratios"].items()}
     found = [
-        target("plain script / tail job", units["plain"] / units["tail"], 12, at_least=True),
-        target("full job / engine", units["ours"], 1.05, at_least=False),
-        target("tail job / engine", units["tail"] / units["tail_engine"], 1.05, at_least=False),
+        target("plain script / tail job", units["plain"] / units["tail"], 8, at_least=True),
+        target("full job / engine", units["ours"], 1.1, at_least=False),
+        target("tail job / engine", units["tail"] / units["tail_engine"], 1.1, at_least=False),
     ]
     if row["point"]["data"] == "skewed":
         ratio = row["ratios"]["plain"]["median"]
