@@ -63,6 +63,50 @@ def test_clinc_domain(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert 100 * sampled["accuracy"] == pytest.approx(76.4, abs=1.0)
 
 
+def test_the_convention_that_an_adapter_was_trained_for(
+    shared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """fit says it, in its first lines where it is not the one asked for; evaluate says it of the
+    other; an artifact that does not tell is scored by all tokens, with a note."""
+    model, data = shared / "models" / "stories260K", shared / "data" / "clinc-domain"
+    common = ("--model", model, "--draws", 2, "--limit", 20)
+
+    def run(name: str, *options: object) -> tuple[str, str]:
+        capsys.readouterr()
+        command(monkeypatch, name, *common, *options)
+        return capsys.readouterr()
+
+    fit = ("--adapter", shared / "adapters" / "stories260K-clinc-domain", "--mode", "tail",
+           "--tail", 1, "--anchors", tmp_path / "anchors.jsonl")  # fmt: skip
+    lines = (data / "anchor.jsonl").read_text().splitlines()[::25]
+    (tmp_path / "anchors.jsonl").write_text("\n".join(lines))
+    trained = "the adapter was trained for 'last': on the anchors its NLL is "
+    out, err = run("fit", *fit, "--out", tmp_path / "all", "--objective", "min_nll")
+    assert f"label_tokens: {trained}" in out and "fit with --label-tokens last" in err
+    out, err = run("fit", *fit, "--out", tmp_path / "last", "--label-tokens", "last")
+    assert f"label_tokens: {trained}" in out and "label-tokens" not in err
+
+    judge = ("--data", data / "test.jsonl")
+    for name, chosen, warned in (("all", None, True), ("all", "last", False), ("last", None, False),
+                                 ("last", "all", True)):  # fmt: skip
+        option = () if chosen is None else ("--label-tokens", chosen)
+        _, err = run("evaluate", "--artifact", tmp_path / name, *judge, *option)
+        assert (f"note: label_tokens is 'all', but {trained}" in err) == warned, (name, chosen)
+    for name, warned in (("all", True), ("last", False)):
+        scored = ("--input", data / "test.jsonl", "--output", tmp_path / f"scored-{name}")
+        _, err = run("score", "--artifact", tmp_path / name, *scored)
+        assert (f"but {trained}" in err) == warned
+
+    sidecar = json.loads((tmp_path / "last" / "tfb.json").read_text())
+    del sidecar["label_tokens"], sidecar["labels"], sidecar["extra"]["label_tokens_nll"]
+    (tmp_path / "last" / "tfb.json").write_text(json.dumps(sidecar))
+    _, err = run("evaluate", "--artifact", tmp_path / "last", *judge)
+    assert "note: the artifact is of tfb 0.1" in err and "--label-tokens last" in err
+
+
 def test_clinc150(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A SEQ_CLS adapter with its own head: validation accuracy 57.8 %, within four standard errors
     of 300 rows, and noise only makes it less sure of itself."""

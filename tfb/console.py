@@ -191,12 +191,8 @@ def note_mode(searched: tuple[str, int | None], mode: str | None, tail: int | No
 def note_label_tokens(sidecar: Mapping[str, Any], chosen: str) -> None:
     """Say that choices are scored in another way than the adapter was trained for."""
     figures = (sidecar.get("extra") or {}).get("label_tokens_nll")
-    if isinstance(figures, dict) and chosen in figures and min(figures.values()) < figures[chosen]:
-        said = ", ".join(f"{nll:.4g} with {name!r}" for name, nll in figures.items())
-        note(
-            f"label_tokens is {chosen!r}, but the adapter was trained for "
-            f"{min(figures, key=figures.__getitem__)!r}: on the anchors its NLL was {said}"
-        )
+    if isinstance(figures, dict) and min(figures, key=figures.__getitem__) != chosen:
+        note(f"label_tokens is {chosen!r}, but {_trained_for(figures)}")
     elif "label_tokens" not in sidecar and sidecar["task"] != "SEQ_CLS":
         note(
             "the artifact is of tfb 0.1, which left out spaces that begin a choice; choices are "
@@ -252,14 +248,18 @@ def print_fit(found: Any) -> None:
 
 def print_label_tokens(figures: Mapping[str, float], chosen: str) -> None:
     """By which tokens of the choices the adapter was trained, as its NLL on the anchors tells."""
-    trained = min(figures, key=figures.__getitem__)
-    said = ", ".join(f"{nll:.4g} with {name!r}" for name, nll in figures.items())
-    out.print(f"label_tokens: NLL {said}: the adapter was trained for {trained!r}", markup=False)
-    if trained != chosen:
+    out.print(f"label_tokens: {_trained_for(figures)}", markup=False, soft_wrap=True)
+    if (trained := min(figures, key=figures.__getitem__)) != chosen:
         note(
             f"the search goes on with {chosen!r}, where the adapter's figures are wrong; stop it "
             f"and fit with --label-tokens {trained}"
         )
+
+
+def _trained_for(figures: Mapping[str, float]) -> str:
+    said = " and ".join(f"{nll:.4g} with {name!r}" for name, nll in figures.items())
+    trained = min(figures, key=figures.__getitem__)
+    return f"the adapter was trained for {trained!r}: on the anchors its NLL is {said}"
 
 
 def print_metrics(found: list[Any]) -> None:

@@ -160,7 +160,7 @@ class OutputFolder:
             keys.add(int(row["key"], 16) for row in chosen)
             ids.add(id_hash(row["id"]) for row in chosen if row["id"] is not None)
             rows, bad = rows + len(chosen), bad + (wrong if errors else 0)
-            cut += sum(bool(row.get("truncated")) for row in found)
+            cut += sum(bool(row.get("truncated")) for row in chosen)
         if len(keys) < rows:
             raise OutputError(
                 f"{self.path}: {rows - len(keys)} rows stand there twice; a part was copied or "

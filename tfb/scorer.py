@@ -109,8 +109,9 @@ class Scorer:
             tokens = sum(map(len, encoded.input_ids))
             found = self._predict(encoded)
             for i, cut in enumerate(encoded.truncated or ()):
-                found[i]["truncated"] = cut
-                truncated += cut > 0
+                if "error" not in found[i]:
+                    found[i]["truncated"] = cut
+                    truncated += cut > 0
             results = {prepared.positions[i]: values for i, values in found.items()}
         failed = {i: {"error": text} for i, text in prepared.errors.items()}
         values = failed | results
