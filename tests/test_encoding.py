@@ -314,12 +314,45 @@ def test_an_answer_follows_as_the_template_writes_it(between: str, labels: list[
     assert names(tokenizer, spaced)[-2:] == [":", "▁"]  # a choice that brings its own
 
 
+def test_what_follows_messages_does_not_depend_on_other_rows() -> None:
+    """A row whose messages end with an answer comes first: the next one is read as if alone."""
+    alternate = "raise_exception('roles') if loop.index0 % 2 else 'x' + m.content + ':'"
+    tokenizer = chat(marked_bpe(), alternate, "' ' + m.content")
+    rows = [asks("Topic", "A"), asks("Topic")]
+    for order in (rows, rows[::-1]):
+        encoded = encode_choices(order, tokenizer)
+        ids = encoded.input_ids[order.index(rows[1])]
+        assert names(tokenizer, ids)[-2:] == [":", "▁"]
+
+
+def test_shared_tokens_count_where_scores_are_means() -> None:
+    tokenizer, how = marked_bpe(), {"length_normalization": "tokens"}
+    encoded = encode_choices([row("Topic", "A", "C")], tokenizer, **how)
+    assert names(tokenizer, encoded.input_ids[0])[-1] == "c"
+    assert tokens_of(tokenizer, "Topic", "A", "C", **how) == ["▁ A", "▁ C"]
+
+
+def test_an_encoders_positions_are_fewer_than_its_embeddings() -> None:
+    """RoBERTa has 514 for 512 tokens, which its tokenizer knows."""
+
+    class Config:
+        max_position_embeddings, num_labels = 22, 2
+
+    tokenizer = word_level()
+    tokenizer.model_max_length = 20
+    assert RowEncoder.of(tokenizer, "SEQ_CLS", Config()).limit == 20
+    assert RowEncoder.of(tokenizer, "CAUSAL_LM", Config()).limit == 22
+
+
 def test_messages_that_no_template_takes() -> None:
     with pytest.raises(RowError, match=r"f\.jsonl:12 .* no chat template; use the chat model's"):
         encode_choices([asks("x")], marked_bpe())
     strict = chat(marked_bpe(), "raise_exception('roles must alternate')", "''")
     with pytest.raises(RowError, match=r"refuses the messages \(roles must alternate\)"):
         encode_choices([asks("x")], strict)
+    broken = chat(marked_bpe(), "1 // 0", "''")
+    with pytest.raises(RowError, match="refuses the messages"):
+        encode_choices([asks("x")], broken)
     with pytest.raises(RowError, match="makes an empty prompt"):
         encode_choices([asks("x")], chat(marked_bpe(), "''", "''"))
 

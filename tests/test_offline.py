@@ -460,7 +460,7 @@ def test_declared_columns_are_checked_first(
     monkeypatch.setitem(offline.ENGINES, "local", None)
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
     other = replace(job, inputs=(str(tmp_path / "a.parquet"),), columns={"prompt": "question"})
-    with pytest.raises(RowError, match=r"no column 'question', .* there are 'id'.* by columns"):
+    with pytest.raises(RowError, match=r"no column 'question'; there are 'id'.* by columns"):
         run(other)
     with pytest.raises(RowError, match=r"no column 'source'"):
         run(replace(other, columns={}, keep=("source",)))

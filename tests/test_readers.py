@@ -19,10 +19,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import tfb
-from tfb import cli
+from tfb import cli, digits
+from tfb.encoding import RowEncoder
 from tfb.readers import iter_rows, read_rows
-from tfb.rows import Row, RowError
-from tfb.scoring import encode
+from tfb.rows import Row, RowError, RowFormat
+from tfb.scoring import encode, load_tokenizer
 
 NAMES = ("bad", "fair", "good")
 WORDS = ["a", "b", "c", "d"]
@@ -30,6 +31,7 @@ DATA: list[dict[str, Any]] = [
     {"sentence": " ".join(WORDS[: 1 + i % 4]), "gold": NAMES[i % 3], "weight": i} for i in range(9)
 ]
 COLUMNS = {"text": "sentence", "label": "gold"}
+FORM = RowFormat(COLUMNS, NAMES, "SEQ_CLS")
 EXPECTED = [(str(i), row["sentence"], i % 3) for i, row in enumerate(DATA)]
 
 
@@ -88,7 +90,7 @@ def told(rows: list[Row]) -> list[tuple[str, str | None, int | None]]:
 
 @pytest.mark.parametrize("kind", IN_MEMORY)
 def test_rows_in_memory(kind: str) -> None:
-    rows = read_rows(IN_MEMORY[kind](), columns=COLUMNS, labels=NAMES, task="SEQ_CLS")
+    rows = read_rows(IN_MEMORY[kind](), FORM)
     assert told(rows) == EXPECTED
     assert [row.source for row in rows] == [f"row {i}" for i in range(9)]
 
@@ -97,7 +99,7 @@ def test_rows_in_memory(kind: str) -> None:
 @pytest.mark.parametrize("as_path", [str, Path])
 def test_rows_of_files(tmp_path: Path, name: str, as_path: Callable[[Path], Any]) -> None:
     path = written(tmp_path / name)
-    rows = read_rows(as_path(path), columns=COLUMNS, labels=NAMES, task="SEQ_CLS", limit=5)
+    rows = read_rows(as_path(path), FORM, limit=5)
     assert told(rows) == EXPECTED[:5]
     assert all(row.source.startswith(f"{path}:") for row in rows)
 
@@ -105,7 +107,7 @@ def test_rows_of_files(tmp_path: Path, name: str, as_path: Callable[[Path], Any]
 def test_several_files_folders_and_patterns(tmp_path: Path) -> None:
     both = [written(tmp_path / name) for name in ("a.csv", "b.parquet")]
     for data in (both, tmp_path, str(tmp_path / "*")):
-        rows = read_rows(data, columns=COLUMNS, labels=NAMES)
+        rows = read_rows(data, FORM)
         assert [row.text for row in rows] == 2 * [row["sentence"] for row in DATA]
         assert [row.id for row in rows] == [str(i) for i in range(18)]
 
@@ -113,15 +115,15 @@ def test_several_files_folders_and_patterns(tmp_path: Path) -> None:
 def test_strings_are_texts_or_prompts() -> None:
     texts = ["book a table", "see notes.csv, please"]
     assert [row.text for row in read_rows(texts)] == texts
-    prompts = read_rows(texts, labels=["yes", "no"], task="CAUSAL_LM")
+    prompts = read_rows(texts, RowFormat(labels=["yes", "no"], task="CAUSAL_LM"))
     assert [(row.prompt, row.choices) for row in prompts] == [(t, ("yes", "no")) for t in texts]
     with pytest.raises(RowError, match=r"row 0: no column 'choices'.* the same by labels"):
-        read_rows(texts, task="CAUSAL_LM")
+        read_rows(texts, RowFormat(task="CAUSAL_LM"))
 
 
 def test_rows_by_hand_pass_through() -> None:
     rows = [Row("1", text="a"), Row("2", text="b")]
-    assert list(iter_rows(iter(rows), columns=COLUMNS, labels=NAMES)) == rows
+    assert list(iter_rows(iter(rows), FORM)) == rows
 
 
 def test_rows_are_read_when_they_are_asked_for() -> None:
@@ -176,15 +178,43 @@ def test_encode_and_score_take_anything(
     bayes: tfb.BayesianModel, tokenizer: Any, kind: str
 ) -> None:
     data = IN_MEMORY[kind]
-    encoded = encode(bayes, data(), tokenizer, columns=COLUMNS, labels=NAMES)
+    bayes.labels = NAMES
+    encoded = encode(bayes, data(), tokenizer, columns=COLUMNS)
     assert encoded.labels == [i % 3 for i in range(9)]
-    bayes.labels = NAMES  # as from an artifact
     found = list(tfb.score(data(), bayes, tokenizer, draws=2, columns=COLUMNS))
     assert [(r["id"], r["label"]) for r in found] == [(str(i), i % 3) for i in range(9)]
     assert all(r["choice"] == NAMES[r["prediction"]] for r in found)
     rows = [Row(str(i), text=row["sentence"]) for i, row in enumerate(DATA)]
     plain = list(tfb.score(rows, bayes, tokenizer, draws=2))
     assert [r["probs"] for r in found] == [r["probs"] for r in plain]
+
+
+def test_classes_of_a_dataset_are_mapped_by_name(tmp_path: Path) -> None:
+    """Its indices count its own names, which need not stand in the model's order."""
+    datasets = pytest.importorskip("datasets")
+    label = datasets.ClassLabel(names=["good", "bad", "fair"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": label})
+    rows = {"text": ["x", "y", "z"], "label": [0, 1, None]}
+    data = datasets.Dataset.from_dict(rows, features=features)
+    data.to_parquet(tmp_path / "rows.parquet")
+    data.save_to_disk(tmp_path / "saved")
+    files = (tmp_path / "rows.parquet", tmp_path / "saved")
+    for given in (data, data.to_iterable_dataset(), data.with_format("numpy"), *files):
+        named = read_rows(given, RowFormat(labels=NAMES, task="SEQ_CLS"))
+        assert [row.label for row in named] == [2, 0, None]
+        assert [row.label for row in read_rows(given)] == [0, 1, None]
+    with pytest.raises(RowError, match=r"'good' is none of the classes \['a', 'b', 'c'\]"):
+        read_rows(data, RowFormat(labels=["a", "b", "c"], task="SEQ_CLS"))
+
+
+def test_tables_that_are_none() -> None:
+    pandas = pytest.importorskip("pandas", "2.2")
+    assert [r.text for r in read_rows(pandas.Series(["a", "b"]))] == ["a", "b"]
+    mixed = pandas.DataFrame({"text": ["a", 1]})
+    with pytest.raises(TypeError, match="DataFrame: is no table of one type a column"):
+        read_rows(mixed)
+    with pytest.raises(RowError, match="the DataFrame: no column 'gld'; there are 'sentence'"):
+        read_rows(as_pandas(), RowFormat({"text": "sentence", "label": "gld"}))
 
 
 def test_what_cannot_be_used_names_the_line_to_write(
@@ -202,6 +232,9 @@ def test_what_cannot_be_used_names_the_line_to_write(
         bayes.predict(["a text"])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"one, such as data\['test'\]"):
         encode(bayes, {"train": DATA, "test": DATA}, tokenizer)
+    with pytest.raises(TypeError, match=r"DatasetDict holds no rows.*such as data\['test'\]"):
+        datasets = pytest.importorskip("datasets")
+        encode(bayes, datasets.DatasetDict({"test": as_dataset()}), tokenizer)
     with pytest.raises(RowError, match=r"row 0: no column 'text'.* there are 'sentence'"):
         encode(bayes, DATA, tokenizer)
     with pytest.raises(RowError, match="the label 'bad' is text; classes lack names"):
@@ -209,9 +242,26 @@ def test_what_cannot_be_used_names_the_line_to_write(
     with pytest.raises(
         RowError, match=r"row 0 .* 3 tokens, but the model takes 2; shorten the row"
     ):
-        tokenizer.model_max_length = 2
         bayes.base.config.max_position_embeddings = 2
         encode(bayes, ["a b c"], tokenizer)
+
+
+def test_rows_by_hand_are_checked_too() -> None:
+    for row, message in (
+        (Row("1", "x", ("0", "1"), label=2), "the label 2 is outside the 2 choices"),
+        (Row("1", "x", ("0", "1"), label=-1), "the label -1 is outside the 2 choices"),
+        (Row("1", "x", ("0",)), r"the choices are \('0',\); give a tuple of two or more"),
+        (Row("1", "x", ()), r"the choices are \(\); give a tuple"),
+    ):
+        with pytest.raises(RowError, match=message):
+            RowEncoder(load_tokenizer(str(digits.BASE)))([row])
+
+
+def test_names_of_classes_are_counted(bayes: tfb.BayesianModel, tokenizer: Any) -> None:
+    bayes.labels = NAMES[:2]
+    for use in (lambda: encode(bayes, ["a"], tokenizer), lambda: list(tfb.score("x", bayes, None))):
+        with pytest.raises(ValueError, match="labels: 2 names, but the head has 3 classes"):
+            use()
 
 
 def test_truncation_is_said_in_results(bayes: tfb.BayesianModel, tokenizer: Any) -> None:
@@ -306,10 +356,11 @@ def test_what_the_options_cannot_be(
         (("--columns", "text=a,text=b"), "--columns text=b: 'text' is named twice"),
         (("--columns", "text=a,id=a"), "columns: 'a' is named twice"),
         (("--columns", "prompt=sentence"), "'prompt' is none of id, text, label"),
-        ((), "rows.csv:2: no column 'text'"),
+        ((), "rows.csv: no column 'text'"),
         (("--columns", "text=sentence"), "no label; metric nll needs one on every row"),
         (("--columns", "text=sentence,label=gold"), "the label 'bad' is text; classes lack names"),
-        (("--labels", "a,b"), "--labels names 2 classes, but the adapter's head has 3"),
+        (("--labels", "yes,no,"), "labels: a name is empty"),
+        (("--labels", "a,b"), "labels: 2 names, but the head has 3 classes"),
         (("--labels", "a,a,b"), "at least two different names"),
         (("--truncate", "top"), "truncate='top': expected one of left, right"),
         (("--label-tokens", "first"), "label_tokens='first': expected one of all, last"),
@@ -317,6 +368,14 @@ def test_what_the_options_cannot_be(
         code, out, err = tfb_command(*fit, *options)
         assert code == 1 and out == "" and message in err, (options, err)
     assert not (tmp_path / "o").exists()
+    made = tfb.bayesianize(tfb.load_adapter(tfb.load_base(model, adapter), adapter))
+    made.sigma, made.source = 0.1, Path(adapter)
+    made.save(tmp_path / "artifact")
+    job = ("score", "--model", model, "--artifact", tmp_path / "artifact", "--input", data,
+           "--output", tmp_path / "out", "--columns", "text=sentence")  # fmt: skip
+    code, _, err = tfb_command(*job, "--labels", "a,b")
+    assert code == 1 and "labels: 2 names, but the head has 3 classes" in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_truncation_is_said_by_every_command(

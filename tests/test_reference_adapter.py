@@ -104,7 +104,12 @@ def test_the_convention_that_an_adapter_was_trained_for(
     del sidecar["label_tokens"], sidecar["labels"], sidecar["extra"]["label_tokens_nll"]
     (tmp_path / "last" / "tfb.json").write_text(json.dumps(sidecar))
     _, err = run("evaluate", "--artifact", tmp_path / "last", *judge)
-    assert "note: the artifact is of tfb 0.1" in err and "--label-tokens last" in err
+    said = "does not say by which tokens choices are scored"
+    assert f"note: {tmp_path / 'last'}: {said}" in err and err.count(said) == 1
+    _, err = run("evaluate", "--artifact", tmp_path / "last", *judge, "--label-tokens", "last")
+    assert said not in err
+    with pytest.warns(UserWarning, match=f"{said}; all are"):
+        assert tfb.load(model, tmp_path / "last").label_tokens == "all"
 
 
 def test_clinc150(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

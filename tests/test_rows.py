@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tfb.adapters import class_names
 from tfb.readers import iter_rows, read_rows
-from tfb.rows import Row, RowError, RowFormat, class_names, decode_object
+from tfb.rows import Row, RowError, RowFormat, decode_object
 
 CHOICE: dict[str, Any] = {"id": "q1", "prompt": "2+2?", "choices": ["A", "B"], "label": 1}
 TEXT: dict[str, Any] = {"id": "t1", "text": "book a table", "label": 3}
@@ -82,7 +85,7 @@ BAD_LINES = [
     ("[1]", "expected a JSON object, found a list", "write {"),
     ("3", "expected a JSON object, found the number 3", "write {"),
     ("null", "expected a JSON object, found null", "write {"),
-    ({"id": 1}, "no column 'text', or nothing in it; there are 'id'", "such as text=YOURS"),
+    ({"id": 1}, "no column 'text'; there are 'id'", "such as text=YOURS"),
     ({"id": 1, "choices": ["A", "B"]}, "no column 'prompt'", "such as prompt=YOURS"),
     ({"id": 1, "prompt": "x"}, "no column 'choices'", "all rows the same by labels"),
     ({**TEXT, "prompt": "x"}, "'text' together with", "keep 'text'"),
@@ -96,11 +99,11 @@ BAD_LINES = [
     ({**TEXT, "id": True}, "'id' is a boolean", "a string or an integer"),
     ({**TEXT, "id": " "}, "'id' is empty", "write some text"),
     ({**TEXT, "text": ["x"]}, "'text' is a list", "make it a string"),
-    ({**TEXT, "text": ""}, "no column 'text', or nothing in it", "name yours"),
+    ({**TEXT, "text": ""}, "nothing in column 'text'", "write it, or remove the row"),
     ({**TEXT, "text": "\n"}, "'text' is empty", "write some text"),
     ('{"id": 1, "text": "\\ud800"}', "half of a surrogate pair", "proper Unicode"),
     ({**TEXT, "label": "sports"}, "the label 'sports' is text; classes lack names", "by labels"),
-    ({**CHOICE, "prompt": None}, "no column 'prompt', or nothing in it", "such as prompt=YOURS"),
+    ({**CHOICE, "prompt": None}, "nothing in column 'prompt'", "write it, or remove the row"),
     ({**CHOICE, "prompt": "  "}, "'prompt' is empty", "write some text"),
     ({**CHOICE, "choices": "AB"}, "'choices' holds 1", "at least two"),
     ({**CHOICE, "choices": 3}, "'choices' is the number 3", "list of strings"),
@@ -111,7 +114,7 @@ BAD_LINES = [
     ({**CHOICE, "choices": ["A", "B", "A"]}, "choices stand twice: 'A'", "make them differ"),
     ({**CHOICE, "label": 2}, "the label 2 is outside the 2 choices", "an index from 0 to 1"),
     ({**CHOICE, "label": -1}, "the label -1 is negative", "count from 0"),
-    ({**CHOICE, "label": "C"}, "the label 'C' is none of the choices", "use its index"),
+    ({**CHOICE, "label": "C"}, "the label 'C' is none of the choices", "use one of these"),
     ({**CHOICE, "label": 1.5}, "'label' is the number 1.5", "an integer index"),
     ({**CHOICE, "label": True}, "'label' is a boolean", "an integer index"),
     ({**CHOICE, "label": [1]}, "'label' is a list", "an integer index"),
@@ -213,12 +216,44 @@ def test_the_task_decides_where_a_row_could_be_both() -> None:
     ("label", "index"), [("bad", 0), ("good", 1), (" good ", 1), ("2", 2), (2, 2), ("0", 0)]
 )
 def test_labels_by_the_names_of_classes(label: Any, index: int) -> None:
-    form = RowFormat(labels=["bad", "good", "1"], task="SEQ_CLS")
+    form = RowFormat(labels=["bad", "good", "fair"], task="SEQ_CLS")
     assert form.row({"text": "x", "label": label}).label == index
-    assert form.row({"text": "x", "label": "1"}).label == 2  # a name comes before an index
     for wrong, message in (("fine", "none of the classes"), (3, "outside the 3 classes")):
         with pytest.raises(RowError, match=message):
             form.row({"text": "x", "label": wrong})
+
+
+def test_names_that_are_numbers_are_no_indices() -> None:
+    """ "2" of the stars 1 to 3 is the second one, 2 the third; "0" is neither."""
+    form = RowFormat(labels=["1", "2", "3"], task="SEQ_CLS")
+    assert [form.row({"text": "x", "label": y}).label for y in ("1", "3", 0, 2)] == [0, 2, 0, 2]
+    with pytest.raises(RowError, match=r"'0' is none of the classes .*; use one of these"):
+        form.row({"text": "x", "label": "0"})
+    choices = {"prompt": "x", "choices": "2 | 1 | 0"}
+    labels = [RowFormat().row({**choices, "label": y}).label for y in ("0", "2", 1)]
+    assert labels == [2, 0, 1] and RowFormat().row(choices).choices == ("2", "1", "0")
+
+
+def test_a_column_has_one_meaning() -> None:
+    """What stands for another column is not its own as well."""
+    said = [{"role": "user", "content": "hi"}]
+    row = RowFormat({"messages": "prompt"}).row({"prompt": said, "choices": ["A", "B"]})
+    assert row.messages == tuple(said) and row.prompt is None
+    assert RowFormat({"prompt": "text"}).row({"text": "x", "choices": "A|B"}).prompt == "x"
+    row = RowFormat({"label": "id"}).row({"text": "x", "id": 1}, number=7)
+    assert (row.id, row.label) == ("7", 1)
+    with pytest.raises(RowError, match=r"'prompt' is a list; .*columns, messages=YOURS"):
+        RowFormat().row({"prompt": said, "choices": ["A", "B"]})
+
+
+def test_values_of_other_libraries() -> None:
+    for label in (np.int64(1), np.array(1), torch.tensor(1), np.float32(1)):
+        row = RowFormat().row({"id": np.int64(3), "text": np.str_("x"), "label": label})
+        assert (row.id, row.text, row.label, type(row.label)) == ("3", "x", 1, int)
+    choices = np.array(["A", "B"], dtype=object)
+    assert RowFormat().row({"prompt": "x", "choices": choices}).choices == ("A", "B")
+    with pytest.raises(RowError, match="'label' is of type bytes"):
+        RowFormat().row({"text": "x", "label": b"1"})
 
 
 def test_labels_are_the_choices_of_rows_without() -> None:
@@ -231,7 +266,7 @@ def test_messages_in_place_of_a_prompt() -> None:
     said = [{"role": "user", "content": "hi", "name": "x"}]
     for messages in (said, json.dumps(said)):
         row = RowFormat().row({"messages": messages, "choices": '["A", "B|C"]', "label": "B|C"})
-        assert row.messages == ({"role": "user", "content": "hi"},) and row.prompt is None
+        assert row.messages == tuple(said) and row.prompt is None
         assert row.choices == ("A", "B|C") and row.label == 1 and row.characters == 2
 
 
@@ -244,6 +279,7 @@ def test_settings_that_cannot_be() -> None:
         ({"labels": ["a", "a"]}, "at least two different names"),
         ({"labels": "a,b"}, "expected a list of names, got 'a,b'"),
         ({"labels": [1, 2]}, "expected a list of names"),
+        ({"labels": ["a", " "]}, "a name is empty"),
     ):
         with pytest.raises(ValueError, match=message):
             RowFormat(**how)  # type: ignore[arg-type]
@@ -266,6 +302,7 @@ def test_a_row_by_hand_says_what_to_write() -> None:
 def test_names_in_a_configuration() -> None:
     class Config:
         id2label: Any = None
+        num_labels = 2
 
     found = Config()
     for names, expected in (
@@ -275,7 +312,12 @@ def test_names_in_a_configuration() -> None:
         (None, None),
     ):
         found.id2label = names
-        assert class_names(found) == expected
+        assert class_names("SEQ_CLS", found) == expected
+        assert class_names("SEQ_CLS", found, ["a", "b"]) == ("a", "b")
+        assert class_names("CAUSAL_LM", found) is None
+    assert class_names("CAUSAL_LM", None, "abc") == ("a", "b", "c")
+    with pytest.raises(ValueError, match="labels: 3 names, but the head has 2 classes; name all"):
+        class_names("SEQ_CLS", found, "abc")
 
 
 @given(st.data())

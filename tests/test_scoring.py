@@ -297,7 +297,8 @@ def test_classification_results_name_the_class() -> None:
     assert [(r["id"], r["label"]) for r in results] == [("t1", 2), ("t2", None)]
     assert all(r["choice"] is None and len(r["probs"]) == 3 for r in results)
     names = ["bad", "fair", "good"]
-    named = list(score(["a b c", "q p o n m l"], head, tokenizer, draws=4, labels=names))
+    head.labels = names
+    named = list(score(["a b c", "q p o n m l"], head, tokenizer, draws=4))
     assert [r["choice"] for r in named] == [names[r["prediction"]] for r in results]
     assert [r["probs"] for r in named] == [r["probs"] for r in results]
     draws = Draws.antithetic(4, 0.1, seed=3)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,30 @@ def base_config(name: str | Path, adapter: str | Path) -> Any:
 
     head = _head(adapter, *_task(adapter))
     return AutoConfig.from_pretrained(str(name), trust_remote_code=False, **head)
+
+
+def class_names(
+    task: str, config: Any, given: Sequence[str] | None = None
+) -> tuple[str, ...] | None:
+    """The names of a classifier's classes, in order: those given, or its configuration's; None
+    where nobody gave any. For other tasks those given.
+
+    Raises:
+        ValueError: another number of names than the head has outputs.
+    """
+    if task != "SEQ_CLS":
+        return None if given is None else tuple(given)
+    if given is not None:
+        if len(given) != config.num_labels:
+            raise ValueError(
+                f"labels: {len(given)} names, but the head has {config.num_labels} classes; name "
+                "all of them in order"
+            )
+        return tuple(given)
+    names = getattr(config, "id2label", None) or {}
+    found = tuple(str(names.get(i)) for i in range(len(names)))
+    made_up = all(name == f"LABEL_{i}" for i, name in enumerate(found))
+    return None if made_up or len(set(found)) < 2 else found
 
 
 def _task(adapter: str | Path) -> tuple[Path, str]:

@@ -11,13 +11,13 @@ safetensors only, never pickle.
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
 import math
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tfb.adapters import load_adapter, load_base, save_adapter
+from tfb.adapters import class_names, load_adapter, load_base, save_adapter
 from tfb.choices import check_length_normalization
 from tfb.convert import bayesianize
 from tfb.draws import stable_layer_id
@@ -50,6 +50,12 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
     "factors_sha256": str,
     "base": dict,
 }
+# Of an artifact that was written before ``label_tokens`` was.
+OLDER = (
+    "does not say by which tokens choices are scored; all are, where its version left out spaces "
+    "that begin a choice. Fit again, with label_tokens 'last' for an adapter that was trained on "
+    "the last token alone"
+)
 _FINGERPRINT_PARAMETERS = 16
 _FINGERPRINT_ELEMENTS = 4096
 _FINGERPRINT_RTOL = 1e-3  # lets a base be loaded in another dtype, not another set of weights
@@ -136,7 +142,7 @@ def save(
             "tail": bayes.tail,
             "length_normalization": bayes.length_normalization,
             "label_tokens": bayes.label_tokens,
-            "labels": None if bayes.labels is None else list(bayes.labels),
+            "labels": class_names(bayes.task, bayes.base.config, bayes.labels),
             "task": bayes.task,
             "layers": {name: p.scaling for name, p in bayes.posteriors.items()},
             "layer_scales": bayes.layer_scales,
@@ -175,7 +181,7 @@ def read_sidecar(folder: str | Path) -> dict[str, Any]:
                 f"({data.get('versions', {}).get('tfb', 'unknown')})"
             )
     bad = [key for key, types in _FIELDS.items() if not isinstance(data.get(key), types)]
-    labels = data.get("labels")  # absent, as label_tokens is, before 0.2
+    labels = data.get("labels")
     if labels is not None and not (
         isinstance(labels, list) and all(isinstance(name, str) for name in labels)
     ):
@@ -237,8 +243,9 @@ def load(base_model: nn.Module | str | Path, folder: str | Path) -> BayesianMode
     bayes.set_layer_scales(sidecar.get("layer_scales") or bayes.layer_scales)
     bayes.set_mode(sidecar["mode"], sidecar.get("tail"))
     bayes.length_normalization, bayes.label_tokens = normalization, label_tokens
-    if sidecar.get("labels") is not None:
-        bayes.labels = tuple(sidecar["labels"])
+    bayes.labels = sidecar.get("labels")
+    if "label_tokens" not in sidecar and bayes.task != "SEQ_CLS":
+        warnings.warn(f"{folder}: {OLDER}", stacklevel=2)
     return bayes
 
 
@@ -280,7 +287,6 @@ def _check_fingerprint(folder: Path, saved: dict[str, Any], found: dict[str, Any
             )
 
 
-@functools.cache
 def library_versions() -> dict[str, str]:
     """Versions of what results depend on."""
     found = {"noise": str(NOISE_VERSION), "torch": torch.__version__}

@@ -42,7 +42,7 @@ class EncodedRows:
     """Per row the tokens of each of its K_i choices, for rows with a choice of several tokens; None
     for any other row, or for all of them."""
     truncated: list[int] | None = None
-    """Per row how many tokens were left out; None where none ever were."""
+    """Per row how many tokens were left out; None: none of any."""
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -7,7 +7,7 @@ For draw s and a choice of tokens c_1 .. c_L, over the whole vocabulary,
 and the draw's probabilities are the softmax of its scores over the K choices of the row. They are
 averaged over draws as probabilities, as everywhere. For choices of one token that is the softmax
 of the label columns. A sum favours short choices; ``length_normalization="tokens"`` divides it by
-L.
+L (rows are then to be encoded with all tokens of their choices, see :mod:`tfb.encoding`).
 
     [prefixes that rows share] -> the prompt but its last token, once for a draw -> continuations
 

@@ -26,8 +26,8 @@ from tfb.console import (
     check_batch_size,
     check_draws,
     check_labels,
+    choose_label_tokens,
     load_artifact,
-    note_label_tokens,
     out,
     print_fit,
     print_label_tokens,
@@ -139,7 +139,10 @@ def fit(
     tolerance = TOLERANCE if tolerance is None else tolerance
     check_arguments(metric, tolerance, search, objective, draws or SEARCH_DRAWS, compat=compat)
     source = adapter_folder(adapter)
-    given = Input.of(model, source, columns, labels, truncate, label_tokens=label_tokens)
+    given = Input.of(
+        model, source, columns, labels, truncate,
+        label_tokens=label_tokens, length_normalization=length_normalization,
+    )  # fmt: skip
     rows = given.read(anchors, limit)
     if not compat and metric in SUPERVISED:
         check_labels(
@@ -215,14 +218,15 @@ def evaluate(
     if json_out is not None and json_out.exists():
         raise ValueError(f"--json {json_out} exists already; choose another name")
     sidecar = read_sidecar(artifact)
-    chosen = label_tokens or sidecar.get("label_tokens", "all")
+    chosen = choose_label_tokens(artifact, sidecar, label_tokens)
     given = Input.of(
-        model, artifact, columns, labels, truncate, saved=sidecar.get("labels"), label_tokens=chosen
-    )
+        model, artifact, columns, labels, truncate, label_tokens=chosen,
+        length_normalization=sidecar.get("length_normalization", "none"),
+        saved=sidecar.get("labels"),
+    )  # fmt: skip
     rows = given.read(data, limit)
     check_labels(rows, "evaluate needs one on every row")
     encoded = given.encode(rows)
-    note_label_tokens(sidecar, chosen)
     bayes = load_artifact(model, artifact, given.tokenizer, mode, tail)
     if sigma is not None:
         bayes.sigma = sigma

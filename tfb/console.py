@@ -31,6 +31,8 @@ def quiet() -> None:
 
     # PEFT asks transformers for an old name whenever it wraps a model; users can do nothing.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+    # Said by ``choose_label_tokens``.
+    warnings.filterwarnings("ignore", message=".* does not say by which tokens choices are scored")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
@@ -112,17 +114,18 @@ class Input:
         labels: str | None,
         truncate: str | None,
         *,
+        label_tokens: str,
+        length_normalization: str,
         saved: Sequence[str] | None = None,
-        label_tokens: str = "all",
     ) -> Input:
         """Read configurations and the tokenizer; ``saved``: the labels of an artifact.
 
         Raises:
             ValueError: options that cannot work, another number of labels than the head has.
         """
-        from tfb.adapters import adapter_config, base_config
+        from tfb.adapters import adapter_config, base_config, class_names
         from tfb.encoding import RowEncoder, check_label_tokens, check_truncate
-        from tfb.rows import RowFormat, class_names
+        from tfb.rows import RowFormat
         from tfb.scoring import load_tokenizer
 
         given, named = parse_columns(columns), parse_labels(labels)
@@ -132,26 +135,22 @@ class Input:
         tokenizer = load_tokenizer(model)
         task = str(adapter_config(adapter).get("task_type"))
         config = base_config(model, adapter)
-        known = named or (None if saved is None else tuple(saved))
-        if task == "SEQ_CLS":
-            known = known or class_names(config)
-            if known is not None and len(known) != config.num_labels:
-                raise ValueError(
-                    f"--labels names {len(known)} classes, but the adapter's head has "
-                    f"{config.num_labels}; name all of them in order"
-                )
-        how: dict[str, Any] = {"label_tokens": label_tokens, "truncate": truncate}
-        encoder = RowEncoder.of(tokenizer, task, config, **how)
-        return cls(tokenizer, RowFormat(given, known, task), encoder)
+        encoder = RowEncoder.of(
+            tokenizer,
+            task,
+            config,
+            label_tokens=label_tokens,
+            length_normalization=length_normalization,
+            truncate=truncate,
+        )
+        form = RowFormat(given, class_names(task, config, named or saved), task)
+        return cls(tokenizer, form, encoder)
 
     def read(self, path: Path, limit: int | None) -> list[Row]:
         """The rows of a file, folder or pattern."""
         from tfb.readers import read_rows
 
-        form = self.form
-        return read_rows(
-            path, columns=form.columns, labels=form.labels, task=form.task, limit=limit
-        )
+        return read_rows(path, self.form, limit=limit)
 
     def encode(self, rows: Sequence[Row]) -> EncodedRows:
         """The rows as tokens; says so if some were cut."""
@@ -188,17 +187,20 @@ def note_mode(searched: tuple[str, int | None], mode: str | None, tail: int | No
         )
 
 
-def note_label_tokens(sidecar: Mapping[str, Any], chosen: str) -> None:
-    """Say that choices are scored in another way than the adapter was trained for."""
+def choose_label_tokens(
+    artifact: str | Path, sidecar: Mapping[str, Any], given: str | None = None
+) -> str:
+    """The convention by which choices are scored: ``given``, or an artifact's. Says so if it is not
+    the one that the adapter was trained for."""
+    from tfb.artifact import OLDER
+
+    chosen = given or str(sidecar.get("label_tokens", "all"))
     figures = (sidecar.get("extra") or {}).get("label_tokens_nll")
     if isinstance(figures, dict) and min(figures, key=figures.__getitem__) != chosen:
         note(f"label_tokens is {chosen!r}, but {_trained_for(figures)}")
-    elif "label_tokens" not in sidecar and sidecar["task"] != "SEQ_CLS":
-        note(
-            "the artifact is of tfb 0.1, which left out spaces that begin a choice; choices are "
-            "now scored by all of their tokens. Fit again, with --label-tokens last for an adapter "
-            "that was trained on the last token alone"
-        )
+    elif given is None and "label_tokens" not in sidecar and sidecar["task"] != "SEQ_CLS":
+        note(f"{artifact}: {OLDER}")
+    return chosen
 
 
 def note(text: str) -> None:

@@ -12,7 +12,8 @@ tokenized as one text:
    into the choices, for all choices of the row alike. Where that does not help: `RowError`.
 3. All tokens after the prompt's are the choice's: it is scored by the sum of their
    log-probabilities (`tfb.choices`). First tokens that all choices of a row share are moved into
-   the prompt. Their probability is a factor of every choice's, so it cancels.
+   the prompt: their probability is a factor of every choice's, so it cancels. Not where sums are
+   divided by the number of tokens, which they would change.
    `label_tokens="last"` is the convention of the authors' scripts instead: the last token of each
    choice, right after the prompt.
 
@@ -31,8 +32,6 @@ import string
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, NoReturn
-
-from jinja2 import TemplateError
 
 from tfb.batching import EncodedRows
 from tfb.rows import Row, RowError
@@ -70,6 +69,7 @@ class RowEncoder:
         max_length: the most tokens that the model takes; None: the tokenizer's
             `model_max_length`.
         label_tokens: "all" tokens of a choice, or the "last" one right after the prompt.
+        length_normalization: how the tokens of a choice are scored, see :mod:`tfb.choices`.
         truncate: None: a longer row is an error. "left" or "right": the side on which its prompt
             or text loses tokens; special tokens and choices stay.
         separator: goes between prompt and choice where neither brings whitespace; "" joins them
@@ -87,6 +87,7 @@ class RowEncoder:
         num_labels: int | None = None,
         max_length: int | None = None,
         label_tokens: str = "all",
+        length_normalization: str = "none",
         truncate: str | None = None,
         separator: str = " ",
     ) -> None:
@@ -99,7 +100,7 @@ class RowEncoder:
         # A tokenizer that knows no limit reports a huge number, which no row exceeds.
         self.limit = int(tokenizer.model_max_length if max_length is None else max_length)
         self._unknown = tokenizer.unk_token_id  # a property that is slow to ask for
-        self._glue: str | None = None
+        self._shares = length_normalization == "none"
         self._front: list[int] = []
         self._front, self._back = self._added()
 
@@ -107,6 +108,9 @@ class RowEncoder:
     def of(cls, tokenizer: Tokenizer, task: str, config: Any, **options: Any) -> RowEncoder:
         """For a model's task and configuration; its weights need not be there."""
         limit = getattr(config, "max_position_embeddings", None)
+        if limit is not None and task != "CAUSAL_LM":
+            # RoBERTa has 514 positions and takes 512 tokens, which its tokenizer knows.
+            limit = min(limit, tokenizer.model_max_length)
         labels = int(config.num_labels) if task == "SEQ_CLS" else None
         return cls(tokenizer, task, num_labels=labels, max_length=limit, **options)
 
@@ -128,6 +132,12 @@ class RowEncoder:
                 _fail(row, "this is a text row", "use rows with 'prompt' and 'choices' here")
             if row.prompt == "" or not all(row.choices):
                 _fail(row, "the prompt or a choice is empty", "write some text into it")
+            K = len(row.choices)
+            if K < 2:
+                _fail(row, f"the choices are {row.choices!r}", "give a tuple of two or more")
+            if row.label is not None and not 0 <= row.label < K:
+                fault = f"the label {row.label} is outside the {K} choices"
+                _fail(row, fault, f"use an index from 0 to {K - 1}")
         return self._answers(rows) if self.task == "SEQ_2_SEQ_LM" else self._choices(rows)
 
     # --- the three kinds of rows ------------------------------------------------------------------
@@ -152,7 +162,7 @@ class RowEncoder:
                 self._check_choices(row, choices)
                 # A choice's last token is scored but never read.
                 prompt, left_out = self._fit(row, prompt, self.limit + 1 - max(map(len, choices)))
-                shared = _shared(choices)
+                shared = _shared(choices) if self._shares else 0
                 input_ids.append(prompt + choices[0][:shared])
                 cut.append(left_out)
                 continuations.append(tuple(tuple(ids[shared:]) for ids in choices))
@@ -220,40 +230,42 @@ class RowEncoder:
         """The prompt, and the choices as they continue it."""
         prompt, separator = row.prompt or "", self.separator
         if row.messages is not None:
-            prompt = self._rendered(row, add_generation_prompt=True)
-            if self._glue is None:
-                self._glue = self._after_generation_prompt(row, prompt)
-            separator = self._glue
+            prompt = self._rendered(row)
+            separator = self._before_answers
         bare = not prompt[-1].isspace()
         choices = row.choices or ()
         return prompt, [separator + c if bare and not c[0].isspace() else c for c in choices]
 
-    def _rendered(self, row: Row, *answer: dict[str, str], add_generation_prompt: bool) -> str:
-        """A row's messages through the tokenizer's chat template."""
+    def _rendered(self, row: Row) -> str:
+        """A row's messages through the tokenizer's chat template, with its generation prompt."""
         if not getattr(self.tokenizer, "chat_template", None):
             _fail(
                 row,
                 "the row has messages, but the tokenizer has no chat template",
                 "use the chat model's tokenizer, or write the text into 'prompt'",
             )
+        render = self.tokenizer.apply_chat_template
         try:
-            text = self.tokenizer.apply_chat_template(
-                [*(row.messages or ()), *answer],
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
-        except (TemplateError, AttributeError, KeyError, TypeError, ValueError) as error:
-            _fail(row, f"the chat template refuses the messages ({error})", "see its own rules")
+            text = str(render(list(row.messages or ()), tokenize=False, add_generation_prompt=True))
+        except Exception as error:  # a program that came with the tokenizer
+            fault = f"the chat template refuses the messages ({error})"
+            _fail(row, fault, "order and name the roles as it expects them")
         if not text:
-            _fail(row, "the chat template makes an empty prompt of the messages", "write some")
-        return str(text)
+            fault = "the chat template makes an empty prompt of the messages"
+            _fail(row, fault, "check the template, or write the text into 'prompt'")
+        return text
 
-    def _after_generation_prompt(self, row: Row, prompt: str) -> str:
-        """The whitespace that the template writes between its generation prompt and an answer."""
+    @cached_property
+    def _before_answers(self) -> str:
+        """The whitespace that the chat template writes between its generation prompt and an
+        answer, told by a conversation of its own."""
+        question = {"role": "user", "content": "a"}
         answer = {"role": "assistant", "content": "Answer"}
+        render = self.tokenizer.apply_chat_template
         try:
-            whole = self._rendered(row, answer, add_generation_prompt=False)
-        except RowError:  # a template for prompts alone
+            prompt = str(render([question], tokenize=False, add_generation_prompt=True))
+            whole = str(render([question, answer], tokenize=False))
+        except Exception:  # a template for other conversations
             return ""
         between = whole[len(prompt) :].partition("Answer")[0]
         return between if whole.startswith(prompt) and between.isspace() else ""
@@ -336,8 +348,9 @@ class RowEncoder:
 
     @cached_property
     def _breaks_at_spaces(self) -> bool:
-        """Whether no token of the vocabulary goes on over a space."""
-        over = re.compile(f"[^{self._marks}][{self._marks}]")
+        """Whether no token of the vocabulary goes on over a space (after a line break it may, with
+        which no prompt ends here)."""
+        over = re.compile(rf"[^{self._marks}\sĊčĉ][{self._marks}]")
         return not any(over.search(token) for token in self._vocabulary)
 
     @cached_property
@@ -388,9 +401,11 @@ class RowEncoder:
         choices, seen = row.choices or (), dict[tuple[int, ...], int]()
         for i, (choice, ids) in enumerate(zip(choices, found, strict=True)):
             if not ids:
-                _fail(row, f"the choice {choice!r} adds no token to this prompt", "use others")
+                fault = f"the choice {choice!r} adds no token to this prompt"
+                _fail(row, fault, "use choices that the tokenizer has tokens for")
             if not self._is_known(ids):
-                _fail(row, f"the tokenizer does not know the choice {choice!r}", "use others")
+                fault = f"the tokenizer does not know the choice {choice!r}"
+                _fail(row, fault, "use choices that the tokenizer has tokens for")
             first = seen.setdefault(tuple(ids), i)
             if first < i:
                 same = "token" if len(ids) == 1 else "tokens"
@@ -416,7 +431,7 @@ class RowEncoder:
         tokens = len(ids) + self.limit - room
         fault = f"{tokens} tokens, but the model takes {self.limit}"
         if self.truncate is None:
-            _fail(row, fault, "shorten the row, or choose a side to truncate; nothing is silently")
+            _fail(row, fault, "shorten the row, or let it be cut (truncate: left or right)")
         front = len(self._front)
         if not front and ids[:1] == [self.tokenizer.bos_token_id]:  # a chat template's own
             front = 1

@@ -27,7 +27,6 @@ from tfb.passes import hidden_norms, plan, run
 from tfb.posterior import LowRankPosterior
 from tfb.predictive import Predictive
 from tfb.replay import make_replayable, restore_blocks
-from tfb.rows import class_names
 from tfb.sampling import (
     FanOut,
     SamplingState,
@@ -57,7 +56,8 @@ class BayesianModel:
             the search, kept in the artifact.
         label_tokens: by which tokens of a choice rows are scored, "all" or "last", see
             :mod:`tfb.encoding`; to be set before rows are encoded, kept in the artifact.
-        labels: names of the classes, or choices of rows that bring none; kept in the artifact.
+        labels: names of the classes (None: those of the base's configuration, if it has any), or
+            choices of rows that bring none; kept in the artifact.
     """
 
     def __init__(
@@ -81,11 +81,10 @@ class BayesianModel:
         self.tail: int | None = None
         self.length_normalization = "none"
         self.label_tokens = "all"
+        self.labels: Sequence[str] | None = None
         self.source: Path | None = None  # the adapter's folder, copied untouched into artifacts
         inner: Any = model.get_base_model()  # type: ignore[operator]
         self.base = inner
-        names = class_names(inner.config) if task == "SEQ_CLS" else None
-        self.labels: Sequence[str] | None = names
         self._forward_names = frozenset(inspect.signature(inner.forward).parameters)
         self._fan_out = FanOut(self.owner, model, inner, list(samplers))
         narrow_head(inner, task)

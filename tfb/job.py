@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tfb.adapters import base_config, class_names
 from tfb.artifact import SIDECAR, file_sha256, library_versions, load, read_sidecar
 from tfb.encoding import check_truncate
 from tfb.engine import BayesianModel, check_mode
@@ -95,7 +96,7 @@ class Job:
             RowError: a declared file lacks a column, or there are no rows at all.
             ArtifactError: no artifact.
         """
-        form = RowFormat(self.columns, self.names(), str(read_sidecar(self.artifact)["task"]))
+        form = self.form()
         reading = Reading(sources, form, b"", self.keep, self.limit)
         for source in sources:
             names = getattr(schema_of(source), "names", None)
@@ -110,10 +111,17 @@ class Job:
             raise RowError(f"{', '.join(map(str, sources))}: the input holds no rows; add some")
         return reading
 
-    def names(self) -> tuple[str, ...] | None:
-        """The classes' names: given here, or the artifact's."""
-        saved = read_sidecar(self.artifact).get("labels")
-        return self.labels or (None if saved is None else tuple(saved))
+    def form(self) -> RowFormat:
+        """How records become rows: the columns' names, the classes' names (given here, or the
+        artifact's) and the task.
+
+        Raises:
+            ValueError: another number of names than the artifact's head has classes.
+        """
+        sidecar = read_sidecar(self.artifact)
+        task, names = str(sidecar["task"]), self.labels or sidecar.get("labels")
+        config = base_config(self.model, self.artifact) if task == "SEQ_CLS" else None
+        return RowFormat(self.columns, class_names(task, config, names), task)
 
     def load(self) -> tuple[BayesianModel, Any]:
         """The model, on its device and in the job's mode, and the tokenizer."""
@@ -135,14 +143,14 @@ class Job:
             per_draw=self.per_draw,
             logits=self.logits,
             truncate=self.truncate,
-            labels=self.names() if bayes.task == "SEQ_CLS" else None,
+            labels=self.form().labels,
         )
 
     def declared(self) -> dict[str, Any]:
         """The part of the configuration that is known before a model is loaded."""
         names = ("draws", "batch_tokens", "part_rows", "file_format", "per_draw", "logits",
                  "truncate")  # fmt: skip
-        labels = self.names()
+        labels = self.form().labels
         return {
             **{name: getattr(self, name) for name in names},
             "columns": dict(self.columns),
@@ -224,9 +232,11 @@ def model_sha256(base: nn.Module) -> str:
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:
-    """SHA-256, in hex, of a tokenizer's rules (or its vocabulary, where they cannot be written)."""
+    """SHA-256, in hex, of a tokenizer's rules (or its vocabulary, where they cannot be written),
+    and of its chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     text = (
         json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
     )
-    return hashlib.sha256(text.encode()).hexdigest()
+    template = getattr(tokenizer, "chat_template", None)
+    return hashlib.sha256((text + str(template or "")).encode()).hexdigest()

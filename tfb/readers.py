@@ -18,7 +18,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tfb.rows import Row, RowError, RowFormat, decode_object
+from tfb.rows import ClassIndex, Row, RowError, RowFormat, decode_object
 from tfb.sources import KINDS, Source, find_sources
 
 BLOCK = 1024  # rows of a columnar file that are turned into Python objects at a time
@@ -38,13 +38,13 @@ class Record:
     """Why not."""
 
 
-def read_rows(data: Any, *, limit: int | None = None, **how: Any) -> list[Row]:
+def read_rows(data: Any, form: RowFormat | None = None, *, limit: int | None = None) -> list[Row]:
     """All rows of ``data``; see :func:`iter_rows`.
 
     Raises:
         RowError: there are none, or an id stands twice.
     """
-    rows, places = list(iter_rows(data, limit=limit, **how)), dict[str, str]()
+    rows, places = list(iter_rows(data, form, limit=limit)), dict[str, str]()
     for row in rows:
         if row.id in places:
             raise RowError(
@@ -59,29 +59,26 @@ def read_rows(data: Any, *, limit: int | None = None, **how: Any) -> list[Row]:
 
 
 def iter_rows(
-    data: Any,
-    *,
-    columns: Mapping[str, str] | None = None,
-    labels: Sequence[str] | None = None,
-    task: str | None = None,
-    limit: int | None = None,
+    data: Any, form: RowFormat | None = None, *, limit: int | None = None
 ) -> Iterator[Row]:
     """Stream the rows of anything that holds rows, in order.
 
     Args:
         data: a path, folder or pattern (:mod:`tfb.sources`), or several as ``pathlib.Path``; a
             DataFrame of pandas or polars or a pyarrow table; or an iterable, such as a
-            ``datasets.Dataset``, of dicts, strings (texts, or prompts where ``task`` is a language
+            ``datasets.Dataset``, of dicts, strings (texts, or prompts where the task is a language
             model's) or :class:`Row`.
-        columns, labels, task: see :class:`RowFormat`. limit: stop after that many rows.
+        form: names of columns and classes, and the task; None: our names, rows of any task.
+        limit: stop after that many rows.
 
     Raises:
-        RowError: a file that cannot be read, or a row that cannot be used. TypeError: data that
-            holds no rows. ValueError: settings that cannot work.
+        RowError: a file that cannot be read, a table without a column of its rows, or a row that
+            cannot be used. TypeError: data that holds no rows. ValueError: ``limit`` below 1.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}; leave it out to read every row")
-    return _rows(islice(_items(data), limit), RowFormat(columns or {}, labels, task))
+    form = RowFormat() if form is None else form
+    return _rows(islice(_items(data, form), limit), form)
 
 
 def _rows(items: Iterator[Any], form: RowFormat) -> Iterator[Row]:
@@ -105,30 +102,95 @@ def _rows(items: Iterator[Any], form: RowFormat) -> Iterator[Row]:
             )
 
 
-def _items(data: Any) -> Iterator[Any]:
-    """The records of files and tables, the elements of anything else."""
+def _items(data: Any, form: RowFormat) -> Iterator[Any]:
+    """The records of files and tables, whose columns are checked, the elements of anything else."""
     if isinstance(data, str | os.PathLike):
-        sources = find_sources([data])
-        return read(sources, Meter(sources))
+        return _file_records([data], form)
+    several = isinstance(data, Mapping)
+    if not several and hasattr(data, "with_format"):  # a Dataset
+        if data.column_names is not None:  # known, of one that streams
+            form.check(data.column_names, "the Dataset")
+        return _with_classes(data.with_format(None), data.features or {})
+    if hasattr(data, "to_list") and not hasattr(data, "columns"):
+        return iter(data.to_list())  # a column of a DataFrame: texts
     if hasattr(data, "__arrow_c_stream__"):
-        return _table_records(data)
-    if isinstance(data, Mapping) or hasattr(data, "iloc") or not isinstance(data, Iterable):
-        several = " (of a dict of splits one, such as data['test'])" * isinstance(data, Mapping)
+        return _table_records(data, form)
+    if several or hasattr(data, "iloc") or not isinstance(data, Iterable):
+        one = " (of a dict of splits one, such as data['test'])" * several
         raise TypeError(
             f"{type(data).__name__} holds no rows; give a path, a DataFrame (pandas 2.2 or newer), "
-            f"a Dataset, or a list of dicts{several}"
+            f"a Dataset, or a list of dicts{one}"
         )
     stream = iter(data)
     first = list(islice(stream, 1))
     if first and isinstance(first[0], os.PathLike):
-        sources = find_sources([*first, *stream])
-        return read(sources, Meter(sources))
+        return _file_records([*first, *stream], form)
     if first and isinstance(first[0], str) and _is_file_name(first[0]):
         raise TypeError(
             f"a list of strings is a list of texts, but {first[0]!r} looks like a file; give it "
             "alone, or several as pathlib.Path"
         )
     return chain(first, stream)
+
+
+def _is_file_name(text: str) -> bool:
+    return Path(text).suffix.lower() in KINDS and not any(map(str.isspace, text))
+
+
+def _file_records(paths: Sequence[str | os.PathLike[str]], form: RowFormat) -> Iterator[Record]:
+    """The records of files, their columns checked where files declare them."""
+    sources = find_sources(paths)
+    for source in sources:
+        if (schema := schema_of(source)) is not None:
+            form.check(schema.names, str(source))
+    return read(sources, Meter(sources))
+
+
+def _table_records(data: Any, form: RowFormat) -> Iterator[Record]:
+    """The rows of a DataFrame or table in memory, by Arrow's stream interface."""
+    import pyarrow as pa
+
+    kind = type(data).__name__
+    try:
+        batches = pa.RecordBatchReader.from_stream(data)
+    except pa.ArrowException as error:
+        raise TypeError(f"{kind}: is no table of one type a column ({error}); mend it") from error
+    form.check(batches.schema.names, f"the {kind}")
+    wanted = [name for name in batches.schema.names if name in form.names.values()]
+    rows = (
+        fields
+        for batch in batches
+        for start in range(0, batch.num_rows, BLOCK)
+        for fields in batch.select(wanted).slice(start, BLOCK).to_pylist()
+    )
+    return (Record(f"row {number}", fields) for number, fields in enumerate(rows))
+
+
+def _with_classes(rows: Iterable[dict[str, Any]], classes: Mapping[str, Any]) -> Iterator[Any]:
+    """Rows whose class labels know their names; ``classes``: the data's features by column."""
+    names = {column: found for column, feature in classes.items() if (found := _names(feature))}
+    for fields in rows:
+        for column, known in names.items():
+            index = fields.get(column)
+            if isinstance(index, int) and 0 <= index < len(known):
+                fields = {**fields, column: ClassIndex(index, known[index])}
+        yield fields
+
+
+def _names(feature: Any) -> list[str] | None:
+    """Of a ClassLabel of datasets, as it is or as it stands in a file's metadata."""
+    names = (
+        feature.get("names") if isinstance(feature, Mapping) else getattr(feature, "names", None)
+    )
+    return names if isinstance(names, list) else None
+
+
+def _features(schema: Any) -> Mapping[str, Any]:
+    """The features that datasets left in the metadata of a Parquet or Arrow file."""
+    try:
+        return dict(json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"])
+    except (KeyError, TypeError, ValueError):
+        return {}
 
 
 class Meter:
@@ -208,7 +270,8 @@ def _read_jsonl(source: Source, meter: Meter, _: Sequence[str] | None) -> Iterat
                 line = line.removeprefix(b"\xef\xbb\xbf")  # byte order mark
                 if found := next((n for m, n in _MAGIC.items() if line.startswith(m)), None):
                     raise RowError(f"{source}: is {found}, which its name does not say; rename it")
-                if line.lstrip().startswith(b"[") and ".json" in source.path.suffixes:
+                is_json = ".json" in (suffix.lower() for suffix in source.path.suffixes)
+                if is_json and line.lstrip().startswith(b"["):
                     yield from _json_list(source, line + stream.read())
                     return
             if len(line) >= LONGEST_LINE and not line.endswith(b"\n"):
@@ -248,11 +311,11 @@ def _read_parquet(source: Source, meter: Meter, columns: Sequence[str] | None) -
 
     size, number = source.path.stat().st_size, 0
     with pq.ParquetFile(source.path, memory_map=True) as file:
-        names = file.schema_arrow.names
+        names, features = file.schema_arrow.names, _features(file.schema_arrow)
         wanted = names if columns is None else [n for n in names if n in columns]
         rows = max(1, file.metadata.num_rows)
         for batch in file.iter_batches(batch_size=BLOCK, columns=wanted):
-            for fields in batch.to_pylist():
+            for fields in _with_classes(batch.to_pylist(), features):
                 number += 1
                 yield Record(f"{source}:{number}", fields)
             meter.at(size * number / rows)
@@ -265,29 +328,14 @@ def _read_arrow(source: Source, meter: Meter, columns: Sequence[str] | None) -> 
     with pa.memory_map(str(source.path)) as file:
         reader = _ipc_reader(file)
         names = [n for n in reader.schema.names if columns is None or n in columns]
+        features = _features(reader.schema)
         for batch in _ipc_batches(reader):
             chosen = batch.select(names)
             for start in range(0, chosen.num_rows, BLOCK):
-                for fields in chosen.slice(start, BLOCK).to_pylist():
+                for fields in _with_classes(chosen.slice(start, BLOCK).to_pylist(), features):
                     number += 1
                     yield Record(f"{source}:{number}", fields)
             meter.at(file.tell())
-
-
-def _is_file_name(text: str) -> bool:
-    return Path(text).suffix.lower() in KINDS and not any(map(str.isspace, text))
-
-
-def _table_records(data: Any) -> Iterator[Record]:
-    """The rows of a DataFrame or table in memory, by Arrow's stream interface."""
-    import pyarrow as pa
-
-    number = 0
-    for batch in pa.RecordBatchReader.from_stream(data):
-        for start in range(0, batch.num_rows, BLOCK):
-            for fields in batch.slice(start, BLOCK).to_pylist():
-                yield Record(f"row {number}", fields)
-                number += 1
 
 
 def _json_list(source: Source, data: bytes) -> Iterator[Record]:

@@ -16,8 +16,8 @@ from tfb.console import (
     check_batch_size,
     check_draws,
     check_labels,
+    choose_label_tokens,
     load_artifact,
-    note_label_tokens,
     out,
     print_metrics,
     progress_bar,
@@ -58,16 +58,16 @@ def report(
     names = [path.stem for path in (*data, *(shift or []))]
     if twice := sorted({n for n in names if names.count(n) > 1}):
         raise ValueError(f"--data, --shift: two files are called {twice[0]!r}; rename one")
-    label_tokens = sidecar.get("label_tokens", "all")
     given = Input.of(
         model, artifact, columns, labels, truncate,
-        saved=sidecar.get("labels"), label_tokens=label_tokens,
+        label_tokens=choose_label_tokens(artifact, sidecar),
+        length_normalization=sidecar.get("length_normalization", "none"),
+        saved=sidecar.get("labels"),
     )  # fmt: skip
     tables = {path: given.read(path, limit) for path in (*data, *(shift or []))}
     for path in data:
         check_labels(tables[path], "report needs one on every row of --data, --shift needs none")
     encoded = {path: given.encode(rows) for path, rows in tables.items()}
-    note_label_tokens(sidecar, label_tokens)
     bayes = load_artifact(model, artifact, given.tokenizer)
     found: dict[Path, list[Any]] = {}
     for path, rows in encoded.items():

@@ -41,8 +41,8 @@ class Row:
     label: int | None = None
     source: str = "row"
     """Where the row was read, "file.jsonl:12"; used in error messages only."""
-    messages: tuple[Mapping[str, str], ...] | None = None
-    """Of a chat: role and content of each."""
+    messages: tuple[Mapping[str, Any], ...] | None = None
+    """Of a chat: role, content and what else the template reads of each."""
 
     def __post_init__(self) -> None:
         asked = (self.prompt is not None) + (self.messages is not None)
@@ -98,6 +98,8 @@ class RowFormat:
             isinstance(self.labels, str) or not all(isinstance(n, str) for n in self.labels)
         ):
             raise ValueError(f"labels: expected a list of names, got {self.labels!r}")
+        if self.labels is not None and not all(name.strip() for name in self.labels):
+            raise ValueError(f"labels: a name is empty in {self.labels}; leave it out")
         if self.labels is not None and len(set(self.labels)) < max(2, len(self.labels)):
             raise ValueError(f"labels: expected at least two different names, got {self.labels}")
 
@@ -110,8 +112,11 @@ class RowFormat:
 
     @cached_property
     def names(self) -> dict[str, str]:
-        """For every column of a row its name in the data."""
-        return {name: self.columns.get(name, name) for name in self.ours}
+        """For every column of a row its name in the data; a name that stands for another of our
+        columns is not also its own."""
+        taken = {theirs for ours, theirs in self.columns.items() if ours != theirs}
+        own = {name: name for name in self.ours if name not in taken}
+        return own | dict(self.columns)
 
     def check(self, present: Sequence[str], source: str) -> None:
         """Refuse a table that lacks columns of its rows.
@@ -122,9 +127,9 @@ class RowFormat:
         for ours, theirs in self.columns.items():
             if theirs not in present:
                 self._missing(ours, present, source)
+        there = {ours for ours, theirs in self.names.items() if theirs in present}
         if self.task is not None:
-            there = {ours for ours, theirs in self.names.items() if theirs in present}
-            self._kind(there, present, source)
+            self._shape(there - {"messages"} if "prompt" in there else there, present, source)
 
     def row(self, fields: Mapping[str, Any], source: str = "row", number: int = 0) -> Row:
         """Check the fields of one row. ``number`` is the id of a row without one.
@@ -132,12 +137,12 @@ class RowFormat:
         Raises:
             RowError: a missing field, a wrong type or an impossible value.
         """
-        values = {name: fields.get(theirs) for name, theirs in self.names.items()}
+        values = {name: _plain(fields.get(theirs)) for name, theirs in self.names.items()}
         there = {name for name, value in values.items() if not _is_absent(value)}
         name = self.row_id(fields, source, number)
-        if self._kind(there, list(fields), source) == "text":
+        if self._shape(there, list(fields), source) == "text":
             text = _string(values["text"], "'text'", source)
-            label = _label(values["label"], self.labels, "classes", source)
+            label = _label(values.get("label"), self.labels, "classes", source)
             return Row(id=name, text=text, label=label, source=source)
         choices = None if self.labels is None else tuple(self.labels)
         if "choices" in there:
@@ -147,7 +152,7 @@ class RowFormat:
             messages = _messages(values["messages"], source)
         else:
             prompt = _string(values["prompt"], "'prompt'", source)
-        label = _label(values["label"], choices, "choices", source)
+        label = _label(values.get("label"), choices, "choices", source)
         return Row(name, prompt, choices, None, label, source, messages)
 
     def row_id(self, fields: Mapping[str, Any], source: str, number: int) -> str:
@@ -156,16 +161,16 @@ class RowFormat:
         Raises:
             RowError: neither a string with text in it nor an integer.
         """
-        value = fields.get(self.names["id"])
+        value = _plain(fields.get(self.names.get("id", "")))
         if _is_absent(value):
             return str(number)
         if isinstance(value, int) and not isinstance(value, bool):
             return str(value)
         if not isinstance(value, str):
-            _fail(source, f"'id' is {_kind(value)}", "make it a string or an integer")
+            _fail(source, f"'id' is {_described(value)}", "make it a string or an integer")
         return _string(value, "'id'", source)
 
-    def _kind(self, there: set[str], present: Sequence[str], source: str) -> str:
+    def _shape(self, there: set[str], present: Sequence[str], source: str) -> str:
         """ "text" or "choice", by the columns that are there, which suffice for it."""
         asked = there & {"prompt", "messages"}
         if "text" in there and (asked or "choices" in there):
@@ -190,20 +195,25 @@ class RowFormat:
         more = ", or give all rows the same by labels" if ours == "choices" else ""
         if ours == "text" and self.task is None:
             more = ", or prompt=YOURS and choices=YOURS of a choice row"
+        theirs = self.columns.get(ours, ours)
+        if theirs in present:
+            _fail(source, f"nothing in column {theirs!r}", f"write it, or remove the row{more}")
         _fail(
             source,
-            f"no column {self.columns.get(ours, ours)!r}, or nothing in it; there are "
-            + (", ".join(map(repr, present)) or "none"),
+            f"no column {theirs!r}; there are " + (", ".join(map(repr, present)) or "none"),
             f"name yours by columns, such as {ours}=YOURS{more}",
         )
 
 
-def class_names(config: Any) -> tuple[str, ...] | None:
-    """The names of a classifier's labels in its configuration; None where nobody gave any."""
-    names = getattr(config, "id2label", None) or {}
-    found = tuple(str(names.get(i)) for i in range(len(names)))
-    made_up = all(name == f"LABEL_{i}" for i, name in enumerate(found))
-    return None if made_up or len(set(found)) < 2 else found
+class ClassIndex(int):
+    """A label as a data set stores it: an index into its own classes, with the class's name."""
+
+    name: str
+
+    def __new__(cls, index: int, name: str) -> ClassIndex:
+        found = super().__new__(cls, index)
+        found.name = name
+        return found
 
 
 def decode_object(line: str | bytes, source: str) -> dict[str, Any]:
@@ -229,7 +239,7 @@ def decode_object(line: str | bytes, source: str) -> dict[str, Any]:
     if not isinstance(fields, dict):
         _fail(
             source,
-            f"expected a JSON object, found {_kind(fields)}",
+            f"expected a JSON object, found {_described(fields)}",
             'write {"prompt": ..., "choices": [...]} or {"text": ...}',
         )
     return fields
@@ -249,9 +259,9 @@ def _choices(value: Any, source: str) -> tuple[str, ...]:
     """A list of choices, or a text with a JSON list or with choices parted by "|"."""
     if isinstance(value, str):
         parsed = _json_list(value)
-        value = value.split("|") if parsed is None else parsed
+        value = [c.strip() for c in value.split("|")] if parsed is None else parsed
     if not isinstance(value, list | tuple):
-        _fail(source, f"'choices' is {_kind(value)}", "make it a list of strings")
+        _fail(source, f"'choices' is {_described(value)}", "make it a list of strings")
     for choice in value:
         _string(choice, "a choice", source)
     if len(value) < 2:
@@ -262,7 +272,7 @@ def _choices(value: Any, source: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _messages(value: Any, source: str) -> tuple[dict[str, str], ...]:
+def _messages(value: Any, source: str) -> tuple[dict[str, Any], ...]:
     """A list of messages, or a text with one as JSON."""
     if isinstance(value, str):
         value = _json_list(value)
@@ -271,14 +281,12 @@ def _messages(value: Any, source: str) -> tuple[dict[str, str], ...]:
     found = []
     for message in value:
         if not isinstance(message, Mapping):
-            _fail(source, f"a message is {_kind(message)}", 'write {"role": ..., "content": ...}')
-        role, content = message.get("role"), message.get("content")
-        found.append(
-            {
-                "role": _string(role, "'role' of a message", source),
-                "content": _string(content, "'content' of a message", source),
-            }
-        )
+            fault = f"a message is {_described(message)}"
+            _fail(source, fault, 'write {"role": ..., "content": ...}')
+        for name in ("role", "content"):
+            _string(message.get(name), f"{name!r} of a message", source)
+        # Other fields are the template's business; in tables they are null where they are not.
+        found.append({name: value for name, value in message.items() if value is not None})
     return tuple(found)
 
 
@@ -291,9 +299,12 @@ def _json_list(text: str) -> Any:
 
 
 def _label(value: Any, names: Sequence[str] | None, what: str, source: str) -> int | None:
-    """The index of a label: an index, or a name, or an index as text. Blank and NaN are none."""
+    """The index of a label: an index, or a name, or, where no name is a number, an index as text.
+    Blank and NaN are none."""
     if value is None or value != value or (isinstance(value, str) and not value.strip()):
         return None
+    if isinstance(value, ClassIndex) and names is not None and what == "classes":
+        value = value.name  # the data's classes need not stand in the model's order
     if isinstance(value, float) and value.is_integer():  # a column with nulls, by way of pandas
         value = int(value)
     if isinstance(value, str):
@@ -301,13 +312,14 @@ def _label(value: Any, names: Sequence[str] | None, what: str, source: str) -> i
         same = same or [i for i, n in enumerate(names or ()) if n.strip() == value.strip()]
         if len(same) == 1:
             return same[0]
-        digits = value.strip()
-        if not (digits.isascii() and digits.isdigit() and len(digits) < 10):
+        # An index as text, where it cannot be taken for a name.
+        if not _is_index(value) or any(map(_is_index, names or ())):
             why = f"is none of the {what} {list(names)}" if names else f"is text; {what} lack names"
-            _fail(source, f"the label {value!r} {why}", "use its index, or name them by labels")
-        value = int(digits)
+            remedy = "use one of these" if names else "use its index, or name them by labels"
+            _fail(source, f"the label {value!r} {why}", remedy)
+        value = int(value)
     if not isinstance(value, int) or isinstance(value, bool):
-        _fail(source, f"'label' is {_kind(value)}", "use an integer index, counted from 0")
+        _fail(source, f"'label' is {_described(value)}", "use an integer index, counted from 0")
     if value < 0:
         _fail(source, f"the label {value} is negative", "count from 0, or leave 'label' out")
     if names is not None and value >= len(names):
@@ -316,7 +328,7 @@ def _label(value: Any, names: Sequence[str] | None, what: str, source: str) -> i
             f"the label {value} is outside the {len(names)} {what}",
             f"use an index from 0 to {len(names) - 1}",
         )
-    return value
+    return int(value)
 
 
 def _is_absent(value: Any) -> bool:
@@ -325,7 +337,8 @@ def _is_absent(value: Any) -> bool:
 
 def _string(value: Any, name: str, source: str) -> str:
     if not isinstance(value, str):
-        _fail(source, f"{name} is {_kind(value)}", "make it a string")
+        more = ", or name a column of messages by columns, messages=YOURS" * (name == "'prompt'")
+        _fail(source, f"{name} is {_described(value)}", f"make it a string{more}")
     if not value.strip():
         _fail(source, f"{name} is empty", "write some text into it, or remove the row")
     try:
@@ -336,9 +349,23 @@ def _string(value: Any, name: str, source: str) -> str:
     return value
 
 
-def _kind(value: Any) -> str:
+def _is_index(text: str) -> bool:
+    digits = text.strip()
+    return digits.isascii() and digits.isdigit() and len(digits) < 10
+
+
+def _plain(value: Any) -> Any:
+    """A value of numpy, torch or pandas as Python's own."""
+    if type(value).__name__ == "NAType":
+        return None
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _described(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
-    return "null" if value is None else names.get(type(value), f"the number {value}")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"the number {value}"
+    return "null" if value is None else names.get(type(value), f"of type {type(value).__name__}")
 
 
 def _fail(source: str, fault: str, remedy: str, cause: Exception | None = None) -> NoReturn:

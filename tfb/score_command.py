@@ -15,7 +15,7 @@ from tfb.console import (
     Columns,
     Labels,
     Truncate,
-    note_label_tokens,
+    choose_label_tokens,
     note_mode,
     out,
     parse_columns,
@@ -107,7 +107,7 @@ def score(
     job.check()
     sidecar = read_sidecar(artifact)
     note_mode((sidecar["mode"], sidecar.get("tail")), mode, tail)
-    note_label_tokens(sidecar, sidecar.get("label_tokens", "all"))
+    choose_label_tokens(artifact, sidecar)
     with _bar() as report:
         done = run(
             job,

@@ -213,8 +213,8 @@ class Scorer:
             columns["draw_logits"] = logits.float().transpose(0, 1).tolist()
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         finite = p.probs.isfinite().all(-1).tolist()
-        fault = {"error": "the model returned NaN or Inf; check the adapter and the dtype"}
-        return [row if good else fault for row, good in zip(rows, finite, strict=True)]
+        fault = "the model returned NaN or Inf; check the adapter and the dtype"
+        return [row if good else {"error": fault} for row, good in zip(rows, finite, strict=True)]
 
     def _row(self, item: Item, values: dict[str, Any]) -> dict[str, Any]:
         """A row of the output; columns that are not there are null."""

@@ -5,6 +5,7 @@ Rows go out in the order they came in. From files to files: :mod:`tfb.offline`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -13,15 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tfb.adapters import class_names
 from tfb.adaptive import Adaptive
+from tfb.anchor import PROBABILITY_FLOOR
 from tfb.batching import EncodedRows, batches
 from tfb.cost import passes_per_row
 from tfb.draws import Draws
 from tfb.encoding import LABEL_TOKENS, RowEncoder
 from tfb.engine import BayesianModel
-from tfb.metrics import Evaluation, apply_temperature, evaluate
+from tfb.metrics import Evaluation, apply_temperature
 from tfb.readers import iter_rows, read_rows
-from tfb.rows import Row, RowError
+from tfb.rows import Row, RowError, RowFormat
 
 WINDOW = 1024  # rows encoded at a time while streaming
 
@@ -91,28 +94,43 @@ def encode(
     tokenizer: Any,
     *,
     columns: Mapping[str, str] | None = None,
-    labels: Sequence[str] | None = None,
     truncate: str | None = None,
 ) -> EncodedRows:
-    """Read and encode rows for the model's task, by its ``label_tokens``.
+    """Read and encode rows for the model's task, by its ``label_tokens`` and ``labels``.
 
     Args:
         data: anything that holds rows, see :func:`tfb.readers.iter_rows`. columns: for our names
-            those of the data. labels: names of the classes, or choices of rows that bring none;
-            default: ``bayes.labels``. truncate: see :class:`RowEncoder`.
+            those of the data. truncate: see :class:`RowEncoder`.
 
     Raises:
-        RowError: a row that the task, the tokenizer or the model cannot take.
+        RowError: a row that the task, the tokenizer or the model cannot take. ValueError: another
+            number of labels than the model has classes.
     """
-    labels = bayes.labels if labels is None else labels
-    rows = read_rows(data, columns=columns, labels=labels, task=bayes.task)
-    return encoder(bayes, tokenizer, truncate)(rows)
+    return encoder(bayes, tokenizer, truncate)(read_rows(data, form(bayes, columns)))
 
 
-def encoder(bayes: BayesianModel, tokenizer: Any, truncate: str | None = None) -> RowEncoder:
-    """What encodes rows for a model."""
-    how: dict[str, Any] = {"label_tokens": bayes.label_tokens, "truncate": truncate}
-    return RowEncoder.of(tokenizer, bayes.task, bayes.base.config, **how)
+def form(bayes: BayesianModel, columns: Mapping[str, str] | None = None) -> RowFormat:
+    """How data become rows for a model."""
+    return RowFormat(
+        columns or {}, class_names(bayes.task, bayes.base.config, bayes.labels), bayes.task
+    )
+
+
+def encoder(
+    bayes: BayesianModel,
+    tokenizer: Any,
+    truncate: str | None = None,
+    label_tokens: str | None = None,
+) -> RowEncoder:
+    """What encodes rows for a model, by its own ``label_tokens`` or the given ones."""
+    return RowEncoder.of(
+        tokenizer,
+        bayes.task,
+        bayes.base.config,
+        label_tokens=label_tokens or bayes.label_tokens,
+        length_normalization=bayes.length_normalization,
+        truncate=truncate,
+    )
 
 
 def compare_label_tokens(
@@ -123,27 +141,32 @@ def compare_label_tokens(
     truncate: str | None = None,
     batch_size: int = 50,
 ) -> dict[str, float] | None:
-    """Compare how choices may be scored: the adapter's NLL on labelled rows by each of
-    ``LABEL_TOKENS``, in nats. The lower one tells how the adapter was trained. One pass each.
+    """Measure by which tokens of the choices an adapter was trained: its NLL on labelled rows by
+    each of ``LABEL_TOKENS``, in nats. One pass each.
 
     Returns:
-        None where both give the same tokens, or one of them cannot be used.
+        None where both give the same tokens, one of them cannot be used, their difference is
+        within two standard errors, or neither is better than a guess.
     """
     found: dict[str, EncodedRows] = {}
     for name in LABEL_TOKENS:
-        how: dict[str, Any] = {"label_tokens": name, "truncate": truncate}
         try:
-            found[name] = RowEncoder.of(tokenizer, bayes.task, bayes.base.config, **how)(rows)
+            found[name] = encoder(bayes, tokenizer, truncate, name)(rows)
         except RowError:
             return None
     if len({encoded.content_hash for encoded in found.values()}) == 1:
         return None
-    pad, figures = pad_token(bayes, tokenizer), {}
+    pad, losses = pad_token(bayes, tokenizer), {}
     for name, encoded in found.items():
         p = predict_rows(bayes, encoded, Draws.mean(), batch_size=batch_size, pad_token_id=pad)
-        labels = torch.tensor(encoded.labels)
-        figures[name] = evaluate(p.probs, labels).nll
-    return figures
+        chosen = p.probs.double().gather(1, torch.tensor(encoded.labels)[:, None])[:, 0]
+        losses[name] = -chosen.clamp_min(PROBABILITY_FLOOR).log()
+    all_, last = (losses[name] for name in LABEL_TOKENS)
+    guess = sum(math.log(len(row.choices or ())) for row in rows) / len(rows)
+    unsure = 2 * float((all_ - last).std()) / math.sqrt(len(rows)) if len(rows) > 1 else math.inf
+    figures = {name: float(loss.mean()) for name, loss in losses.items()}
+    told = abs(figures["all"] - figures["last"]) > unsure and min(figures.values()) < guess
+    return figures if told else None
 
 
 def predict_rows(
@@ -200,13 +223,12 @@ def score(
     batch_size: int = 50,
     per_draw: bool = False,
     columns: Mapping[str, str] | None = None,
-    labels: Sequence[str] | None = None,
     truncate: str | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Stream one result for each row, in order, reading at most ``WINDOW`` rows ahead.
 
     Args:
-        data, columns, labels, truncate: see :func:`encode`. draws: as for ``bayes.predict``,
+        data, columns, truncate: see :func:`encode`. draws: as for ``bayes.predict``,
             "auto" included.
 
     Raises:
@@ -215,11 +237,11 @@ def score(
 
     Yields:
         dicts: id, prediction (index), choice (its text, or the class's name if it has one), probs,
-        total, aleatoric, epistemic (nats), agreement, standard_error, label if given, truncated
-        (tokens left out) with ``truncate``, draw_probs if ``per_draw``.
+        total, aleatoric, epistemic (nats), agreement, standard_error, label (None where there is
+        none), truncated (tokens left out) with ``truncate``, draw_probs if ``per_draw``.
     """
-    labels = bayes.labels if labels is None else labels
-    stream = iter_rows(data, columns=columns, labels=labels, task=bayes.task)
+    reading = form(bayes, columns)
+    stream = iter_rows(data, reading)
     make, pad = encoder(bayes, tokenizer, truncate), pad_token(bayes, tokenizer)
     while window := list(islice(stream, WINDOW)):
         encoded = make(window)
@@ -229,7 +251,7 @@ def score(
         for i, row in enumerate(window):
             k = encoded.num_choices(i)
             best = int(out.probs[i].argmax())
-            names = row.choices or labels
+            names = row.choices or reading.labels
             result: dict[str, Any] = {"id": row.id, "prediction": best}
             result["choice"] = None if names is None else names[best]
             result["probs"] = out.probs[i, :k].tolist()
