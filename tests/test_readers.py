@@ -309,11 +309,13 @@ def test_every_command_reads_every_file(
     """Columns and names of classes are given to fit; the artifact keeps the names."""
     model, adapter = classifier
     data, artifact = written(tmp_path / name), tmp_path / "artifact"
-    columns = ("--columns", "text=sentence,label=gold")
+    columns = ("--columns", "text=sentence, label=gold")
+    names = tmp_path / "names.txt" if name == "rows.csv" else "bad, fair,good"
+    (tmp_path / "names.txt").write_text("bad\nfair\n\ngood\n")
     common = ("--model", model, "--artifact", artifact, *columns, "--draws", 2)
     steps = {
         "fit": ("--model", model, "--adapter", adapter, "--anchors", data, "--out", artifact,
-                *columns, "--labels", "bad, fair,good", "--draws", 2, "--objective", "min_nll"),
+                *columns, "--labels", names, "--draws", 2, "--objective", "min_nll"),
         "evaluate": (*common, "--data", data, "--json", tmp_path / "figures.json"),
         "score": (*common, "--input", data, "--output", tmp_path / "out", "--keep", "weight"),
         "report": (*common, "--data", data, "--output", tmp_path / "page"),
@@ -361,7 +363,7 @@ def test_what_the_options_cannot_be(
         (("--columns", "text=sentence,label=gold"), "the label 'bad' is text; classes lack names"),
         (("--labels", "yes,no,"), "labels: a name is empty"),
         (("--labels", "a,b"), "labels: 2 names, but the head has 3 classes"),
-        (("--labels", "a,a,b"), "at least two different names"),
+        (("--labels", "a,a,b"), "'a' stands twice"),
         (("--truncate", "top"), "truncate='top': expected one of left, right"),
         (("--label-tokens", "first"), "label_tokens='first': expected one of all, last"),
     ):

@@ -89,6 +89,13 @@ def test_the_convention_that_an_adapter_was_trained_for(
     out, err = run("fit", *fit, "--out", tmp_path / "last", "--label-tokens", "last")
     assert f"label_tokens: {trained}" in out and "label-tokens" not in err
 
+    lines = [
+        x for x in (data / "anchor.jsonl").read_text().splitlines() if json.loads(x)["label"] < 2
+    ]
+    (tmp_path / "anchors.jsonl").write_text("\n".join(lines))
+    out, err = run("fit", *fit, "--out", tmp_path / "few", "--objective", "min_nll")
+    assert "label_tokens" not in out + err  # of two labels in ten, nothing is said
+
     judge = ("--data", data / "test.jsonl")
     for name, chosen, warned in (("all", None, True), ("all", "last", False), ("last", None, False),
                                  ("last", "all", True)):  # fmt: skip

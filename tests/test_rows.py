@@ -101,11 +101,12 @@ BAD_LINES = [
     ({**TEXT, "text": ["x"]}, "'text' is a list", "make it a string"),
     ({**TEXT, "text": ""}, "nothing in column 'text'", "write it, or remove the row"),
     ({**TEXT, "text": "\n"}, "'text' is empty", "write some text"),
-    ('{"id": 1, "text": "\\ud800"}', "half of a surrogate pair", "proper Unicode"),
+    ('{"id": 1, "text": "\\ud800"}', "half of a surrogate pair", "save it as UTF-8"),
     ({**TEXT, "label": "sports"}, "the label 'sports' is text; classes lack names", "by labels"),
     ({**CHOICE, "prompt": None}, "nothing in column 'prompt'", "write it, or remove the row"),
     ({**CHOICE, "prompt": "  "}, "'prompt' is empty", "write some text"),
     ({**CHOICE, "choices": "AB"}, "'choices' holds 1", "at least two"),
+    ({**CHOICE, "choices": "['A', 'B']"}, "'choices' is no JSON list", '["A", "B"] or A|B'),
     ({**CHOICE, "choices": 3}, "'choices' is the number 3", "list of strings"),
     ({**CHOICE, "choices": ["A"]}, "'choices' holds 1", "at least two"),
     ({**CHOICE, "choices": []}, "'choices' holds 0", "at least two"),
@@ -223,6 +224,12 @@ def test_labels_by_the_names_of_classes(label: Any, index: int) -> None:
             form.row({"text": "x", "label": wrong})
 
 
+def test_a_message_shows_few_of_many_names() -> None:
+    form = RowFormat(labels=[f"intent {i}" for i in range(150)], task="SEQ_CLS")
+    with pytest.raises(RowError, match=r"'intent 11'\] and 138 more; use one of these"):
+        form.row({"text": "x", "label": "intend 3"})
+
+
 def test_names_that_are_numbers_are_no_indices() -> None:
     """ "2" of the stars 1 to 3 is the second one, 2 the third; "0" is neither."""
     form = RowFormat(labels=["1", "2", "3"], task="SEQ_CLS")
@@ -275,8 +282,8 @@ def test_settings_that_cannot_be() -> None:
         ({"columns": {"question": "prompt"}}, "'question' is none of id, prompt, messages"),
         ({"columns": {"prompt": "x"}, "task": "SEQ_CLS"}, "that rows of task SEQ_CLS have"),
         ({"columns": {"id": "a", "text": "a"}}, "'a' is named twice"),
-        ({"labels": ["a"]}, "at least two different names"),
-        ({"labels": ["a", "a"]}, "at least two different names"),
+        ({"labels": ["a"]}, "at least two names"),
+        ({"labels": ["a", "b", "a"]}, "'a' stands twice"),
         ({"labels": "a,b"}, "expected a list of names, got 'a,b'"),
         ({"labels": [1, 2]}, "expected a list of names"),
         ({"labels": ["a", " "]}, "a name is empty"),
@@ -318,6 +325,9 @@ def test_names_in_a_configuration() -> None:
     assert class_names("CAUSAL_LM", None, "abc") == ("a", "b", "c")
     with pytest.raises(ValueError, match="labels: 3 names, but the head has 2 classes; name all"):
         class_names("SEQ_CLS", found, "abc")
+    assert class_names("SEQ_CLS", found, None, "xy") == ("x", "y")
+    with pytest.raises(ValueError, match="labels: the artifact has these names in another order"):
+        class_names("SEQ_CLS", found, "yx", "xy")
 
 
 @given(st.data())

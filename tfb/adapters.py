@@ -185,14 +185,24 @@ def base_config(name: str | Path, adapter: str | Path) -> Any:
 
 
 def class_names(
-    task: str, config: Any, given: Sequence[str] | None = None
+    task: str,
+    config: Any,
+    given: Sequence[str] | None = None,
+    saved: Sequence[str] | None = None,
 ) -> tuple[str, ...] | None:
-    """The names of a classifier's classes, in order: those given, or its configuration's; None
-    where nobody gave any. For other tasks those given.
+    """The names of a classifier's classes, in order: those given, else an artifact's, else its
+    configuration's; None where nobody gave any. For other tasks those given, else the artifact's.
 
     Raises:
-        ValueError: another number of names than the head has outputs.
+        ValueError: another number of names than the head has outputs, or the artifact's names in
+            another order.
     """
+    if given is None:
+        given = saved
+    elif saved and sorted(given) == sorted(saved) and list(given) != list(saved):
+        raise ValueError(
+            "labels: the artifact has these names in another order, its head's; leave them out"
+        )
     if task != "SEQ_CLS":
         return None if given is None else tuple(given)
     if given is not None:

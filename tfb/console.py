@@ -59,11 +59,14 @@ def check_labels(rows: Sequence[Any], needed: str) -> None:
 
 Columns = Annotated[
     list[str] | None,
-    typer.Option("--columns", help="text=sentence,label=gold: names of your columns"),
+    typer.Option("--columns", help="ours=yours: text=sentence,label=gold; repeatable"),
 ]
 Labels = Annotated[
     str | None,
-    typer.Option(help="a,b,c: names of the classes in order; choices of rows that bring none"),
+    typer.Option(
+        help="names of the classes in order, a,b,c or a file with one a line; for language models "
+        "the choices of rows that bring none; fit keeps them"
+    ),
 ]
 Truncate = Annotated[
     str | None, typer.Option(help="left or right: cut rows that are too long, and say so")
@@ -79,7 +82,7 @@ def parse_columns(options: Sequence[str] | None) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for pair in (p for option in options or () for p in option.split(",")):
-        ours, separator, theirs = pair.partition("=")
+        ours, separator, theirs = map(str.strip, pair.partition("="))
         if not (separator and ours and theirs):
             raise ValueError(f"--columns {pair!r}: expected name=column, such as text=sentence")
         if ours in found:
@@ -89,8 +92,13 @@ def parse_columns(options: Sequence[str] | None) -> dict[str, str]:
 
 
 def parse_labels(option: str | None) -> tuple[str, ...] | None:
-    """ "a,b,c" as ("a", "b", "c")."""
-    return None if option is None else tuple(name.strip() for name in option.split(","))
+    """ "a,b,c", or the lines of a file of that name, as ("a", "b", "c")."""
+    if option is None:
+        return None
+    file = Path(option)
+    lines = file.read_text(encoding="utf-8").split("\n") if file.is_file() else None
+    names = option.split(",") if lines is None else [line for line in lines if line.strip()]
+    return tuple(name.strip() for name in names)
 
 
 @dataclass(frozen=True)
@@ -143,7 +151,7 @@ class Input:
             length_normalization=length_normalization,
             truncate=truncate,
         )
-        form = RowFormat(given, class_names(task, config, named or saved), task)
+        form = RowFormat(given, class_names(task, config, named, saved), task)
         return cls(tokenizer, form, encoder)
 
     def read(self, path: Path, limit: int | None) -> list[Row]:

@@ -119,9 +119,9 @@ class Job:
             ValueError: another number of names than the artifact's head has classes.
         """
         sidecar = read_sidecar(self.artifact)
-        task, names = str(sidecar["task"]), self.labels or sidecar.get("labels")
+        task, saved = str(sidecar["task"]), sidecar.get("labels")
         config = base_config(self.model, self.artifact) if task == "SEQ_CLS" else None
-        return RowFormat(self.columns, class_names(task, config, names), task)
+        return RowFormat(self.columns, class_names(task, config, self.labels, saved), task)
 
     def load(self) -> tuple[BayesianModel, Any]:
         """The model, on its device and in the job's mode, and the tokenizer."""

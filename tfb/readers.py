@@ -380,7 +380,9 @@ def _header(reader: Any, source: Source) -> list[str]:
     except csv.Error as error:
         raise RowError(f"{source}: not valid CSV ({error}); check its header") from error
     names = [name.removeprefix("\ufeff") if i == 0 else name for i, name in enumerate(names)]
-    if not names or not all(names) or len(set(names)) < len(names):
+    if not names:
+        raise RowError(f"{source}: is empty; the first line must name the columns")
+    if not all(names) or len(set(names)) < len(names):
         raise RowError(f"{source}: the first line must name every column once; it is {names}")
     return names
 

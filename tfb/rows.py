@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 CHOICE_COLUMNS = ("id", "prompt", "messages", "choices", "label")
 TEXT_COLUMNS = ("id", "text", "label")
 COLUMNS = (*CHOICE_COLUMNS, "text")
+MOST_SHOWN = 12  # names in a message
 
 
 class RowError(ValueError):
@@ -91,17 +92,22 @@ class RowFormat:
         for ours, theirs in self.columns.items():
             if ours not in known:
                 what = "" if self.task is None else f" that rows of task {self.task} have"
-                raise ValueError(f"columns: {ours!r} is none of {', '.join(known)}{what}")
+                raise ValueError(
+                    f"columns: {ours!r} is none of {', '.join(known)}{what}; write ours=yours"
+                )
             if list(self.columns.values()).count(theirs) > 1:
                 raise ValueError(f"columns: {theirs!r} is named twice")
-        if self.labels is not None and (
-            isinstance(self.labels, str) or not all(isinstance(n, str) for n in self.labels)
-        ):
-            raise ValueError(f"labels: expected a list of names, got {self.labels!r}")
-        if self.labels is not None and not all(name.strip() for name in self.labels):
-            raise ValueError(f"labels: a name is empty in {self.labels}; leave it out")
-        if self.labels is not None and len(set(self.labels)) < max(2, len(self.labels)):
-            raise ValueError(f"labels: expected at least two different names, got {self.labels}")
+        names = self.labels
+        if names is None:
+            return
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"labels: expected a list of names, got {names!r}")
+        if not all(name.strip() for name in names):
+            raise ValueError(f"labels: a name is empty in {names}; leave it out")
+        if len(names) < 2:
+            raise ValueError(f"labels: expected at least two names, got {names}")
+        if twice := [name for name in names if list(names).count(name) > 1]:
+            raise ValueError(f"labels: {twice[0]!r} stands twice; name every class once")
 
     @property
     def ours(self) -> tuple[str, ...]:
@@ -259,6 +265,8 @@ def _choices(value: Any, source: str) -> tuple[str, ...]:
     """A list of choices, or a text with a JSON list or with choices parted by "|"."""
     if isinstance(value, str):
         parsed = _json_list(value)
+        if parsed is None and value.lstrip().startswith("["):
+            _fail(source, f"'choices' is no JSON list: {value[:60]}", 'write ["A", "B"] or A|B')
         value = [c.strip() for c in value.split("|")] if parsed is None else parsed
     if not isinstance(value, list | tuple):
         _fail(source, f"'choices' is {_described(value)}", "make it a list of strings")
@@ -314,8 +322,11 @@ def _label(value: Any, names: Sequence[str] | None, what: str, source: str) -> i
             return same[0]
         # An index as text, where it cannot be taken for a name.
         if not _is_index(value) or any(map(_is_index, names or ())):
-            why = f"is none of the {what} {list(names)}" if names else f"is text; {what} lack names"
-            remedy = "use one of these" if names else "use its index, or name them by labels"
+            why, remedy = f"is text; {what} lack names", "use its index, or name them by labels"
+            if names:
+                more = f" and {len(names) - MOST_SHOWN} more" if len(names) > MOST_SHOWN else ""
+                why = f"is none of the {what} {list(names[:MOST_SHOWN])}{more}"
+                remedy = "use one of these"
             _fail(source, f"the label {value!r} {why}", remedy)
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool):
@@ -344,8 +355,8 @@ def _string(value: Any, name: str, source: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        fault = f"{name} holds half of a surrogate pair"
-        _fail(source, fault, "write it as proper Unicode", error)
+        fault = f"{name} holds bytes that are not UTF-8, or half of a surrogate pair"
+        _fail(source, fault, "save it as UTF-8", error)
     return value
 
 

@@ -146,7 +146,8 @@ def compare_label_tokens(
 
     Returns:
         None where both give the same tokens, one of them cannot be used, their difference is
-        within two standard errors, or neither is better than a guess.
+        within two standard errors, neither is better than a guess, or no more than half of the
+        labels occur: then a model that always says the same may have the lower NLL.
     """
     found: dict[str, EncodedRows] = {}
     for name in LABEL_TOKENS:
@@ -166,7 +167,8 @@ def compare_label_tokens(
     unsure = 2 * float((all_ - last).std()) / math.sqrt(len(rows)) if len(rows) > 1 else math.inf
     figures = {name: float(loss.mean()) for name, loss in losses.items()}
     told = abs(figures["all"] - figures["last"]) > unsure and min(figures.values()) < guess
-    return figures if told else None
+    most = max(len(row.choices or ()) for row in rows)
+    return figures if told and len({row.label for row in rows}) > most / 2 else None
 
 
 def predict_rows(
