@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 # Set before anything imports huggingface_hub, which reads it once.
@@ -34,3 +36,21 @@ def shared() -> Path:
         return shared_folder()
     except FileNotFoundError as error:
         pytest.skip(str(error))
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def tfb_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Exit status, stdout and stderr of ``tfb`` with these arguments, in this process."""
+    from tfb import cli
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["tfb", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(left.value.code or 0), out, err
+
+    return call

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,13 @@ import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import Run
 from models import CASES, LABELS
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import tfb
-from tfb import cli, digits
+from tfb import digits
 from tfb.encoding import RowEncoder
 from tfb.readers import iter_rows, read_rows
 from tfb.rows import Row, RowError, RowFormat
@@ -285,21 +285,6 @@ def classifier(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> tupl
     torch.manual_seed(0)
     case.build().save_pretrained(folder / "adapter")
     return str(folder / "base"), str(folder / "adapter")
-
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def tfb_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tfb", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(left.value.code or 0), out, err
-
-    return call
 
 
 @pytest.mark.parametrize("name", FILES)
