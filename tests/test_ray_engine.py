@@ -27,7 +27,7 @@ from tfb.offline import run
 from tfb.parts import FreeNumbers, OutputError
 from tfb.pipeline import LocalEngine
 from tfb.ray_engine import EngineError, RayEngine
-from tfb.rows import RowError
+from tfb.rows import RowError, RowFormat
 from tfb.scorer import Scored
 from tfb.sources import find_sources
 from tfb.windows import Item, Reading, Window, Windows
@@ -130,7 +130,9 @@ def test_two_workers_of_the_command(
     assert done.returncode == 0, done.stderr
     assert done.stdout == "complete: 19 rows, 3 of them errors: out\n"
     assert files(job) == whole
-    assert manifest(job)["counts"] == {"rows": 19, "errors": 3, "parts": 5}
+    assert manifest(job)["counts"] == {
+        "rows": 19, "errors": 3, "truncated": 0, "parts": 5
+    }  # fmt: skip
 
 
 @pytest.fixture
@@ -190,14 +192,14 @@ def test_what_workers_refuse(
     window = Window(7, [item], 1.0)
     worker = ray_engine._Worker(engine._job, 1, expected, attempts)
     assert [worker._result(window) for _ in range(2)] == [
-        Scored(7, [{"id": None, "error": "no row", "key": "0000000000000001"}], 1, 0, 1.0)
+        Scored(7, [{"id": None, "error": "no row", "key": "0000000000000001"}], 1, 0, 0, 1.0)
     ] * 2
     assert "have ended each worker that took them" in str(worker._result(window))
     moved = ray_engine._Worker(engine._job, 1, {**expected, "model_sha256": "f00"}, attempts)
     refusal = moved._result(window)
     assert "has another configuration (model_sha256: f00 -> " in str(refusal)
 
-    scored = Scored(7, [], 0, 0, 1.0)
+    scored = Scored(7, [], 0, 0, 0, 1.0)
     results = [RowError("broken off"), scored]
     batches = [ray_engine._column("result", value) for value in results]
     monkeypatch.setattr(RayEngine, "_dataset", lambda *_: Batches(batches))
@@ -235,7 +237,9 @@ def test_a_file_that_breaks_off_is_the_last_block(tmp_path: Path) -> None:
     packed = gzip.compress((tmp_path / "rows.jsonl").read_bytes())
     (tmp_path / "rows.jsonl.gz").write_bytes(packed[:-40])
     sources = find_sources([tmp_path / "rows.jsonl.gz"])
-    windows = Windows(Reading(sources, "CAUSAL_LM"), 64, HashSet(), FreeNumbers(frozenset({1})))
+    windows = Windows(
+        Reading(sources, RowFormat(task="CAUSAL_LM")), 64, HashSet(), FreeNumbers(frozenset({1}))
+    )
     (task,) = ray_engine._source(windows).get_read_tasks(1)
     blocks = [table["window"][0].as_py() for table in task()]
     assert blocks == [table["window"][0].as_py() for table in task()]
