@@ -47,6 +47,11 @@ class EncodedRows:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def rows_cut(self) -> int:
+        """The number of rows of which tokens were left out."""
+        return sum(cut > 0 for cut in self.truncated or ())
+
     def num_choices(self, index: int) -> int:
         """Number of classes the row at `index` is scored over."""
         if (choices := self.choice_tokens(index)) is not None:

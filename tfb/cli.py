@@ -252,7 +252,7 @@ def evaluate(
             "mode": bayes.mode,
             "tail": bayes.tail,
             "label_tokens": chosen,
-            "truncated": sum(n > 0 for n in encoded.truncated or ()),
+            "truncated": encoded.rows_cut,
         }
         write_json(json_out, {"data": str(data.name), **setting, "metrics": figures})
 

@@ -132,14 +132,11 @@ class Input:
             ValueError: options that cannot work, another number of labels than the head has.
         """
         from tfb.adapters import adapter_config, base_config, class_names
-        from tfb.encoding import RowEncoder, check_label_tokens, check_truncate
+        from tfb.encoding import RowEncoder
         from tfb.rows import RowFormat
         from tfb.scoring import load_tokenizer
 
         given, named = parse_columns(columns), parse_labels(labels)
-        check_truncate(truncate)
-        check_label_tokens(label_tokens)
-        RowFormat(given, named)  # names that cannot be, before anything is loaded
         tokenizer = load_tokenizer(model)
         task = str(adapter_config(adapter).get("task_type"))
         config = base_config(model, adapter)
@@ -163,7 +160,7 @@ class Input:
     def encode(self, rows: Sequence[Row]) -> EncodedRows:
         """The rows as tokens; says so if some were cut."""
         encoded = self.encoder(rows)
-        if cut := sum(n > 0 for n in encoded.truncated or ()):
+        if cut := encoded.rows_cut:
             note(
                 f"{cut} of {len(rows)} rows were cut on the {self.encoder.truncate} to "
                 f"{self.encoder.limit} tokens"
@@ -204,7 +201,7 @@ def choose_label_tokens(
 
     chosen = given or str(sidecar.get("label_tokens", "all"))
     figures = (sidecar.get("extra") or {}).get("label_tokens_nll")
-    if isinstance(figures, dict) and min(figures, key=figures.__getitem__) != chosen:
+    if isinstance(figures, dict) and _least(figures) != chosen:
         note(f"label_tokens is {chosen!r}, but {_trained_for(figures)}")
     elif given is None and "label_tokens" not in sidecar and sidecar["task"] != "SEQ_CLS":
         note(f"{artifact}: {OLDER}")
@@ -259,7 +256,7 @@ def print_fit(found: Any) -> None:
 def print_label_tokens(figures: Mapping[str, float], chosen: str) -> None:
     """By which tokens of the choices the adapter was trained, as its NLL on the anchors tells."""
     out.print(f"label_tokens: {_trained_for(figures)}", markup=False, soft_wrap=True)
-    if (trained := min(figures, key=figures.__getitem__)) != chosen:
+    if (trained := _least(figures)) != chosen:
         note(
             f"the search goes on with {chosen!r}, where the adapter's figures are wrong; stop it "
             f"and fit with --label-tokens {trained}"
@@ -268,8 +265,11 @@ def print_label_tokens(figures: Mapping[str, float], chosen: str) -> None:
 
 def _trained_for(figures: Mapping[str, float]) -> str:
     said = " and ".join(f"{nll:.4g} with {name!r}" for name, nll in figures.items())
-    trained = min(figures, key=figures.__getitem__)
-    return f"the adapter was trained for {trained!r}: on the anchors its NLL is {said}"
+    return f"the adapter was trained for {_least(figures)!r}: on the anchors its NLL is {said}"
+
+
+def _least(figures: Mapping[str, float]) -> str:
+    return min(figures, key=figures.__getitem__)
 
 
 def print_metrics(found: list[Any]) -> None:

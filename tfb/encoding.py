@@ -102,7 +102,7 @@ class RowEncoder:
         self._unknown = tokenizer.unk_token_id  # a property that is slow to ask for
         self._shares = length_normalization == "none"
         self._front: list[int] = []
-        self._front, self._back = self._added()
+        self._front, self._back = self._around()
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, task: str, config: Any, **options: Any) -> RowEncoder:
@@ -125,20 +125,10 @@ class RowEncoder:
         """
         if not rows:
             raise RowError("there are no rows to encode; give at least one")
-        if self.task == "SEQ_CLS":
-            return self._texts(rows)
         for row in rows:
-            if row.choices is None:
-                _fail(row, "this is a text row", "use rows with 'prompt' and 'choices' here")
-            if row.prompt == "" or not all(row.choices):
-                _fail(row, "the prompt or a choice is empty", "write some text into it")
-            K = len(row.choices)
-            if K < 2:
-                _fail(row, f"the choices are {row.choices!r}", "give a tuple of two or more")
-            if row.label is not None and not 0 <= row.label < K:
-                fault = f"the label {row.label} is outside the {K} choices"
-                _fail(row, fault, f"use an index from 0 to {K - 1}")
-        return self._answers(rows) if self.task == "SEQ_2_SEQ_LM" else self._choices(rows)
+            self._check_row(row)
+        makers = {"SEQ_CLS": self._texts, "SEQ_2_SEQ_LM": self._answers}
+        return makers.get(self.task, self._choices)(rows)
 
     # --- the three kinds of rows ------------------------------------------------------------------
 
@@ -201,16 +191,6 @@ class RowEncoder:
 
     def _texts(self, rows: Sequence[Row]) -> EncodedRows:
         """Texts for a sequence-classification head."""
-        classes = self.num_labels or 0
-        for row in rows:
-            if row.text is None:
-                _fail(row, "this is a choice row", "use rows with 'text' for a classification head")
-            if row.label is not None and not 0 <= row.label < classes:
-                _fail(
-                    row,
-                    f"the label {row.label} is outside the model's {classes} classes",
-                    f"use an index from 0 to {classes - 1}, or a model with that class",
-                )
         texts = [row.text for row in rows]
         batch = self.tokenizer(texts, return_attention_mask=False, verbose=False)
         found = [self._one_front(ids) for ids in batch["input_ids"]]
@@ -222,7 +202,7 @@ class RowEncoder:
         types = batch.get("token_type_ids")
         if types is not None:  # one text a row is one segment: where its types are cut is the same
             types = [list(t)[: len(ids)] for t, ids in zip(types, input_ids, strict=True)]
-        return _encoded(rows, input_ids, cut, num_labels=classes, token_type_ids=types)
+        return _encoded(rows, input_ids, cut, num_labels=self.num_labels, token_type_ids=types)
 
     # --- prompts and choices as text --------------------------------------------------------------
 
@@ -313,11 +293,10 @@ class RowEncoder:
         found: list[Tokens | None] = [None] * len(pairs)
         if not self._breaks_at_spaces:
             return found
-        added = tuple(str(token) for token in self.tokenizer.added_tokens_decoder.values())
         able = [
             i
             for i, (prompt, choices) in enumerate(pairs)
-            if not prompt.endswith(added)
+            if not prompt.endswith(self._added_tokens)
             and _is_plain(prompt[-1])
             and all(c[:1] == " " and _is_plain(c[1:2]) for c in choices)
         ]
@@ -340,6 +319,10 @@ class RowEncoder:
     @cached_property
     def _vocabulary(self) -> dict[str, int]:
         return dict(self.tokenizer.get_vocab())
+
+    @cached_property
+    def _added_tokens(self) -> tuple[str, ...]:
+        return tuple(str(token) for token in self.tokenizer.added_tokens_decoder.values())
 
     @property
     def _marks(self) -> str:
@@ -379,7 +362,7 @@ class RowEncoder:
             found = found[n:]
         return found
 
-    def _added(self) -> tuple[list[int], int]:
+    def _around(self) -> tuple[list[int], int]:
         """The special tokens that the tokenizer puts before a text, and how many after it."""
         for text in self._texts_with_tokens():
             (bare,), (full,) = self._ids([text], add_special_tokens=False), self._ids([text])
@@ -390,11 +373,28 @@ class RowEncoder:
 
     def _texts_with_tokens(self) -> Iterator[str]:
         yield "a"
-        # For alphabets without an "a".
-        added = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
-        yield from sorted(self._vocabulary.keys() - added)
+        yield from sorted(self._vocabulary.keys() - {*self._added_tokens})  # alphabets without "a"
 
     # --- checks -----------------------------------------------------------------------------------
+
+    def _check_row(self, row: Row) -> None:
+        """Refuse a row of the other kind, or one by hand that no reader would have made."""
+        if self.task == "SEQ_CLS":
+            if row.text is None:
+                _fail(row, "this is a choice row", "use rows with 'text' for a classification head")
+            K, kind = self.num_labels or 0, "model's {} classes"
+            other = ", or a model with that class"
+        else:
+            if row.choices is None:
+                _fail(row, "this is a text row", "use rows with 'prompt' and 'choices' here")
+            if row.prompt == "" or not all(row.choices):
+                _fail(row, "the prompt or a choice is empty", "write some text into it")
+            K, kind, other = len(row.choices), "{} choices", ""
+            if K < 2:
+                _fail(row, f"the choices are {row.choices!r}", "give a tuple of two or more")
+        if row.label is not None and not 0 <= row.label < K:
+            fault = f"the label {row.label} is outside the {kind.format(K)}"
+            _fail(row, fault, f"use an index from 0 to {K - 1}{other}")
 
     def _check_choices(self, row: Row, found: list[list[int]]) -> None:
         """Refuse choices that have no tokens, unknown tokens, or those of another choice."""

@@ -7,6 +7,7 @@ import json
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,6 @@ class Job:
             raise ValueError(f"--format {self.file_format}: expected one of {', '.join(FORMATS)}")
         check_mode(self.mode or "full", self.tail)
         check_truncate(self.truncate)
-        RowFormat(self.columns, self.labels)
         if isinstance(self.draws, str):
             if self.draws != "auto":
                 raise ValueError(f"--draws {self.draws}: expected an even number or auto")
@@ -96,7 +96,7 @@ class Job:
             RowError: a declared file lacks a column, or there are no rows at all.
             ArtifactError: no artifact.
         """
-        form = self.form()
+        form = self.form
         reading = Reading(sources, form, b"", self.keep, self.limit)
         for source in sources:
             names = getattr(schema_of(source), "names", None)
@@ -111,6 +111,7 @@ class Job:
             raise RowError(f"{', '.join(map(str, sources))}: the input holds no rows; add some")
         return reading
 
+    @cached_property
     def form(self) -> RowFormat:
         """How records become rows: the columns' names, the classes' names (given here, or the
         artifact's) and the task.
@@ -143,14 +144,14 @@ class Job:
             per_draw=self.per_draw,
             logits=self.logits,
             truncate=self.truncate,
-            labels=self.form().labels,
+            labels=self.form.labels,
         )
 
     def declared(self) -> dict[str, Any]:
         """The part of the configuration that is known before a model is loaded."""
         names = ("draws", "batch_tokens", "part_rows", "file_format", "per_draw", "logits",
                  "truncate")  # fmt: skip
-        labels = self.form().labels
+        labels = self.form.labels
         return {
             **{name: getattr(self, name) for name in names},
             "columns": dict(self.columns),

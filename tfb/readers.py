@@ -103,7 +103,8 @@ def _rows(items: Iterator[Any], form: RowFormat) -> Iterator[Row]:
 
 
 def _items(data: Any, form: RowFormat) -> Iterator[Any]:
-    """The records of files and tables, whose columns are checked, the elements of anything else."""
+    """The records of files, the rows of tables, whose columns are checked, and the elements of
+    anything else."""
     if isinstance(data, str | os.PathLike):
         return _file_records([data], form)
     several = isinstance(data, Mapping)
@@ -114,7 +115,7 @@ def _items(data: Any, form: RowFormat) -> Iterator[Any]:
     if hasattr(data, "to_list") and not hasattr(data, "columns"):
         return iter(data.to_list())  # a column of a DataFrame: texts
     if hasattr(data, "__arrow_c_stream__"):
-        return _table_records(data, form)
+        return _table_rows(data, form)
     if several or hasattr(data, "iloc") or not isinstance(data, Iterable):
         one = " (of a dict of splits one, such as data['test'])" * several
         raise TypeError(
@@ -146,7 +147,7 @@ def _file_records(paths: Sequence[str | os.PathLike[str]], form: RowFormat) -> I
     return read(sources, Meter(sources))
 
 
-def _table_records(data: Any, form: RowFormat) -> Iterator[Record]:
+def _table_rows(data: Any, form: RowFormat) -> Iterator[dict[str, Any]]:
     """The rows of a DataFrame or table in memory, by Arrow's stream interface."""
     import pyarrow as pa
 
@@ -157,13 +158,13 @@ def _table_records(data: Any, form: RowFormat) -> Iterator[Record]:
         raise TypeError(f"{kind}: is no table of one type a column ({error}); mend it") from error
     form.check(batches.schema.names, f"the {kind}")
     wanted = [name for name in batches.schema.names if name in form.names.values()]
-    rows = (
-        fields
-        for batch in batches
-        for start in range(0, batch.num_rows, BLOCK)
-        for fields in batch.select(wanted).slice(start, BLOCK).to_pylist()
-    )
-    return (Record(f"row {number}", fields) for number, fields in enumerate(rows))
+    return (fields for batch in batches for fields in _fields(batch.select(wanted)))
+
+
+def _fields(batch: Any) -> Iterator[dict[str, Any]]:
+    """The rows of an Arrow batch, ``BLOCK`` at a time."""
+    for start in range(0, batch.num_rows, BLOCK):
+        yield from batch.slice(start, BLOCK).to_pylist()
 
 
 def _with_classes(rows: Iterable[dict[str, Any]], classes: Mapping[str, Any]) -> Iterator[Any]:
@@ -330,11 +331,9 @@ def _read_arrow(source: Source, meter: Meter, columns: Sequence[str] | None) -> 
         names = [n for n in reader.schema.names if columns is None or n in columns]
         features = _features(reader.schema)
         for batch in _ipc_batches(reader):
-            chosen = batch.select(names)
-            for start in range(0, chosen.num_rows, BLOCK):
-                for fields in _with_classes(chosen.slice(start, BLOCK).to_pylist(), features):
-                    number += 1
-                    yield Record(f"{source}:{number}", fields)
+            for fields in _with_classes(_fields(batch.select(names)), features):
+                number += 1
+                yield Record(f"{source}:{number}", fields)
             meter.at(file.tell())
 
 

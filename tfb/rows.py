@@ -134,8 +134,10 @@ class RowFormat:
             if theirs not in present:
                 self._missing(ours, present, source)
         there = {ours for ours, theirs in self.names.items() if theirs in present}
+        if "prompt" in there:
+            there.discard("messages")  # each row may have one of them
         if self.task is not None:
-            self._shape(there - {"messages"} if "prompt" in there else there, present, source)
+            self._shape(there, present, source)
 
     def row(self, fields: Mapping[str, Any], source: str = "row", number: int = 0) -> Row:
         """Check the fields of one row. ``number`` is the id of a row without one.
