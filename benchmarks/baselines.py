@@ -6,9 +6,9 @@
     baddbmm    all draws at once: noise by torch.randn, all products the vendor's
     merged     the sampled Delta-W added to the base weight, then one product for each draw
 
-The last three make their noise with ``torch.randn`` and so only agree in distribution;
-``check_rivals`` compares their moments, ``errors`` ours with float64. Each returns the S outputs
-[T, m], as a list or as [S, T, m]: nothing is spent on stacking them.
+The last three make their noise with ``torch.randn`` (``KEPT``: once for all calls) and so only
+agree in distribution; ``check_rivals`` compares their moments, ``errors`` ours with float64. Each
+returns the S outputs [T, m], as a list or as [S, T, m]: nothing is spent on stacking them.
 
 Dimensions: S draws, T tokens, n in_features, m out_features, r rank.
 """
@@ -82,6 +82,9 @@ def make_layer(m: int, n: int, r: int, dtype: torch.dtype, device: torch.device)
     return Layer(W, posterior, LowRankSampler(posterior))
 
 
+Contender = Callable[[Layer, Tensor, Draws], Outputs]
+
+
 # --- ours -----------------------------------------------------------------------------------------
 
 
@@ -125,10 +128,14 @@ def op_on_path(layer: Layer, x: Tensor, base: Tensor, draws: Draws, path: str) -
 # --- what people would do instead -----------------------------------------------------------------
 
 
+def forward(x: Tensor, W: Tensor, sampled: Tensor, B: Tensor) -> Tensor:
+    """x [T, n] -> [T, m]: one forward with a sampled A."""
+    return F.linear(x, W) + F.linear(F.linear(x, sampled), B) * SCALING
+
+
 def one_draw(x: Tensor, W: Tensor, A: Tensor, B: Tensor, std: Tensor) -> Tensor:
     """x [T, n] -> [T, m]: one forward with its sampled A materialised."""
-    sampled = A + std * torch.randn_like(A)
-    return F.linear(x, W) + F.linear(F.linear(x, sampled), B) * SCALING
+    return forward(x, W, A + std * torch.randn_like(A), B)
 
 
 def one_merged_draw(x: Tensor, W: Tensor, A: Tensor, B: Tensor, std: Tensor) -> Tensor:
@@ -150,12 +157,19 @@ def merged(layer: Layer, x: Tensor, draws: Draws) -> Outputs:
     return _loop(one_merged_draw, layer, x, draws)
 
 
-def baddbmm(layer: Layer, x: Tensor, draws: Draws) -> Outputs:
+def stream_noise(layer: Layer, draws: Draws) -> Tensor:
+    """sigma / d o E [Q, r, n], fresh."""
+    A = layer.A
+    E = torch.randn(len(draws.distinct_streams), *A.shape, dtype=A.dtype, device=A.device)
+    return layer.std * E
+
+
+def baddbmm(layer: Layer, x: Tensor, draws: Draws, noise: Tensor | None = None) -> Outputs:
     """Without a kernel of ours: every product is the vendor's, each stream's noise is made once;
-    like ours in place where the base output is a draw's own."""
+    like ours in place where the base output is a draw's own. noise: ``stream_noise``, or fresh."""
     t, R = draws.tensors(x.device), len(layer.A)
     base, B = F.linear(x, layer.W), layer.B.mT.expand(len(draws), -1, -1)
-    noise = layer.std * torch.randn(len(t.streams), *layer.A.shape, dtype=x.dtype, device=x.device)
+    noise = stream_noise(layer, draws) if noise is None else noise
     signs = t.sigmas.sign().to(x.dtype)[:, None, None]
     if x.dim() == 3:
         z = torch.bmm(x, (layer.A + signs * noise[t.stream_index]).mT)
@@ -165,13 +179,29 @@ def baddbmm(layer: Layer, x: Tensor, draws: Draws) -> Outputs:
     return torch.baddbmm(base.expand(len(draws), -1, -1), z, B, alpha=SCALING)
 
 
-OURS: dict[str, Callable[[Layer, Tensor, Draws], Outputs]] = {
-    path: partial(on_path, path=path) for path in ("fused", "generate")
-}
-RIVALS: dict[str, Callable[[Layer, Tensor, Draws], Outputs]] = {
+def naive_kept(layer: Layer, draws: Draws) -> Contender:
+    """The loop over sampled A that are made here, once, and not in a call; shared x."""
+    t, A = draws.tensors(layer.A.device), layer.A
+    signs = t.sigmas.sign().to(A)[:, None, None]
+    sampled = A + signs * stream_noise(layer, draws)[t.stream_index]
+    return lambda layer, x, draws: [forward(x, layer.W, A, layer.B) for A in sampled]
+
+
+def baddbmm_kept(layer: Layer, draws: Draws) -> Contender:
+    """``baddbmm`` with noise that is made here, once."""
+    return partial(baddbmm, noise=stream_noise(layer, draws))
+
+
+OURS: dict[str, Contender] = {path: partial(on_path, path=path) for path in ("fused", "generate")}
+RIVALS: dict[str, Contender] = {
     "baddbmm": baddbmm,
     "merged": merged,
     "naive": naive,
+}
+# With the noise of fixed draws kept from call to call, as ours keeps it on a CPU.
+KEPT: dict[str, Callable[[Layer, Draws], Contender]] = {
+    "baddbmm_kept": baddbmm_kept,
+    "naive_kept": naive_kept,
 }
 
 
@@ -237,24 +267,27 @@ def _exact_and_eager(
     return exact_weight_samples(*operands, **options), eager_weight_samples(*operands, **options)
 
 
+MOMENTS = Draws.iid(2000, SIGMA)  # of ``check_rivals``
+
+
 @torch.no_grad()
 def check_rivals(device: torch.device) -> None:
     """Raise AssertionError where a rival's draws are not those of the posterior, in float32.
 
-    By their moments over 2,000 draws: the mean within six standard errors, and the variance within
+    By their moments over ``MOMENTS``: the mean within six standard errors, and the variance within
     5 % of s^2 sigma^2 |x|^2 (U U^T)_ii summed over outputs (its sampling error is below 1 %).
     """
     layer = make_layer(192, 256, 8, torch.float32, device)
     for shared in (True, False):
         for name, contender in {"ours": ours, **RIVALS}.items():
             _check_moments(name, layer, shared, contender)
+    for name, keep in KEPT.items():
+        _check_moments(name, layer, True, keep(layer, MOMENTS))
 
 
-def _check_moments(
-    name: str, layer: Layer, shared: bool, contender: Callable[[Layer, Tensor, Draws], Outputs]
-) -> None:
-    S, p, device = 2000, layer.posterior, layer.W.device
-    draws = Draws.iid(S, SIGMA)
+def _check_moments(name: str, layer: Layer, shared: bool, contender: Contender) -> None:
+    draws, p, device = MOMENTS, layer.posterior, layer.W.device
+    S = len(draws)
     rows = torch.randn(4, 256, device=device)
     x = rows if shared else rows.expand(S, 4, 256).contiguous()
     # One call of T tokens would do for fresh weights; S calls also see what a call reuses.

@@ -20,6 +20,7 @@ from benchmarks.calibration.ablation_tables import ablations_table, plot_ablatio
 from benchmarks.calibration.pictures import plot_calibration
 from benchmarks.calibration.tables import calibration_table, evidence_table
 from benchmarks.kernel_tables import linear_table, model_table, predictive_table
+from benchmarks.layer_tables import layer_table
 from benchmarks.markdown import Row, spread, table, taken_on
 from benchmarks.paper.tables import paper_table
 from benchmarks.score_tables import score_table
@@ -144,6 +145,7 @@ def quality_table(rows: Sequence[Row]) -> str:
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "predict": predict_table,
     "passes": passes_table,
+    "layer": layer_table,
     "linear": linear_table,
     "model": model_table,
     "quality": quality_table,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import baselines, reference_data, report
+from benchmarks import baselines, reference_data, report, test_layer
 from benchmarks.energy import EnergyMeter, integral
 
 RESULTS = report.FOLDER / "results"
@@ -84,6 +84,47 @@ def test_model_table_has_a_line_for_every_way() -> None:
     assert "| tail k = 1, S = 10 | 1.30 [1.30, 1.30] | 650 | 76.9 | 3.0 |" in text
     assert text.count("the adapter, one pass") == text.count("no adapter, one pass") == 1
     assert text.count("is 1.3, the target 1.15") == 1
+
+
+def layer_row(S: int, ratios: dict[str, float], losses: list[str]) -> dict[str, Any]:
+    """One made-up row of the layer suite."""
+    return {
+        "device": "cpu", "measure": "layer", "date": "2026-01-01", "losses": losses,
+        "point": {"n": 8, "m": 9, "r": 2, "T": 3, "S": S, "dtype": "float32"},
+        "environment": score_rows()[0]["environment"] | {"torch_threads": 2},
+        "ratios": {k: ratio(v) for k, v in ratios.items()},
+        "in_units_of": {"ratios": {"ours": ratio(1.25)}}, "contenders": {"ours": {"rounds": 15}},
+    }  # fmt: skip
+
+
+def test_layer_table_names_the_best_rival_and_what_is_lost() -> None:
+    """Ours, the unit and ours a second time are no rivals; a point without a row stays empty, one
+    that is lost is listed."""
+    others = {"base": 0.5, "ours_again": 0.9}
+    won = layer_row(10, {"naive": 7.0, "naive_kept": 6.0, "baddbmm": 1.5} | others, [])
+    lost = ["baddbmm_kept is 1.25x faster"]
+    behind = layer_row(32, {"naive": 9.0, "baddbmm_kept": 0.8} | others, lost)
+    same = "[1.25, 1.25]"
+    text = report.layer_table([won, behind])
+    first = f"7.00 [7.00, 7.00] | 1.50 [1.50, 1.50] baddbmm | 1.25 {same}"
+    second = f"9.00 [9.00, 9.00] | 0.80 [0.80, 0.80] baddbmm, kept noise | 1.25 {same}"
+    assert f"| 8 → 9 | 2 | 3 | {first} | {second} |" in text
+    assert "- 8 → 9, r = 2, T = 3, S = 32: baddbmm_kept is 1.25x faster" in text
+    assert "15 or more interleaved rounds" in text
+    other = behind | {"point": behind["point"] | {"r": 4}}
+    assert f"| 8 → 9 | 2 | 3 | {first} |  |  |  |" in report.layer_table([won, other])
+    assert report.layer_table([won]).count("none") == 1
+    assert "Not measured yet" in report.layer_table([])
+
+
+def test_layer_suite_has_the_whole_table_at_one_rank() -> None:
+    """What is left out are other ranks of large points and loops beside the naive one."""
+    points = test_layer.points(toy=False)
+    at = {(p.n, p.m, p.T, p.S) for p in points if p.r == test_layer.RANK}
+    assert len(at) == len(test_layer.LAYERS) * len(test_layer.ROWS) * len(test_layer.DRAWS)
+    largest = max(points, key=lambda p: p.work)
+    assert (largest.r, largest.S) == (test_layer.RANK, 32)
+    assert set(test_layer.left_out(largest)) == {"naive_kept", "merged"}
 
 
 @pytest.mark.parametrize("part", ["half", "a column in four", "the last columns"])
