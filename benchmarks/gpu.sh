@@ -24,7 +24,7 @@ smoke     90   every path against float64; one layer at 12 points, and their ker
 sweep     300  tile configurations and the threshold between paths, into launch.json
 model     240  8B parameters: full, tail, last layer, naive loop, and their kernels
 score     180  hours and energy of a million prompts
-predict   120  predictive_reduction against torch; real models, small ones, against PEFT loops
+predict   180  predictive_reduction against torch; real models, small ones, against PEFT loops
 tests     180  tests/kernels, in parallel where pytest-xdist is there
 memcheck  90   compute-sanitizer's memcheck of the kernels at ragged sizes
 racecheck 90   its racecheck

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -65,6 +65,23 @@ class Case:
         labels = None if self.label_ids is None else self.label_ids[:rows]
         return replace(self, batch=batch, label_ids=labels)
 
+    def parts(self, rows: int) -> list[Case]:
+        """Batches of at most ``rows`` rows, the longest first, without the padding that all rows
+        of one have."""
+        found = []
+        for chosen in self.by_length.split(rows):
+            real = self.batch["attention_mask"][chosen].any(0)
+            batch = {k: v[chosen][:, real] for k, v in self.batch.items()}
+            labels = None if self.label_ids is None else self.label_ids[chosen]
+            found.append(replace(self, batch=batch, label_ids=labels))
+        return found
+
+    @property
+    def by_length(self) -> Tensor:
+        """The rows' numbers in the order of ``parts``."""
+        lengths = self.batch["attention_mask"].sum(-1)
+        return lengths.argsort(descending=True, stable=True)
+
 
 def reparameterized(twin: Any, bayes: BayesianModel) -> Any:
     """The twin with A' and B' in place of A and B: its noise then goes straight into A'."""
@@ -89,6 +106,11 @@ def forward(case: Case, model: Any) -> Tensor:
     return logits.gather(-1, case.label_ids).softmax(-1)
 
 
+def in_parts(parts: Sequence[Case]) -> Callable[[Case, Any], Tensor]:
+    """``forward`` of a case, batch by batch."""
+    return lambda case, model: torch.cat([forward(part, model) for part in parts])
+
+
 def summarize(p: Tensor) -> Statistics:
     """Mean [B, K] and the two entropies [B] of p [S, B, K]."""
     probs = p.mean(0)
@@ -110,13 +132,17 @@ def naive_draws(
             weight.copy_(mean)
 
 
-def naive_loop(case: Case, draws: int, sigma: float) -> Statistics:
-    """Statistics of ``draws`` PEFT forwards with materialised noise."""
-    return summarize(torch.stack(list(naive_draws(case, draws, sigma, forward))))
+def naive_loop(
+    case: Case, draws: int, sigma: float, call: Callable[[Case, Any], Tensor] = forward
+) -> Statistics:
+    """Statistics of ``draws`` PEFT forwards (``call``) with materialised noise."""
+    return summarize(torch.stack(list(naive_draws(case, draws, sigma, call))))
 
 
-def flipout_loop(case: Case, draws: int, sigma: float) -> Statistics:
-    """``draws`` PEFT forwards with Flipout noise added after lora_A.
+def flipout_loop(
+    case: Case, draws: int, sigma: float, call: Callable[[Case, Any], Tensor] = forward
+) -> Statistics:
+    """``draws`` PEFT forwards (``call``) with Flipout noise added after lora_A.
 
     The authors' scripts apply B to the mean and to the noise apart; here once to their sum, which
     is in the contender's favour.
@@ -124,7 +150,7 @@ def flipout_loop(case: Case, draws: int, sigma: float) -> Statistics:
     found = []
     for _ in range(draws):
         with _flipout(case, sigma):
-            found.append(forward(case, case.twin))
+            found.append(call(case, case.twin))
     return summarize(torch.stack(found))
 
 

@@ -48,29 +48,54 @@ def read(suite: str, folder: Path, *, toy: bool = False) -> list[Row]:
 
 
 def predict_table(rows: Sequence[Row]) -> str:
-    """The loops' time over ours, and everything in passes of the deterministic adapter."""
+    """The loops' time over ours, everything in passes of the deterministic adapter, and in which
+    batches each of them ran; targets missed."""
     if not rows:
         return "*No rows yet.*"
-    body = []
+    names, body = [], []
     for row in rows:
         p, units = row["point"], row["in_units_of"]["ratios"]
         threads = row["environment"]["torch_threads"]
         device = row["device"] if row["device"] != "cpu" else f"cpu, threads: {threads}"
+        names.append(f"{p['model']}, {p['rows']} rows x {p['tokens']} tokens ({device})")
         body.append([
-            f"{p['model']}, {p['rows']} rows x {p['tokens']} tokens ({device})",
-            spread(row["ratios"]["naive"]), spread(row["ratios"]["flipout"]),
-            spread(units["ours"]), spread(units["naive"]), spread(units["noise"], 3),
+            names[-1], spread(row["ratios"]["naive"]), spread(row["ratios"]["flipout"]),
+            spread(units["ours"]), spread(units["naive"]),
+            # Rows from before batches were chosen have one batch for all.
+            spread(units["ours_default"]) if "ours_default" in units else "",
+            _batches(row["chosen"]) if "chosen" in row else f"{p['rows']} for all",
+            spread(units["noise"], 3),
         ])  # fmt: skip
     headings = (
         "model", "naive loop / ours", "Flipout loop / ours", "ours, in passes", "naive, in passes",
-        "all noise once, in passes",
+        "ours by default, in passes", "rows a batch", "all noise once, in passes",
     )  # fmt: skip
     rounds = min(r["contenders"]["ours"]["rounds"] for r in rows)
     note = (
         f"Median and quartiles of {rounds} or more interleaved rounds; a pass is one forward of "
-        "the deterministic adapter on the same batch."
+        "the deterministic adapter on all rows in one batch, which is also what ours takes by "
+        "default."
     )
-    return "\n\n".join((table(headings, body), note, taken_on(rows)))
+    parts = [table(headings, body), note, _missed(names, rows), taken_on(rows)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _batches(chosen: dict[str, dict[str, int | None]]) -> str:
+    """Rows a batch that each contender was fastest with, and ours' draws a pass."""
+    each = chosen["ours"]["draws_per_pass"] or "default"
+    loops = ", ".join(f"{k} {chosen[k]['rows']}" for k in ("naive", "flipout"))
+    return f"ours {chosen['ours']['rows']} (draws a pass: {each}), {loops}"
+
+
+def _missed(names: Sequence[str], rows: Sequence[Row]) -> str:
+    """The targets that rows miss, by the rows' names."""
+    missed = [
+        f"- {name}: {t['name']} is {t['value']:.2f}, the target {t['bound']:.2f}"
+        for name, row in zip(names, rows, strict=True)
+        for t in row["targets"]
+        if not t["met"]
+    ]
+    return "Targets that are missed:\n\n" + "\n".join(missed) if missed else ""
 
 
 PASSES = {

@@ -86,6 +86,31 @@ def test_model_table_has_a_line_for_every_way() -> None:
     assert text.count("is 1.3, the target 1.15") == 1
 
 
+def test_predict_table_says_how_each_contender_ran() -> None:
+    """Batches and draws a pass beside the ratios; a target that is missed. A row from before they
+    were chosen says that all had one batch."""
+    old = {
+        "device": "cpu", "measure": "predict", "date": "2026-01-01",
+        "point": {"model": "m", "rows": 50, "tokens": 17},
+        "environment": score_rows()[0]["environment"] | {"torch_threads": 2},
+        "ratios": {"naive": ratio(1.04), "flipout": ratio(1.5)},
+        "in_units_of": {"ratios": {k: ratio(9.0) for k in ("ours", "naive", "noise")}},
+        "contenders": {"ours": {"rounds": 15}},
+        "targets": [{"name": "naive / ours", "value": 1.04, "bound": 1.05, "met": False}],
+    }  # fmt: skip
+    loops = {k: {"rows": 50, "draws_per_pass": None} for k in ("naive", "flipout")}
+    new = old | {
+        "chosen": {"ours": {"rows": 10, "draws_per_pass": 2}, **loops}, "targets": [],
+        "in_units_of": {"ratios": old["in_units_of"]["ratios"] | {"ours_default": ratio(9.5)}},
+    }  # fmt: skip
+    text = report.predict_table([new])
+    assert "| 9.50 [9.50, 9.50] | ours 10 (draws a pass: 2), naive 50, flipout 50 |" in text
+    assert "missed" not in text
+    text = report.predict_table([old])
+    assert "|  | 50 for all |" in text
+    assert "- m, 50 rows x 17 tokens (cpu, threads: 2): naive / ours is 1.04, the target 1" in text
+
+
 def layer_row(S: int, ratios: dict[str, float], losses: list[str]) -> dict[str, Any]:
     """One made-up row of the layer suite."""
     return {
