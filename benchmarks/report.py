@@ -117,29 +117,27 @@ def passes_table(rows: Sequence[Row]) -> str:
         "{model}, {adapter}, {rows} x {tokens}".format_map(r["point"]) + f" ({r['device']})"
         for r in rows
     ]
-    units = [r["in_units_of"]["ratios"] for r in rows]
+    columns: dict[str, Row] = {}
+    for name, row in zip(names, rows, strict=True):
+        units = dict(row["in_units_of"]["ratios"])
+        if row["measure"] == "ways":
+            units["tail_10"] = units.pop("ours")
+        columns.setdefault(name, {}).update(units)
     body = [
-        [label, *(spread(u[key]) if key in u else "" for u in units)]
+        [label, *(spread(u[key]) if key in u else "" for u in columns.values())]
         for key, label in PASSES.items()
     ]
-    missed = [
-        f"- {name}: {t['name']} is {t['value']:.2f}, the target {t['bound']:.2f}"
-        for name, row in zip(names, rows, strict=True)
-        for t in row["targets"]
-        if not t["met"]
-    ]
-    text = table(["in passes of the deterministic adapter", *names], body)
+    parts = [table(["in passes of the deterministic adapter", *columns], body)]
     for r in decoding:
         u, p = r["in_units_of"]["ratios"], r["point"]
-        text += (
-            f"\n\nDecoding {p['new_tokens']} tokens after {p['rows']} prompts of {p['tokens']} "
+        parts.append(
+            f"Decoding {p['new_tokens']} tokens after {p['rows']} prompts of {p['tokens']} "
             f"with 10 draws ({p['model']}, {r['device']}) takes {spread(u['ours'])} times one "
             "plain generation; ten generations with materialised noise, which average nothing, "
             f"{spread(u['naive'])}."
         )
-    if missed:
-        text += "\n\nTargets that are missed:\n\n" + "\n".join(missed)
-    return text + "\n\n" + taken_on(rows)
+    parts += [_missed(names, rows), taken_on(rows)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def quality_table(rows: Sequence[Row]) -> str:

@@ -111,6 +111,30 @@ def test_predict_table_says_how_each_contender_ran() -> None:
     assert "- m, 50 rows x 17 tokens (cpu, threads: 2): naive / ours is 1.04, the target 1" in text
 
 
+def test_passes_table_puts_rows_of_one_model_into_one_column() -> None:
+    """Full mode and cheaper ways are two rows; ours of the second is the tail."""
+    common = {
+        "device": "cpu", "date": "2026-01-01", "environment": score_rows()[0]["environment"],
+        "point": {"model": "m", "adapter": "a", "rows": 8, "tokens": 256},
+    }  # fmt: skip
+    missed = {"name": "tail S=10", "value": 1.2, "bound": 1.15, "met": False}
+    rows = [
+        common | {
+            "measure": measure, "targets": targets,
+            "in_units_of": {"ratios": {k: ratio(v) for k, v in units.items()}},
+        }
+        for measure, units, targets in (
+            ("predict", {"ours": 9.0, "naive": 10.0}, []),
+            ("ways", {"ours": 1.2, "quarter_10": 3.3}, [missed]),
+        )
+    ]  # fmt: skip
+    text = report.passes_table(rows)
+    assert text.count("m, a, 8 x 256 (cpu) |") == 1
+    assert "| full, S = 10 | 9.00 [9.00, 9.00] |" in text
+    assert "| tail k = 1, S = 10 | 1.20 [1.20, 1.20] |" in text
+    assert "- m, a, 8 x 256 (cpu): tail S=10 is 1.20, the target 1.15" in text
+
+
 def layer_row(S: int, ratios: dict[str, float], losses: list[str]) -> dict[str, Any]:
     """One made-up row of the layer suite."""
     return {
