@@ -40,7 +40,7 @@ from tfb.draws import Draws
 
 SIGMA = 0.01
 ROUNDS = (15, 20)
-PROMPT, NEW_TOKENS = 64, 16  # of what is decoded
+PROMPT, NEW_TOKENS = 32, 16  # of what is decoded
 
 
 def full(shape: Shape, adapter: str, bench: Bench) -> dict[str, Step]:
