@@ -118,7 +118,10 @@ def kernel_cases(
     tensor, float_dtype = f"*{dtype}", DTYPES[dtype]
     noise = {"streams": "*i64", "seed": "*i64", "layer": "i32"}
     draws = {"sigmas": "*fp64", "inv_d": "*fp64", "stream_index": "*i64", "scaling": "fp32"}
-    math = {"MATH": "libm" if arch.startswith("gfx") else "cuda", "UPCAST": False}
+    math: dict[str, object] = {
+        "MATH": "libm" if arch.startswith("gfx") else "cuda",
+        "UPCAST": False,
+    }
     made: list[tuple[Any, dict[str, str], dict[str, Any]]] = []
     if kernel == "shrink":
         signature = {"x": tensor, "a": tensor, "out": "*fp32", **noise, "T": "i32", "n": "i32",
@@ -133,8 +136,8 @@ def kernel_cases(
         signature = {"z": "*fp32", "out": tensor, **draws, "rows": "i32", "T": "i32", "K": "i32",
                      "run": "i32", "z_row": "i32", "split_stride": "i64"}  # fmt: skip
         for shared in (True, False):
-            constants = triton_expand.finalise_constants(rank, 64) | {"SHARED": shared}
-            made.append((triton_expand.finalise_kernel, signature, constants))
+            sizes = triton_expand.finalise_constants(rank, 64)
+            made.append((triton_expand.finalise_kernel, signature, {**sizes, "SHARED": shared}))
     elif kernel == "expand":
         signature = {"z": tensor, "b": tensor, "base": tensor, "bias": tensor, "y": tensor,
                      "rows": "i32", "T": "i32", "m": "i32", "row_blocks": "i32",
@@ -146,15 +149,16 @@ def kernel_cases(
             made.append((triton_expand.expand_kernel, signature, expand.constants))
     elif kernel == "generate":
         signature = {"a": tensor, "out": tensor, **noise, "n": "i32", "Q": "i32", "rows": "i32"}
-        constants = {"R": rank, "WITH_A": 1, "BLOCK_R": config.block_p, "BLOCK_K": config.block_k,
-                     "MATH": math["MATH"]}  # fmt: skip
-        made.append((generate_kernel, signature, constants))
+        made.append((generate_kernel, signature, {
+            "R": rank, "WITH_A": 1, "BLOCK_R": config.block_p, "BLOCK_K": config.block_k,
+            "MATH": math["MATH"],
+        }))  # fmt: skip
     elif kernel == "merge":
         signature = {"weight": tensor, "a": tensor, "b": tensor, **draws, **noise, "out": tensor,
                      "m": "i32", "n": "i32", "run": "i32", "n_blocks": "i32", "stride_wm": "i32",
                      "stride_os": "i32", "stride_om": "i32"}  # fmt: skip
         merge = triton_merge.plan(10, 2, 4096, 4096, rank, float_dtype, "ieee", config)
-        constants = merge.constants | math | {"stride_wn": 1, "stride_on": 1}
+        constants = {**merge.constants, **math, "stride_wn": 1, "stride_on": 1}
         made.append((triton_merge.merge_kernel, signature, constants))
     elif kernel == "statistics":
         signature = {"logits": tensor, "largest": "*fp32", "exponentials": "*fp32",
@@ -168,13 +172,15 @@ def kernel_cases(
                      "stride_b": "i64"}  # fmt: skip
         made.append((mean_kernel, signature, {"BLOCK_V": config.block_k}))
     for function, types, constants in made:
-        sizes = {k: constants.pop(k, getattr(config, k)) for k in ("num_warps", "num_stages")}
+        warps: dict[str, Any] = {
+            k: constants.pop(k, getattr(config, k)) for k in ("num_warps", "num_stages")
+        }
         # In the order of the kernel's own arguments, which is how the compiler counts them.
         types = {n: types.get(n, "constexpr") for n in function.arg_names}
         missing = [n for n, t in types.items() if t == "constexpr" and n not in constants]
         if missing:
             raise ValueError(f"{kernel}: aot.cases and the kernel differ in {missing}")
-        yield Case(kernel, function, dtype, rank, types, constants, **sizes)
+        yield Case(kernel, function, dtype, rank, types, constants, **warps)
 
 
 # --- compilation ----------------------------------------------------------------------------------

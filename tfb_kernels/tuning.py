@@ -24,7 +24,8 @@ import torch
 LAUNCH_FILE = Path(__file__).parent / "data" / "launch.json"
 PROCESSORS_OF_A_CPU = 4  # what the interpreter fills: few, and yet in_features is split
 
-_P, _T = ParamSpec("_P"), TypeVar("_T")
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 _caches: list[Any] = []
 
 
