@@ -121,8 +121,27 @@ def op_on_path(layer: Layer, x: Tensor, base: Tensor, draws: Draws, path: str) -
     t = draws.tensors(x.device)
     return bayes_lora_linear_triton(
         x, base, A, B, inv_d, t.sigmas, t.streams, t.stream_index, t.draws_per_stream, t.seed,
-        LAYER_ID, SCALING, "weight", out=base if x.dim() == 3 else None, path=path,
+        LAYER_ID, SCALING, out=base if x.dim() == 3 else None, path=path,
     )  # fmt: skip
+
+
+def ours_added(layer: Layer, x: Tensor, draws: Draws) -> Tensor:
+    """The whole layer for per-draw x [S, T, n], base product and update."""
+    return on_path(layer, x, draws, "auto")
+
+
+def ours_merged(layer: Layer, x: Tensor, draws: Draws) -> Tensor:
+    """The same with an update merged into the weight of each draw, and one product for each."""
+    from tfb_kernels.triton_merge import merge
+
+    A, B, inv_d = layer.sampler.factors(x.device)
+    t = draws.tensors(x.device)
+    weights = layer.W.new_empty((len(draws), *layer.W.shape))
+    merge(
+        layer.W, A, B, inv_d, t.sigmas, t.streams, t.stream_index, t.draws_per_stream, t.seed,
+        LAYER_ID, SCALING, weights,
+    )  # fmt: skip
+    return torch.bmm(x, weights.mT)
 
 
 # --- what people would do instead -----------------------------------------------------------------
@@ -211,15 +230,10 @@ Call = Callable[[Layer, Tensor, Tensor, Draws], Tensor]
 """layer, x, base, draws -> y [S, T, m]: the operation alone."""
 
 
-def _with_pool(layer: Layer, x: Tensor, base: Tensor, draws: Draws) -> Tensor:
-    return op(layer, x, base, draws, pool=layer.sampler.pool(draws, x.device))
-
-
 PATHS: dict[str, Call] = {
     "auto": op,
     "fused": partial(op_on_path, path="fused"),
     "generate": partial(op_on_path, path="generate"),
-    "pool": _with_pool,
     "token": partial(op, noise="token"),
 }
 

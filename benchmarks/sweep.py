@@ -1,10 +1,12 @@
-"""Measure tile configurations and the threshold between paths: ``python -m benchmarks.sweep``.
+"""Measure tile configurations and thresholds between paths: ``python -m benchmarks.sweep``.
 
 Every kernel is timed with each of about 30 configurations at five numbers of rows, in CUDA graphs,
 at rank 16 in bfloat16: shared x through a layer 4096 -> 4096 with ten antithetic draws, and x of
 each draw's own through 14336 -> 4096. The configuration of least time (the geometric mean over
 both) becomes that of its rows and of ranks up to 32; larger ranks keep the default. With the new
-table both paths are timed whole, and ``generate_min_rows`` is where the slower one changes.
+table both paths are timed whole, and ``generate_min_rows`` is where the slower one changes; then
+base product and update are timed against ``merge`` and one product for each draw, for
+``merge_rows``.
 
 The answer, with device, date, commit and medians, is a launch.json beside the rows, which hold
 every median and why a configuration did not run. It grows kernel by kernel; when all is measured
@@ -12,8 +14,7 @@ and float64 has confirmed it, it replaces ``tfb_kernels/data/launch.json``. Afte
 ``python -m tfb_kernels.aot --write`` says what the new configurations use. Inputs stay in the L2
 where they fit, as they do in a model, where the layer before has just written them.
 
-Token noise keeps its default tiles. --toy: tiny sizes, a few configurations, also in Triton's
-interpreter; leaves launch.json alone.
+--toy: tiny sizes, a few configurations, also in Triton's interpreter; leaves launch.json alone.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ import math
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -40,8 +41,8 @@ from benchmarks import baselines, test_predictive
 from benchmarks.environment import environment, results_folder
 from benchmarks.harness import Bench, Contender, elapsed, first_line, heading, record
 from tfb.draws import Draws
-from tfb_kernels import launch
-from tfb_kernels.launch import LaunchConfig
+from tfb_kernels import launch, tuning
+from tfb_kernels.launch import LaunchConfig, choose_config
 
 RANK, STREAMS, DRAWS = 16, 5, 10
 ROWS = (8, 50, 256, 1024, 4096)  # measured at, each for the rows up to ``UP_TO``
@@ -49,7 +50,8 @@ UP_TO = (16, 128, 512, 2048, None)
 PATH_ROWS = (16, 64, 128, 256, 512, 1024, 2048, 4096)
 REPLAYS = 5  # whose median counts
 SHARED_RANK = 32  # the largest rank that takes what rank 16 found
-NEVER = 1 << 30  # rows: generate was slower everywhere
+MERGE_ROWS = (64, 256, 512, 1024, 2048, 4096)  # of a draw
+NEVER = 1 << 30  # rows, and a factor of rows: the other way was slower everywhere
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,10 @@ class Sizes:
     rows: tuple[int, ...] = ROWS
     up_to: tuple[int | None, ...] = UP_TO
     path_rows: tuple[int, ...] = PATH_ROWS
+    merge_rows: tuple[int, ...] = MERGE_ROWS
 
 
-TOY = Sizes((64, 48), (96, 32), 100, 2, (4, 20), (16, None), (4, 32))
+TOY = Sizes((64, 48), (96, 32), 100, 2, (4, 20), (16, None), (4, 32), (8, 64))
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,6 @@ class Job:
     rows: int
     max_rows: int | None
     candidates: tuple[LaunchConfig, ...]
-    splits: int = 1  # of the shrink before an expand
 
 
 # --- candidates -----------------------------------------------------------------------------------
@@ -86,14 +88,14 @@ def candidates(kernel: str, rows: int) -> Iterator[LaunchConfig]:
     """Tiles worth trying: as few rows of a tile idle as a number of rows allows."""
     tiles = [16] if rows <= 16 else [16, 32, 64] if rows <= 64 else [32, 64, 128]
     if kernel == "shrink":
-        # A block of x for each multiprocessor: fewer rows are split along in_features.
-        splits = {16: (4, 8, 16, 32), 64: (2, 4, 8), 256: (1, 2, 4)}
-        few = next((s for bound, s in splits.items() if rows <= bound), (1, 2))
-        for t, p, k, s in product(tiles, (32, 64), (64, 128), few):
-            if rows > 16 and t < 64 and k == 64:
-                continue  # too little work a step
-            for w in (4, 8) if t * p >= 4096 else (4,):
-                yield LaunchConfig(t, 128, p, k, s, w, 2)
+        for t, p, k, w, stages in product(tiles, (32, 64, 128), (64, 128), (4, 8), (2, 3, 4)):
+            # Enough work a step for 8 warps, and no more than registers hold of 4.
+            if (w == 8) == (t * p >= 8192) and t * p <= 16384 and (k == 64 or stages == 2):
+                yield LaunchConfig(block_t=t, block_p=p, block_k=k, num_warps=w, num_stages=stages)
+    elif kernel == "merge":
+        for m, n, k, w in product((32, 64, 128), (64, 128, 256), (16, 32), (4, 8)):
+            if 16 <= m * n // (32 * w) <= 64:
+                yield LaunchConfig(block_m=m, block_n=n, block_k=k, num_warps=w)
     elif kernel == "expand":
         for t, m, w, stages in product(tiles, (64, 128, 256, 512), (2, 4, 8), (2, 3)):
             if 16 <= t * m // (32 * w) <= (64 if t > 16 else 128):
@@ -109,12 +111,17 @@ def candidates(kernel: str, rows: int) -> Iterator[LaunchConfig]:
 
 
 def jobs(sizes: Sizes, toy: bool) -> Iterator[Job]:
-    """In this order: expand reads as many partial sums as the shrink before it makes."""
+    """All kernels that have configurations."""
     few = slice(None, None, 20) if toy else slice(None)
     for kernel in ("shrink", "expand"):
         for rows, bound in zip(sizes.rows, sizes.up_to, strict=True):
             yield Job(kernel, rows, bound, tuple(candidates(kernel, rows))[few])
-    for kernel in ("generate", "statistics", "mean"):  # one line each, for any number of rows
+    for kernel in (
+        "generate",
+        "merge",
+        "statistics",
+        "mean",
+    ):  # one line each, for any number of rows
         yield Job(kernel, sizes.label_rows, None, tuple(candidates(kernel, 0))[few])
 
 
@@ -126,8 +133,8 @@ Step = Callable[[LaunchConfig], object]
 def steps(job: Job, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> dict[str, Step]:
     """By the way x comes: a launch of the job's kernel with a configuration."""
     from tfb_kernels.triton_generate import generate
+    from tfb_kernels.triton_merge import merge
     from tfb_kernels.triton_predictive import predictive_reduction_triton
-    from tfb_kernels.triton_shrink import shrink
 
     def randn(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(shape, dtype=dtype, device=device)
@@ -135,10 +142,11 @@ def steps(job: Job, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> d
     if job.kernel in ("statistics", "mean"):
         logits = randn(DRAWS, job.rows, sizes.vocabulary)
         units = torch.arange(DRAWS, device=device).view(-1, 2)
-        other = launch.choose_config("mean", rows=0, rank=0)
+        arch = launch.architecture(device)
+        other = choose_config("mean", rows=0, rank=0, arch=arch)
         if job.kernel == "statistics":
             return {"": lambda c: predictive_reduction_triton(logits, units, c, other)}
-        other = launch.choose_config("statistics", rows=0, rank=0)
+        other = choose_config("statistics", rows=0, rank=0, arch=arch)
         return {"": lambda c: predictive_reduction_triton(logits, units, other, c)}
 
     seed, found = torch.tensor(0, device=device), dict[str, Step]()
@@ -147,38 +155,61 @@ def steps(job: Job, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> d
         ("shared", sizes.shared, 1, STREAMS),
         ("per-draw", sizes.per_draw, STREAMS, 1),
     ):
-        A, streams = randn(RANK, n, dtype=torch.float32), torch.arange(groups * q, device=device)
-        streams = streams.view(groups, q)
+        A, streams = randn(RANK, n), torch.arange(groups * q, device=device)
+        grouped = streams.view(groups, q)
         if job.kernel == "shrink":
             x = randn(groups, job.rows, n)
-            found[kind] = partial(shrink, x, A, streams, seed, 0)
+            found[kind] = partial(_shrink, x, A, grouped, seed)
         elif job.kernel == "generate":
-            found[kind] = partial(generate, A, streams, seed, 0, RANK, n, dtype)
+            found[kind] = partial(generate, A, grouped, seed, 0, RANK, n, dtype)
+        elif job.kernel == "merge":
+            sigmas = torch.tensor([0.1, -0.1] * STREAMS, device=device)
+            found[kind] = partial(
+                _merge, merge, randn(m, n), A, randn(m, RANK), torch.ones(RANK, device=device),
+                sigmas, streams, streams.repeat_interleave(2), 2, seed, 0, 1.0,
+                randn(DRAWS, m, n),
+            )  # fmt: skip
         else:
-            found[kind] = _expand_step(job, m, kind == "shared", randn, device, dtype)
+            found[kind] = _expand_step(job, m, kind == "shared", randn, device)
     return found
 
 
+def _merge(merge: Callable[..., object], *rest: Any) -> object:
+    *arguments, config = rest
+    return merge(*arguments, config=config)
+
+
+def _shrink(x: Tensor, A: Tensor, streams: Tensor, seed: Tensor, config: LaunchConfig) -> Tensor:
+    from tfb_kernels import triton_shrink
+
+    (G, T, n), precision = x.shape, launch.dot_precision(x.dtype)
+    made = triton_shrink.plan(
+        G, T, n, streams.shape[1], len(A), x.dtype, precision, config, tuning.processors(x.device)
+    )
+    return triton_shrink.shrink(x, A, streams, seed, 0, made)
+
+
 def _expand_step(
-    job: Job,
-    m: int,
-    shared: bool,
-    randn: Callable[..., Tensor],
-    device: torch.device,
-    dtype: torch.dtype,
+    job: Job, m: int, shared: bool, randn: Callable[..., Tensor], device: torch.device
 ) -> Step:
-    """expand into outputs of a draw for shared x, else in place; ``job.rows`` are rows of z."""
-    from tfb_kernels.triton_expand import expand
+    """expand into outputs of a draw for shared x, else in place; ``job.rows`` are rows of base."""
+    from tfb_kernels import triton_expand
 
     draws = DRAWS if shared else 2
-    rows = job.rows if shared else job.rows // draws * draws
-    z = randn(job.splits, rows, 1 + STREAMS if shared else 2, RANK, dtype=torch.float32)
-    B, inv_d = randn(m, RANK, dtype=torch.float32), torch.ones(RANK, device=device)
-    sigmas = torch.tensor([0.1, -0.1] * (draws // 2), device=device)
-    index = torch.arange(draws // 2, device=device).repeat_interleave(2)
-    base = randn(rows, m) if shared else randn(draws, rows // draws, m)
-    out = base.new_empty((draws, rows, m)) if shared else base
-    return lambda c: expand(z, B, base, None, out, sigmas, inv_d, index, 1.0, dtype, c)
+    T = job.rows if shared else job.rows // draws
+    base = randn(T, m) if shared else randn(draws, T, m)
+    out = base.new_empty((draws, T, m)) if shared else base
+    operand = launch.operand_dtype(base.dtype)
+    z, B = randn(draws, T, RANK, dtype=operand), randn(m, RANK, dtype=operand)
+    precision, wave = launch.dot_precision(base.dtype), tuning.processors(device)
+
+    def step(config: LaunchConfig) -> None:
+        made = triton_expand.plan(
+            draws, T, m, RANK, base.dtype, precision, config, wave, shared=shared, bias=False
+        )
+        triton_expand.expand(z, B, base, None, out, made)
+
+    return step
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
@@ -216,7 +247,7 @@ def refused(kernel: str, config: LaunchConfig) -> list[str]:
     """What the gate says of a configuration, on architectures that it knows."""
     from tfb_kernels import aot
 
-    arch = launch.architecture()
+    arch = launch.architecture(torch.device("cuda"))
     if arch not in aot.ARCHITECTURES:
         return []
     rank = 0 if kernel in ("statistics", "mean") else SHARED_RANK  # where it is tightest
@@ -232,42 +263,38 @@ def refused(kernel: str, config: LaunchConfig) -> list[str]:
 
 
 def sweep(bench: Bench, sizes: Sizes, workers: int) -> None:
-    """All kernels, the entry of ``launch.LAUNCH_FILE`` written after each, then the threshold.
+    """All kernels, the entry of ``tuning.LAUNCH_FILE`` written after each, then the thresholds.
 
     Raises:
         RuntimeError: a kernel of which nothing runs, or a chosen configuration that is wrong.
     """
-    arch = launch.architecture()
-    data = json.loads(launch.LAUNCH_FILE.read_text())
+    arch = launch.architecture(bench.device)
+    data = json.loads(tuning.LAUNCH_FILE.read_text())
     default = data["architectures"]["default"]
     medians: dict[str, dict[int, dict[str, float]]] = {}
     measured = about() | {"microseconds": medians}
     entry: dict[str, Any] = {"kernels": {}, "paths": default["paths"], "measured": measured}
     data["architectures"][arch] = entry
-    splits: dict[int, int] = {}
     # Each has a context on the GPU of its own; a fork would share a broken one.
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
         for job in jobs(sizes, bench.toy):
-            if job.kernel == "expand":
-                job = replace(job, splits=splits[job.rows])
             # Few rows are enough for a launch: the binary is the same for any number.
             ahead = partial(compile_ahead, replace(job, rows=2), sizes, dtype=bench.dtype)
             reasons = list(pool.map(ahead, job.candidates))
             best, times = measure(bench, job, sizes, reasons)
             medians.setdefault(job.kernel, {})[job.rows] = times
-            if job.kernel == "shrink":
-                splits[job.rows] = best.splits
             add(entry["kernels"].setdefault(job.kernel, []), job, best)
             if job.max_rows is None:
                 finish(entry["kernels"], job.kernel, default["kernels"][job.kernel])
-                write(data, launch.LAUNCH_FILE)
-    launch.table.cache_clear()
-    launch.configurations.cache_clear()
+                write(data, tuning.LAUNCH_FILE)
+    tuning.reload()
     if faults := wrong(bench, sizes):
         raise RuntimeError("the new configurations are wrong, none was taken: " + faults)
-    entry["paths"] = {"generate_min_rows": threshold(bench, sizes)}
-    write(data, launch.LAUNCH_FILE)
+    entry["paths"] = {
+        "generate_min_rows": threshold(bench, sizes), "merge_rows": merge_factor(bench, sizes),
+    }  # fmt: skip
+    write(data, tuning.LAUNCH_FILE)
 
 
 def wrong(bench: Bench, sizes: Sizes) -> str:
@@ -303,16 +330,15 @@ def measure(
         except Exception as error:
             reason = first_line(error)
         if reason is not None:
-            failed.append({**asdict(config), "reason": reason})
+            failed.append({**config._asdict(), "reason": reason})
     if not times:
         raise RuntimeError(f"{job.kernel}, {job.rows} rows: no configuration runs: {failed[:1]}")
     best = min(times, key=lambda c: sum(map(math.log, times[c].values())))
-    point = {"rows": job.rows, "r": RANK, "S": DRAWS, "dtype": bench.dtype_name,
-             "splits": job.splits}  # fmt: skip
+    point = {"rows": job.rows, "r": RANK, "S": DRAWS, "dtype": bench.dtype_name}
     row = heading(bench, "sweep", job.kernel, point) | {
-        "medians": [{**asdict(c), **t} for c, t in times.items()],
+        "medians": [{**c._asdict(), **t} for c, t in times.items()],
         "failed": failed,
-        "best": {**asdict(best), **times[best]},
+        "best": {**best._asdict(), **times[best]},
     }
     record(bench, row)
     shown = ", ".join(f"{k or 'time'} {1e6 * t:.1f} µs" for k, t in times[best].items())
@@ -342,7 +368,7 @@ def threshold(bench: Bench, sizes: Sizes) -> int:
                 )
                 for path in launch.PATHS
             }
-    found = best_threshold({k: (t["fused"], t["generate"]) for k, t in times.items()})
+    found = int(best_threshold({k: (t["fused"], t["generate"]) for k, t in times.items()}))
     point = {"r": RANK, "S": DRAWS, "dtype": bench.dtype_name}
     row = heading(bench, "sweep", "paths", point) | {
         "medians": [{"rows": r, "x": kind, **t} for (r, kind), t in times.items()],
@@ -356,18 +382,47 @@ def threshold(bench: Bench, sizes: Sizes) -> int:
     return found
 
 
-def best_threshold(times: dict[tuple[int, str], tuple[float, float]]) -> int:
-    """From (rows, kind) -> seconds (fused, generate): the bound of least summed excess over the
-    faster path; ``NEVER`` where that is to take fused always."""
-    bounds = [*sorted({rows for rows, _ in times}), NEVER]
+def best_threshold(times: Mapping[tuple[float, str], tuple[float, float]]) -> float:
+    """From (size, kind) -> seconds (below, from): the bound of least summed excess over the faster
+    way; ``NEVER`` where that is to take the first always."""
+    bounds = [*sorted({size for size, _ in times}), NEVER]
 
-    def excess(bound: int) -> float:
+    def excess(bound: float) -> float:
         return sum(
-            (generate if rows >= bound else fused) / min(fused, generate) - 1
-            for (rows, _), (fused, generate) in times.items()
+            (upper if size >= bound else lower) / min(lower, upper) - 1
+            for (size, _), (lower, upper) in times.items()
         )
 
     return min(bounds, key=excess)
+
+
+def merge_factor(bench: Bench, sizes: Sizes) -> float:
+    """``merge_rows``: the factor of the ratio of bytes from which merging loses least."""
+    draws, device = Draws.antithetic(DRAWS, baselines.SIGMA), bench.device
+    times: dict[tuple[float, str], tuple[float, float]] = {}
+    for kind, (n, m) in (("q", sizes.shared), ("down", sizes.per_draw)):
+        layer = baselines.make_layer(m, n, RANK, bench.dtype, device)
+        bytes_alone = 2 * n * m / (n + 2 * m)
+        for rows in sizes.merge_rows:
+            x = torch.randn(DRAWS, rows, n, dtype=bench.dtype, device=device)
+            added, merged = (
+                seconds(partial(call, layer, x, draws), device)
+                for call in (baselines.ours_added, baselines.ours_merged)
+            )
+            times[round(rows / bytes_alone, 4), kind] = added, merged
+            print(f"merge {rows:5} rows {kind:8}: added {1e6 * added:.1f} µs, "
+                  f"merged {1e6 * merged:.1f} µs")  # fmt: skip
+    found = best_threshold(times)
+    row = heading(bench, "sweep", "merge", {"r": RANK, "S": DRAWS, "dtype": bench.dtype_name}) | {
+        "medians": [
+            {"factor": f, "layer": kind, "added": a, "merged": b}
+            for (f, kind), (a, b) in times.items()
+        ],
+        "merge_rows": found,
+    }
+    record(bench, row)
+    print(f"merge_rows: {found}", flush=True)
+    return found
 
 
 # --- launch.json ----------------------------------------------------------------------------------
@@ -388,9 +443,10 @@ def about() -> dict[str, Any]:
 
 # What a kernel's launcher takes from a configuration (``LaunchConfig``); warps all of them.
 USED = {
-    "shrink": ("block_t", "block_p", "block_k", "splits", "num_stages"),
+    "shrink": ("block_t", "block_p", "block_k", "num_stages"),
     "expand": ("block_t", "block_m", "block_k", "num_stages"),
     "generate": ("block_p", "block_k"),
+    "merge": ("block_m", "block_n", "block_k", "num_stages"),
     "statistics": ("block_k",),
     "mean": ("block_k",),
 }
@@ -399,9 +455,9 @@ USED = {
 def add(listed: list[dict[str, Any]], job: Job, best: LaunchConfig) -> None:
     """One line of a kernel's list."""
     line: dict[str, Any] = {} if job.max_rows is None else {"max_rows": job.max_rows}
-    if job.kernel in ("shrink", "expand"):
+    if job.kernel in ("shrink", "expand", "merge"):
         line["max_rank"] = SHARED_RANK
-    values = asdict(best)
+    values = best._asdict()
     listed.append(line | {k: values[k] for k in (*USED[job.kernel], "num_warps")})
 
 
@@ -450,13 +506,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if on_gpu:
         bench = replace(bench, device=torch.device("cuda"), dtype=torch.bfloat16)
     # The table that everything uses changes when its successor has proved right, not before.
-    package, launch.LAUNCH_FILE = launch.LAUNCH_FILE, results / "launch.json"
-    write(json.loads(package.read_text()), launch.LAUNCH_FILE)
+    package, tuning.LAUNCH_FILE = tuning.LAUNCH_FILE, results / "launch.json"
+    write(json.loads(package.read_text()), tuning.LAUNCH_FILE)
     workers = options.workers or min(16, os.cpu_count() or 1)
     with torch.no_grad():
         sweep(bench, TOY if options.toy else Sizes(), workers)
     if not options.toy:
-        write(json.loads(launch.LAUNCH_FILE.read_text()), package)
+        write(json.loads(tuning.LAUNCH_FILE.read_text()), package)
 
 
 if __name__ == "__main__":

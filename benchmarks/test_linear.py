@@ -213,10 +213,10 @@ def expand_floor(bench: Bench, point: Point) -> float:
     if torch.version.hip or not gpu.get("sm_clock_max_mhz"):
         return by_bytes
     from tfb_kernels.aot import expand_instructions
-    from tfb_kernels.launch import architecture
+    from tfb_kernels.tuning import architecture
 
-    rows, draws = (point.T, S) if point.shared else (S * point.T, None)
-    each = expand_instructions(architecture(), "bf16", RANK, rows, draws)
+    arch = architecture(bench.device)
+    each = expand_instructions(arch, "bf16", RANK, S * point.T, shared=point.shared)
     issued = LANES * gpu["processors"] * gpu["sm_clock_max_mhz"] * 1e6
     return max(by_bytes, each * nbytes.outputs / bench.dtype.itemsize / issued)
 
@@ -271,23 +271,21 @@ def test_update(benchmark: Any, kernels: Bench, wrong: dict[str, str], point: Po
 
 
 def expand_step(case: Operands, base: list[Tensor]) -> Step:
-    """expand alone on z [1, rows, slots, r], a slot of A' x and one for each noise."""
-    from tfb_kernels.launch import choose_config
-    from tfb_kernels.triton_expand import expand
+    """expand alone on z [S, T, r], finalised."""
+    from tfb_kernels import launch, triton_expand, tuning
 
-    x, t = case.x[0], case.draws.tensors(case.x[0].device)
-    A, B, inv_d = case.layers[0].sampler.factors(x.device)
-    shared = x.dim() == 2
-    slots = 1 + (len(t.streams) if shared else 1)
-    z = torch.randn((1, x.numel() // x.shape[-1], slots, len(A)), device=x.device)
-    config = choose_config("expand", rows=z.shape[1], rank=len(A))
-    outputs = base[0].new_empty((S, *base[0].shape[-2:])) if shared else None
+    x, (T, m) = case.x[0], base[0].shape[-2:]
+    B = case.layers[0].sampler.factors(x.device)[1].to(x.dtype)
+    R, shared = B.shape[1], x.dim() == 2
+    z = torch.randn((S, T, R), dtype=x.dtype, device=x.device)
+    config = launch.choose_config("expand", rows=S * T, rank=R, arch=launch.architecture(x.device))
+    plan = triton_expand.plan(
+        S, T, m, R, x.dtype, launch.dot_precision(x.dtype), config, tuning.processors(x.device),
+        shared=shared, bias=False,
+    )  # fmt: skip
+    outputs = base[0].new_empty((S, T, m)) if shared else None
 
     def step(i: int) -> None:
-        out = base[i] if outputs is None else outputs
-        expand(
-            z, B, base[i], None, out, t.sigmas, inv_d, t.stream_index, baselines.SCALING,
-            x.dtype, config,
-        )  # fmt: skip
+        triton_expand.expand(z, B, base[i], None, base[i] if outputs is None else outputs, plan)
 
     return step

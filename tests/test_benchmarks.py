@@ -190,9 +190,9 @@ def test_wrong_noise_is_seen(part: str, monkeypatch: pytest.MonkeyPatch) -> None
         return baselines.op(layer, x, base, draws, pool=pool)
 
     where = torch.device("cpu"), torch.bfloat16
-    assert baselines.errors("pool", *where) is None
-    monkeypatch.setitem(baselines.PATHS, "pool", spoiled)
-    assert "over the budget" in (baselines.errors("pool", *where) or "")
+    assert baselines.errors("auto", *where) is None
+    monkeypatch.setitem(baselines.PATHS, "auto", spoiled)
+    assert "over the budget" in (baselines.errors("auto", *where) or "")
 
 
 def test_reference_data_may_travel_with_the_repository(

@@ -10,18 +10,17 @@ import pytest
 
 from benchmarks import sweep
 from benchmarks.sweep import NEVER, ROWS, UP_TO, Job, Sizes
-from tfb_kernels import launch
+from tfb_kernels import launch, tuning
 from tfb_kernels.launch import LaunchConfig
 
 
 @pytest.fixture
 def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """launch.json as it is, and a copy that ``launch`` reads in this test."""
-    data = json.loads(launch.LAUNCH_FILE.read_text())
-    monkeypatch.setattr(launch, "LAUNCH_FILE", tmp_path / "launch.json")
+    data = json.loads(tuning.LAUNCH_FILE.read_text())
+    monkeypatch.setattr(tuning, "LAUNCH_FILE", tmp_path / "launch.json")
     yield data
-    launch.table.cache_clear()
-    launch.configurations.cache_clear()
+    tuning.reload()
 
 
 def test_candidates() -> None:
@@ -30,10 +29,10 @@ def test_candidates() -> None:
     for job in sweep.jobs(Sizes(), toy=False):
         assert 10 <= len(job.candidates) == len(set(job.candidates)) <= 50, job.kernel
         for c in job.candidates:
-            for size in (c.block_t, c.block_m, c.block_p, c.block_k, c.splits, c.num_warps):
+            for size in (c.block_t, c.block_m, c.block_n, c.block_p, c.block_k, c.num_warps):
                 assert size > 0 and size & (size - 1) == 0
             if job.kernel == "shrink":
-                assert min(c.block_t, c.block_p, c.block_k // 4) >= 16
+                assert min(c.block_t, c.block_p, c.block_k) >= 16
 
 
 @pytest.mark.parametrize(
@@ -67,10 +66,14 @@ def test_a_measured_entry_serves_every_rank_and_number_of_rows(table: Any, tmp_p
     sweep.finish(kernels, "shrink", default["shrink"])
     sweep.add(kernels.setdefault("mean", []), Job("mean", 50, None, ()), LaunchConfig(block_k=64))
     sweep.finish(kernels, "mean", default["mean"])
-    entry = {"kernels": kernels, "paths": {"generate_min_rows": 99}, "measured": sweep.about()}
+    entry = {
+        "kernels": kernels,
+        "paths": {"generate_min_rows": 99, "merge_rows": 0.7},
+        "measured": sweep.about(),
+    }
     table["architectures"]["sm_75"] = entry
-    sweep.write(table, launch.LAUNCH_FILE)
-    launch.table.cache_clear()
+    sweep.write(table, tuning.LAUNCH_FILE)
+    tuning.reload()
 
     def chosen(kernel: str, rows: int, rank: int, arch: str = "sm_75") -> LaunchConfig:
         return launch.choose_config(kernel, rows=rows, rank=rank, arch=arch)
@@ -81,5 +84,5 @@ def test_a_measured_entry_serves_every_rank_and_number_of_rows(table: Any, tmp_p
             assert chosen("shrink", rows, rank) == chosen("shrink", rows, rank, "default")
     assert chosen("mean", 1 << 30, 0).block_k == 64
     assert chosen("expand", 7, 16) == chosen("expand", 7, 16, "default")  # not swept
-    assert launch.paths("sm_75").generate_min_rows == 99
+    assert tuning.paths("sm_75").generate_min_rows == 99 and tuning.paths("sm_75").merge_rows == 0.7
     assert {"device", "date", "commit"} <= entry["measured"].keys()

@@ -1,10 +1,10 @@
 """Ahead-of-time compilation of every kernel, with no GPU: ``python -m tfb_kernels.aot``.
 
 Compiles each kernel in each shipped configuration for NVIDIA sm_80 and sm_90 and AMD gfx942 and
-reads the resources from the binaries: registers, shared memory, stack, spills, and whether the
-tensor cores' warpgroup product (wgmma) is there; and what a normal and an output cost in
-instructions. ``--write`` updates ``data/resources.json``,
-``--check`` fails where a kernel uses stack or spills, or a product lost its wgmma.
+reads the resources from the binaries: registers, shared memory, stack and spills; and what a
+normal, a block of x and an output cost in instructions. ``--write`` updates
+``data/resources.json`` (bfloat16 at rank 16 and the largest), ``--check`` fails where a kernel uses
+stack or spills.
 
     python -m tfb_kernels.aot [--arch sm_90 ...] [--kernel shrink ...] [--dtype bf16] [--check]
 
@@ -24,21 +24,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tfb_kernels import launch
-from tfb_kernels.triton_expand import TRITON_DTYPES, expand_kernel
+from tfb_kernels import launch, triton_expand, triton_merge, triton_shrink
 from tfb_kernels.triton_generate import generate_kernel
 from tfb_kernels.triton_noise import normals4, seed_words
 from tfb_kernels.triton_predictive import mean_kernel, statistics_kernel
-from tfb_kernels.triton_shrink import padded_rank, shrink_kernel, token_shrink_kernel
 
 ARCHITECTURES = ("sm_80", "sm_90", "gfx942")
-DTYPES = ("bf16", "fp16", "fp32")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+KERNELS = (*launch.KERNELS, "finalise")  # which has no configuration
+WAVE = 132  # multiprocessors of an H100 or H200
 RANKS = (8, 16, 32, 64, 256)
+WRITTEN = (["bf16"], [16, 256])  # dtypes and ranks of the committed table
 RESOURCES = Path(__file__).parent / "data" / "resources.json"
 # Largest dynamic shared memory of a block, bytes: A100 163 KiB, H100 227 KiB, MI300 64 KiB.
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}
@@ -52,17 +54,21 @@ class Case:
     function: Any
     dtype: str
     rank: int
-    shared: bool
-    config: launch.LaunchConfig
     signature: dict[str, str]
     constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
 
     @property
     def label(self) -> str:
-        c = self.config
-        tile = f"t{c.block_t} m{c.block_m} p{c.block_p} k{c.block_k} s{c.splits} w{c.num_warps}"
-        sharing = " shared" if self.shared else ""
-        return f"{self.kernel} {self.dtype} r{self.rank}{sharing} [{tile} n{c.num_stages}]"
+        tile = " ".join(
+            f"{'tail' if k == 'TAIL' else k.removeprefix('BLOCK_').lower()}{v}"
+            for k, v in self.constants.items()
+            if k.startswith("BLOCK_") or (k == "TAIL" and v)
+        )
+        shared = " shared" if self.constants.get("SHARED") else ""
+        size = f"[{tile} w{self.num_warps} n{self.num_stages}]"
+        return f"{self.kernel} {self.dtype} r{self.rank}{shared} {size}"
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,6 @@ class Resources:
     shared_bytes: int
     stack_bytes: int
     spills: int
-    wgmma: bool
 
 
 # --- cases ----------------------------------------------------------------------------------------
@@ -83,103 +88,99 @@ class Resources:
 
 def cases(
     arch: str,
-    kernels: Sequence[str] = launch.KERNELS,
-    dtypes: Sequence[str] = DTYPES,
-    *,
-    largest_only: bool = False,
+    kernels: Sequence[str] = KERNELS,
+    dtypes: Sequence[str] = tuple(DTYPES),
+    ranks: Sequence[int] = RANKS,
 ) -> Iterator[Case]:
-    """Every kernel x configuration of ``arch`` x dtype, at each rank that it serves.
-
-    largest_only: only the largest of those ranks, where resources are tightest.
-    """
+    """Every kernel x configuration of ``arch`` x dtype x rank."""
     for kernel in kernels:
         for dtype in dtypes:
+            if kernel == "finalise":
+                listed = [(0, 1 << 62, launch.LaunchConfig())]
+            else:
+                listed = list(launch.configurations(arch, kernel))
             # Configurations for few rows and for any number each go through the ranks once.
             lowest: dict[int, int] = {}
-            for max_rows, max_rank, config in launch.configurations(arch, kernel):
-                served = [r for r in RANKS if lowest.get(max_rows, 0) < r <= max_rank]
+            for max_rows, max_rank, config in listed:
+                served = [r for r in ranks if lowest.get(max_rows, 0) < r <= max_rank]
                 lowest[max_rows] = max_rank
                 if kernel in ("statistics", "mean"):
-                    served = [0]
-                for rank in served[-1:] if largest_only or kernel == "generate" else served:
+                    served = served[-1:]
+                for rank in served:
                     yield from kernel_cases(arch, kernel, dtype, rank, config)
 
 
 def kernel_cases(
     arch: str, kernel: str, dtype: str, rank: int, config: launch.LaunchConfig
 ) -> Iterator[Case]:
-    """One kernel in one configuration: twice where shared and per-draw x differ."""
-    math = "libm" if arch.startswith("gfx") else "cuda"
-    tensor = f"*{dtype}"
-    dot = {"PRECISION": "ieee", "UPCAST": False}
+    """One kernel in one configuration, as its launcher plans it for a layer 4096 -> 4096 with ten
+    draws: twice where shared and per-draw x differ."""
+    tensor, float_dtype = f"*{dtype}", DTYPES[dtype]
     noise = {"streams": "*i64", "seed": "*i64", "layer": "i32"}
-    sizes = {"R": rank, "RP": padded_rank(rank)} if rank else {}
-    tile_t, tile_k = {"BLOCK_T": config.block_t}, {"BLOCK_K": config.block_k}
+    draws = {"sigmas": "*fp64", "inv_d": "*fp64", "stream_index": "*i64", "scaling": "fp32"}
+    math: dict[str, object] = {
+        "MATH": "libm" if arch.startswith("gfx") else "cuda",
+        "UPCAST": False,
+    }
+    made: list[tuple[Any, dict[str, str], dict[str, Any]]] = []
     if kernel == "shrink":
-        signature = {"x": tensor, "a": "*fp32", "out": "*fp32", **noise, "T": "i32", "n": "i32",
+        signature = {"x": tensor, "a": tensor, "out": "*fp32", **noise, "T": "i32", "n": "i32",
                      "Q": "i32", "p_blocks": "i32", "split_size": "i32", "stride_xg": "i64",
                      "stride_xt": "i64"}  # fmt: skip
-        constants = {"stride_xn": 1, **sizes, "SPLITS": config.splits, **tile_t, **tile_k,
-                     "BLOCK_P": config.block_p, "MATH": math, **dot}  # fmt: skip
-        yield _case(kernel, shrink_kernel, dtype, rank, False, config, signature, constants)
-    elif kernel == "token_shrink":
-        signature = {"x": tensor, "a": "*fp32", "out": "*fp32", "streams": "*i64",
-                     "stream_slot": "*i64", "seed": "*i64", "layer": "i32", "rows": "i32",
-                     "T": "i32", "n": "i32", "Q": "i32", "stride_xt": "i64"}  # fmt: skip
-        constants = {"stride_xn": 1, **sizes, **tile_t, **tile_k, "MATH": math, **dot}
+        for groups, streams in ((1, 5), (5, 1)):
+            plan = triton_shrink.plan(
+                groups, 4096, 4096, streams, rank, float_dtype, "ieee", config, WAVE
+            )
+            made.append((triton_shrink.shrink_kernel, signature, plan.constants | math))
+    elif kernel == "finalise":
+        signature = {"z": "*fp32", "out": tensor, **draws, "rows": "i32", "T": "i32", "K": "i32",
+                     "run": "i32", "z_row": "i32", "split_stride": "i64"}  # fmt: skip
         for shared in (True, False):
-            yield _case(kernel, token_shrink_kernel, dtype, rank, shared, config, signature,
-                        constants | {"SHARED": shared})  # fmt: skip
+            sizes = triton_expand.finalise_constants(rank, 64)
+            made.append((triton_expand.finalise_kernel, signature, {**sizes, "SHARED": shared}))
     elif kernel == "expand":
-        signature = {"z": "*fp32", "b": "*fp32", "base": tensor, "bias": tensor, "y": tensor,
-                     "sigmas": "*fp64", "inv_d": "*fp64", "stream_index": "*i64",
-                     "scaling": "fp32", "rows": "i32", "T": "i32", "m": "i32", "S": "i32",
-                     "m_blocks": "i32", "z_row": "i32", "split_stride": "i64",
-                     "stride_base": "i64"}  # fmt: skip
-        names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-        operand = {str(k).removeprefix("torch."): v for k, v in TRITON_DTYPES.items()}[names[dtype]]
-        splits = max(c.splits for _, _, c in launch.configurations(arch, "shrink"))
-        constants = {"R": rank, "RB": min(padded_rank(rank), config.block_k),
-                     "SPLITS": splits if config.block_t <= 16 else 1, "HAS_BIAS": True, **tile_t,
-                     "BLOCK_M": config.block_m, "DOT": operand, "PRECISION": "ieee"}  # fmt: skip
+        signature = {"z": tensor, "b": tensor, "base": tensor, "bias": tensor, "y": tensor,
+                     "rows": "i32", "T": "i32", "m": "i32", "row_blocks": "i32",
+                     "stride_base": "i32"}  # fmt: skip
         for shared in (True, False):
-            yield _case(kernel, expand_kernel, dtype, rank, shared, config, signature,
-                        constants | {"SHARED": shared})  # fmt: skip
+            expand = triton_expand.plan(
+                10, 4096, 4096, rank, float_dtype, "ieee", config, WAVE, shared=shared, bias=True
+            )
+            made.append((triton_expand.expand_kernel, signature, expand.constants))
     elif kernel == "generate":
-        signature = {"a": "*fp32", "out": tensor, **noise, "n": "i32", "Q": "i32", "rows": "i32"}
-        constants = {"R": rank, "WITH_A": 1, "BLOCK_R": config.block_p, **tile_k, "MATH": math}
-        yield _case(kernel, generate_kernel, dtype, rank, False, config, signature, constants)
+        signature = {"a": tensor, "out": tensor, **noise, "n": "i32", "Q": "i32", "rows": "i32"}
+        made.append((generate_kernel, signature, {
+            "R": rank, "WITH_A": 1, "BLOCK_R": config.block_p, "BLOCK_K": config.block_k,
+            "MATH": math["MATH"],
+        }))  # fmt: skip
+    elif kernel == "merge":
+        signature = {"weight": tensor, "a": tensor, "b": tensor, **draws, **noise, "out": tensor,
+                     "m": "i32", "n": "i32", "run": "i32", "n_blocks": "i32", "stride_wm": "i32",
+                     "stride_os": "i32", "stride_om": "i32"}  # fmt: skip
+        merge = triton_merge.plan(10, 2, 4096, 4096, rank, float_dtype, "ieee", config)
+        constants = {**merge.constants, **math, "stride_wn": 1, "stride_on": 1}
+        made.append((triton_merge.merge_kernel, signature, constants))
     elif kernel == "statistics":
         signature = {"logits": tensor, "largest": "*fp32", "exponentials": "*fp32",
                      "weighted": "*fp32", "best": "*i32", "B": "i32", "V": "i32",
                      "part_size": "i32", "stride_s": "i64", "stride_b": "i64"}  # fmt: skip
-        yield _case(kernel, statistics_kernel, dtype, 0, False, config, signature,
-                    {"BLOCK_V": config.block_k})  # fmt: skip
+        made.append((statistics_kernel, signature, {"BLOCK_V": config.block_k}))
     else:
         signature = {"logits": tensor, "log_normalizer": "*fp32", "order": "*i64",
                      "probs": "*fp32", "error": "*fp32", "entropy": "*fp32", "B": "i32",
                      "V": "i32", "U": "i32", "D": "i32", "stride_s": "i64",
                      "stride_b": "i64"}  # fmt: skip
-        yield _case(kernel, mean_kernel, dtype, 0, False, config, signature,
-                    {"BLOCK_V": config.block_k})  # fmt: skip
-
-
-def _case(
-    kernel: str,
-    function: Any,
-    dtype: str,
-    rank: int,
-    shared: bool,
-    config: launch.LaunchConfig,
-    types: dict[str, str],
-    constants: dict[str, Any],
-) -> Case:
-    # In the order of the kernel's own arguments, which is how the compiler counts them.
-    signature = {n: types.get(n, "constexpr") for n in function.arg_names}
-    missing = [n for n, t in signature.items() if t == "constexpr" and n not in constants]
-    if missing or set(types) - set(signature):
-        raise ValueError(f"{kernel}: aot.cases and the kernel differ in {missing or set(types)}")
-    return Case(kernel, function, dtype, rank, shared, config, signature, constants)
+        made.append((mean_kernel, signature, {"BLOCK_V": config.block_k}))
+    for function, types, constants in made:
+        warps: dict[str, Any] = {
+            k: constants.pop(k, getattr(config, k)) for k in ("num_warps", "num_stages")
+        }
+        # In the order of the kernel's own arguments, which is how the compiler counts them.
+        types = {n: types.get(n, "constexpr") for n in function.arg_names}
+        missing = [n for n, t in types.items() if t == "constexpr" and n not in constants]
+        if missing:
+            raise ValueError(f"{kernel}: aot.cases and the kernel differ in {missing}")
+        yield Case(kernel, function, dtype, rank, types, constants, **warps)
 
 
 # --- compilation ----------------------------------------------------------------------------------
@@ -187,17 +188,16 @@ def _case(
 
 def compile_case(case: Case, arch: str) -> Any:
     """Triton's compiled kernel (``.asm`` holds its texts and binary) as for aligned tensors."""
-    aligned = [["tt.divisibility", 16]]
-    names = list(case.signature)
+    wide = ("n", "m", *(k for k in case.signature if k.startswith(("stride", "split"))))
     attributes = {
-        (i,): aligned
-        for i, name in enumerate(names)
-        if case.signature[name].startswith("*") or name in ("n", "m") or name.startswith("stride")
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(case.signature.items())
+        if kind.startswith("*") or (name in wide and kind != "constexpr")
     }
     source = ASTSource(
         fn=case.function, signature=case.signature, constexprs=case.constants, attrs=attributes
     )
-    options = {"num_warps": case.config.num_warps, "num_stages": case.config.num_stages}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     return triton.compile(source, target=target(arch), options=options)
 
 
@@ -222,7 +222,7 @@ def resources(case: Case, arch: str) -> Resources:
         return Resources(
             case=case.label, arch=arch, registers=field("vgpr_count"), shared_bytes=shared,
             stack_bytes=field("private_segment_fixed_size"),
-            spills=field("vgpr_spill_count") + field("sgpr_spill_count"), wgmma=False,
+            spills=field("vgpr_spill_count") + field("sgpr_spill_count"),
         )  # fmt: skip
     usage = _nvidia_tool("cuobjdump", "-res-usage", compiled.asm["cubin"])
     numbers = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
@@ -230,7 +230,7 @@ def resources(case: Case, arch: str) -> Resources:
     return Resources(
         case=case.label, arch=arch, registers=numbers["REG"], shared_bytes=shared,
         stack_bytes=numbers["STACK"] + numbers["LOCAL"],
-        spills=opcodes.count("STL") + opcodes.count("LDL"), wgmma="wgmma" in compiled.asm["ptx"],
+        spills=opcodes.count("STL") + opcodes.count("LDL"),
     )  # fmt: skip
 
 
@@ -250,38 +250,47 @@ def sass(cubin: bytes) -> list[str]:
     return found
 
 
-def instructions(cubin: bytes) -> tuple[int, int]:
-    """(outside its longest loop, inside it) SASS instructions of a kernel, by their listing.
+def loop(cubin: bytes) -> tuple[list[str], list[str]]:
+    """(all, those of its longest loop) SASS opcodes of a kernel, by their listing.
 
     Both sides of a branch count, so it is what a thread executes or a little more.
     """
-    longest, total, labels = 0, 0, dict[str, int]()
+    longest, found, labels = list[str](), list[str](), dict[str, int]()
     for word in sass(cubin):
         opcode, _, target_label = word.partition(" ")
         if opcode.endswith(":"):
-            labels[opcode[:-1]] = total
+            labels[opcode[:-1]] = len(found)
             continue
         if opcode == "NOP":
             continue
-        total += 1
-        start = labels.get(target_label)
+        found.append(opcode)
+        start = labels.get(target_label, len(found))
         # The jump to itself after EXIT only fills the last cache line.
-        if opcode == "BRA" and start is not None and total - start > 1:
-            longest = max(longest, total - start)
-    return total - longest, longest
+        if opcode == "BRA" and len(found) - start > max(1, len(longest)):
+            longest = found[start:]
+    return found, longest
 
 
-def expand_instructions(arch: str, dtype: str, rank: int, rows: int, draws: int | None) -> float:
-    """SASS instructions a thread spends on one element of expand's output.
+def shrink_instructions(arch: str, dtype: str, rank: int, *, shared: bool) -> float:
+    """SASS instructions that four warps spend each in shrink's loop on 128 rows x 64 columns of x,
+    ten antithetic draws, if each block of F's rows were the most expensive one."""
+    config = launch.choose_config("shrink", rows=4096, rank=rank, arch=arch)
+    case = list(kernel_cases(arch, "shrink", dtype, rank, config))[not shared]
+    _, inside = loop(compile_case(case, arch).asm["cubin"])
+    c, rows = case.constants, (6 if shared else 2) * rank
+    tiles = -(-128 // c["BLOCK_T"]) * -(-rows // c["BLOCK_P"]) * 64 / c["BLOCK_K"]
+    return len(inside) * tiles * case.num_warps / 4
 
-    rows: of z. draws: S, which share a base output; None: each row of base has its own draw.
-    """
+
+def expand_instructions(arch: str, dtype: str, rank: int, rows: int, *, shared: bool) -> float:
+    """SASS instructions a thread spends on one element of expand's output of ``rows`` rows."""
     config = launch.choose_config("expand", rows=rows, rank=rank, arch=arch)
-    shared = draws is not None
-    (case,) = (c for c in kernel_cases(arch, "expand", dtype, rank, config) if c.shared == shared)
-    outside, inside = instructions(compile_case(case, arch).asm["cubin"])
-    threads = 32 * config.num_warps / (config.block_t * config.block_m)
-    return threads * (outside / draws + inside if draws else outside + inside)
+    found = (c for c in kernel_cases(arch, "expand", dtype, rank, config))
+    case = next(c for c in found if c.constants["SHARED"] == shared)
+    every, inside = loop(compile_case(case, arch).asm["cubin"])
+    steps = -(-rank // case.constants["RB"])
+    outputs = case.constants["BLOCK_T"] * case.constants["BLOCK_M"]
+    return 32 * case.num_warps * (len(every) + (steps - 1) * len(inside)) / outputs
 
 
 def _nvidia_tool(name: str, flag: str, cubin: bytes) -> str:
@@ -302,19 +311,7 @@ def problems(case: Case, found: Resources) -> list[str]:
         faults.append(f"stack {found.stack_bytes} B, spills {found.spills}")
     if found.shared_bytes > SHARED_LIMIT[found.arch]:
         faults.append(f"shared memory {found.shared_bytes} B is over the limit")
-    if wants_wgmma(case, found.arch) and not found.wgmma:
-        faults.append("no wgmma, which the shape allows")
     return [f"{found.arch} {found.case}: {fault}" for fault in faults]
-
-
-def wants_wgmma(case: Case, arch: str) -> bool:
-    """Whether Hopper's warpgroup product must be there: half operands, 64 rows, 4 warps."""
-    return (
-        arch == "sm_90"
-        and case.kernel in ("shrink", "token_shrink")
-        and case.dtype != "fp32"
-        and case.config.block_t >= 64
-    )
 
 
 # --- cost of a normal -----------------------------------------------------------------------------
@@ -342,7 +339,7 @@ def instructions_per_normal(arch: str = "sm_90") -> float:
             fn=_noise_probe, signature=signature, constexprs={"CALLS": calls, "MATH": "cuda"}
         )
         compiled = triton.compile(source, target=target(arch), options={"num_warps": 4})
-        counts.append(sum(instructions(compiled.asm["cubin"])))
+        counts.append(len(loop(compiled.asm["cubin"])[0]))
     return (counts[1] - counts[0]) / 4
 
 
@@ -354,32 +351,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tfb_kernels.aot", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
-    parser.add_argument("--kernel", nargs="+", default=launch.KERNELS, choices=launch.KERNELS)
-    parser.add_argument("--dtype", nargs="+", default=DTYPES, choices=DTYPES)
-    parser.add_argument("--check", action="store_true", help="fail on stack, spills, lost wgmma")
+    parser.add_argument("--kernel", nargs="+", default=KERNELS, choices=KERNELS)
+    parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument("--rank", nargs="+", type=int, default=RANKS)
+    parser.add_argument("--check", action="store_true", help="fail on stack and spills")
     parser.add_argument("--write", action="store_true", help=f"write {RESOURCES.name}")
-    parser.add_argument("--quick", action="store_true", help="only each largest rank")
     options = parser.parse_args(arguments)
-    if options.quick and options.write:
-        parser.error("--write wants every rank; leave --quick out")
     if launch.INTERPRET:
         parser.error("TRITON_INTERPRET is set, which leaves nothing to compile; unset it")
+    if options.write:
+        options.dtype, options.rank = WRITTEN
     found, faults = [], []
-    print(f"{'arch':8}{'regs':>5}{'shared':>8}{'stack':>6}{'spill':>6}  wgmma  case")
+    print(f"{'arch':8}{'regs':>5}{'shared':>8}{'stack':>6}{'spill':>6}  case")
     for arch in options.arch:
-        for case in cases(arch, options.kernel, options.dtype, largest_only=options.quick):
+        for case in cases(arch, options.kernel, options.dtype, options.rank):
             r = resources(case, arch)
             print(
                 f"{r.arch:8}{r.registers:5}{r.shared_bytes:8}{r.stack_bytes:6}{r.spills:6}"
-                f"  {'yes' if r.wgmma else '-':5}  {r.case}",
+                f"  {r.case}",
                 flush=True,
             )
             found.append(r)
             faults += problems(case, r)
     for arch in (a for a in options.arch if a.startswith("sm_")):
         print(f"{arch}: {instructions_per_normal(arch):g} SASS instructions a normal")
-        for draws, kind in ((10, "shared x"), (None, "per-draw x")):
-            each = expand_instructions(arch, "bf16", 16, 4096, draws)
+        for shared, kind in ((True, "shared x"), (False, "per-draw x")):
+            block = shrink_instructions(arch, "bf16", 16, shared=shared)
+            each = expand_instructions(arch, "bf16", 16, 4096, shared=shared)
+            print(f"{arch}: {block:g} SASS instructions a block of shrink, {kind}")
             print(f"{arch}: {each:.1f} SASS instructions an output of expand, {kind}")
     if options.write:
         rows = [json.dumps(asdict(r)) for r in found]

@@ -1,85 +1,54 @@
-"""Launch configurations and the choice between the paths, from ``data/launch.json``.
-
-One entry for each architecture ("sm_90", "gfx942", ...), and "default" for every GPU that has
-none, so that an unknown card works untuned. Nothing is tuned inside a user's forward pass.
-``benchmarks/gpu.sh --stage sweep`` measures a card and writes its entry.
+"""Launch configurations from ``data/launch.json`` (see tuning.py), and what all launchers share.
 
     kernels.<kernel>   list of {"max_rows", "max_rank", configuration}; the first that fits is used
-    paths              thresholds of ``choose_path``
-    measured           device, date, commit and medians behind an entry; null: chosen by counting
+
+Nothing is tuned inside a user's forward pass.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
+import triton.language as tl
+
+from tfb_kernels import tuning
 
 # What @triton.jit made of the kernels is decided when they are imported; so is this.
 INTERPRET = bool(triton.knobs.runtime.interpret)
 
-LAUNCH_FILE = Path(__file__).parent / "data" / "launch.json"
-KERNELS = ("shrink", "token_shrink", "expand", "generate", "statistics", "mean")
+KERNELS = ("shrink", "expand", "generate", "merge", "statistics", "mean")
 PATHS = ("fused", "generate")
+TRITON_DTYPES = {
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}
 
 
-@dataclass(frozen=True)
-class LaunchConfig:
+class LaunchConfig(NamedTuple):
     """Tile sizes of one launch; each kernel's launcher says what it takes from here.
 
-    block_t: rows of x. block_m: out_features. block_p: noise rows. block_k: in_features (expand:
-    rank; statistics and mean: vocabulary). splits: parts of in_features that run side by side.
+    block_t: rows of x. block_m: out_features. block_p: noise rows. block_k: in_features (expand,
+    merge: rank; statistics and mean: vocabulary). block_n: in_features of merge.
     """
 
     block_t: int = 64
     block_m: int = 128
-    block_p: int = 32
+    block_n: int = 128
+    block_p: int = 64
     block_k: int = 64
-    splits: int = 1
     num_warps: int = 4
     num_stages: int = 2
 
 
-@dataclass(frozen=True)
-class Paths:
-    """Where generating once beats generating in registers.
-
-    In registers every tile of noise is made again for each block of rows; generated once it is
-    written, read back and multiplied by the vendor's library. ``generate_min_rows``: rows that
-    share a stream from which on the latter is chosen.
-    """
-
-    generate_min_rows: int
+def architecture(device: torch.device) -> str:
+    """As ``tuning.architecture``, but "interpreter" where no kernel is compiled."""
+    return "interpreter" if INTERPRET else tuning.architecture(device)
 
 
-@cache
-def architecture() -> str:
-    """ "sm_90", "gfx942", ... of the current device, or "interpreter"."""
-    if INTERPRET:
-        return "interpreter"
-    target = triton.runtime.driver.active.get_current_target()
-    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch).split(":")[0]
-
-
-@cache
-def table() -> dict[str, Any]:
-    """The data file."""
-    data: dict[str, Any] = json.loads(LAUNCH_FILE.read_text())["architectures"]
-    return data
-
-
-def _entry(arch: str) -> dict[str, Any]:
-    """An architecture's own settings, those it does not name from "default"."""
-    default, own = table()["default"], table().get(arch, {})
-    return {part: default[part] | own.get(part, {}) for part in ("kernels", "paths")}
-
-
-@cache
+@tuning.cached
 def configurations(arch: str, kernel: str) -> tuple[tuple[int, int, LaunchConfig], ...]:
     """(largest rows, largest rank, configuration) of one kernel, in the order they are tried."""
     return tuple(
@@ -88,26 +57,22 @@ def configurations(arch: str, kernel: str) -> tuple[tuple[int, int, LaunchConfig
             c.get("max_rank") or 1 << 62,
             LaunchConfig(**{k: v for k, v in c.items() if not k.startswith("max_")}),
         )
-        for c in _entry(arch)["kernels"][kernel]
+        for c in tuning.entry(arch)["kernels"][kernel]
     )
 
 
-def choose_config(kernel: str, *, rows: int, rank: int, arch: str | None = None) -> LaunchConfig:
+@tuning.cached
+def choose_config(kernel: str, *, rows: int, rank: int, arch: str) -> LaunchConfig:
     """The configuration for ``rows`` rows of x (or logits) at ``rank``."""
-    for max_rows, max_rank, config in configurations(arch or architecture(), kernel):
+    for max_rows, max_rank, config in configurations(arch, kernel):
         if rows <= max_rows and rank <= max_rank:
             return config
     raise LookupError(f"launch.json: no configuration of {kernel} for rows={rows}, rank={rank}")
 
 
-def paths(arch: str | None = None) -> Paths:
-    """The path thresholds of an architecture."""
-    return Paths(**_entry(arch or architecture())["paths"])
-
-
-def choose_path(rows: int) -> str:
-    """ "fused" or "generate" for weight noise, with ``rows`` rows of x to each stream."""
-    return "generate" if rows >= paths().generate_min_rows else "fused"
+def choose_path(rows: int, arch: str) -> str:
+    """ "fused" or "generate", with ``rows`` rows of x to each stream."""
+    return "generate" if rows >= tuning.paths(arch).generate_min_rows else "fused"
 
 
 def math_kind() -> str:
@@ -123,5 +88,21 @@ def signed_word(word: int) -> int:
 def dot_precision(dtype: torch.dtype) -> str:
     """TF32 only where torch itself was told that float32 products may use it."""
     # Every way to allow it sets this one; torch's older getter raises once a program has set it.
-    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if dtype == torch.float32 and allowed else "ieee"
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "ieee"
+
+
+def operand_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of products: the interpreter's in bfloat16 are wrong (triton #11584) and get float32."""
+    return torch.float32 if INTERPRET and dtype == torch.bfloat16 else dtype
+
+
+def power_of_2(size: int) -> int:
+    """The next power of two, as tl.arange takes it."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def padded_rank(R: int) -> int:
+    """The rank as tl.arange and tl.dot take it: a power of two, at least 16."""
+    return max(16, power_of_2(R))

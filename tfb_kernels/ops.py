@@ -148,10 +148,10 @@ def common_run(index: Sequence[int]) -> int:
 def _gaussian_noise(seed: Tensor, layer_id: int, streams: Tensor, r: int, n: int) -> Tensor:
     if resolve_impl("auto", streams.device) == "reference":
         return weight_noise(seed, layer_id, streams, r, n)
-    from tfb_kernels.launch import choose_config
+    from tfb_kernels.launch import architecture, choose_config
     from tfb_kernels.triton_generate import generate
 
-    config = choose_config("generate", rows=0, rank=r)
+    config = choose_config("generate", rows=0, rank=r, arch=architecture(streams.device))
     with torch.cuda.device_of(streams):
         return generate(None, streams[None], seed, layer_id, r, n, torch.float32, config)[0]
 
@@ -317,7 +317,8 @@ def bayes_lora_linear(
         noise: "weight": one E for each stream, shared by all tokens. "token": independent noise
             for every token, |x_t| * Xi_t in place of E x_t (same marginals for each token; the
             token's number is its row in the flattened [T, n], so it is not batch-invariant).
-        impl: "reference", "triton", or "auto". One that cannot run here is an error.
+        impl: "reference", "triton" (noise="weight" without ``pool``), or "auto". One that cannot
+            run is an error.
         bias: [m], added to every draw, in the dtype of ``base`` or float32.
         inplace: write the result into ``base`` [S, T, m] (contiguous; per-draw x only).
         stream_index: [S] int64. When given, ``streams`` is [Q] without repeats and draw s has
@@ -337,10 +338,10 @@ def bayes_lora_linear(
     """
     if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    impl = resolve_impl(impl, x.device, x.dtype)
     _check_layer_id(layer_id)
     if noise not in NOISE_KINDS:
         raise ValueError(f"noise={noise!r}: expected one of {', '.join(NOISE_KINDS)}")
+    impl = _linear_impl(impl, x, noise, pool)
     given = streams
     streams = _stream_tensor(streams, x.device)
     _check_shapes(x, base, A, B, inv_d, sigmas, streams, stream_index, pool, noise)
@@ -364,6 +365,24 @@ def bayes_lora_linear(
         _bayes_lora_linear_(*arguments)
         return base
     return _bayes_lora_linear(*arguments)
+
+
+def _linear_impl(impl: str, x: Tensor, noise: str, pool: Tensor | None) -> str:
+    """As ``resolve_impl``; token noise and noise that was kept are for the reference alone."""
+    found = resolve_impl(impl, x.device, x.dtype)
+    if found == "reference" or (noise == "weight" and pool is None):
+        return found
+    if impl == "auto":
+        return "reference"
+    if noise != "weight":
+        raise ImplementationUnavailableError(
+            "impl='triton' has weight noise only; for noise='token' use impl='reference' or "
+            "impl='auto'"
+        )
+    raise ValueError(
+        "pool: impl='triton' makes its noise in registers; leave pool out, or use "
+        "impl='reference' or impl='auto'"
+    )
 
 
 def _is_plain(*tensors: Tensor) -> bool:
@@ -445,13 +464,14 @@ Reduction = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 def _predictive_reduction(logits: Tensor, units: Tensor, impl: str) -> Reduction:
     if impl == "reference":
         return predictive_reduction_reference(logits, units)
-    from tfb_kernels.launch import choose_config
+    from tfb_kernels.launch import architecture, choose_config
     from tfb_kernels.triton_predictive import predictive_reduction_triton
 
     rows = logits.shape[0] * logits.shape[1]
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
-    configs = (choose_config(k, rows=rows, rank=0) for k in ("statistics", "mean"))
+    arch = architecture(logits.device)
+    configs = (choose_config(k, rows=rows, rank=0, arch=arch) for k in ("statistics", "mean"))
     with torch.cuda.device_of(logits):
         return predictive_reduction_triton(logits, units, *configs)
 

@@ -84,3 +84,25 @@ def noise_allowance(
     width = (B.double().cpu() * gain).norm(dim=1).max()
     tokens = x.double().cpu().reshape(-1, x.shape[-1]).norm(dim=1)
     return 8 * rms * abs(scaling) * float(width) * float(tokens.max() if len(tokens) else 0)
+
+
+def merged_weights(
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    inv_d: Tensor,
+    sigmas: Tensor,
+    streams: Tensor,
+    *,
+    seed: int,
+    layer_id: int,
+    scaling: float,
+) -> Tensor:
+    """W + scaling B' (A' + noise) [S, m, n] in the dtype of ``weight``, as an adapter is merged:
+    the exact weights if all is float64, the yardstick of :func:`error_budget` otherwise."""
+    out = []
+    for sigma, stream in zip(sigmas.tolist(), streams.tolist(), strict=True):
+        E = weight_noise(torch.tensor(seed), layer_id, torch.tensor([stream]), *A.shape)[0]
+        sampled = (A + sigma * inv_d[:, None] * E.to(A)).to(weight.dtype)
+        out.append(weight + scaling * (B.to(weight.dtype) @ sampled))
+    return torch.stack(out)

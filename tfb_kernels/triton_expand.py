@@ -1,147 +1,241 @@
-"""expand: y_s = base + scaling B'(z0 + (sigma_s / d) o e_s) [+ bias], one write of each output.
+"""finalise, once: zf_s = scaling (z0 + (sigma_s / d) o e_{q(s)}), rounded to the product's dtype;
+expand: y_s = base + zf_s B'^T [+ bias], a product of small depth with one write of each output.
 
-    SHARED       base [T, m] is read once and S outputs are written
-    otherwise    base [S * T, m], one row of it for each row of y; y may be base itself
-
-sigma / d and the scaling stay in float32; only z = z0 + (sigma / d) e is rounded to the dtype of
-the product. Partial sums of a split shrink are added here, in order, so the result does not
-depend on timing.
+finalise adds the partial sums of shrink's splits in order, so that nothing depends on timing.
+expand takes draws and tokens as rows (s, t) of one matrix; base is [T, m], read again for each draw
+from the L2, or [S, T, m], which y may overwrite.
 
 Dimensions: S draws, T tokens, m out_features, R rank, K splits, slots of z as in shrink.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfb_kernels.launch import INTERPRET, LaunchConfig, dot_precision
-from tfb_kernels.triton_shrink import padded_rank
+from tfb_kernels.launch import (
+    LaunchConfig,
+    operand_dtype,
+    padded_rank,
+    power_of_2,
+)
+
+FINALISE_TILE = 1024  # numbers of z that a program of finalise holds at a time
+SMALLEST_TILE = (16, 64)  # rows and columns to which expand's tiles shrink for a full wave
 
 # --- kernels --------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _load_z(z, offset, mask, split_stride, SPLITS: tl.constexpr):
-    """Sum of the partial results of all splits, in order."""
-    total = tl.load(z + offset, mask=mask, other=0.0).to(tl.float32)
-    for k in range(1, SPLITS):
-        total += tl.load(z + offset + k * split_stride, mask=mask, other=0.0)
+def _sum_splits(z, mask, K, split_stride, BLOCK_S: tl.constexpr):
+    """Sum over splits of blocks z [1, rows, R], BLOCK_S splits at a time, in a fixed order."""
+    k = tl.arange(0, BLOCK_S)[:, None, None]
+    total = tl.sum(tl.load(z + k * split_stride, mask=mask & (k < K), other=0.0), 0)
+    for k0 in range(BLOCK_S, K, BLOCK_S):
+        more = tl.load(z + (k0 + k) * split_stride, mask=mask & (k0 + k < K), other=0.0)
+        total += tl.sum(more, 0)
     return total
 
 
-@triton.jit(do_not_specialize=["rows", "T", "S", "m_blocks"])
-def expand_kernel(
+@triton.jit(do_not_specialize=["rows", "T", "K", "run", "scaling"])
+def finalise_kernel(
     z,
-    b,
-    base,
-    bias,
-    y,
+    out,
     sigmas,
     inv_d,
     stream_index,
     scaling,
     rows,
     T,
-    m,
-    S,
-    m_blocks,
+    K,
+    run,
     z_row,
     split_stride,
+    R: tl.constexpr,
+    RP: tl.constexpr,
+    SHARED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """SHARED: the draws s = u run .. of one stream, for rows t. Otherwise rows (s, t) of z."""
+    unit = tl.program_id(1)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    i = tl.arange(0, RP)
+    mask = (row < rows)[:, None] & (i < R)[None, :]
+    slot = 1
+    if SHARED:
+        slot += tl.load(stream_index + unit * run).to(tl.int64)
+    source = z + (row[:, None] * z_row + i[None, :])[None]
+    z0 = _sum_splits(source, mask[None], K, split_stride, BLOCK_S)
+    e = _sum_splits(source + slot * R, mask[None], K, split_stride, BLOCK_S)
+    width = tl.load(inv_d + i, mask=i < R, other=0.0).to(tl.float32)[None, :]
+    for repeat in range(0, run):
+        s = unit * run + repeat
+        if SHARED:
+            gain = tl.load(sigmas + s).to(tl.float32) * width
+        else:
+            gain = tl.load(sigmas + row // T, mask=row < rows, other=0.0).to(tl.float32)[:, None]
+            gain *= width
+        # sigma = 0 is the deterministic adapter even where e overflowed.
+        found = scaling * tl.where(gain == 0.0, z0, z0 + gain * e)
+        at = (s.to(tl.int64) * rows + row)[:, None] * R + i[None, :]
+        tl.store(out + at, found.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows", "T", "row_blocks"])
+def expand_kernel(
+    z,
+    b,
+    base,
+    bias,
+    y,
+    rows,
+    T,
+    m,
+    row_blocks,
     stride_base,
     R: tl.constexpr,
     RB: tl.constexpr,
-    SPLITS: tl.constexpr,
     SHARED: tl.constexpr,
+    LONG: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # Blocks of columns vary fastest: programs side by side read the same z rows.
-    t = (tl.program_id(0) // m_blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    c = (tl.program_id(0) % m_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    t_mask, c_mask = t < rows, c < m
+    # Blocks of rows vary fastest: all draws pass while a strip of base's columns is in the L2.
+    first = (tl.program_id(0) % row_blocks) * BLOCK_T
+    column = (tl.program_id(0) // row_blocks) * BLOCK_M
+    # Offsets from a tile's first element fit into 32 bits.
+    z += first.to(tl.int64) * R
+    b += column.to(tl.int64) * R
+    y += first.to(tl.int64) * m + column
+    t = tl.arange(0, BLOCK_T)
+    c = tl.arange(0, BLOCK_M)
+    t_mask, c_mask = first + t < rows, column + c < m
     mask = t_mask[:, None] & c_mask[None, :]
-    column = c.to(tl.int64)[None, :]
-    base_tile = tl.load(base + t[:, None] * stride_base + column, mask=mask, other=0.0)
-    start = base_tile.to(tl.float32)
+    acc = tl.zeros((BLOCK_T, BLOCK_M), tl.float32)
+    for r0 in range(0, R, RB):  # one step up to rank RB; unrolled, larger ranks would spill
+        i = r0 + tl.arange(0, RB)
+        z_mask, b_mask = t_mask[:, None], c_mask[:, None]
+        if R % RB != 0:
+            z_mask, b_mask = z_mask & (i < R)[None, :], b_mask & (i < R)[None, :]
+        z_tile = tl.load(z + t[:, None] * R + i[None, :], mask=z_mask, other=0.0)
+        b_tile = tl.load(b + c[:, None] * R + i[None, :], mask=b_mask, other=0.0)
+        acc = tl.dot(z_tile, b_tile.T, acc, input_precision=PRECISION)
+    base += column
+    if SHARED:
+        at = first % T + t
+        # A tile of LONG inputs meets the end of one draw's tokens at most once.
+        at = tl.where(at < T, at, at - T) if LONG else at % T
+        source = base + at.to(tl.int64)[:, None] * stride_base + c[None, :]
+    else:
+        source = base + first.to(tl.int64) * stride_base + (t[:, None] * stride_base + c[None, :])
+    acc += tl.load(source, mask=mask, other=0.0).to(tl.float32)
     if HAS_BIAS:
-        start += tl.load(bias + c, mask=c_mask, other=0.0).to(tl.float32)[None, :]
-
-    repeats = S if SHARED else 1
-    for s in range(0, repeats):
-        acc = tl.zeros((BLOCK_T, BLOCK_M), tl.float32)
-        for r0 in range(0, R, RB):  # one step up to rank RB; unrolled, larger ranks would spill
-            i = r0 + tl.arange(0, RB)
-            i_mask = i < R
-            b_tile = tl.load(
-                b + column * R + i[:, None], mask=c_mask[None, :] & i_mask[:, None], other=0.0
-            ).to(DOT)
-            z_mask = t_mask[:, None] & i_mask[None, :]
-            offset = t[:, None] * z_row + i[None, :]
-            z0 = _load_z(z, offset, z_mask, split_stride, SPLITS)
-            width = tl.load(inv_d + i, mask=i_mask, other=0.0).to(tl.float32)[None, :]
-            if SHARED:
-                sigma = tl.load(sigmas + s).to(tl.float32)
-                slot = 1 + tl.load(stream_index + s).to(tl.int64)
-                gain = sigma * width
-            else:
-                sigma = tl.load(sigmas + t // T, mask=t_mask, other=0.0).to(tl.float32)
-                slot = 1
-                gain = sigma[:, None] * width
-            e = _load_z(z, offset + slot * R, z_mask, split_stride, SPLITS)
-            # sigma = 0 is the deterministic adapter even where e overflowed.
-            noisy = tl.where(gain == 0.0, z0, z0 + gain * e)
-            acc = tl.dot(noisy.to(DOT), b_tile, acc, input_precision=PRECISION)
-        out = (start + scaling * acc).to(y.dtype.element_ty)
-        tl.store(y + (s * rows + t[:, None]) * m + column, out, mask=mask)
+        acc += tl.load(bias + column + c, mask=c_mask, other=0.0).to(tl.float32)[None, :]
+    tl.store(y + (t[:, None] * m + c[None, :]), acc.to(y.dtype.element_ty), mask=mask)
 
 
 # --- launchers ------------------------------------------------------------------------------------
 
 
-def expand(
+def finalise(
     z: Tensor,
-    B: Tensor,
-    base: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
     sigmas: Tensor,
     inv_d: Tensor,
     stream_index: Tensor,
     scaling: float,
+    T: int,
+    run: int,
     dtype: torch.dtype,
-    config: LaunchConfig,
-) -> None:
-    """Fill out [S, T, m] from z [K, rows, slots, R], B [m, R] and base [T, m] or [S, T, m].
+    *,
+    shared: bool,
+) -> Tensor:
+    """z [K, rows, slots, R] of shrink -> zf [S, T, R] in ``dtype``, rounded once.
 
-    ``dtype``: of the product's operands. base and out have unit stride in m; out is contiguous and
-    may be base.
+    shared: rows = T, slots of all streams. Otherwise rows = S T, and two slots.
     """
-    S, T, m = out.shape
-    K, rows, slots, R = z.shape
-    shared = base.dim() == 2
-    if out.numel() == 0:
-        return
-    flat = base if shared else base.reshape(S * T, m)
-    m_blocks = triton.cdiv(m, config.block_m)
-    operand = torch.float32 if INTERPRET and dtype == torch.bfloat16 else dtype
-    expand_kernel[(triton.cdiv(rows, config.block_t) * m_blocks,)](
-        z, B, flat, flat if bias is None else bias, out, sigmas, inv_d, stream_index, scaling,
-        rows, T, m, S, m_blocks, slots * R, z.stride(0), flat.stride(0),
-        R=R, RB=min(padded_rank(R), config.block_k), SPLITS=K, SHARED=shared,
-        HAS_BIAS=bias is not None, BLOCK_T=config.block_t, BLOCK_M=config.block_m,
-        DOT=TRITON_DTYPES[operand], PRECISION=dot_precision(operand),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+    S, (K, rows, slots, R) = len(sigmas), z.shape
+    out = torch.empty((S, T, R), dtype=operand_dtype(dtype), device=z.device)
+    run = run if shared else 1
+    constants = finalise_constants(R, K)
+    grid = (-(-rows // constants["BLOCK_T"]), S // run if shared else 1)
+    finalise_kernel[grid](
+        z, out, sigmas, inv_d, stream_index, scaling, rows, T, K, run, slots * R, z.stride(0),
+        SHARED=shared, **constants,
+    )  # fmt: skip
+    return out
+
+
+@lru_cache
+def finalise_constants(R: int, K: int) -> dict[str, int]:
+    """About 128 numbers of z a program, of as many splits at a time as registers hold."""
+    RP = power_of_2(R)
+    block_t = max(1, 128 // RP)
+    block_s = min(power_of_2(K), max(1, FINALISE_TILE // (block_t * RP)))
+    return {"R": R, "RP": RP, "BLOCK_T": block_t, "BLOCK_S": block_s}
+
+
+class Plan(NamedTuple):
+    """One launch of expand."""
+
+    grid: tuple[int]
+    row_blocks: int
+    constants: dict[str, object]
+
+
+def plan(
+    S: int,
+    T: int,
+    m: int,
+    R: int,
+    dtype: torch.dtype,
+    precision: str,
+    config: LaunchConfig,
+    wave: int,
+    *,
+    shared: bool,
+    bias: bool,
+) -> Plan:
+    """Tiles as in ``config`` (block_t, block_m, block_k of R), smaller where programs are few."""
+    rows, tile, depth = S * T, [config.block_t, config.block_m], config.block_k
+    if dtype == torch.float32:  # whose products, where not TF32, take registers for both operands
+        tile, depth = [min(tile[0], 32), min(tile[1], 64)], 16
+    for side in (0, 1):
+        while (
+            triton.cdiv(rows, tile[0]) * triton.cdiv(m, tile[1]) < wave
+            and tile[side] > SMALLEST_TILE[side]
+        ):
+            tile[side] //= 2
+    row_blocks = triton.cdiv(rows, tile[0])
+    return Plan(
+        (row_blocks * triton.cdiv(m, tile[1]),),
+        row_blocks,
+        {
+            "R": R, "RB": min(padded_rank(R), depth), "SHARED": shared,
+            "LONG": tile[0] <= T, "HAS_BIAS": bias, "BLOCK_T": tile[0], "BLOCK_M": tile[1],
+            "PRECISION": precision, "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+        },
     )  # fmt: skip
 
 
-TRITON_DTYPES = {
-    torch.float32: tl.float32,
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-}
+def expand(
+    z: Tensor, B: Tensor, base: Tensor, bias: Tensor | None, out: Tensor, launch: Plan
+) -> None:
+    """Fill out [S, T, m] from z [S, T, R] and B [m, R], one dtype, and base [T, m] or [S, T, m].
+
+    base and out have unit stride in m; out is contiguous and may be base.
+    """
+    S, T, m = out.shape
+    flat = base if base.dim() == 2 else base.reshape(S * T, m)
+    expand_kernel[launch.grid](
+        z, B, flat, flat if bias is None else bias, out, S * T, T, m, launch.row_blocks,
+        flat.stride(0), **launch.constants,
+    )  # fmt: skip

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tfb_kernels.launch import LaunchConfig, math_kind, signed_word
-from tfb_kernels.triton_noise import layer_words, normals4, seed_words
+from tfb_kernels.triton_noise import layer_words, noise_tile, seed_words
 
 # --- kernels --------------------------------------------------------------------------------------
 
@@ -39,21 +39,12 @@ def generate_kernel(
     k0, k1 = seed_words(seed)
     group = tl.program_id(2).to(tl.int64)
     p = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    g = tl.program_id(1) * (BLOCK_K // 4) + tl.arange(0, BLOCK_K // 4)
     slot = p // R - WITH_A
     stream = tl.load(streams + group * Q + slot, mask=(slot >= 0) & (p < rows), other=0)
-    layer_word = layer_words(layer)
-    n0, n1, n2, n3 = normals4(
-        g.to(tl.uint32)[None, :],
-        (p % R).to(tl.uint32)[:, None],
-        stream.to(tl.uint32)[:, None],
-        layer_word,
-        k0,
-        k1,
-        MATH,
-    )
-    # join appends an axis: [..., low, high] runs over n0 n1 n2 n3.
-    tile = tl.join(tl.join(n0, n2), tl.join(n1, n3)).reshape(BLOCK_R, BLOCK_K)
+    tile = noise_tile(
+        tl.program_id(1) * BLOCK_K, (p % R).to(tl.uint32), stream.to(tl.uint32), layer_words(layer),
+        k0, k1, BLOCK_K, MATH,
+    )  # fmt: skip
     j = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask = (p < rows)[:, None] & (j < n)[None, :]
     if WITH_A:

@@ -1,23 +1,68 @@
-"""``bayes_lora_linear`` on Triton: shrink (or generate and a library product), then expand.
+"""``bayes_lora_linear`` on Triton: z by one of two paths, finalised, then expanded.
 
-    fused      noise in registers while x is read; no stored noise            few rows to a stream
+    fused      shrink: noise in registers while x is read; nothing stored     few rows to a stream
     generate   [A'; E_1 .. E_Q] written once, then the vendor's product       many rows to a stream
-    token      z0 and row norms in one pass, r normals for each token         noise="token"
 
-``choose_path`` decides between the first two from the thresholds of ``data/launch.json``.
+What depends on shapes alone is decided once for each of them (``_plan``): a call of a small layer
+costs as much Python as GPU.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from tfb_kernels.launch import PATHS, choose_config, choose_path
-from tfb_kernels.triton_expand import expand
+from tfb_kernels import launch, triton_expand, triton_shrink, tuning
+from tfb_kernels.launch import LaunchConfig, choose_config, operand_dtype
+from tfb_kernels.triton_expand import expand, finalise
 from tfb_kernels.triton_generate import generate
-from tfb_kernels.triton_shrink import shrink, token_shrink
+from tfb_kernels.triton_shrink import shrink
 
-SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+class Plan(NamedTuple):
+    """How one shape is computed on one device: by shrink, or where that is None by generate."""
+
+    shrink: triton_shrink.Plan | None
+    generate: LaunchConfig
+    expand: triton_expand.Plan
+
+
+@tuning.cached
+def _plan(
+    device: torch.device,
+    G: int,
+    rows: int,
+    n: int,
+    Q: int,
+    R: int,
+    S: int,
+    T: int,
+    m: int,
+    dtype: torch.dtype,
+    precision: str,
+    path: str,
+    *,
+    shared: bool,
+    bias: bool,
+) -> Plan:
+    """G groups of ``rows`` rows of x and Q streams each; S draws of T tokens."""
+    arch, wave = launch.architecture(device), tuning.processors(device)
+    if path not in launch.PATHS:
+        path = launch.choose_path(rows, arch)
+    made = None
+    if path == "fused":
+        config = choose_config("shrink", rows=rows, rank=R, arch=arch)
+        made = triton_shrink.plan(G, rows, n, Q, R, dtype, precision, config, wave)
+    return Plan(
+        made,
+        choose_config("generate", rows=rows, rank=R, arch=arch),
+        triton_expand.plan(
+            S, T, m, R, dtype, precision, choose_config("expand", rows=S * T, rank=R, arch=arch),
+            wave, shared=shared, bias=bias,
+        ),
+    )  # fmt: skip
 
 
 def bayes_lora_linear_triton(
@@ -33,7 +78,7 @@ def bayes_lora_linear_triton(
     seed: Tensor,
     layer_id: int,
     scaling: float,
-    noise: str,
+    noise: str = "weight",
     pool: Tensor | None = None,
     bias: Tensor | None = None,
     out: Tensor | None = None,
@@ -43,51 +88,44 @@ def bayes_lora_linear_triton(
     """Shapes and meaning as in :func:`tfb_kernels.bayes_lora_linear`, whose checks came before.
 
     Args:
+        A, B: best in the dtype of x; in another they are converted at every call.
         run: consecutive draws that share a stream, S = Q * run; 1: ``stream_index`` is arbitrary.
-        pool: kept noise [Q, r, n]; its owner has already paid for the memory, so it is multiplied
-            as it is. out: [S, T, m] contiguous; may be ``base``.
+        noise, pool: "weight" and None; the implementations have one list of arguments.
+        out: [S, T, m] contiguous; may be ``base``.
         path: "fused" or "generate" by name, for benchmarks and tests.
     """
-    S, T = len(sigmas), x.shape[-2]
-    R, n = A.shape
-    A, B = A.contiguous(), B.contiguous()
+    dtype, shared = x.dtype, x.dim() == 2
+    if x.stride(-1) != 1:
+        x = x.contiguous()
     if base.stride(-1) != 1:
         base = base.contiguous()
+    S, T, R, n = len(sigmas), x.shape[-2], A.shape[0], A.shape[1]
+    m = B.shape[0]
     if out is None:
-        out = torch.empty((S, T, B.shape[0]), dtype=base.dtype, device=base.device)
-    if x.dim() == 2:
+        out = torch.empty((S, T, m), dtype=base.dtype, device=base.device)
+    if out.numel() == 0:
+        return out
+    if shared:
         grouped, grouped_streams = x[None], streams[None]
     elif run > 1:
         grouped, grouped_streams = x.reshape(S // run, run * T, n), streams[:, None]
     else:
         grouped, grouped_streams = x, streams[stream_index][:, None]
-    rows = grouped.shape[1]
-    if noise == "token":
-        z = token_shrink(
-            x.reshape(-1, n), A, streams, stream_index, seed, layer_id, T,
-            choose_config("token_shrink", rows=rows, rank=R), shared=x.dim() == 2,
-        )  # fmt: skip
-    elif pool is not None:
-        E = pool[None] if x.dim() == 2 else (pool if run > 1 else pool[stream_index])[:, None]
-        mean = A.expand(len(grouped), 1, R, n)
-        z = _library_product(grouped, torch.cat([mean, E], dim=1).to(x.dtype))
-    elif (path if path in PATHS else choose_path(rows)) == "generate":
-        z = _library_product(
-            grouped,
-            generate(
-                A, grouped_streams, seed, layer_id, R, n, x.dtype,
-                choose_config("generate", rows=rows, rank=R),
-            ),
-        )  # fmt: skip
-    else:
-        z = shrink(
-            grouped, A, grouped_streams, seed, layer_id,
-            choose_config("shrink", rows=rows, rank=R),
-        )  # fmt: skip
-    expand(
-        z, B, base, bias, out, sigmas, inv_d, stream_index, scaling, x.dtype,
-        choose_config("expand", rows=z.shape[1], rank=R),
+    G, rows, _ = grouped.shape
+    made = _plan(
+        x.device, G, rows, n, grouped_streams.shape[1], R, S, T, m, dtype,
+        launch.dot_precision(dtype), path, shared=shared, bias=bias is not None,
     )  # fmt: skip
+    A = A.to(dtype).contiguous()
+    B = B.to(operand_dtype(dtype)).contiguous()
+    if made.shrink is not None:
+        z = shrink(grouped, A, grouped_streams, seed, layer_id, made.shrink)
+    else:
+        z = _library_product(
+            grouped, generate(A, grouped_streams, seed, layer_id, R, n, dtype, made.generate)
+        )
+    zf = finalise(z, sigmas, inv_d, stream_index, scaling, T, run, dtype, shared=shared)
+    expand(zf, B, base, bias, out, made.expand)
     return out
 
 

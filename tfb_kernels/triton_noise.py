@@ -1,6 +1,7 @@
 """Triton device functions of the noise contract (:mod:`tfb_kernels.noise` has the formulas).
 
-    normals4(seed pair, group, row, stream, layer) -> columns 4g, 4g+1, 4g+2, 4g+3 of one row
+    normals4(group, row, stream, layer, key) -> columns 4g, 4g+1, 4g+2, 4g+3 of one row
+    noise_tile(first column, rows, streams, layer, key) -> [rows, columns] of E
 
 MATH picks the transcendentals, the dominant cost of a normal (DESIGN.md):
 
@@ -19,7 +20,6 @@ M0 = tl.constexpr(0xD2511F53)
 M1 = tl.constexpr(0xCD9E8D57)
 W0 = tl.constexpr(0x9E3779B9)
 W1 = tl.constexpr(0xBB67AE85)
-TOKEN_DOMAIN = tl.constexpr(0x80000000)
 TWO_NEG_32 = tl.constexpr(2.0**-32)
 TWO_NEG_33 = tl.constexpr(2.0**-33)
 # pi * 2**-31 rounded to float32; written out, since a longer constant would make the product
@@ -78,3 +78,12 @@ def normals4(group, row, stream, layer, k0, k1, MATH: tl.constexpr):
     n0, n1 = box_muller(w0, w1, MATH)
     n2, n3 = box_muller(w2, w3, MATH)
     return n0, n1, n2, n3
+
+
+@triton.jit
+def noise_tile(column, row, stream, layer, k0, k1, BLOCK_K: tl.constexpr, MATH: tl.constexpr):
+    """E [rows, BLOCK_K] from ``column`` on, a multiple of 4; row and stream are uint32 [rows]."""
+    group = (column // 4 + tl.arange(0, BLOCK_K // 4)).to(tl.uint32)
+    n0, n1, n2, n3 = normals4(group[None, :], row[:, None], stream[:, None], layer, k0, k1, MATH)
+    # join appends an axis: [..., low, high] runs over n0 n1 n2 n3, in the thread's own registers.
+    return tl.join(tl.join(n0, n2), tl.join(n1, n3)).reshape(row.shape[0], BLOCK_K)
