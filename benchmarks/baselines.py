@@ -101,7 +101,7 @@ def on_path(layer: Layer, x: Tensor, draws: Draws, path: str) -> Tensor:
 
 def op(layer: Layer, x: Tensor, base: Tensor, draws: Draws, **options: Any) -> Tensor:
     """The operation alone, "auto"."""
-    A, B, inv_d = layer.sampler.factors(x.device)
+    A, B, inv_d, *_ = layer.sampler.factors(x.device, x.dtype)
     t = draws.tensors(x.device)
     return bayes_lora_linear(
         x, base, A, B, inv_d, t.sigmas, t.streams, stream_index=t.stream_index,
@@ -117,7 +117,7 @@ def op_on_path(layer: Layer, x: Tensor, base: Tensor, draws: Draws, path: str) -
         return op(layer, x, base, draws, inplace=x.dim() == 3)
     from tfb_kernels.triton_linear import bayes_lora_linear_triton
 
-    A, B, inv_d = layer.sampler.factors(x.device)
+    A, B, inv_d, *_ = layer.sampler.factors(x.device, x.dtype)
     t = draws.tensors(x.device)
     return bayes_lora_linear_triton(
         x, base, A, B, inv_d, t.sigmas, t.streams, t.stream_index, t.draws_per_stream, t.seed,
@@ -134,7 +134,7 @@ def ours_merged(layer: Layer, x: Tensor, draws: Draws) -> Tensor:
     """The same with an update merged into the weight of each draw, and one product for each."""
     from tfb_kernels.triton_merge import merge
 
-    A, B, inv_d = layer.sampler.factors(x.device)
+    A, B, inv_d, *_ = layer.sampler.factors(x.device, x.dtype)
     t = draws.tensors(x.device)
     weights = layer.W.new_empty((len(draws), *layer.W.shape))
     merge(

@@ -275,7 +275,7 @@ def expand_step(case: Operands, base: list[Tensor]) -> Step:
     from tfb_kernels import launch, triton_expand, tuning
 
     x, (T, m) = case.x[0], base[0].shape[-2:]
-    B = case.layers[0].sampler.factors(x.device)[1].to(x.dtype)
+    B = case.layers[0].sampler.factors(x.device, x.dtype).B
     R, shared = B.shape[1], x.dim() == 2
     z = torch.randn((S, T, R), dtype=x.dtype, device=x.device)
     config = launch.choose_config("expand", rows=S * T, rank=R, arch=launch.architecture(x.device))

@@ -224,10 +224,12 @@ def test_full_equals_single_draws(kind: str, layers: str) -> None:
     assert spread(together) > 1e-3
 
 
+@pytest.mark.parametrize("merging", ["always", "never"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_full_is_the_definition(kind: str) -> None:
+def test_full_is_the_definition(kind: str, merging: str) -> None:
     """Each draw's weights, materialised in a model that was never Bayesianized."""
     bayes, batch = tfb.bayesianize(KINDS[kind].build()), batch_of()
+    bayes.merging = merging
     inputs, _ = bayes.inputs(batch, "full")
     twin = KINDS[kind].build()
     expected = naive(twin, bayes.posteriors, DRAWS, lambda m: last_logits(m, inputs))

@@ -120,3 +120,10 @@ def test_layers_stay_quantized(quantized: Any) -> None:
     bayes.predict(batch(), DRAWS)
     layer = bayes.base.get_submodule("model.layers.0.mlp.down_proj").base_layer
     assert isinstance(layer, nn.Linear) and not layer.weight.is_floating_point()
+
+
+def test_nothing_is_merged_into_quantized_weights(quantized: Any) -> None:
+    bayes = tfb.bayesianize(quantized())
+    with pytest.raises(ValueError, match="no draw can be merged into the quantized weights of mod"):
+        bayes.merging = "always"
+    assert bayes.merging == "auto"

@@ -9,12 +9,14 @@ Layers of PEFT that do not consult it, or whose slot is taken, are refused by na
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from tfb.adapters import TASKS
 from tfb.draws import stable_layer_id
@@ -22,7 +24,7 @@ from tfb.engine import BayesianModel
 from tfb.families import FAMILIES, in_family
 from tfb.linear import LowRankSampler
 from tfb.posterior import AdapterError, LowRankPosterior
-from tfb.sampling import SamplingState, sampling_state
+from tfb.sampling import ForwardPass, SamplingState, sampling_state
 from tfb.selection import LastLayers, LayerPredicate, select_layers
 
 # LoRA layer classes whose forward consults the variant slot (read in peft 0.18 - 0.21).
@@ -51,6 +53,25 @@ class BayesVariant(LoraVariant):
         bias = None if B.bias is None else B.bias * scaling
         return self._sample(x, result, state, bias)
 
+    def merged(self, module: Any, adapter: str, x: Tensor) -> Tensor | None:
+        """The layer's output by merged weights, base product and update in one; None where there is
+        nothing to sample, or where adding costs less."""
+        state = sampling_state(self.owner)
+        running = None if state is None else state.running
+        weight, bias = _dense(module)
+        if state is None or running is None or weight is None or not _apart(running, x):
+            return None
+        if module.disable_adapters or module.merged or not _silent(module.lora_dropout[adapter]):
+            return None
+        x_s = _by_draw(running, x)
+        if not self.sampler.merges(x_s, weight, state.draws):
+            return None
+        if (own := module.lora_B[adapter].bias) is not None:
+            own = own * module.scaling[adapter]
+            bias = own if bias is None else bias + own
+        y = self.sampler.merged(x_s, weight, bias, state.draws)
+        return _as_given(running, y, x)
+
     def _sample(
         self, x: Tensor, result: Tensor, state: SamplingState, bias: Tensor | None
     ) -> Tensor:
@@ -61,29 +82,20 @@ class BayesVariant(LoraVariant):
                 f"{self.sampler.posterior.name}: called outside the model's forward pass while "
                 f"sampling {S} draws; call the model, or leave sampling()"
             )
-        # PEFT made this tensor for us: unless autograd still needs it, it is ours to change.
-        inplace = not result.requires_grad
-        if running.tree:  # [B, S * k, n]: draws side by side on the sequence axis
-            B = x.shape[0]
-            apart = [t.view(B, S, -1, t.shape[-1]).transpose(0, 1) for t in (x, result)]
-            x_s, base = (t.reshape(S, -1, t.shape[-1]) for t in apart)
-            inplace = inplace and base.is_contiguous()
-            y = self.sampler(x_s, base, draws, bias=bias, inplace=inplace)
-            # Contiguous, as a linear layer's output is: some models view it.
-            return y.view(S, B, -1, m).transpose(0, 1).reshape(result.shape).contiguous()
         if running.folded or running.sharing:  # the common rows alone
             y = self.sampler(x.reshape(-1, n), result.reshape(-1, m), draws, bias=bias)
             return y.view(S * x.shape[0], *result.shape[1:])
-        if x.shape[0] % running.rows or x.dim() < 2:
+        if not _apart(running, x):
             raise RuntimeError(
                 f"{self.sampler.posterior.name}: got an input of shape {list(x.shape)} while "
                 f"sampling {S} draws of {running.batch} rows; the model routes or reshapes rows. "
                 "Exclude the layer with layers="
             )
-        base = result.reshape(S, -1, m)
-        inplace = inplace and base.is_contiguous()
-        y = self.sampler(x.reshape(S, -1, n), base, draws, bias=bias, inplace=inplace)
-        return y.view(result.shape)
+        base = _by_draw(running, result)
+        # PEFT made this tensor for us: unless autograd still needs it, it is ours to change.
+        inplace = base.is_contiguous() and not result.requires_grad
+        y = self.sampler(_by_draw(running, x), base, draws, bias=bias, inplace=inplace)
+        return _as_given(running, y, x)
 
     def _delta(self, module: Any, active_adapter: str, like: Tensor) -> Tensor:
         delta: Tensor = module.get_delta_weight(active_adapter)
@@ -98,6 +110,58 @@ class BayesVariant(LoraVariant):
 
     def unmerge(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
         return orig_weight - self._delta(module, active_adapter, orig_weight)
+
+
+def _apart(running: ForwardPass, x: Tensor) -> bool:
+    """Whether x holds an input of its own for each draw, in the order that a pass expects."""
+    if running.folded or running.sharing:
+        return False
+    return running.tree or (x.dim() >= 2 and x.shape[0] % running.rows == 0)
+
+
+def _by_draw(running: ForwardPass, x: Tensor) -> Tensor:
+    """[S, T, n]: draw-major rows as they are; those of a tree, [B, S * k, n], one draw after the
+    other."""
+    S, n = running.draws, x.shape[-1]
+    if running.tree:
+        x = x.view(x.shape[0], S, -1, n).transpose(0, 1)
+    return x.reshape(S, -1, n)
+
+
+def _as_given(running: ForwardPass, y: Tensor, x: Tensor) -> Tensor:
+    """y [S, T, m] with rows and axes as those of the layer's input x."""
+    m = y.shape[-1]
+    if running.tree:
+        y = y.view(running.draws, x.shape[0], -1, m).transpose(0, 1).reshape(*x.shape[:-1], m)
+        return y.contiguous()  # as a linear layer's output is: some models view it
+    return y.view(*x.shape[:-1], m)
+
+
+def _dense(module: Any) -> tuple[Tensor | None, Tensor | None]:
+    """(W [m, n], bias [m]) of a LoRA layer's base, W None unless it is an ordinary matrix."""
+    base = module.get_base_layer()
+    kind = type(base)
+    if kind not in (nn.Linear, Conv1D) or type(base.weight) is not nn.Parameter:
+        return None, None
+    return base.weight.mT if kind is Conv1D else base.weight, base.bias
+
+
+def _silent(dropout: nn.Module) -> bool:
+    """Whether a layer's dropout changes nothing now."""
+    return isinstance(dropout, nn.Identity) or not dropout.training
+
+
+def _forward(module: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """A LoRA layer's forward: merged weights where these cost less, else what PEFT does."""
+    active = module.active_adapters
+    if len(args) == 1 and not kwargs and len(active) == 1:
+        variant = module.lora_variant.get(active[0])
+        if isinstance(variant, BayesVariant):
+            y = variant.merged(module, active[0], args[0])
+            if y is not None:
+                return y
+    found: Tensor = type(module).forward(module, *args, **kwargs)
+    return found
 
 
 # --- bayesianize --------------------------------------------------------------------------------
@@ -167,7 +231,10 @@ def bayesianize(
     }
     bayes = BayesianModel(peft_model, adapter, samplers, task=task, seed=seed, family=family)
     for name, sampler in samplers.items():
-        adapted[name].lora_variant[adapter] = BayesVariant(bayes.owner, sampler)
+        layer = adapted[name]
+        layer.lora_variant[adapter] = BayesVariant(bayes.owner, sampler)
+        if "forward" not in vars(layer):  # somebody else's stays, and adds
+            layer.forward = partial(_forward, layer)
     return bayes
 
 
@@ -178,6 +245,14 @@ def detach(bayes: BayesianModel) -> None:
         variant = layer.lora_variant.get(bayes.adapter)
         if isinstance(variant, BayesVariant) and variant.owner == bayes.owner:
             del layer.lora_variant[bayes.adapter]
+        ours = getattr(vars(layer).get("forward"), "func", None) is _forward
+        if ours and not any(isinstance(v, BayesVariant) for v in layer.lora_variant.values()):
+            del layer.forward
+
+
+def without_weights(bayes: BayesianModel) -> list[str]:
+    """Noisy layers whose base has no ordinary weight to merge into (quantized ones)."""
+    return [name for name in bayes.samplers if _dense(bayes.base.get_submodule(name))[0] is None]
 
 
 def _check_adapter(model: nn.Module, adapter: str) -> str:

@@ -21,7 +21,7 @@ from tfb.draws import Draws
 from tfb.generation import Generation, run_generation
 from tfb.head import LabelColumns, narrow_head, restore_head
 from tfb.inputs import Batch, align, evaluating
-from tfb.linear import LowRankSampler
+from tfb.linear import MERGING, LowRankSampler
 from tfb.memory import chunks
 from tfb.passes import hidden_norms, plan, run
 from tfb.posterior import LowRankPosterior
@@ -108,6 +108,32 @@ class BayesianModel:
         for name, sampler in self.samplers.items():
             sampler.set_scale(scales[name])
 
+    @property
+    def merging(self) -> str:
+        """Whether layers are multiplied by weights that draws are merged into: "auto" (where each
+        draw has an input of its own and that costs less), "always" there, or "never".
+
+        In half precision a merged weight is rounded once, as by PEFT's ``merge_adapter``.
+
+        Raises:
+            ValueError: when set to an unknown value, or to "always" with quantized layers.
+        """
+        return next(iter(self.samplers.values())).merging
+
+    @merging.setter
+    def merging(self, value: str) -> None:
+        from tfb.convert import without_weights
+
+        if value not in MERGING:
+            raise ValueError(f"merging={value!r}: expected one of {', '.join(MERGING)}")
+        if value == "always" and (names := without_weights(self)):
+            raise ValueError(
+                "merging='always': no draw can be merged into the quantized weights of "
+                f"{', '.join(names[:8])}; use merging='auto', which adds there"
+            )
+        for sampler in self.samplers.values():
+            sampler.merging = value
+
     # --- sampling -------------------------------------------------------------------------------
 
     @property
@@ -176,8 +202,10 @@ class BayesianModel:
             layer: Any = self.base.get_submodule(name)
             if layer.disable_adapters:
                 raise ValueError("the adapter is disabled (disable_adapter): nothing to sample")
-            device = layer.lora_A[self.adapter].weight.device
-            sampler.factors(device)
+            weight = layer.lora_A[self.adapter].weight
+            device = weight.device
+            for dtype in {self.dtype, weight.dtype}:  # PEFT may cast inputs to the adapter's
+                sampler.factors(device, dtype)
             devices.add(device)
         for device in devices:
             draws.tensors(device)

@@ -6,17 +6,26 @@ same :class:`LowRankSampler` inside PEFT's own layers.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tfb.draws import Draws
 from tfb.posterior import AdapterError, LowRankPosterior
-from tfb_kernels import bayes_lora_linear, gaussian_noise
+from tfb_kernels import gaussian_noise
+from tfb_kernels.ops import add_samples, merge_samples, resolve_impl
+from tfb_kernels.reference import compute_dtype
+from tfb_kernels.tuning import merge_min_rows
 
 KEPT_STREAMS = 256  # of each layer, r x n float32 each
+# Merged weights at a time, bytes: as many draws as stay in a CPU's cache; on a GPU enough that
+# launches do not count, and still small beside the model.
+MERGED_BYTES = {"cpu": 4 << 20, "cuda": 512 << 20}
+MERGING = ("auto", "always", "never")
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,17 +40,34 @@ class Pool:
     E: Tensor
 
 
+class Factors(NamedTuple):
+    """A' [r, n], B' [m, r] and scale / d [r] on a device, which implementation takes them, and the
+    rows of a draw from which merging costs less than adding."""
+
+    A: Tensor
+    B: Tensor
+    inv_d: Tensor
+    impl: str
+    merge_rows: float
+
+
 class LowRankSampler:
     """Applies draws of one layer's posterior, keeping what does not change between batches.
 
     Holds copies of the factors on each device that asked for them, and on a CPU the noise of the
     streams in use, so that fixed draws generate their noise once and not once per batch.
+
+    Attributes:
+        merging: where each draw has an input of its own, a product with the merged weight W_s may
+            take the place of the base product and the update: "auto" from the number of rows on
+            where it costs less, "always" or "never".
     """
 
     def __init__(self, posterior: LowRankPosterior) -> None:
         self.posterior = posterior
         self.scale = 1.0
-        self._factors: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+        self.merging = "auto"
+        self._factors: dict[tuple[torch.device, torch.dtype], Factors] = {}
         self._pool: Pool | None = None
 
     def __call__(
@@ -57,30 +83,67 @@ class LowRankSampler:
 
         bias: [m], added to every draw. inplace: write into ``base`` (per-draw x).
         """
-        A, B, inv_d = self.factors(x.device)
-        t = draws.tensors(x.device)
-        # A CPU generates fixed noise once; a GPU makes it again faster than it reads it back, and
-        # a compiled graph that looked for it would be compiled again for other streams.
-        pooled = draws.noise == "weight" and x.device.type == "cpu"
-        pooled = pooled and not torch.compiler.is_compiling()
-        return bayes_lora_linear(
-            x,
-            base,
-            A,
-            B,
-            inv_d,
-            t.sigmas,
-            t.streams,
-            stream_index=t.stream_index,
-            draws_per_stream=t.draws_per_stream,
-            seed=t.seed,
-            layer_id=self.posterior.layer_id,
-            scaling=self.posterior.scaling,
-            noise=draws.noise,
-            pool=self.pool(draws, x.device) if pooled else None,
-            bias=bias,
-            inplace=inplace,
-        )
+        A, B, inv_d, impl, _ = self.factors(x.device, x.dtype)
+        t, p = draws.tensors(x.device), self.posterior
+        if draws.noise == "token":  # there is no kernel for it
+            impl = "reference"
+        arguments = (
+            x, base, A, B, inv_d, t.sigmas, t.streams, t.stream_index, t.draws_per_stream, t.seed,
+            p.layer_id, p.scaling, draws.noise, self._kept_noise(draws, x.device), bias, impl,
+        )  # fmt: skip
+        return add_samples(arguments, inplace)
+
+    def merges(self, x: Tensor, weight: Tensor, draws: Draws) -> bool:
+        """Whether x [S, T, n] is better multiplied by merged weights than updated afterwards."""
+        if self.merging == "never" or draws.noise != "weight" or x.dtype != weight.dtype:
+            return False
+        # Autocast would round W_s again, and gradients reach x through the base layer alone.
+        if torch.is_autocast_enabled(x.device.type) or (
+            torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        ):
+            return False
+        return self.merging == "always" or x.shape[1] >= self.factors(x.device, x.dtype).merge_rows
+
+    def merged(self, x: Tensor, weight: Tensor, bias: Tensor | None, draws: Draws) -> Tensor:
+        """x [S, T, n] -> x_s W_s^T + bias [S, T, m], W_s = weight [m, n] with draw s merged in."""
+        A, B, inv_d, impl, _ = self.factors(x.device, x.dtype)
+        t, p, noise = draws.tensors(x.device), self.posterior, self._kept_noise(draws, x.device)
+        S, m, run = len(draws), len(weight), t.draws_per_stream
+
+        def merge(start: int, end: int, out: Tensor | None) -> Tensor:
+            index, streams, pool, together = t.stream_index[start:end], t.streams, noise, 1
+            if run > 1 and start % run == end % run == 0:  # whole streams
+                index, together = t.stream_index[: end - start], run
+                streams = streams[start // run : end // run]
+                pool = None if pool is None else pool[start // run : end // run]
+            arguments = (
+                weight, A, B, inv_d, t.sigmas[start:end], streams, index, together, t.seed,
+                p.layer_id, p.scaling, pool, impl,
+            )  # fmt: skip
+            return merge_samples(arguments, out)
+
+        if torch.compiler.is_compiling():
+            y = torch.bmm(x, merge(0, S, None).mT)
+            return y if bias is None else y + bias
+        fit = max(1, MERGED_BYTES[x.device.type] // (weight.numel() * weight.itemsize))
+        step = min(S, fit // run * run or fit)
+        scratch, y = _scratch(weight, step), x.new_empty((S, x.shape[1], m))
+        for start in range(0, S, step):
+            end = min(start + step, S)
+            W = merge(start, end, scratch[: end - start])
+            if bias is None:
+                torch.bmm(x[start:end], W.mT, out=y[start:end])
+            else:  # which a product of two matrices adds on its way
+                for s in range(start, end):
+                    torch.addmm(bias, x[s], W[s - start].mT, out=y[s])
+        return y
+
+    def _kept_noise(self, draws: Draws, device: torch.device) -> Tensor | None:
+        """What ``pool`` keeps where that is faster: a CPU generates fixed noise once; a GPU makes
+        it again faster than it reads it back, and a compiled graph that looked for it would be
+        compiled again for other streams."""
+        kept = draws.noise == "weight" and device.type == "cpu"
+        return self.pool(draws, device) if kept and not torch.compiler.is_compiling() else None
 
     def set_scale(self, scale: float) -> None:
         """This layer's noise is ``scale`` (>= 0) times the model's sigma from now on."""
@@ -88,16 +151,24 @@ class LowRankSampler:
             self.scale = scale
             self._factors.clear()
 
-    def factors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """(A', B', scale/d) on ``device``."""
-        found = self._factors.get(device)
+    def factors(self, device: torch.device, dtype: torch.dtype) -> Factors:
+        """The factors as products with x of ``dtype`` take them: in that dtype on a GPU's kernels,
+        else in the dtype that the reference computes in."""
+        key = device, dtype
+        found = self._factors.get(key)
         if found is None:
-            p = self.posterior
-            inv_d = p.inv_d * self.scale
-            found = p.A.to(device), p.B.to(device), inv_d.to(device)
+            p, impl = self.posterior, resolve_impl("auto", device, dtype)
+            inner = dtype if impl == "triton" else compute_dtype(dtype)
+            found = Factors(
+                p.A.to(device, inner).contiguous(),
+                p.B.to(device, inner).contiguous(),
+                (p.inv_d * self.scale).to(device),
+                impl,
+                merge_min_rows(p.out_features, p.in_features, device),
+            )
             # What a compiled graph puts out need not outlive its next run (CUDA graphs).
             if not torch.compiler.is_compiling():
-                self._factors[device] = found
+                self._factors[key] = found
         return found
 
     def pool(self, draws: Draws, device: torch.device) -> Tensor:
@@ -121,15 +192,35 @@ class LowRankSampler:
             index = {**kept.index, **{q: len(kept.index) + i for i, q in enumerate(new)}}
             E = torch.cat([kept.E, E]) if kept.index else E
             self._pool = kept = Pool(draws.seed, index, E)
-        first = kept.index[wanted[0]]
-        if all(kept.index[q] == first + i for i, q in enumerate(wanted)):
-            return kept.E[first : first + len(wanted)]  # a view: nothing is copied
-        return kept.E[[kept.index[q] for q in wanted]]
+        places = [kept.index[q] for q in wanted]
+        first = places[0]
+        if places == list(range(first, first + len(places))):
+            return kept.E[first : first + len(places)]  # a view: nothing is copied
+        return kept.E[places]
 
     def release(self) -> None:
         """Forget device copies and noise; both come back on the next use."""
         self._factors.clear()
         self._pool = None
+
+
+_threads = threading.local()
+
+
+def _scratch(weight: Tensor, draws: int) -> Tensor:
+    """[draws, m, n] laid out as ``weight``; on a CPU the same memory for all layers of a thread,
+    since fresh pages cost as much as what is written to them."""
+    m, n = weight.shape
+    turned = not weight.is_contiguous() and weight.mT.is_contiguous()
+    if weight.device.type == "cpu":
+        nbytes = draws * m * n * weight.itemsize
+        kept = getattr(_threads, "scratch", None)
+        if kept is None or len(kept) < nbytes:
+            kept = _threads.scratch = torch.empty(nbytes, dtype=torch.uint8)
+        flat = kept[:nbytes].view(weight.dtype)
+    else:
+        flat = weight.new_empty(draws * m * n)
+    return flat.view(draws, n, m).mT if turned else flat.view(draws, m, n)
 
 
 class BayesLoRALinear(nn.Module):
@@ -184,10 +275,19 @@ class BayesLoRALinear(nn.Module):
         Raises:
             ValueError: x has another number of dimensions, or S inputs do not match S draws.
         """
-        base = self.base(x)
         if draws is not None:
-            return self.sampler(x, base, draws)
-        A, B, _ = self.sampler.factors(x.device)
+            if x.dim() not in (2, 3) or (x.dim() == 3 and len(x) != len(draws)):
+                S, n, found = len(draws), self.posterior.in_features, list(x.shape)
+                raise ValueError(
+                    f"x: expected [T, {n}] or [{S}, T, {n}], one input for each draw, got {found}"
+                )
+            if x.dim() == 3 and type(self.base) is nn.Linear:
+                weight, bias = self.base.weight, self.base.bias
+                if self.sampler.merges(x, weight, draws):
+                    return self.sampler.merged(x, weight, bias, draws)
+            return self.sampler(x, self.base(x), draws)
+        base = self.base(x)
+        A, B = self.posterior.A.to(x.device), self.posterior.B.to(x.device)
         dtype = torch.promote_types(x.dtype, A.dtype)
         update = (x.to(dtype) @ A.to(dtype).mT) @ B.to(dtype).mT
         return (base + self.posterior.scaling * update).to(base.dtype)

@@ -8,6 +8,7 @@ from tfb_kernels.noise import NOISE_VERSION
 from tfb_kernels.ops import (
     ImplementationUnavailableError,
     bayes_lora_linear,
+    bayes_lora_merge,
     gaussian_noise,
     predictive_reduction,
 )
@@ -16,6 +17,7 @@ __all__ = [
     "NOISE_VERSION",
     "ImplementationUnavailableError",
     "bayes_lora_linear",
+    "bayes_lora_merge",
     "gaussian_noise",
     "predictive_reduction",
 ]

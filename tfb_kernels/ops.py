@@ -2,8 +2,8 @@
 
 Arguments are checked here, once, in the language of the caller; the operators behind them
 (``tfb::gaussian_noise``, ``tfb::bayes_lora_linear`` and its in-place twin,
-``tfb::predictive_reduction``) trust what they get. All have fake implementations, so
-``torch.compile(fullgraph=True)`` and ``torch.export`` see through them.
+``tfb::bayes_lora_merge``, ``tfb::predictive_reduction``) trust what they get. All have fake
+implementations, so ``torch.compile(fullgraph=True)`` and ``torch.export`` see through them.
 
 A new implementation is added in ``resolve_impl`` and in the operators' bodies; a new argument in
 the public function, the operator's schema and its fake. Triton is imported when it is first used.
@@ -11,7 +11,8 @@ the public function, the operator's schema and its fake. Triton is imported when
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from tfb_kernels.noise import weight_noise
 from tfb_kernels.reference import (
     bayes_lora_linear_reference,
+    bayes_lora_merge_reference,
     compute_dtype,
     predictive_reduction_reference,
 )
@@ -199,42 +201,64 @@ def gaussian_noise(
 # --- bayes_lora_linear ----------------------------------------------------------------------------
 
 
-def _apply(impl: str, arguments: tuple[Any, ...], out: Tensor | None) -> Tensor:
-    implementation: Callable[..., Tensor] = bayes_lora_linear_reference
+def _apply(arguments: tuple[Any, ...], out: Tensor | None) -> Tensor:
+    operands: list[Any] = [*arguments[:-1], out]
+    x, impl = arguments[0], arguments[-1]
     if impl == "triton":
-        from tfb_kernels.triton_linear import bayes_lora_linear_triton as implementation
-    x = arguments[0]
-    # Triton launches on the current device. Autocast has had its say about x; the arithmetic
-    # inside is ours.
-    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
-        return implementation(*arguments, out)
+        from tfb_kernels.triton_linear import bayes_lora_linear_triton
+
+        with torch.cuda.device_of(x):  # Triton launches on the current device
+            return bayes_lora_linear_triton(*operands)
+    with _no_autocast(x.device.type):
+        return bayes_lora_linear_reference(*operands)
 
 
-@torch.library.custom_op("tfb::bayes_lora_linear", mutates_args=())
-def _bayes_lora_linear(
-    x: Tensor,
-    base: Tensor,
-    A: Tensor,
-    B: Tensor,
-    inv_d: Tensor,
-    sigmas: Tensor,
-    streams: Tensor,
-    stream_index: Tensor,
-    run: int,
-    seed: Tensor,
-    layer_id: int,
-    scaling: float,
-    noise: str,
-    pool: Tensor | None,
-    bias: Tensor | None,
-    impl: str,
-) -> Tensor:
-    return _apply(
-        impl,
-        (x, base, A, B, inv_d, sigmas, streams, stream_index, run, seed, layer_id, scaling,
-         noise, pool, bias),
-        None,
-    )  # fmt: skip
+def _no_autocast(kind: str) -> AbstractContextManager[Any]:
+    """Autocast has had its say about x; the arithmetic inside is ours."""
+    on = torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
+
+
+def add_samples(arguments: tuple[Any, ...], inplace: bool) -> Tensor:
+    """``bayes_lora_linear`` for a caller that vouches for the operator's ``arguments``."""
+    x, base, A, B = arguments[:4]
+    if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+        arguments = (x, *arguments[1:])
+    if _is_plain(x, base, A, B):
+        return _apply(arguments, base if inplace else None)
+    if inplace:
+        _bayes_lora_linear_(*arguments)
+        return base
+    return _bayes_lora_linear(*arguments)
+
+
+def _is_plain(*tensors: Tensor) -> bool:
+    """Whether the operator's registration has nothing to do here: no graph is being traced and no
+    gradient asked for. Going through it costs a tenth of a millisecond a call, in a model of a few
+    hundred layers as much as the arithmetic of a small batch."""
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return False
+    gradients = torch.is_grad_enabled()
+    for t in tensors:  # no generator: this runs for every layer and call
+        if type(t) not in (Tensor, Parameter) or (gradients and t.requires_grad):
+            return False
+    return True
+
+
+# What both operators below say of a layer's posterior and of the draws from it.
+_DRAWS = (
+    "Tensor A, Tensor B, Tensor inv_d, Tensor sigmas, Tensor streams, Tensor stream_index, int run,"
+    " Tensor seed, int layer_id, float scaling"
+)
+_ADDED = f"Tensor x, Tensor{{}} base, {_DRAWS}, str noise, Tensor? pool, Tensor? bias, str impl"
+
+
+@torch.library.custom_op(
+    "tfb::bayes_lora_linear", mutates_args=(), schema=f"({_ADDED.format('')}) -> Tensor"
+)
+def _bayes_lora_linear(*arguments: Any) -> Tensor:
+    return _apply(arguments, None)
 
 
 @_bayes_lora_linear.register_fake
@@ -243,31 +267,11 @@ def _(x: Tensor, base: Tensor, A: Tensor, B: Tensor, inv_d: Tensor, sigmas: Tens
     return base.new_empty((sigmas.shape[0], base.shape[-2], base.shape[-1]))
 
 
-@torch.library.custom_op("tfb::bayes_lora_linear_", mutates_args=("base",))
-def _bayes_lora_linear_(
-    x: Tensor,
-    base: Tensor,
-    A: Tensor,
-    B: Tensor,
-    inv_d: Tensor,
-    sigmas: Tensor,
-    streams: Tensor,
-    stream_index: Tensor,
-    run: int,
-    seed: Tensor,
-    layer_id: int,
-    scaling: float,
-    noise: str,
-    pool: Tensor | None,
-    bias: Tensor | None,
-    impl: str,
-) -> None:
-    _apply(
-        impl,
-        (x, base, A, B, inv_d, sigmas, streams, stream_index, run, seed, layer_id, scaling,
-         noise, pool, bias),
-        base,
-    )  # fmt: skip
+@torch.library.custom_op(
+    "tfb::bayes_lora_linear_", mutates_args=("base",), schema=f"({_ADDED.format('(a!)')}) -> ()"
+)
+def _bayes_lora_linear_(*arguments: Any) -> None:
+    _apply(arguments, arguments[1])
 
 
 @_bayes_lora_linear_.register_fake
@@ -336,38 +340,54 @@ def bayes_lora_linear(
         ValueError: shapes, dtypes or ranges that do not fit, naming the argument.
         ImplementationUnavailableError: ``impl`` was named and cannot run here.
     """
-    if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
     _check_layer_id(layer_id)
     if noise not in NOISE_KINDS:
         raise ValueError(f"noise={noise!r}: expected one of {', '.join(NOISE_KINDS)}")
-    impl = _linear_impl(impl, x, noise, pool)
-    given = streams
-    streams = _stream_tensor(streams, x.device)
-    _check_shapes(x, base, A, B, inv_d, sigmas, streams, stream_index, pool, noise)
+    impl = _impl_for(impl, x, noise, pool)
+    _check_posterior(A, B, inv_d, sigmas)
+    _check_activations(x, base, A, B, sigmas)
+    numbered = _numbered(streams, stream_index, draws_per_stream, len(sigmas), x.device)
+    if pool is not None:
+        _check_pool(pool, A, numbered[0], stream_index is not None and noise == "weight")
     _check_options(base, B, bias, inplace, x.dim() == 3)
+    arguments = (
+        x, base, A, B, inv_d, sigmas, *numbered, _seed_tensor(seed, x.device), layer_id,
+        float(scaling), noise, pool, bias, impl,
+    )  # fmt: skip
+    return add_samples(arguments, inplace)
+
+
+def _numbered(
+    given: Tensor | Sequence[int],
+    stream_index: Tensor | None,
+    draws_per_stream: int,
+    draws: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, int]:
+    """Streams without repeats, each draw's index into them, and the common run; one number for each
+    draw where they cannot be looked at."""
+    streams = _stream_tensor(given, device)
     if stream_index is None:
-        streams, stream_index, draws_per_stream = _distinct(given, streams)
-    elif draws_per_stream < 1 or (
-        draws_per_stream > 1 and len(streams) * draws_per_stream != len(sigmas)
-    ):
+        if len(streams) != draws:
+            raise ValueError(f"streams: expected [{draws}], one for each of sigmas, got "
+                             f"{list(streams.shape)}")  # fmt: skip
+        numbers = _host_numbers(given)
+        if numbers is None:
+            return streams, torch.arange(len(streams), device=device), 1
+        found, index, run = by_stream(numbers)
+        distinct = torch.tensor(found, dtype=torch.int64, device=device)
+        return distinct, torch.tensor(index, device=device), run
+    if stream_index.shape != (draws,):
+        raise ValueError(f"stream_index: expected [{draws}], got {list(stream_index.shape)}")
+    if draws_per_stream < 1 or (draws_per_stream > 1 and len(streams) * draws_per_stream != draws):
         raise ValueError(
-            f"draws_per_stream={draws_per_stream}: does not divide {len(sigmas)} draws over "
+            f"draws_per_stream={draws_per_stream}: does not divide {draws} draws over "
             f"{len(streams)} streams"
         )
-    arguments = (
-        x, base, A, B, inv_d, sigmas, streams, stream_index, draws_per_stream,
-        _seed_tensor(seed, x.device), layer_id, float(scaling), noise, pool, bias, impl,
-    )  # fmt: skip
-    if _is_plain(x, base, A, B):
-        return _apply(impl, arguments[:-1], base if inplace else None)
-    if inplace:
-        _bayes_lora_linear_(*arguments)
-        return base
-    return _bayes_lora_linear(*arguments)
+    return streams, stream_index, draws_per_stream
 
 
-def _linear_impl(impl: str, x: Tensor, noise: str, pool: Tensor | None) -> str:
+def _impl_for(impl: str, x: Tensor, noise: str, pool: Tensor | None) -> str:
     """As ``resolve_impl``; token noise and noise that was kept are for the reference alone."""
     found = resolve_impl(impl, x.device, x.dtype)
     if found == "reference" or (noise == "weight" and pool is None):
@@ -385,65 +405,39 @@ def _linear_impl(impl: str, x: Tensor, noise: str, pool: Tensor | None) -> str:
     )
 
 
-def _is_plain(*tensors: Tensor) -> bool:
-    """Whether the operator's registration has nothing to do here: no graph is being traced and no
-    gradient asked for. Going through it costs a tenth of a millisecond a call, in a model of a few
-    hundred layers as much as the arithmetic of a small batch."""
-    return not (
-        torch.compiler.is_compiling()
-        or _get_current_dispatch_mode() is not None
-        or any(type(t) not in (Tensor, Parameter) for t in tensors)
-        or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-    )
+def _require(holds: bool, name: str, tensor: Tensor, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}: expected {expected}, got {list(tensor.shape)}")
 
 
-def _distinct(given: Tensor | Sequence[int], streams: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Streams without repeats, each draw's index into them, and the common run; as they are where
-    they cannot be looked at."""
-    numbers = _host_numbers(given)
-    if numbers is None:
-        return streams, torch.arange(len(streams), device=streams.device), 1
-    found, index, run = by_stream(numbers)
-    distinct = torch.tensor(found, dtype=torch.int64, device=streams.device)
-    return distinct, torch.tensor(index, device=streams.device), run
-
-
-def _check_shapes(
-    x: Tensor,
-    base: Tensor,
-    A: Tensor,
-    B: Tensor,
-    inv_d: Tensor,
-    sigmas: Tensor,
-    streams: Tensor,
-    stream_index: Tensor | None,
-    pool: Tensor | None,
-    noise: str,
-) -> None:
-    def require(holds: bool, name: str, tensor: Tensor, expected: str) -> None:
-        if not holds:
-            raise ValueError(f"{name}: expected {expected}, got {list(tensor.shape)}")
-
-    for name, tensor in (("x", x), ("base", base), ("A", A), ("B", B)):
+def _require_float(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
         if tensor.dtype not in FLOAT_DTYPES:
             raise ValueError(f"{name}: {tensor.dtype} is not a supported floating-point dtype")
-    require(A.dim() == 2, "A", A, "[r, n]")
+
+
+def _check_posterior(A: Tensor, B: Tensor, inv_d: Tensor, sigmas: Tensor) -> None:
+    _require_float(A=A, B=B)
+    _require(A.dim() == 2, "A", A, "[r, n]")
     r, n = A.shape
-    require(B.dim() == 2 and B.shape[1] == r, "B", B, f"[m, {r}], with A [{r}, {n}]")
-    require(inv_d.shape == (r,), "inv_d", inv_d, f"[{r}]")
-    require(sigmas.dim() == 1 and len(sigmas) > 0, "sigmas", sigmas, "[S], S at least 1")
-    S, m = len(sigmas), B.shape[0]
-    require(x.dim() in (2, 3) and x.shape[-1] == n, "x", x, f"[T, {n}] or [{S}, T, {n}]")
-    require(x.dim() == 2 or x.shape[0] == S, "x", x, f"[{S}, T, {n}], one input for each draw")
-    require(base.shape == (*x.shape[:-1], m), "base", base, f"{[*x.shape[:-1], m]}, like x")
-    if stream_index is None:
-        require(len(streams) == S, "streams", streams, f"[{S}], one for each of sigmas")
-    else:
-        require(stream_index.shape == (S,), "stream_index", stream_index, f"[{S}]")
-    if pool is not None:
-        if stream_index is None or noise != "weight":
-            raise ValueError("pool: needs stream_index and noise='weight'")
-        require(pool.shape == (len(streams), r, n), "pool", pool, f"[{len(streams)}, {r}, {n}]")
+    _require(B.dim() == 2 and B.shape[1] == r, "B", B, f"[m, {r}], with A [{r}, {n}]")
+    _require(inv_d.shape == (r,), "inv_d", inv_d, f"[{r}]")
+    _require(sigmas.dim() == 1 and len(sigmas) > 0, "sigmas", sigmas, "[S], S at least 1")
+
+
+def _check_pool(pool: Tensor, A: Tensor, streams: Tensor, ordered: bool) -> None:
+    if not ordered:  # the caller's order of streams is not known to be ours
+        raise ValueError("pool: needs stream_index and noise='weight'")
+    expected = [len(streams), *A.shape]
+    _require(list(pool.shape) == expected, "pool", pool, f"{expected}")
+
+
+def _check_activations(x: Tensor, base: Tensor, A: Tensor, B: Tensor, sigmas: Tensor) -> None:
+    _require_float(x=x, base=base)
+    S, m, n = len(sigmas), B.shape[0], A.shape[1]
+    _require(x.dim() in (2, 3) and x.shape[-1] == n, "x", x, f"[T, {n}] or [{S}, T, {n}]")
+    _require(x.dim() == 2 or x.shape[0] == S, "x", x, f"[{S}, T, {n}], one input for each draw")
+    _require(base.shape == (*x.shape[:-1], m), "base", base, f"{[*x.shape[:-1], m]}, like x")
 
 
 def _check_options(
@@ -453,6 +447,115 @@ def _check_options(
         raise ValueError(f"bias: expected [{B.shape[0]}], got {list(bias.shape)}")
     if inplace and not (per_draw and base.is_contiguous()):
         raise ValueError("inplace: needs x [S, T, n], one input for each draw, and contiguous base")
+
+
+# --- bayes_lora_merge -----------------------------------------------------------------------------
+
+
+def merge_samples(arguments: tuple[Any, ...], out: Tensor | None) -> Tensor:
+    """``bayes_lora_merge`` for a caller that vouches for the operator's ``arguments``."""
+    if _is_plain(*arguments[:3]):
+        return _merge(arguments, out)
+    merged = _bayes_lora_merge(*arguments)
+    return merged if out is None else out.copy_(merged)
+
+
+def _merge(arguments: tuple[Any, ...], out: Tensor | None) -> Tensor:
+    weight, sigmas, impl = arguments[0], arguments[4], arguments[-1]
+    if out is None:
+        out = _like_weights(weight, len(sigmas))
+    if impl == "triton":
+        from tfb_kernels.triton_merge import merge
+
+        operands: list[Any] = [*arguments[:-2], out]  # without a pool: it makes its noise
+        with torch.cuda.device_of(weight):
+            merge(*operands)
+        return out
+    with _no_autocast(weight.device.type):
+        bayes_lora_merge_reference(*arguments[:-1], out)  # type: ignore[call-arg]
+    return out
+
+
+def _like_weights(weight: Tensor, draws: int) -> Tensor:
+    """Room for ``draws`` weights [S, m, n], each laid out as ``weight`` is."""
+    if weight.mT.is_contiguous() and not weight.is_contiguous():
+        return weight.new_empty((draws, *weight.mT.shape)).mT
+    return weight.new_empty((draws, *weight.shape))
+
+
+@torch.library.custom_op(
+    "tfb::bayes_lora_merge",
+    mutates_args=(),
+    schema=f"(Tensor weight, {_DRAWS}, Tensor? pool, str impl) -> Tensor",
+)
+def _bayes_lora_merge(*arguments: Any) -> Tensor:
+    return _merge(arguments, None)
+
+
+@_bayes_lora_merge.register_fake
+def _(weight: Tensor, A: Tensor, B: Tensor, inv_d: Tensor, sigmas: Tensor, *rest: Any) -> Tensor:
+    return _like_weights(weight, len(sigmas))
+
+
+def bayes_lora_merge(
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    inv_d: Tensor,
+    sigmas: Tensor,
+    streams: Tensor | Sequence[int],
+    *,
+    seed: int | Tensor,
+    layer_id: int,
+    scaling: float,
+    impl: str = "auto",
+    stream_index: Tensor | None = None,
+    draws_per_stream: int = 1,
+    pool: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Merge S posterior samples of a LoRA update into S copies of a weight (TFB, Theorem 4.1).
+
+        W_s = W + scaling * B (A + (sigma_s * inv_d) o E_{q(s)})
+
+    with the E of :func:`bayes_lora_linear`, so that x W_s^T is what that function adds up. Where
+    each draw has an input of its own and enough rows, merging moves fewer bytes than adding. At
+    sigma = 0 W_s is the merged adapter. Arithmetic is float32 (float64 for float64 weights), and
+    W_s is rounded once, to the dtype of ``weight``.
+
+    Args:
+        weight: W [m, n], of any strides: the transposed view of a [n, m] weight will do.
+        pool: [Q, r, n] float32, ``gaussian_noise`` of these streams.
+        out: [S, m, n] of the dtype of ``weight``, filled and returned; None: a new tensor in which
+            each weight is laid out as ``weight``.
+        A, B, inv_d, sigmas, streams, seed, layer_id, scaling, impl, stream_index,
+        draws_per_stream: see :func:`bayes_lora_linear`.
+
+    Returns:
+        W_s [S, m, n] in the dtype of ``weight``.
+
+    Raises:
+        ValueError: shapes, dtypes or ranges that do not fit, naming the argument.
+        ImplementationUnavailableError: ``impl`` was named and cannot run here.
+    """
+    _check_layer_id(layer_id)
+    impl = _impl_for(impl, weight, "weight", pool)
+    _check_posterior(A, B, inv_d, sigmas)
+    _require_float(weight=weight)
+    numbered = _numbered(streams, stream_index, draws_per_stream, len(sigmas), weight.device)
+    if pool is not None:
+        _check_pool(pool, A, numbered[0], stream_index is not None)
+    S, m, n = len(sigmas), B.shape[0], A.shape[1]
+    _require(weight.shape == (m, n), "weight", weight, f"[{m}, {n}], with A and B")
+    if out is not None:
+        _require(out.shape == (S, m, n), "out", out, f"[{S}, {m}, {n}]")
+        if out.dtype != weight.dtype:
+            raise ValueError(f"out: expected {weight.dtype}, the dtype of weight, got {out.dtype}")
+    arguments = (
+        weight, A, B, inv_d, sigmas, *numbered, _seed_tensor(seed, weight.device), layer_id,
+        float(scaling), pool, impl,
+    )  # fmt: skip
+    return merge_samples(arguments, out)
 
 
 # --- predictive_reduction -------------------------------------------------------------------------

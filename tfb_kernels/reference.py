@@ -1,12 +1,10 @@
-"""The oracle of ``bayes_lora_linear``, and the path that CPUs take.
+"""The oracles of the operators in plain torch, and the path that CPUs take.
 
     y_s = base + scaling * B' (A' x + (sigma_s / d) o e_s),   e_s = E_{q(s)} x  (weight noise)
                                                               e_s = |x| Xi_{q(s)} (token noise)
 
-Plain torch, no loop over draws. With shared x, sigma / d is applied to r numbers after the dot
-product, so that sigma stays out of everything upstream. With an input for each draw,
-A' + (sigma / d) o E is formed, r n numbers a draw: one product of r columns in place of two
-(DESIGN.md).
+Plain torch, no loop over draws. sigma / d is applied to r numbers after the dot product: A' + noise
+is never formed.
 
 Dimensions: S draws, Q distinct streams, T tokens, n in_features, m out_features, r rank.
 """
@@ -44,8 +42,8 @@ def bayes_lora_linear_reference(
 ) -> Tensor:
     """Shapes and meaning as in :func:`tfb_kernels.bayes_lora_linear`, whose checks came before.
 
-    run: not needed here, where nothing is grouped by stream; the implementations have one list of
-    arguments. out: [S, T, m], may be ``base``.
+    run: consecutive draws of one stream; 1: ``stream_index`` is arbitrary. out: [S, T, m], may
+    be ``base``.
     """
     dtype = compute_dtype(x.dtype)
     x_, A_, B_ = x.to(dtype), A.to(dtype), B.to(dtype)
@@ -54,17 +52,23 @@ def bayes_lora_linear_reference(
     if noise == "weight":
         if pool is None:
             pool = weight_noise(seed, layer_id, streams, A.shape[0], A.shape[1])
+        E = pool.to(dtype)
         if x.dim() == 3:
-            sampled = A_ + gain[:, :, None] * pool.to(dtype)[stream_index]  # [S, r, n]
-            return _expand(torch.bmm(x_, sampled.mT), base, B_, scaling, bias, out)
-        stacked = torch.cat([A_, pool.to(dtype).flatten(0, 1)])  # [(1 + Q) r, n]: one pass over x
-        z = (x_ @ stacked.mT).unflatten(-1, (1 + len(pool), A.shape[0]))
-        z0, e = z[:, 0], z[:, 1:].transpose(0, 1)[stream_index]
+            z0 = x_ @ A_.mT
+            if run > 1:  # a stream's draws in one product
+                grouped = x_.reshape(len(E), -1, x.shape[-1])
+            else:
+                grouped, E = x_, E[stream_index]
+            e = torch.bmm(grouped, E.mT).view(z0.shape)
+        else:
+            stacked = torch.cat([A_, E.flatten(0, 1)])  # [(1 + Q) r, n]: one pass over x
+            z = (x_ @ stacked.mT).unflatten(-1, (1 + len(E), A.shape[0]))
+            z0, e = z[:, 0], z[:, 1:].transpose(0, 1)[stream_index]
     else:
         xi = token_noise(seed, layer_id, streams, x.shape[-2], A.shape[0]).to(dtype)
         z0 = x_ @ A_.mT
         e = torch.linalg.vector_norm(x_, dim=-1, keepdim=True) * xi[stream_index]
-    return _expand(z0 + gain[:, None, :] * e, base, B_, scaling, bias, out)
+    return _expand(torch.addcmul(z0, gain[:, None, :], e), base, B_, scaling, bias, out)
 
 
 def _expand(
@@ -72,16 +76,50 @@ def _expand(
 ) -> Tensor:
     """base [T, m] or [S, T, m] + scaling * z B^T [+ bias] for z [S, T, r], in base's dtype."""
     S, dtype = len(z), z.dtype
-    factors = B.mT.expand(S, *B.mT.shape)
-    if out is not None and out.dtype == dtype and bias is None:
-        return out.baddbmm_(z, factors, alpha=scaling)
     base_ = base.to(dtype)
     if bias is not None:
         base_ = base_ + bias.to(dtype)
-    # One pass over the outputs: base is read (once for shared x, by broadcasting) and S outputs
-    # are written, with the product added on the way.
-    y = torch.baddbmm(base_.expand(S, *base_.shape[-2:]), z, factors, alpha=scaling)
+    if base.dim() == 2:
+        # One pass over the outputs: base is read once, by broadcasting, and S outputs are written,
+        # with the product added on the way.
+        factors = B.mT.expand(S, *B.mT.shape)
+        y = torch.baddbmm(base_.expand(S, *base_.shape), z, factors, alpha=scaling)
+    else:
+        rows, product = base_.reshape(-1, len(B)), z.flatten(0, 1)
+        if out is not None and out.data_ptr() == rows.data_ptr():  # base itself, as it is
+            rows.addmm_(product, B.mT, alpha=scaling)
+            return out
+        y = torch.addmm(rows, product, B.mT, alpha=scaling).view(base.shape)
     return y.to(base.dtype) if out is None else out.copy_(y)
+
+
+def bayes_lora_merge_reference(
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    inv_d: Tensor,
+    sigmas: Tensor,
+    streams: Tensor,
+    stream_index: Tensor,
+    run: int,
+    seed: Tensor,
+    layer_id: int,
+    scaling: float,
+    pool: Tensor | None,
+    out: Tensor,
+) -> None:
+    """Shapes and meaning as in :func:`tfb_kernels.bayes_lora_merge`, whose checks came before."""
+    dtype = compute_dtype(weight.dtype)
+    if pool is None:
+        pool = weight_noise(seed, layer_id, streams, *A.shape)
+    gain = sigmas.to(dtype)[:, None] * inv_d.to(dtype)
+    sampled = A.to(dtype) + gain[:, :, None] * pool.to(dtype)[stream_index]  # [S, r, n]
+    weight_, B_ = weight.to(dtype), B.to(dtype)
+    for s, A_s in enumerate(sampled):  # one after another: W_s is still in a core's cache
+        if out.dtype == dtype:
+            torch.addmm(weight_, B_, A_s, alpha=scaling, out=out[s])
+        else:
+            out[s] = torch.addmm(weight_, B_, A_s, alpha=scaling)
 
 
 def predictive_reduction_reference(

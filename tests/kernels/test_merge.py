@@ -1,4 +1,8 @@
-"""Merged weights against the float64 formula: on a GPU where there is one, else interpreted."""
+"""``bayes_lora_merge`` on a CPU against its formula, written out in float64.
+
+Error bound: W_s is a sum of r + 1 terms of magnitude M = |W| + |scaling B| (|A| + |sigma / d| |E|),
+whose factors are rounded a few times: (r + 8) eps M; and half a unit of the dtype of W at the end.
+"""
 
 from __future__ import annotations
 
@@ -6,106 +10,122 @@ from typing import Any
 
 import pytest
 import torch
+from test_ops import LOW, SIGMAS, STREAMS, compiled_once, indexed, problem, within
 from torch import Tensor
 
-from tfb_kernels.launch import LaunchConfig
-from tfb_kernels.testing import (
-    error_budget,
-    merged_weights,
-    noise_allowance,
-    rounding_allowance,
-)
-from tfb_kernels.triton_merge import merge
+from tfb_kernels import bayes_lora_linear, bayes_lora_merge, gaussian_noise
+from tfb_kernels.noise import weight_noise
+from tfb_kernels.reference import compute_dtype
 
-# NumPy's view of the interpreter's one-element ranges; the kernel is not concerned.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Conversion of an array with ndim > 0 to a scalar is deprecated:DeprecationWarning"
-)
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-SMALL = LaunchConfig(block_m=16, block_n=32, block_k=16)  # several tiles and steps of the rank
-OPTIONS: dict[str, Any] = {"seed": -12345, "layer_id": (1 << 32) - 5, "scaling": 1.75}
+Problem = dict[str, Any]
 
 
-def operands(m: int, n: int, r: int, sigmas: list[float], dtype: torch.dtype) -> list[Tensor]:
-    """weight, A, B, inv_d, sigmas: every term of order one."""
-    g = torch.Generator().manual_seed(m * n + r)
-    inv_d = torch.rand(r, generator=g) + 0.5
-    if r > 1:
-        inv_d[-1] = 0.0  # a direction that B does not span
-    weight = torch.randn(m, n, generator=g).to(dtype)
-    A, B = torch.randn(r, n, generator=g), torch.randn(m, r, generator=g) / r**0.5
-    return [t.to(DEVICE) for t in (weight, A, B, inv_d, torch.tensor(sigmas))]
+def merging(dtype: torch.dtype = torch.float64, turned: bool = False) -> Problem:
+    """Arguments of bayes_lora_merge; ``turned``: a view of a weight [n, m], as Conv1D has it."""
+    p = problem(shared=False, dtype=dtype)
+    del p["x"], p["base"]
+    weight = torch.randn(20, 24, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return {"weight": weight.mT.contiguous().mT if turned else weight, **p}
 
 
-def merged(p: list[Tensor], streams: list[int], run: int, config: LaunchConfig | None) -> Tensor:
-    """By the kernel, into an output of the weight's layout that shows what is left unwritten."""
-    weight, *rest = p
-    order = list(dict.fromkeys(streams))
-    index = torch.tensor([order.index(q) for q in streams], device=DEVICE)
-    turned = weight.stride(0) == 1 != weight.stride(1)
-    out = torch.full((len(streams), *(weight.mT if turned else weight).shape), float("nan"))
-    out = out.to(weight)
-    out = out.mT if turned else out
-    merge(
-        weight, *rest, torch.tensor(order, device=DEVICE), index, run,
-        torch.tensor(OPTIONS["seed"], device=DEVICE), OPTIONS["layer_id"], OPTIONS["scaling"], out,
-        config=config,
-    )  # fmt: skip
-    return out
+def definition(p: Problem, *, absolute: bool = False) -> Tensor:
+    """W_s [S, m, n] float64, draw by draw; ``absolute`` gives M."""
+
+    def f64(t: Tensor) -> Tensor:
+        return t.double().abs() if absolute else t.double()
+
+    out = []
+    for sigma, stream in zip(p["sigmas"], p["streams"].tolist(), strict=True):
+        E = weight_noise(torch.tensor(p["seed"]), p["layer_id"], torch.tensor([stream]), 4, 24)[0]
+        sampled = f64(p["A"]) + f64(sigma) * p["inv_d"][:, None] * f64(E)
+        scaling = abs(p["scaling"]) if absolute else p["scaling"]
+        out.append(f64(p["weight"]) + scaling * f64(p["B"]) @ sampled)
+    return torch.stack(out)
 
 
-def check(p: list[Tensor], streams: list[int], found: Tensor) -> None:
-    """Within twice the error of an ordinary merging in the weight's dtype."""
-    cpu = [t.cpu() for t in p]
-    exact = merged_weights(*(t.double() for t in cpu), torch.tensor(streams), **OPTIONS)
-    eager = merged_weights(*cpu, torch.tensor(streams), **OPTIONS)
-    weight, _, B, inv_d, sigmas = cpu
-    allowed = error_budget(exact, eager) + rounding_allowance(exact, weight, weight.dtype)
-    allowed += noise_allowance(torch.ones(1, 1), B, inv_d, sigmas, OPTIONS["scaling"])
-    assert found.shape == exact.shape and found.dtype == weight.dtype
-    assert float((found.cpu().double() - exact).abs().max()) <= allowed
+def bound(p: Problem) -> Tensor:
+    dtype = p["weight"].dtype
+    total = (4 + 8) * torch.finfo(compute_dtype(dtype)).eps * definition(p, absolute=True)
+    if dtype.itemsize == 2:
+        total += torch.finfo(dtype).eps / 2 * (definition(p).abs() + total)
+    return total
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("m", "n", "r", "run"), [(1, 1, 1, 1), (19, 37, 3, 2), (40, 70, 40, 2), (33, 64, 16, 1)]
-)
-def test_ragged_shapes(m: int, n: int, r: int, run: int, dtype: torch.dtype) -> None:
-    """No size needs to be a multiple of anything; draws of one stream in runs, or in any order."""
-    streams = [2**32 - 1, 2**32 - 1, 7, 7] if run == 2 else [7, 3, 7]
-    p = operands(m, n, r, [0.5, -0.5, 0.25, -2.0][: len(streams)], dtype)
-    check(p, streams, merged(p, streams, run, SMALL))
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, *LOW], ids=str)
+def test_merged_weights_are_the_definition(dtype: torch.dtype, turned: bool) -> None:
+    """In every dtype, rounded once; each weight is laid out as W."""
+    p = merging(dtype, turned)
+    merged = bayes_lora_merge(**p)
+    assert merged.dtype == dtype
+    assert merged[0].is_contiguous() is not turned and merged[0].stride() == p["weight"].stride()
+    within(merged.double() - definition(p), bound(p))
 
 
-def test_the_configured_tiles() -> None:
-    """Those of launch.json."""
-    p = operands(20, 30, 8, [0.5, -0.5], torch.float32)
-    check(p, [4, 4], merged(p, [4, 4], 2, None))
-
-
-def test_a_transposed_weight() -> None:
-    """The layout of transformers' Conv1D: the same numbers, in the layout of the weight."""
-    p = operands(19, 37, 3, [0.5, -0.5], torch.float32)
-    turned = [p[0].mT.contiguous().mT, *p[1:]]
-    assert turned[0].stride() == (1, 19)
-    found = merged(turned, [4, 4], 2, SMALL)
-    assert found.stride()[1:] == (1, 19)
-    assert found.equal(merged(p, [4, 4], 2, SMALL))
-
-
-def test_pairs_equal_single_draws_to_the_bit() -> None:
-    """And every draw its own, whatever is merged beside it."""
-    p = operands(19, 37, 8, [0.5, -0.5, 1.0, -1.0], torch.float16)
-    pairs = merged(p, [4, 4, 9, 9], 2, SMALL)
-    assert pairs.equal(merged(p, [4, 4, 9, 9], 1, SMALL))
-    assert merged([*p[:4], p[4][3:]], [9], 1, SMALL).equal(pairs[3:])
+def test_a_product_with_merged_weights_is_the_update_added() -> None:
+    """x W_s^T is what bayes_lora_linear adds up from the same arguments."""
+    p, x = merging(), torch.randn(6, 5, 24, dtype=torch.float64)
+    weight = p.pop("weight")
+    added = bayes_lora_linear(x, x @ weight.mT, **p)
+    product = x @ bayes_lora_merge(weight, **p).mT
+    assert float((product - added).abs().max()) <= 1e-12 * float(added.abs().max())
 
 
 def test_sigma_zero_is_the_merged_adapter() -> None:
-    """To the bit, whatever the stream."""
-    p = operands(19, 37, 8, [0.0, -0.0], torch.float32)
-    mean = merged(p, [4, 9], 1, SMALL)
-    assert mean[0].equal(mean[1])
-    check(p, [4, 9], mean)
+    """Also where the noise of a direction is not a number."""
+    p = merging(torch.float32) | {"sigmas": torch.zeros(6)}
+    expected = torch.addmm(p["weight"], p["B"], p["A"], alpha=p["scaling"])
+    assert all(W.equal(expected) for W in bayes_lora_merge(**p))
+
+
+def test_out_and_kept_noise_change_no_bit() -> None:
+    """A poisoned ``out`` is filled and returned; a pool is the noise that would be made."""
+    p = merging(torch.float32)
+    expected = bayes_lora_merge(**p)
+    out = torch.full_like(expected, float("nan"))
+    assert bayes_lora_merge(**p, out=out) is out
+    assert out.equal(expected)
+    index = indexed([4, 0, 2**32 - 1], STREAMS)
+    pool = gaussian_noise(p["seed"], p["layer_id"], index["streams"], 4, 24)
+    assert bayes_lora_merge(**p | index, pool=pool).equal(expected)
+
+
+def test_draws_equal_single_runs_to_the_bit() -> None:
+    p = merging(torch.float32)
+    together = bayes_lora_merge(**p)
+    for s in range(len(SIGMAS)):
+        one = p | {k: p[k][s : s + 1] for k in ("sigmas", "streams")}
+        assert bayes_lora_merge(**one).equal(together[s : s + 1])
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_opcheck(turned: bool) -> None:
+    p = merging(torch.float32, turned)
+    index = indexed([4, 0, 2**32 - 1], STREAMS)
+    tensors = [p[k] for k in ("weight", "A", "B", "inv_d", "sigmas")]
+    args = (*tensors, *index.values(), 1, torch.tensor(3), 1, 0.5, None, "reference")
+    torch.library.opcheck(torch.ops.tfb.bayes_lora_merge.default, args)
+
+
+def test_compile() -> None:
+    p = merging(torch.float32) | {"streams": list(STREAMS)}
+    compiled_once(lambda seed: bayes_lora_merge(**{**p, "seed": seed}).relu())
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"weight": torch.ones(19, 24)}, r"weight: expected \[20, 24\], with A and B, got \[19"),
+        ({"weight": torch.ones(20, 24).int()}, "weight: torch.int32 is not a supported"),
+        ({"out": torch.ones(5, 20, 24)}, r"out: expected \[6, 20, 24\], got \[5, 20, 24\]"),
+        ({"out": torch.ones(6, 20, 24)}, "out: expected torch.float64, the dtype of weight"),
+        ({"layer_id": -1}, "layer_id=-1: expected an unsigned 32-bit number"),
+        ({"A": torch.ones(24)}, r"A: expected \[r, n\], got \[24\]"),
+        ({"streams": [0, 1, 2]}, r"streams: expected \[6\], one for each of sigmas, got \[3\]"),
+        ({"pool": torch.ones(6, 4, 24)}, "pool: needs stream_index"),
+        ({"impl": "cuda"}, "impl='cuda': expected one of auto, triton, reference"),
+    ],
+)
+def test_bad_argument(bad: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        bayes_lora_merge(**{**merging(), **bad})

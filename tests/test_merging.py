@@ -1,0 +1,228 @@
+"""Merged weights in whole models: the same draws as by adding updates, and PEFT's semantics.
+
+In float64; that full mode is the definition, merged or not, is in ``test_architectures``.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from models import randomize, relative
+from peft import LoraConfig, get_peft_model
+from test_architectures import DRAWS, KINDS, batch_of
+from test_sampling import S, rows_seen
+from torch import Tensor, nn
+
+import tfb
+from tfb import BayesLoRALinear, Draws, linear
+from tfb.linear import LowRankSampler
+from tfb_kernels.tuning import merge_min_rows
+
+EXACT = 1e-10
+CPU = torch.device("cpu")
+BASES = [f"model.layers.1.{x}_proj.base_layer" for x in ("self_attn.o", "mlp.up", "mlp.down")]
+
+
+def bayesian(kind: str = "llama", merging: str = "auto") -> Any:
+    bayes = tfb.bayesianize(KINDS[kind].build())
+    bayes.merging = merging
+    return bayes
+
+
+def base_calls(bayes: Any) -> list[int]:
+    """Calls of the base layers of block 1 in a prediction."""
+    seen = rows_seen(bayes, BASES, lambda: bayes.logits(batch_of(), DRAWS))
+    return [len(seen[n]) for n in BASES]
+
+
+@pytest.mark.parametrize("how", [{"mode": "full"}, {"mode": "tail", "tail": 3}], ids=str)
+@pytest.mark.parametrize("kind", [k for k in KINDS if "bert" not in k])
+def test_tails_too_are_the_same_merged_or_added(kind: str, how: dict[str, Any]) -> None:
+    """Rows as they are, and draws side by side on the sequence axis."""
+    merged = bayesian(kind, "always").logits(batch_of(), DRAWS, **how)
+    added = bayesian(kind, "never").logits(batch_of(), DRAWS, **how)
+    assert relative(merged, added) < EXACT
+    assert relative(merged[0], merged[1]) > 1e-3
+
+
+def test_merged_layers_skip_their_base_product() -> None:
+    assert base_calls(bayesian(merging="never")) == [1, 1, 1]
+    assert base_calls(bayesian(merging="always")) == [0, 0, 0]
+
+
+def test_auto_merges_from_the_threshold_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each layer by its own shape; a draw of this batch has 27 rows."""
+    bayes = bayesian()
+    rows = batch_of()["input_ids"].numel()
+    for o, up, down in ((rows, rows + 1, rows), (rows + 1, rows, rows + 1)):
+        least = {(16, 16): o, (32, 16): up, (16, 32): down}
+        monkeypatch.setattr(
+            linear, "merge_min_rows", lambda m, n, d, least=least: least.get((m, n), 1)
+        )
+        for sampler in bayes.samplers.values():
+            sampler.release()
+        assert base_calls(bayes) == [int(bound > rows) for bound in (o, up, down)]
+
+
+def test_inputs_that_draws_share_are_never_merged() -> None:
+    """The first noisy q, k and v read one input, which S products would read S times."""
+    names = [f"model.layers.0.self_attn.{x}_proj.base_layer" for x in "qkv"]
+    bayes = bayesian(merging="always")
+    seen = rows_seen(bayes, names, lambda: bayes.logits(batch_of(), DRAWS))
+    assert [seen[n] for n in names] == [[3]] * 3
+
+
+def test_biases_of_base_and_adapter_are_both_added() -> None:
+    """A base with a bias (BERT's have one) and ``lora_bias``."""
+
+    def build() -> Any:
+        model = KINDS["bert"].make()
+        randomize(model, 0)
+        config = LoraConfig(
+            r=3, task_type="SEQ_CLS", target_modules=["query", "dense"], lora_bias=True
+        )
+        made = get_peft_model(model, config)
+        randomize(made, 1, ".default.")
+        return made.double().eval()
+
+    found = []
+    for merging in ("always", "never"):
+        bayes = tfb.bayesianize(build())
+        bayes.merging = merging
+        found.append(bayes.logits(batch_of("right"), DRAWS))
+    assert relative(*found) < EXACT
+
+
+def test_a_second_adapter_a_disabled_one_and_dropout_are_peft_s() -> None:
+    """Where PEFT has more to do than one plain adapter, updates are added to its base product."""
+    bayes, batch = bayesian(merging="always"), batch_of()
+    layer = bayes.base.get_submodule("model.layers.1.mlp.up_proj")
+    base = ["model.layers.1.mlp.up_proj.base_layer"]
+
+    def calls() -> int:
+        with torch.no_grad(), bayes.sampling(DRAWS):
+            seen = rows_seen(bayes, base, lambda: bayes.model(**batch))
+        return len(seen[base[0]])
+
+    assert calls() == 0
+    layer.lora_dropout["default"] = nn.Dropout(0.5).train()
+    assert calls() == 1
+    layer.lora_dropout["default"] = nn.Dropout(0.5).eval()
+    assert calls() == 0
+    with torch.no_grad(), bayes.sampling(DRAWS), bayes.model.disable_adapter():
+        disabled = bayes.model(**batch).logits
+    with torch.no_grad(), bayes.model.disable_adapter():
+        plain = bayes.model(**batch).logits
+    assert relative(disabled, plain.repeat(S, 1, 1)) < EXACT
+    bayes.model.add_adapter("other", LoraConfig(r=2, target_modules=["up_proj"]))
+    bayes.model.double().eval()
+    bayes.model.base_model.set_adapter(["default", "other"])
+    assert calls() == 1
+
+
+def test_gradients_reach_what_lies_below() -> None:
+    """An input that needs a gradient goes through the base layer."""
+    bayes = bayesian(merging="always")
+    layer, sampler = bayes.base.get_submodule(BASES[0]), next(iter(bayes.samplers.values()))
+    x = torch.randn(S, 9, 16, dtype=torch.float64, requires_grad=True)
+    assert not sampler.merges(x, layer.weight, DRAWS)
+    assert sampler.merges(x.detach(), layer.weight, DRAWS)
+    with torch.no_grad():
+        assert sampler.merges(x, layer.weight, DRAWS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not sampler.merges(x.detach(), layer.weight, DRAWS)
+    assert not sampler.merges(x.detach().float(), layer.weight, DRAWS)
+    assert not sampler.merges(x.detach(), layer.weight, Draws.iid(S, 0.1, noise="token"))
+
+
+def test_remove_gives_peft_its_forward_back() -> None:
+    bayes = bayesian()
+    layers = [bayes.base.get_submodule(n) for n in bayes.samplers]
+    assert all("forward" in vars(x) for x in layers)
+    bayes.remove()
+    assert not any("forward" in vars(x) for x in layers)
+
+
+def test_merging_is_one_of_three_words() -> None:
+    bayes = bayesian()
+    assert bayes.merging == "auto"
+    with pytest.raises(ValueError, match="merging='yes': expected one of auto, always, never"):
+        bayes.merging = "yes"
+
+
+# --- one layer ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "draws", [DRAWS, Draws.iid(3, 0.2), Draws((0.1, 0.2, -0.1, 0.0), (7, 3, 7, 7))], ids=len
+)
+def test_a_layer_in_parts_of_any_size(
+    draws: Draws, dtype: torch.dtype, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many merged weights at a time as fit, whole streams or not: the same outputs, which
+    are those of updates added, within two roundings of W_s and of the output."""
+    torch.manual_seed(0)
+    layer = BayesLoRALinear.from_weights(
+        nn.Linear(24, 20, bias=bias, dtype=dtype), torch.randn(4, 24), torch.randn(20, 4), 0.5
+    )
+    x = torch.randn(len(draws), 9, 24).to(dtype)
+    outputs = []
+    with torch.no_grad():
+        for each in (1, 20 * 24 * 2, 2 * 20 * 24 * 8, 1 << 20):
+            monkeypatch.setitem(linear.MERGED_BYTES, "cpu", each)
+            layer.sampler.merging = "always"
+            outputs.append(layer(x, draws))
+        layer.sampler.merging = "never"
+        added = layer(x, draws)
+    allowed = 24 * torch.finfo(dtype).eps
+    for y in outputs:
+        assert relative(y.double(), added.double()) < allowed
+
+
+def test_threads_keep_their_own_scratch() -> None:
+    """Two threads that merge into scratch at the same time do not see each other's weights."""
+    torch.manual_seed(0)
+    layer = BayesLoRALinear.from_weights(
+        nn.Linear(64, 64), torch.randn(4, 64), torch.randn(64, 4), 0.5
+    )
+    layer.sampler.merging = "always"
+    x = torch.randn(8, 5, 64)
+    sets = [Draws.antithetic(8, 0.1), Draws.antithetic(8, 0.3, first_stream=9)]
+    with torch.no_grad():
+        expected = [layer(x, d) for d in sets]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        with torch.no_grad():
+            wrong.extend(i for _ in range(50) if not layer(x, sets[i]).equal(expected[i]))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_the_threshold_of_bytes() -> None:
+    """In proportion to 2 n m / (n + 2 m): W read and written against x, base and output."""
+    one = merge_min_rows(64, 64, CPU)
+    assert merge_min_rows(128, 128, CPU) == 2 * one
+    assert merge_min_rows(64, 128, CPU) > merge_min_rows(128, 64, CPU)
+
+
+def test_a_sampler_merges_what_it_would_add(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows a draw, not rows of all draws, are compared with the threshold."""
+    layer = BayesLoRALinear.from_weights(
+        nn.Linear(24, 20), torch.randn(4, 24), torch.randn(20, 4), 1.0
+    )
+    monkeypatch.setattr(linear, "merge_min_rows", lambda m, n, device: 9)
+    sampler: LowRankSampler = layer.sampler
+    weight: Tensor = layer.base.weight.detach()  # type: ignore[union-attr, operator]
+    assert sampler.merges(torch.ones(4, 9, 24), weight, DRAWS)
+    assert not sampler.merges(torch.ones(4, 8, 24), weight, DRAWS)
