@@ -12,7 +12,6 @@ the public function, the operator's schema and its fake. Triton is imported when
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import Any
 
@@ -209,14 +208,10 @@ def _apply(arguments: tuple[Any, ...], out: Tensor | None) -> Tensor:
 
         with torch.cuda.device_of(x):  # Triton launches on the current device
             return bayes_lora_linear_triton(*operands)
-    with _no_autocast(x.device.type):
-        return bayes_lora_linear_reference(*operands)
-
-
-def _no_autocast(kind: str) -> AbstractContextManager[Any]:
-    """Autocast has had its say about x; the arithmetic inside is ours."""
-    on = torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if on else nullcontext()
+    if torch.is_autocast_enabled(x.device.type):  # has had its say about x
+        with torch.autocast(x.device.type, enabled=False):
+            return _apply(arguments, out)
+    return bayes_lora_linear_reference(*operands)
 
 
 def add_samples(arguments: tuple[Any, ...], inplace: bool) -> Tensor:
@@ -471,8 +466,11 @@ def _merge(arguments: tuple[Any, ...], out: Tensor | None) -> Tensor:
         with torch.cuda.device_of(weight):
             merge(*operands)
         return out
-    with _no_autocast(weight.device.type):
-        bayes_lora_merge_reference(*arguments[:-1], out)  # type: ignore[call-arg]
+    if torch.is_autocast_enabled(weight.device.type):
+        with torch.autocast(weight.device.type, enabled=False):
+            return _merge(arguments, out)
+    operands = [*arguments[:-1], out]
+    bayes_lora_merge_reference(*operands)
     return out
 
 
