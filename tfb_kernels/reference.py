@@ -48,26 +48,21 @@ def bayes_lora_linear_reference(
     dtype = compute_dtype(x.dtype)
     x_, A_, B_ = x.to(dtype), A.to(dtype), B.to(dtype)
     gain = sigmas.to(dtype)[:, None] * inv_d.to(dtype)  # [S, r]: sigma_s / d_i
-
-    if noise == "weight":
+    z0 = x_ @ A_.mT
+    if noise == "token":
+        xi = token_noise(seed, layer_id, streams, x.shape[-2], A.shape[0]).to(dtype)
+        e = torch.linalg.vector_norm(x_, dim=-1, keepdim=True) * xi[stream_index]
+    else:
         if pool is None:
             pool = weight_noise(seed, layer_id, streams, A.shape[0], A.shape[1])
         E = pool.to(dtype)
-        if x.dim() == 3:
-            z0 = x_ @ A_.mT
-            if run > 1:  # a stream's draws in one product
-                grouped = x_.reshape(len(E), -1, x.shape[-1])
-            else:
-                grouped, E = x_, E[stream_index]
-            e = torch.bmm(grouped, E.mT).view(z0.shape)
+        if x.dim() == 2:  # all streams in one product
+            products = (x_ @ E.flatten(0, 1).mT).unflatten(-1, E.shape[:2])
+            e = products.transpose(0, 1)[stream_index]
+        elif run > 1:  # a stream's draws in one product
+            e = torch.bmm(x_.reshape(len(E), -1, x.shape[-1]), E.mT).view(z0.shape)
         else:
-            stacked = torch.cat([A_, E.flatten(0, 1)])  # [(1 + Q) r, n]: one pass over x
-            z = (x_ @ stacked.mT).unflatten(-1, (1 + len(E), A.shape[0]))
-            z0, e = z[:, 0], z[:, 1:].transpose(0, 1)[stream_index]
-    else:
-        xi = token_noise(seed, layer_id, streams, x.shape[-2], A.shape[0]).to(dtype)
-        z0 = x_ @ A_.mT
-        e = torch.linalg.vector_norm(x_, dim=-1, keepdim=True) * xi[stream_index]
+            e = torch.bmm(x_, E[stream_index].mT)
     return _expand(torch.addcmul(z0, gain[:, None, :], e), base, B_, scaling, bias, out)
 
 
@@ -75,22 +70,16 @@ def _expand(
     z: Tensor, base: Tensor, B: Tensor, scaling: float, bias: Tensor | None, out: Tensor | None
 ) -> Tensor:
     """base [T, m] or [S, T, m] + scaling * z B^T [+ bias] for z [S, T, r], in base's dtype."""
-    S, dtype = len(z), z.dtype
-    base_ = base.to(dtype)
+    start = base.to(z.dtype)
     if bias is not None:
-        base_ = base_ + bias.to(dtype)
-    if base.dim() == 2:
-        # One pass over the outputs: base is read once, by broadcasting, and S outputs are written,
-        # with the product added on the way.
-        factors = B.mT.expand(S, *B.mT.shape)
-        y = torch.baddbmm(base_.expand(S, *base_.shape), z, factors, alpha=scaling)
-    else:
-        rows, product = base_.reshape(-1, len(B)), z.flatten(0, 1)
-        if out is not None and out.data_ptr() == rows.data_ptr():  # base itself, as it is
-            rows.addmm_(product, B.mT, alpha=scaling)
-            return out
-        y = torch.addmm(rows, product, B.mT, alpha=scaling).view(base.shape)
-    return y.to(base.dtype) if out is None else out.copy_(y)
+        start = start + bias.to(z.dtype)
+    if (start is base and out is None) or start.dim() == 2:
+        start = start.expand(len(z), *start.shape[-2:]).clone(memory_format=torch.contiguous_format)
+    start = start.contiguous()
+    start.view(-1, len(B)).addmm_(z.flatten(0, 1), B.mT, alpha=scaling)
+    if out is None:
+        return start.to(base.dtype)
+    return out if start is out else out.copy_(start)
 
 
 def bayes_lora_merge_reference(
