@@ -36,6 +36,7 @@ from tfb_kernels.testing import (
     eager_weight_samples,
     error_budget,
     exact_weight_samples,
+    merged_weights,
     noise_allowance,
     rounding_allowance,
 )
@@ -129,16 +130,21 @@ def ours_added(layer: Layer, x: Tensor, draws: Draws) -> Tensor:
 
 def ours_merged(layer: Layer, x: Tensor, draws: Draws) -> Tensor:
     """The same with an update merged into the weight of each draw, and one product for each."""
+    return torch.bmm(x, merged_by_us(layer, draws).mT)
+
+
+def merged_by_us(layer: Layer, draws: Draws) -> Tensor:
+    """W_s [S, m, n]."""
     from tfb_kernels.triton_merge import merge
 
-    A, B, inv_d = layer.sampler.factors(x.device)
-    t = draws.tensors(x.device)
+    A, B, inv_d = layer.sampler.factors(layer.W.device)
+    t = draws.tensors(layer.W.device)
     weights = layer.W.new_empty((len(draws), *layer.W.shape))
     merge(
         layer.W, A, B, inv_d, t.sigmas, t.streams, t.stream_index, t.draws_per_stream, t.seed,
         LAYER_ID, SCALING, weights,
     )  # fmt: skip
-    return torch.bmm(x, weights.mT)
+    return weights
 
 
 # --- what people would do instead -----------------------------------------------------------------
@@ -249,6 +255,24 @@ def _exact_and_eager(
     operands = (x, base, p.A, p.B, p.inv_d.float(), sigmas, streams)
     options: dict[str, Any] = {"seed": draws.seed, "layer_id": LAYER_ID, "scaling": SCALING}
     return exact_weight_samples(*operands, **options), eager_weight_samples(*operands, **options)
+
+
+@torch.no_grad()
+def merge_errors(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What is wrong with ``merge``, or None: as ``errors``, with an ordinary merging as eager."""
+    layer, draws = make_layer(192, 256, 16, dtype, device), Draws.antithetic(4, VISIBLE)
+    p, W = layer.posterior, layer.W.cpu()
+    rest = (p.inv_d, torch.tensor(draws.sigmas), torch.tensor(draws.streams))
+    options: dict[str, Any] = {"seed": draws.seed, "layer_id": LAYER_ID, "scaling": SCALING}
+    exact = merged_weights(W.double(), p.A.double(), p.B.double(), *rest, **options)
+    eager = merged_weights(W, p.A, p.B, *rest, **options)
+    allowed = error_budget(exact, eager) + rounding_allowance(exact, W, dtype)
+    allowed += noise_allowance(torch.ones(1, 1), p.B, p.inv_d, rest[1], SCALING)
+    try:
+        found = float((merged_by_us(layer, draws).cpu().double() - exact).abs().max())
+    except Exception as error:  # of the compiler or the driver: a finding, not our end
+        return first_line(error)
+    return None if found <= allowed else f"error {found:.3g} over the budget of {allowed:.3g}"
 
 
 @torch.no_grad()
