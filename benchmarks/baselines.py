@@ -2,11 +2,12 @@
 
     fused      noise in registers while x is read        generate   noise written once, the vendor's
                                                                     product, then our expand
+    merge      each draw merged into the weight, then one product for each
     naive      S eager forwards, each with A' + (sigma / d) o E materialised
     baddbmm    all draws at once: noise by torch.randn, all products the vendor's
     merged     the sampled Delta-W added to the base weight, then one product for each draw
 
-The last three make their noise with ``torch.randn`` (``KEPT``: once for all calls) and so only
+What people would do makes its noise with ``torch.randn`` (``KEPT``: once for all calls) and so only
 agree in distribution; ``check_rivals`` compares their moments, ``errors`` ours with float64. Each
 returns the S outputs [T, m], as a list or as [S, T, m]: nothing is spent on stacking them.
 
@@ -30,12 +31,13 @@ import tfb
 from benchmarks.harness import first_line
 from tfb.draws import Draws
 from tfb.linear import LowRankSampler
-from tfb_kernels import bayes_lora_linear
+from tfb_kernels import bayes_lora_linear, bayes_lora_merge
 from tfb_kernels.ops import why_not_triton
 from tfb_kernels.testing import (
     eager_weight_samples,
     error_budget,
     exact_weight_samples,
+    merged_weights,
     noise_allowance,
     rounding_allowance,
 )
@@ -89,7 +91,10 @@ Contender = Callable[[Layer, Tensor, Draws], Outputs]
 
 
 def ours(layer: Layer, x: Tensor, draws: Draws) -> Tensor:
-    """As the PEFT bridge runs it: the base output is its own to overwrite if x is per draw."""
+    """As the PEFT bridge runs it: merged where that costs less; the base output is its own to
+    overwrite if x is per draw."""
+    if x.dim() == 3 and layer.sampler.merges(x, layer.W, draws):
+        return ours_merged(layer, x, draws)
     base = F.linear(x, layer.W)
     return layer.sampler(x, base, draws, inplace=x.dim() == 3)
 
@@ -131,17 +136,18 @@ def ours_added(layer: Layer, x: Tensor, draws: Draws) -> Tensor:
 
 
 def ours_merged(layer: Layer, x: Tensor, draws: Draws) -> Tensor:
-    """The same with an update merged into the weight of each draw, and one product for each."""
-    from tfb_kernels.triton_merge import merge
+    """The same by products with the weights that draws are merged into."""
+    return layer.sampler.merged(x, layer.W, None, draws)
 
-    A, B, inv_d, *_ = layer.sampler.factors(x.device, x.dtype)
-    t = draws.tensors(x.device)
-    weights = layer.W.new_empty((len(draws), *layer.W.shape))
-    merge(
-        layer.W, A, B, inv_d, t.sigmas, t.streams, t.stream_index, t.draws_per_stream, t.seed,
-        LAYER_ID, SCALING, weights,
+
+def merged_by_us(layer: Layer, draws: Draws) -> Tensor:
+    """W_s [S, m, n]."""
+    A, B, inv_d, *_ = layer.sampler.factors(layer.W.device, layer.W.dtype)
+    t = draws.tensors(layer.W.device)
+    return bayes_lora_merge(
+        layer.W, A, B, inv_d, t.sigmas, t.streams, stream_index=t.stream_index,
+        draws_per_stream=t.draws_per_stream, seed=t.seed, layer_id=LAYER_ID, scaling=SCALING,
     )  # fmt: skip
-    return torch.bmm(x, weights.mT)
 
 
 # --- what people would do instead -----------------------------------------------------------------
@@ -211,7 +217,11 @@ def baddbmm_kept(layer: Layer, draws: Draws) -> Contender:
     return partial(baddbmm, noise=stream_noise(layer, draws))
 
 
-OURS: dict[str, Contender] = {path: partial(on_path, path=path) for path in ("fused", "generate")}
+# The paths of adding, and merging, for x of each draw's own.
+OURS: dict[str, Contender] = {
+    **{path: partial(on_path, path=path) for path in ("fused", "generate")},
+    "merge": ours_merged,
+}
 RIVALS: dict[str, Contender] = {
     "baddbmm": baddbmm,
     "merged": merged,
@@ -282,6 +292,24 @@ def _exact_and_eager(
 
 
 MOMENTS = Draws.iid(2000, SIGMA)  # of ``check_rivals``
+
+
+@torch.no_grad()
+def merge_errors(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What is wrong with ``merge``, or None: as ``errors``, with an ordinary merging as eager."""
+    layer, draws = make_layer(192, 256, 16, dtype, device), Draws.antithetic(4, VISIBLE)
+    p, W = layer.posterior, layer.W.cpu()
+    rest = (p.inv_d, torch.tensor(draws.sigmas), torch.tensor(draws.streams))
+    options: dict[str, Any] = {"seed": draws.seed, "layer_id": LAYER_ID, "scaling": SCALING}
+    exact = merged_weights(W.double(), p.A.double(), p.B.double(), *rest, **options)
+    eager = merged_weights(W, p.A, p.B, *rest, **options)
+    allowed = error_budget(exact, eager) + rounding_allowance(exact, W, dtype)
+    allowed += noise_allowance(torch.ones(1, 1), p.B, p.inv_d, rest[1], SCALING)
+    try:
+        found = float((merged_by_us(layer, draws).cpu().double() - exact).abs().max())
+    except Exception as error:  # of the compiler or the driver: a finding, not our end
+        return first_line(error)
+    return None if found <= allowed else f"error {found:.3g} over the budget of {allowed:.3g}"
 
 
 @torch.no_grad()

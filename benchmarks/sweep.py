@@ -3,7 +3,7 @@
 Every kernel is timed with each of about 30 configurations at five numbers of rows, in CUDA graphs,
 at rank 16 in bfloat16: shared x through a layer 4096 -> 4096 with ten antithetic draws, and x of
 each draw's own through 14336 -> 4096. The configuration of least time (the geometric mean over
-both) becomes that of its rows and of ranks up to 32; larger ranks keep the default. With the new
+both) becomes that of its rows and of ranks up to 32; larger ranks keep theirs. With the new
 table both paths are timed whole, and ``generate_min_rows`` is where the slower one changes; then
 base product and update are timed against ``merge`` and one product for each draw, for
 ``merge_rows``.
@@ -192,11 +192,11 @@ def _shrink(x: Tensor, A: Tensor, streams: Tensor, seed: Tensor, config: LaunchC
 def _expand_step(
     job: Job, m: int, shared: bool, randn: Callable[..., Tensor], device: torch.device
 ) -> Step:
-    """expand into outputs of a draw for shared x, else in place; ``job.rows`` are rows of base."""
+    """expand into outputs of a draw for shared x, else in place; ``job.rows`` are rows of it."""
     from tfb_kernels import triton_expand
 
     draws = DRAWS if shared else 2
-    T = job.rows if shared else job.rows // draws
+    T = max(1, job.rows // draws)
     base = randn(T, m) if shared else randn(draws, T, m)
     out = base.new_empty((draws, T, m)) if shared else base
     operand = launch.operand_dtype(base.dtype)
@@ -270,10 +270,10 @@ def sweep(bench: Bench, sizes: Sizes, workers: int) -> None:
     """
     arch = launch.architecture(bench.device)
     data = json.loads(tuning.LAUNCH_FILE.read_text())
-    default = data["architectures"]["default"]
+    before = tuning.entry(arch)
     medians: dict[str, dict[int, dict[str, float]]] = {}
     measured = about() | {"microseconds": medians}
-    entry: dict[str, Any] = {"kernels": {}, "paths": default["paths"], "measured": measured}
+    entry: dict[str, Any] = {"kernels": {}, "paths": before["paths"], "measured": measured}
     data["architectures"][arch] = entry
     # Each has a context on the GPU of its own; a fork would share a broken one.
     spawn = multiprocessing.get_context("spawn")
@@ -286,7 +286,7 @@ def sweep(bench: Bench, sizes: Sizes, workers: int) -> None:
             medians.setdefault(job.kernel, {})[job.rows] = times
             add(entry["kernels"].setdefault(job.kernel, []), job, best)
             if job.max_rows is None:
-                finish(entry["kernels"], job.kernel, default["kernels"][job.kernel])
+                finish(entry["kernels"], job.kernel, before["kernels"][job.kernel])
                 write(data, tuning.LAUNCH_FILE)
     tuning.reload()
     if faults := wrong(bench, sizes):
@@ -308,6 +308,7 @@ def wrong(bench: Bench, sizes: Sizes) -> str:
     found = {
         path: baselines.errors(path, bench.device, bench.dtype, sizes.rows) for path in launch.PATHS
     }
+    found["merge"] = baselines.merge_errors(bench.device, bench.dtype)
     return "; ".join(f"{path}: {fault}" for path, fault in found.items() if fault)
 
 
@@ -461,10 +462,10 @@ def add(listed: list[dict[str, Any]], job: Job, best: LaunchConfig) -> None:
     listed.append(line | {k: values[k] for k in (*USED[job.kernel], "num_warps")})
 
 
-def finish(kernels: dict[str, Any], kernel: str, default: list[dict[str, Any]]) -> None:
-    """Ranks that were not measured keep the default's lines."""
+def finish(kernels: dict[str, Any], kernel: str, before: list[dict[str, Any]]) -> None:
+    """Ranks that were not measured keep the lines that they had."""
     if "max_rank" in kernels[kernel][-1]:
-        kernels[kernel] += [c for c in default if c.get("max_rank", 1 << 30) > SHARED_RANK]
+        kernels[kernel] += [c for c in before if c.get("max_rank", 1 << 30) > SHARED_RANK]
 
 
 def write(data: dict[str, Any], file: Path) -> None:

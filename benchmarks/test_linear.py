@@ -74,10 +74,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def wrong(bench: Bench) -> dict[str, str]:
     """Paths of ours that float64 refutes, and how."""
     found = {path: baselines.errors(path, bench.device, bench.dtype) for path in baselines.PATHS}
+    found["merge"] = baselines.merge_errors(bench.device, bench.dtype)
     return {path: error for path, error in found.items() if error is not None}
 
 
-@pytest.mark.parametrize("path", baselines.PATHS)
+@pytest.mark.parametrize("path", [*baselines.PATHS, "merge"])
 def test_right(benchmark: Any, wrong: dict[str, str], path: str) -> None:
     """Every path against float64; also under --benchmark-only, before anything is timed."""
     benchmark.pedantic(lambda: None)
@@ -165,7 +166,8 @@ def layer_operands(bench: Bench, point: Point) -> Operands:
 
 def refuse(bench: Bench, point: Point, measure: str, wrong: dict[str, str]) -> None:
     """Skip, with a row that says so, where ours is wrong or does not fit."""
-    why = f"ours is wrong: {wrong['auto']}" if "auto" in wrong else None
+    own = ("auto",) if point.shared else ("auto", "merge")
+    why = next((f"ours is wrong: {path}: {wrong[path]}" for path in own if path in wrong), None)
     if bench.device.type == "cuda":
         memory = torch.cuda.get_device_properties(0).total_memory
         if (need := sizes(bench, point).outputs) > memory / 8:
@@ -228,7 +230,10 @@ def test_layer(benchmark: Any, kernels: Bench, wrong: dict[str, str], point: Poi
     """The whole layer, base product and update, against what people would do."""
     refuse(kernels, point, "layer", wrong)
     case = layer_operands(kernels, point)
-    calls = {k: v for k, v in baselines.OURS.items() if k not in wrong} | baselines.RIVALS
+    skipped = {k: v for k, v in wrong.items() if k in baselines.OURS}
+    if point.shared:
+        skipped["merge"] = "x is shared: one product serves all draws"
+    calls = {k: v for k, v in baselines.OURS.items() if k not in skipped} | baselines.RIVALS
     compare(
         benchmark, kernels, "linear", "layer", case.description,
         {
@@ -237,7 +242,7 @@ def test_layer(benchmark: Any, kernels: Bench, wrong: dict[str, str], point: Poi
             "base": case.step(lambda layer, x, draws: F.linear(x, layer.W)),
         },
         copies=len(case.x), graphs=True, unit="base",
-        skipped={k: v for k, v in wrong.items() if k in baselines.OURS},
+        skipped=skipped,
         judge=partial(judge_layer, point), rounds=(20, 20),
     )  # fmt: skip
 

@@ -25,7 +25,7 @@ from tfb_kernels.launch import (
     power_of_2,
 )
 
-FINALISE_TILE = 1024  # numbers of z that a program of finalise holds at a time
+FINALISE_TILE = 2048  # numbers of z that a program of finalise holds at a time
 SMALLEST_TILE = (16, 64)  # rows and columns to which expand's tiles shrink for a full wave
 
 # --- kernels --------------------------------------------------------------------------------------
@@ -34,7 +34,7 @@ SMALLEST_TILE = (16, 64)  # rows and columns to which expand's tiles shrink for 
 @triton.jit
 def _sum_splits(z, mask, K, split_stride, BLOCK_S: tl.constexpr):
     """Sum over splits of blocks z [1, rows, R], BLOCK_S splits at a time, in a fixed order."""
-    k = tl.arange(0, BLOCK_S)[:, None, None]
+    k = tl.arange(0, BLOCK_S).to(tl.int64)[:, None, None]
     total = tl.sum(tl.load(z + k * split_stride, mask=mask & (k < K), other=0.0), 0)
     for k0 in range(BLOCK_S, K, BLOCK_S):
         more = tl.load(z + (k0 + k) * split_stride, mask=mask & (k0 + k < K), other=0.0)
@@ -64,13 +64,13 @@ def finalise_kernel(
 ):
     """SHARED: the draws s = u run .. of one stream, for rows t. Otherwise rows (s, t) of z."""
     unit = tl.program_id(1)
-    row = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     i = tl.arange(0, RP)
     mask = (row < rows)[:, None] & (i < R)[None, :]
     slot = 1
     if SHARED:
         slot += tl.load(stream_index + unit * run).to(tl.int64)
-    source = z + (row[:, None] * z_row + i[None, :])[None]
+    source = z + (row.to(tl.int64)[:, None] * z_row + i[None, :])[None]
     z0 = _sum_splits(source, mask[None], K, split_stride, BLOCK_S)
     e = _sum_splits(source + slot * R, mask[None], K, split_stride, BLOCK_S)
     width = tl.load(inv_d + i, mask=i < R, other=0.0).to(tl.float32)[None, :]
@@ -83,7 +83,7 @@ def finalise_kernel(
             gain *= width
         # sigma = 0 is the deterministic adapter even where e overflowed.
         found = scaling * tl.where(gain == 0.0, z0, z0 + gain * e)
-        at = (s.to(tl.int64) * rows + row)[:, None] * R + i[None, :]
+        at = (tl.cast(s, tl.int64) * rows + row)[:, None] * R + i[None, :]
         tl.store(out + at, found.to(out.dtype.element_ty), mask=mask)
 
 

@@ -71,7 +71,7 @@ for case in aot.kernel_cases("sm_90", "shrink", "bf16", 16, config):
     assert len(loops) == 2
     for opcodes in loops:
         moves = [x for x in opcodes if x.startswith(("LD", "ST"))]
-        assert not [x for x in moves if "16" in x.replace("128", "").split(".")[-1]], moves
+        assert not [x for x in moves if ".U16" in x or ".S16" in x], moves
         assert not [x for x in moves if x.startswith("LDG.")], moves
         assert any(x.startswith("LDGSTS") and x.endswith(".128") for x in moves)
         assert sum(x.startswith("BAR") for x in opcodes) <= 3

@@ -656,6 +656,23 @@ def test_an_implementation_that_cannot_run_is_an_error(monkeypatch: pytest.Monke
         assert torch.equal(call("auto"), call("reference"))
 
 
+def test_token_and_kept_noise_are_for_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU too: "auto" takes it, and "triton" by name says what to do."""
+    monkeypatch.setattr(ops, "resolve_impl", lambda impl, *_: "triton")
+    p = problem(shared=True, dtype=torch.float32)
+    with pytest.raises(ImplementationUnavailableError, match="use impl='reference' or impl='auto'"):
+        run(p, "token", impl="triton")
+    token = run(p, "token", impl="auto")
+    index = indexed([4, 2**32 - 1, 0], STREAMS)
+    pool = gaussian_noise(p["seed"], p["layer_id"], index["streams"], 4, 24)
+    with pytest.raises(ValueError, match="pool: impl='triton' makes its noise in registers"):
+        run(p, **index, pool=pool, impl="triton")
+    kept = run(p, **index, pool=pool, impl="auto")
+    monkeypatch.undo()
+    assert torch.equal(kept, run(p, **index, pool=pool))
+    assert torch.equal(token, run(p, "token"))
+
+
 @pytest.mark.parametrize("bad", [-1, 1 << 32])
 def test_streams_in_a_tensor_are_checked_too(bad: int) -> None:
     with pytest.raises(ValueError, match="not an unsigned 32-bit number"):

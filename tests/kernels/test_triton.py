@@ -216,6 +216,14 @@ def test_compiled_without_graph_breaks(shared: bool) -> None:
     torch._dynamo.reset()
 
 
+def test_factors_in_the_dtype_of_x_change_no_bit() -> None:
+    """As a caller keeps them; float32 ones are converted at every call."""
+    p = problem(6, 50, 21, 4, [1, 0], shared=True, dtype=torch.float16)
+    kept = replace(p, A=p.A.half(), B=p.B.half())
+    for path in ("fused", "generate"):
+        assert by_path(kept, path).equal(by_path(p, path))
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_strided_input(shared: bool) -> None:
     """x may be any view: columns apart, rows apart, a transposed tensor."""
@@ -249,14 +257,14 @@ def test_sigma_zero_is_the_deterministic_adapter() -> None:
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy's 0 inf
 def test_noise_that_overflowed_does_not_touch_sigma_zero() -> None:
     """0 times infinity is NaN; finalise gives the mean, scaled, at sigma = 0 and where d = 0."""
-    z = torch.zeros(3, 5, 2, 4, device=DEVICE)
+    z = torch.zeros(20, 5, 2, 4, device=DEVICE)  # more splits than are read at a time
     z[:, :, 0], z[1, :, 1] = 0.5, float("inf")
     sigmas, inv_d = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0, 2.0, 0.0])
     index = torch.tensor([0, 0], device=DEVICE)
     zf = triton_expand.finalise(
         z, sigmas.to(DEVICE), inv_d.to(DEVICE), index, 2.0, 5, 2, torch.float32, shared=True
     )
-    assert zf[0].equal(torch.full((5, 4), 3.0, device=DEVICE))
+    assert zf[0].equal(torch.full((5, 4), 20.0, device=DEVICE))
     assert zf[1, :, 1::2].equal(zf[0, :, 1::2]) and bool(zf[1, :, ::2].isinf().all())
 
 
