@@ -167,25 +167,23 @@ class BayesianModel:
             ValueError: the adapter is not the active one, is disabled, merged or gone: the draws
                 would have no effect; or another adapter of the same model is being sampled.
         """
+        self.check_sampling(draws)
         with self.sampling_as(SamplingState(self.base, draws)):
             yield self
 
     @contextlib.contextmanager
     def sampling_as(self, state: SamplingState) -> Iterator[None]:
-        """``sampling`` with everything that a state can say; for the passes of this package."""
-        self._check_active()
-        self._prepare(state.draws)
-        if other_owner_of(self.base, self.owner):
-            raise ValueError(
-                "another adapter of this model is being sampled; leave its sampling() first"
-            )
+        """``sampling`` with everything that a state can say; for the passes of this package, which
+        call ``check_sampling`` once for all of them."""
         token = set_state(self.owner, state)
         try:
             yield
         finally:
             reset_state(token)
 
-    def _check_active(self) -> None:
+    def check_sampling(self, draws: Draws) -> None:
+        """Refuse a model of which draws cannot be sampled now (see ``sampling``); have on every
+        layer's device what compiled graphs read."""
         active = getattr(self.model, "active_adapters", [self.adapter])
         active = active() if callable(active) else active
         if self.adapter not in active:
@@ -193,22 +191,20 @@ class BayesianModel:
                 f"adapter {self.adapter!r} is not active (active: {', '.join(active)}); call "
                 f"bayes.model.set_adapter({self.adapter!r}) first"
             )
-        self.check_attached()
-
-    def _prepare(self, draws: Draws) -> None:
-        """Refuse a disabled adapter; have on every layer's device what compiled graphs read."""
-        devices = set()
-        for name, sampler in self.samplers.items():
-            layer: Any = self.base.get_submodule(name)
+        own, devices = self.dtype, set()
+        for name, layer in self._attached():
             if layer.disable_adapters:
                 raise ValueError("the adapter is disabled (disable_adapter): nothing to sample")
             weight = layer.lora_A[self.adapter].weight
-            device = weight.device
-            for dtype in {self.dtype, weight.dtype}:  # PEFT may cast inputs to the adapter's
-                sampler.factors(device, dtype)
-            devices.add(device)
+            for dtype in {own, weight.dtype}:  # PEFT may cast inputs to the adapter's
+                self.samplers[name].factors(weight.device, dtype)
+            devices.add(weight.device)
         for device in devices:
             draws.tensors(device)
+        if other_owner_of(self.base, self.owner):
+            raise ValueError(
+                "another adapter of this model is being sampled; leave its sampling() first"
+            )
 
     def check_attached(self) -> None:
         """The base model still carries this posterior, unmerged.
@@ -216,6 +212,11 @@ class BayesianModel:
         Raises:
             ValueError: it does not.
         """
+        for _ in self._attached():
+            pass
+
+    def _attached(self) -> Iterator[tuple[str, Any]]:
+        """The noisy layers as they are in the model now, each checked; see ``check_attached``."""
         for name in self.samplers:
             layer: Any = self.base.get_submodule(name)
             variant = getattr(layer, "lora_variant", {}).get(self.adapter)
@@ -230,6 +231,7 @@ class BayesianModel:
                     f"{name}: the adapter is merged into the base weight; call "
                     "bayes.model.unmerge_adapter() first"
                 )
+            yield name, layer
 
     # --- prediction -----------------------------------------------------------------------------
 
@@ -285,6 +287,7 @@ class BayesianModel:
                 tokens.
         """
         mode, tail = self._mode(mode, tail)
+        self.check_sampling(draws)
         inputs, rows = self.inputs(batch, mode)
         if self.task == "SEQ_CLS" and label_ids is not None:
             raise ValueError("label_ids: only language models have a vocabulary to select from")

@@ -111,11 +111,12 @@ class LowRankSampler:
         S, m, run = len(draws), len(weight), t.draws_per_stream
 
         def merge(start: int, end: int, out: Tensor | None) -> Tensor:
+            """Draws of whole streams, or of a part of one (or any, where run is 1)."""
             index, streams, pool, together = t.stream_index[start:end], t.streams, noise, 1
-            if run > 1 and start % run == end % run == 0:  # whole streams
-                index, together = t.stream_index[: end - start], run
-                streams = streams[start // run : end // run]
-                pool = None if pool is None else pool[start // run : end // run]
+            if run > 1:
+                index, together = t.stream_index[: end - start], min(run, end - start)
+                of = slice(start // run, -(-end // run))
+                streams, pool = streams[of], None if pool is None else pool[of]
             arguments = (
                 weight, A, B, inv_d, t.sigmas[start:end], streams, index, together, t.seed,
                 p.layer_id, p.scaling, pool, impl,
@@ -126,8 +127,8 @@ class LowRankSampler:
             y = torch.bmm(x, merge(0, S, None).mT)
             return y if bias is None else y + bias
         fit = max(1, MERGED_BYTES[x.device.type] // (weight.numel() * weight.itemsize))
-        step = min(S, fit // run * run or fit)
-        scratch, y = _scratch(weight, step), x.new_empty((S, x.shape[1], m))
+        step = fit // run * run or next(k for k in range(fit, 0, -1) if run % k == 0)
+        scratch, y = _scratch(weight, min(step, S)), x.new_empty((S, x.shape[1], m))
         for start in range(0, S, step):
             end = min(start + step, S)
             W = merge(start, end, scratch[: end - start])

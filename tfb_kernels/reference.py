@@ -102,7 +102,10 @@ def bayes_lora_merge_reference(
     if pool is None:
         pool = weight_noise(seed, layer_id, streams, *A.shape)
     gain = sigmas.to(dtype)[:, None] * inv_d.to(dtype)
-    sampled = A.to(dtype) + gain[:, :, None] * pool.to(dtype)[stream_index]  # [S, r, n]
+    noise = pool.to(dtype)
+    if len(pool) > 1:  # one stream needs no copy
+        noise = noise[stream_index]
+    sampled = torch.addcmul(A.to(dtype), gain[:, :, None], noise)  # [S, r, n]
     weight_, B_ = weight.to(dtype), B.to(dtype)
     for s, A_s in enumerate(sampled):  # one after another: W_s is still in a core's cache
         if out.dtype == dtype:
