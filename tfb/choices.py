@@ -44,7 +44,7 @@ from tfb.passes import (
     run_prefixes,
 )
 from tfb.prefix import spread_cache
-from tfb.sampling import Replay, SamplingState, no_sampling
+from tfb.sampling import Replay, SamplingState
 from tfb.tail import prefix_inputs, tail_inputs
 from tfb_kernels.reference import compute_dtype
 
@@ -272,7 +272,7 @@ def _tail(
     rest = _continue(inputs, choices, k)
     if prefix["input_ids"].shape[1]:
         check_angles(config, prefix["position_ids"], rest["position_ids"])
-        with no_sampling(bayes.owner):
+        with bayes.mean_pass(plan.state.draws, B):
             getattr(bayes.base, bayes.base.base_model_prefix)(**prefix, past_key_values=cache)
     spread_cache(cache, choices.owner, B)
     each = k + L - 1

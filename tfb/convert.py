@@ -124,7 +124,7 @@ def _by_draw(running: ForwardPass, x: Tensor) -> Tensor:
     other."""
     S, n = running.draws, x.shape[-1]
     if running.tree:
-        x = x.view(x.shape[0], S, -1, n).transpose(0, 1)
+        x = x.reshape(x.shape[0], S, -1, n).transpose(0, 1)
     return x.reshape(S, -1, n)
 
 

@@ -329,6 +329,14 @@ class BayesianModel:
         """See :meth:`tfb.sampling.FanOut.tree_pass`."""
         return self._fan_out.tree_pass(draws, batch)
 
+    @contextlib.contextmanager
+    def mean_pass(self, draws: Draws, batch: int) -> Iterator[None]:
+        """A pass of the mean adapter that enters below the model's entrance: as one draw at
+        sigma = 0, so that its layers are merged too, on a stream that ``draws`` need anyway."""
+        mean = Draws((0.0,), draws.streams[:1], draws.seed)
+        with self.sampling_as(SamplingState(self.base, mean, tree=True)), self.tree_pass(1, batch):
+            yield
+
     @torch.no_grad()
     def hidden_norms(self, batch: Batch, draws: Draws) -> Tensor:
         """[S, B] Euclidean norm of the last hidden state: at the scored position of a causal LM,

@@ -20,7 +20,7 @@ from transformers import DynamicCache
 from tfb.draws import Draws
 from tfb.inputs import Batch, evaluating
 from tfb.prefix import SharedPrefix, find_shared_prefix, spread_cache
-from tfb.sampling import Replay, SamplingState, no_sampling
+from tfb.sampling import Replay, SamplingState
 from tfb.tail import prefix_inputs, tail_inputs
 
 # What a batch may hold for its rows to be taken apart; more than this is passed on as it is.
@@ -136,7 +136,7 @@ def run_prefixes(
     }
     backbone = getattr(bayes.base, bayes.base.base_model_prefix)
     if plan.tail is not None:
-        with no_sampling(bayes.owner):
+        with bayes.mean_pass(plan.state.draws, len(ids)):
             backbone(**first)
     else:
         with bayes.sampling_as(replace(plan.state, cached=True)):
@@ -183,7 +183,7 @@ def _tail(
     prefix = prefix_inputs(inputs, k)
     if prefix["input_ids"].shape[1]:
         check_angles(config, prefix["position_ids"], inputs["position_ids"])
-        with no_sampling(bayes.owner):
+        with bayes.mean_pass(plan.state.draws, len(prefix["input_ids"])):
             backbone(**prefix, past_key_values=cache)
     for draws in parts:
         S, B = len(draws), inputs["input_ids"].shape[0]

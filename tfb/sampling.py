@@ -148,16 +148,6 @@ def reset_state(token: Token[Mapping[int, SamplingState]]) -> None:
     reset_states(token)
 
 
-@contextlib.contextmanager
-def no_sampling(owner: int) -> Iterator[None]:
-    """The owner's model samples nothing here, whatever context this is in."""
-    token = set_states({o: s for o, s in context.states.items() if o != owner})
-    try:
-        yield
-    finally:
-        reset_states(token)
-
-
 def state_of_base(base: nn.Module) -> SamplingState | None:
     """The active state of a base model, whichever adapter is sampled."""
     return next((s for s in context.states.values() if s.base is base), None)
