@@ -91,12 +91,10 @@ Contender = Callable[[Layer, Tensor, Draws], Outputs]
 
 
 def ours(layer: Layer, x: Tensor, draws: Draws) -> Tensor:
-    """As the PEFT bridge runs it: merged where that costs less; the base output is its own to
-    overwrite if x is per draw."""
+    """As the PEFT bridge runs it: merged where that costs less."""
     if x.dim() == 3 and layer.sampler.merges(x, layer.W, draws):
         return ours_merged(layer, x, draws)
-    base = F.linear(x, layer.W)
-    return layer.sampler(x, base, draws, inplace=x.dim() == 3)
+    return ours_added(layer, x, draws)
 
 
 def on_path(layer: Layer, x: Tensor, draws: Draws, path: str) -> Tensor:
@@ -131,8 +129,8 @@ def op_on_path(layer: Layer, x: Tensor, base: Tensor, draws: Draws, path: str) -
 
 
 def ours_added(layer: Layer, x: Tensor, draws: Draws) -> Tensor:
-    """The whole layer for per-draw x [S, T, n], base product and update."""
-    return on_path(layer, x, draws, "auto")
+    """The whole layer, base product and update added."""
+    return layer.sampler(x, F.linear(x, layer.W), draws, inplace=x.dim() == 3)
 
 
 def ours_merged(layer: Layer, x: Tensor, draws: Draws) -> Tensor:

@@ -14,7 +14,9 @@ and float64 has confirmed it, it replaces ``tfb_kernels/data/launch.json``. Afte
 ``python -m tfb_kernels.aot --write`` says what the new configurations use. Inputs stay in the L2
 where they fit, as they do in a model, where the layer before has just written them.
 
---toy: tiny sizes, a few configurations, also in Triton's interpreter; leaves launch.json alone.
+Without a GPU only ``merge_rows`` of a CPU is measured, in float32 with two layers of a thousand
+columns. --toy: tiny sizes, a few configurations, also in Triton's interpreter; leaves launch.json
+alone.
 """
 
 from __future__ import annotations
@@ -68,6 +70,7 @@ class Sizes:
     merge_rows: tuple[int, ...] = MERGE_ROWS
 
 
+CPU = Sizes(shared=(1024, 1024), per_draw=(2816, 1024), merge_rows=(32, 64, 128, 256, 512, 1024))
 TOY = Sizes((64, 48), (96, 32), 100, 2, (4, 20), (16, None), (4, 32), (8, 64))
 
 
@@ -297,6 +300,15 @@ def sweep(bench: Bench, sizes: Sizes, workers: int) -> None:
     write(data, tuning.LAUNCH_FILE)
 
 
+@torch.no_grad()
+def sweep_cpu(bench: Bench) -> None:
+    """The one number that a CPU has in ``launch.json``: from where on it merges."""
+    found = merge_factor(bench, CPU)
+    data = json.loads(tuning.LAUNCH_FILE.read_text())
+    data["architectures"]["cpu"] = {"paths": {"merge_rows": found}, "measured": about()}
+    write(data, tuning.LAUNCH_FILE)
+
+
 def wrong(bench: Bench, sizes: Sizes) -> str:
     """What float64 says against the table as it is now, at every number of rows; else "".
 
@@ -496,14 +508,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, help="processes that compile (default: up to 16)")
     options = parser.parse_args(arguments)
     on_gpu = torch.cuda.is_available()
-    if not on_gpu and not (options.toy and launch.INTERPRET):
-        parser.error(
-            "no GPU that torch can see; TRITON_INTERPRET=1 python -m benchmarks.sweep --toy tries "
-            "the script out without one"
-        )
+    if options.toy and not (on_gpu or launch.INTERPRET):
+        parser.error("--toy runs kernels: without a GPU set TRITON_INTERPRET=1")
     results = results_folder()
     results.mkdir(parents=True, exist_ok=True)
     bench = Bench.untimed(results, toy=options.toy)
+    if not on_gpu and not options.toy:
+        sweep_cpu(bench)
+        return
     if on_gpu:
         bench = replace(bench, device=torch.device("cuda"), dtype=torch.bfloat16)
     # The table that everything uses changes when its successor has proved right, not before.

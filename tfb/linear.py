@@ -163,7 +163,7 @@ class LowRankSampler:
             found = Factors(
                 p.A.to(device, inner).contiguous(),
                 p.B.to(device, inner).contiguous(),
-                (p.inv_d * self.scale).to(device),
+                (p.inv_d * self.scale).to(device, compute_dtype(dtype)),
                 impl,
                 merge_min_rows(p.out_features, p.in_features, device),
             )
