@@ -92,7 +92,7 @@ Contender = Callable[[Layer, Tensor, Draws], Outputs]
 
 def ours(layer: Layer, x: Tensor, draws: Draws) -> Tensor:
     """As the PEFT bridge runs it: merged where that costs less."""
-    if x.dim() == 3 and layer.sampler.merges(x, layer.W, draws):
+    if x.dim() == 3 and layer.sampler.merges(x, layer.W, None, draws):
         return ours_merged(layer, x, draws)
     return ours_added(layer, x, draws)
 

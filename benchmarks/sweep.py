@@ -14,8 +14,8 @@ and float64 has confirmed it, it replaces ``tfb_kernels/data/launch.json``. Afte
 ``python -m tfb_kernels.aot --write`` says what the new configurations use. Inputs stay in the L2
 where they fit, as they do in a model, where the layer before has just written them.
 
-Without a GPU only ``merge_rows`` of a CPU is measured, in float32 with two layers of a thousand
-columns. --toy: tiny sizes, a few configurations, also in Triton's interpreter; leaves launch.json
+Without a GPU only ``merge_rows`` of a CPU is measured, in float32, 512 -> 512 and 2816 -> 1024.
+--toy: tiny sizes, a few configurations, also in Triton's interpreter; leaves launch.json
 alone.
 """
 
@@ -70,7 +70,7 @@ class Sizes:
     merge_rows: tuple[int, ...] = MERGE_ROWS
 
 
-CPU = Sizes(shared=(1024, 1024), per_draw=(2816, 1024), merge_rows=(32, 64, 128, 256, 512, 1024))
+CPU = Sizes((512, 512), (2816, 1024), merge_rows=(128, 256, 512, 1024, 2048, 4096))
 TOY = Sizes((64, 48), (96, 32), 100, 2, (4, 20), (16, None), (4, 32), (8, 64))
 
 

@@ -59,7 +59,6 @@ def test_what_lies_below_the_noise_runs_once(kind: str) -> None:
 def test_the_first_noisy_input_is_read_once() -> None:
     """q, k and v of the first noisy block share one input: their base layers see B rows."""
     bayes = tfb.bayesianize(KINDS["llama"].build())
-    bayes.merging = "never"  # a merged layer does not call its base
     heads = [f"model.layers.{i}.self_attn.{x}_proj.base_layer" for i in (0, 1) for x in "qkv"]
     after = ["model.layers.0.self_attn.o_proj.base_layer", "model.layers.0.mlp.up_proj.base_layer"]
     seen = rows_seen(bayes, [*heads, *after], lambda: bayes.logits(batch_of(), DRAWS))
@@ -438,7 +437,6 @@ def test_what_blocks_share_is_repeated_once(kind: str, layers: str) -> None:
 
 def test_gpt2_reads_its_fused_input_once() -> None:
     bayes = tfb.bayesianize(KINDS["gpt2"].build())
-    bayes.merging = "never"
     names = [
         f"transformer.h.{i}.{x}.base_layer" for i in (0, 1) for x in ("attn.c_attn", "mlp.c_fc")
     ]

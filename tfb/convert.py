@@ -22,7 +22,7 @@ from tfb.adapters import TASKS
 from tfb.draws import stable_layer_id
 from tfb.engine import BayesianModel
 from tfb.families import FAMILIES, in_family
-from tfb.linear import LowRankSampler
+from tfb.linear import LowRankSampler, plain_weight
 from tfb.posterior import AdapterError, LowRankPosterior
 from tfb.sampling import ForwardPass, SamplingState, sampling_state
 from tfb.selection import LastLayers, LayerPredicate, select_layers
@@ -63,12 +63,12 @@ class BayesVariant(LoraVariant):
             return None
         if module.disable_adapters or module.merged or not _silent(module.lora_dropout[adapter]):
             return None
-        x_s = _by_draw(running, x)
-        if not self.sampler.merges(x_s, weight, state.draws):
-            return None
         if (own := module.lora_B[adapter].bias) is not None:
             own = own * module.scaling[adapter]
             bias = own if bias is None else bias + own
+        x_s = _by_draw(running, x)
+        if not self.sampler.merges(x_s, weight, bias, state.draws):
+            return None
         y = self.sampler.merged(x_s, weight, bias, state.draws)
         return _as_given(running, y, x)
 
@@ -140,10 +140,10 @@ def _as_given(running: ForwardPass, y: Tensor, x: Tensor) -> Tensor:
 def _dense(module: Any) -> tuple[Tensor | None, Tensor | None]:
     """(W [m, n], bias [m]) of a LoRA layer's base, W None unless it is an ordinary matrix."""
     base = module.get_base_layer()
-    kind = type(base)
-    if kind not in (nn.Linear, Conv1D) or type(base.weight) is not nn.Parameter:
-        return None, None
-    return base.weight.mT if kind is Conv1D else base.weight, base.bias
+    weight, bias = plain_weight(base, nn.Linear, Conv1D)
+    if weight is not None and isinstance(base, Conv1D):
+        weight = weight.mT
+    return weight, bias
 
 
 def _silent(dropout: nn.Module) -> bool:
@@ -153,7 +153,7 @@ def _silent(dropout: nn.Module) -> bool:
 
 def _forward(module: Any, *args: Any, **kwargs: Any) -> Tensor:
     """A LoRA layer's forward: merged weights where these cost less, else what PEFT does."""
-    active = module.active_adapters
+    active = [a for a in module.active_adapters if a in module.lora_A]
     if len(args) == 1 and not kwargs and len(active) == 1:
         variant = module.lora_variant.get(active[0])
         if isinstance(variant, BayesVariant):

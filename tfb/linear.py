@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from tfb.draws import Draws
 from tfb.posterior import AdapterError, LowRankPosterior
 from tfb_kernels import gaussian_noise
-from tfb_kernels.ops import add_samples, merge_samples, resolve_impl
-from tfb_kernels.reference import compute_dtype
+from tfb_kernels.ops import add_samples, merge_samples, prepared_for
 from tfb_kernels.tuning import merge_min_rows
 
 KEPT_STREAMS = 256  # of each layer, r x n float32 each
@@ -93,15 +92,16 @@ class LowRankSampler:
         )  # fmt: skip
         return add_samples(arguments, inplace)
 
-    def merges(self, x: Tensor, weight: Tensor, draws: Draws) -> bool:
+    def merges(self, x: Tensor, weight: Tensor, bias: Tensor | None, draws: Draws) -> bool:
         """Whether x [S, T, n] is better multiplied by merged weights than updated afterwards."""
         if self.merging == "never" or draws.noise != "weight" or x.dtype != weight.dtype:
             return False
-        # Autocast would round W_s again, and gradients reach x through the base layer alone.
-        if torch.is_autocast_enabled(x.device.type) or (
-            torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-        ):
-            return False
+        if torch.is_autocast_enabled(x.device.type):
+            return False  # it would round W_s again
+        if torch.is_grad_enabled():  # gradients pass through the base layer alone
+            biased = bias is not None and bias.requires_grad
+            if biased or x.requires_grad or weight.requires_grad:
+                return False
         return self.merging == "always" or x.shape[1] >= self.factors(x.device, x.dtype).merge_rows
 
     def merged(self, x: Tensor, weight: Tensor, bias: Tensor | None, draws: Draws) -> Tensor:
@@ -126,7 +126,8 @@ class LowRankSampler:
         if torch.compiler.is_compiling():
             y = torch.bmm(x, merge(0, S, None).mT)
             return y if bias is None else y + bias
-        fit = max(1, MERGED_BYTES[x.device.type] // (weight.numel() * weight.itemsize))
+        limit = MERGED_BYTES.get(x.device.type, MERGED_BYTES["cuda"])
+        fit = max(1, limit // (weight.numel() * weight.itemsize))
         step = fit // run * run or next(k for k in range(fit, 0, -1) if run % k == 0)
         scratch, y = _scratch(weight, min(step, S)), x.new_empty((S, x.shape[1], m))
         for start in range(0, S, step):
@@ -153,17 +154,15 @@ class LowRankSampler:
             self._factors.clear()
 
     def factors(self, device: torch.device, dtype: torch.dtype) -> Factors:
-        """The factors as products with x of ``dtype`` take them: in that dtype on a GPU's kernels,
-        else in the dtype that the reference computes in."""
+        """The factors as the operators take them fastest where x has ``dtype``."""
         key = device, dtype
         found = self._factors.get(key)
         if found is None:
-            p, impl = self.posterior, resolve_impl("auto", device, dtype)
-            inner = dtype if impl == "triton" else compute_dtype(dtype)
+            p, (impl, inner) = self.posterior, prepared_for(device, dtype)
             found = Factors(
                 p.A.to(device, inner).contiguous(),
                 p.B.to(device, inner).contiguous(),
-                (p.inv_d * self.scale).to(device, compute_dtype(dtype)),
+                (p.inv_d * self.scale).to(device),
                 impl,
                 merge_min_rows(p.out_features, p.in_features, device),
             )
@@ -200,9 +199,20 @@ class LowRankSampler:
         return kept.E[places]
 
     def release(self) -> None:
-        """Forget device copies and noise; both come back on the next use."""
+        """Forget device copies, noise and this thread's scratch; all come back on the next use."""
         self._factors.clear()
         self._pool = None
+        _threads.scratch = None
+
+
+def plain_weight(base: nn.Module, *kinds: type[nn.Module]) -> tuple[Tensor | None, Tensor | None]:
+    """(weight, bias) of a layer that is one of ``kinds`` itself, of ordinary tensors, with no hook
+    that its product alone would leave out; (None, None) of any other (quantized, offloaded)."""
+    held: Any = base
+    hooked = held._forward_hooks or held._forward_pre_hooks or "forward" in vars(held)
+    if type(base) not in kinds or type(held.weight) is not nn.Parameter or hooked:
+        return None, None
+    return held.weight, held.bias
 
 
 _threads = threading.local()
@@ -217,7 +227,8 @@ def _scratch(weight: Tensor, draws: int) -> Tensor:
         nbytes = draws * m * n * weight.itemsize
         kept = getattr(_threads, "scratch", None)
         if kept is None or len(kept) < nbytes:
-            kept = _threads.scratch = torch.empty(nbytes, dtype=torch.uint8)
+            with torch.inference_mode(False):  # or it could be written in that mode alone
+                kept = _threads.scratch = torch.empty(nbytes, dtype=torch.uint8)
         flat = kept[:nbytes].view(weight.dtype)
     else:
         flat = weight.new_empty(draws * m * n)
@@ -282,10 +293,9 @@ class BayesLoRALinear(nn.Module):
                 raise ValueError(
                     f"x: expected [T, {n}] or [{S}, T, {n}], one input for each draw, got {found}"
                 )
-            if x.dim() == 3 and type(self.base) is nn.Linear:
-                weight, bias = self.base.weight, self.base.bias
-                if self.sampler.merges(x, weight, draws):
-                    return self.sampler.merged(x, weight, bias, draws)
+            weight, bias = plain_weight(self.base, nn.Linear)
+            if x.dim() == 3 and weight is not None and self.sampler.merges(x, weight, bias, draws):
+                return self.sampler.merged(x, weight, bias, draws)
             return self.sampler(x, self.base(x), draws)
         base = self.base(x)
         A, B = self.posterior.A.to(x.device), self.posterior.B.to(x.device)

@@ -82,6 +82,13 @@ def resolve_impl(impl: str, device: torch.device, dtype: torch.dtype = torch.flo
     )
 
 
+def prepared_for(device: torch.device, dtype: torch.dtype) -> tuple[str, torch.dtype]:
+    """The implementation that "auto" takes for weight noise and x of ``dtype``, and the dtype in
+    which it reads A and B without converting them at every call."""
+    impl = resolve_impl("auto", device, dtype)
+    return impl, dtype if impl == "triton" else compute_dtype(dtype)
+
+
 # --- arguments ------------------------------------------------------------------------------------
 
 
