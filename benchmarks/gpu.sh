@@ -83,7 +83,8 @@ NOT_RUN=77
 pytest=("$PYTHON" -m pytest -W default -q -p no:cacheprovider)
 bench=("${pytest[@]}" --benchmark-only --benchmark-quiet --record ${toy:+--toy --threads 1})
 sanitized() {
-  local check=("${pytest[@]}" tests/kernels/test_triton.py -k "ragged and 131 and bfloat16")
+  local check=("${pytest[@]}" tests/kernels/test_triton.py tests/kernels/test_triton_merge.py
+    -k "ragged and bfloat16 and (131 or test_triton_merge)")
   # Allocations of their own, since a sanitizer sees nothing inside a segment of torch's.
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # this is a subshell
   if [ -n "$toy" ]; then

@@ -119,12 +119,8 @@ def jobs(sizes: Sizes, toy: bool) -> Iterator[Job]:
     for kernel in ("shrink", "expand"):
         for rows, bound in zip(sizes.rows, sizes.up_to, strict=True):
             yield Job(kernel, rows, bound, tuple(candidates(kernel, rows))[few])
-    for kernel in (
-        "generate",
-        "merge",
-        "statistics",
-        "mean",
-    ):  # one line each, for any number of rows
+    # One line each, for any number of rows.
+    for kernel in ("generate", "merge", "statistics", "mean"):
         yield Job(kernel, sizes.label_rows, None, tuple(candidates(kernel, 0))[few])
 
 

@@ -46,7 +46,7 @@ def test_every_configuration_compiles_without_stack_and_spills(arch: str) -> Non
         assert costs.keys() == BOUNDS.keys()
 
 
-# SASS instructions on sm_90 at rank 16, ten antithetic draws: what was counted and a tenth more.
+# SASS instructions on sm_90 at rank 16, ten antithetic draws; a little above what was counted.
 BOUNDS = {
     "a normal": 15,
     "a block of shrink, shared x": 1500,

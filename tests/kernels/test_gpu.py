@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tfb_kernels import bayes_lora_linear, gaussian_noise
+from tfb_kernels import bayes_lora_linear, bayes_lora_merge, gaussian_noise
 from tfb_kernels.noise import weight_noise
 from tfb_kernels.testing import (
     eager_weight_samples,
@@ -116,6 +116,30 @@ def test_bitwise_equal_run_to_run(shared: bool) -> None:
         assert layer(p, torch.tensor(4).cuda(), streams, index).equal(first)
 
 
+def test_graph_replay_merges_a_new_seed() -> None:
+    """W_s of a captured launch has the noise of the seed that is in memory when it runs."""
+    p = operands(torch.bfloat16, shared=False)
+    weight, seed = torch.zeros(len(p["B"]), p["A"].shape[1]).cuda().bfloat16(), torch.tensor(1)
+    streams, index = device_streams()
+    factors = [p[k] for k in ("A", "B", "inv_d", "sigmas")]
+
+    def merge(seed: Tensor) -> Tensor:
+        return bayes_lora_merge(
+            weight, *factors, streams, stream_index=index, seed=seed, layer_id=7, scaling=2.0
+        )
+
+    held = seed.cuda()
+    merge(held)  # compiles outside the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        merged = merge(held)
+    for value in (1, 2):
+        held.fill_(value)
+        graph.replay()
+        assert merged.equal(merge(torch.tensor(value).cuda()))
+        assert merged.isfinite().all() and merged.any()
+
+
 def test_autocast_takes_x_in_its_dtype() -> None:
     p = operands(torch.float32, shared=True)
     streams, index = device_streams()
@@ -125,7 +149,8 @@ def test_autocast_takes_x_in_its_dtype() -> None:
     assert y.equal(layer(p | {"x": p["x"].bfloat16()}, seed, streams, index))
 
 
-def test_a_model_on_the_gpu_gives_the_draws_of_the_cpu() -> None:
+@pytest.mark.parametrize("merging", ["always", "never"])
+def test_a_model_on_the_gpu_gives_the_draws_of_the_cpu(merging: str) -> None:
     """The embedded demo's model in float32: probabilities of every draw, CPU against GPU.
 
     Budget: logits of order 10 through three layers; float32 products differ by about 1e-6 of
@@ -140,6 +165,7 @@ def test_a_model_on_the_gpu_gives_the_draws_of_the_cpu() -> None:
     for device in ("cpu", "cuda"):
         model = tfb.load_adapter(tfb.load_base(digits.BASE, digits.ADAPTER), digits.ADAPTER)
         bayes = tfb.bayesianize(model.to(device))
+        bayes.merging = merging
         found.append(bayes.predict({"input_ids": ids}, draws, keep_draws=True).draw_probs)
     assert found[0] is not None and found[1] is not None
     assert float((found[0] - found[1].cpu()).abs().max()) <= 1e-3
