@@ -92,7 +92,7 @@ Contender = Callable[[Layer, Tensor, Draws], Outputs]
 
 def ours(layer: Layer, x: Tensor, draws: Draws) -> Tensor:
     """As the PEFT bridge runs it: merged where that costs less."""
-    if x.dim() == 3 and layer.sampler.merges(x, layer.W, None, draws):
+    if x.dim() == 3 and layer.sampler.merges(x, x.shape[1], draws, layer.W):
         return ours_merged(layer, x, draws)
     return ours_added(layer, x, draws)
 

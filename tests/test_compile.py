@@ -247,3 +247,20 @@ def test_a_layer_alone(noise: str) -> None:
             fresh = Draws(d.sigmas, d.streams, d.seed, noise)
             assert relative(compiled(x, fresh), e) < EXACT
             assert not fresh._tensors
+
+
+@pytest.mark.parametrize(
+    "how", [{"draws_per_pass": 2}, {"mode": "tail", "tail": 2}, {"mode": "tail", "tail": 2,
+                                                                "draws_per_pass": 2}], ids=str
+)  # fmt: skip
+def test_parts_of_draws_and_prompts_of_tails_are_arguments_too(how: dict[str, Any]) -> None:
+    """Blocks that are compiled one by one see the same graphs for other streams and sigmas."""
+    bayes = tfb.bayesianize(exact(SMALL.build()))
+    counter = CompileCounterWithBackend("eager")
+    (block,) = bayes.base.model.layers
+    block.compile(fullgraph=True, backend=counter)
+    bayes.logits(SMALL.batch(), DRAWS, **how)
+    graphs = counter.frame_count
+    for first in (7, 11, 20):
+        bayes.logits(SMALL.batch(), Draws.antithetic(4, 0.1 + first, first_stream=first), **how)
+    assert counter.frame_count == graphs > 0

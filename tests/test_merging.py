@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from models import randomize, relative
-from peft import LoraConfig, get_peft_model
-from test_architectures import DRAWS, KINDS, batch_of
+from models import CASES, add_lora, encoder, make_batch, randomize, relative
+from peft import IA3Config, LoraConfig, get_peft_model
+from test_architectures import DRAWS, KINDS, OTHERS, batch_of, in_double
 from torch import Tensor, nn
 
 import tfb
@@ -120,6 +120,39 @@ def test_biases_of_base_and_adapter_are_both_added() -> None:
     assert relative(*found) < EXACT
 
 
+def test_a_bias_of_the_adapter_takes_the_dtype_of_the_base() -> None:
+    """PEFT keeps an adapter in float32 on a base in bfloat16. Draws differ by roundings of W and of
+    activations, 2^-9 each, through two layers; a bias left out would be of order one."""
+    found = []
+    for merging in ("always", "never"):
+        base = randomize(encoder("Bert"), 0).bfloat16()
+        bayes = tfb.bayesianize(add_lora(base, 1, **CASES["lora_bias"].config))
+        bayes.merging = merging
+        found.append(bayes.logits(make_batch(*[9] * 4, pad="right"), DRAWS).double())
+    assert relative(*found) < 0.1
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+def test_another_tuner_below_is_called() -> None:
+    """LoRA on top of IA3: what PEFT calls the base layer is IA3's, which scales."""
+    found = []
+    for merging in ("always", "never"):
+        targets = {"target_modules": ["q", "v"], "feedforward_modules": []}
+        below = IA3Config(task_type="SEQ_2_SEQ_LM", **targets)
+        scaled = get_peft_model(randomize(OTHERS["t5"].make(), 0), below)
+        for name, p in scaled.named_parameters():
+            if "ia3_l" in name:
+                p.data.fill_(1.5)
+        config = LoraConfig(r=3, task_type="SEQ_2_SEQ_LM", target_modules=["q", "v", "wo"])
+        model = get_peft_model(scaled, config, adapter_name="upper")
+        bayes = tfb.bayesianize(in_double(randomize(model, 1, ".upper.")).eval(), "upper")
+        for sampler in bayes.samplers.values():
+            sampler.merging = merging  # "always" itself refuses
+        found.append(bayes.logits(batch_of(), DRAWS))
+    assert relative(*found) < EXACT
+
+
 def test_a_second_adapter_a_disabled_one_and_dropout_are_peft_s(base_calls: Counted) -> None:
     """Where PEFT has more to do than one plain adapter, updates are added to its base product."""
     bayes, batch = bayesian(merging="always"), batch_of()
@@ -149,7 +182,7 @@ def test_gradients_autocast_and_token_noise_are_added() -> None:
     x = torch.randn(S, 9, 16, dtype=torch.float64, requires_grad=True)
 
     def merges(x: Tensor, bias: Tensor | None = None, draws: Draws = DRAWS) -> bool:
-        return bool(sampler.merges(x, layer.weight, bias, draws))
+        return bool(sampler.merges(x, 9, draws, layer.weight, bias))
 
     assert not merges(x) and merges(x.detach())
     assert not merges(x.detach(), torch.zeros(16, requires_grad=True))
@@ -159,6 +192,23 @@ def test_gradients_autocast_and_token_noise_are_added() -> None:
         assert not merges(x.detach())
     assert not merges(x.detach().float())
     assert not merges(x.detach(), draws=Draws.iid(S, 0.1, noise="token"))
+
+
+def test_the_prompt_of_a_tail_is_pefts_own_where_it_is_not_merged() -> None:
+    """The mean adapter's arithmetic, with no noise to multiply by 0: keys and values to the bit."""
+    kept = []
+    for merging in (None, "never"):
+        bayes = bayesian()
+        backbone, ids = bayes.base.model, batch_of()["input_ids"]
+        with torch.no_grad():
+            if merging is None:
+                kept.append(backbone(ids, use_cache=True).past_key_values)
+                continue
+            bayes.merging = merging
+            with bayes.mean_pass(DRAWS, len(ids)):
+                kept.append(backbone(ids, use_cache=True).past_key_values)
+    for a, b in zip(kept[0].layers, kept[1].layers, strict=True):
+        assert a.keys.equal(b.keys) and a.values.equal(b.values)
 
 
 def test_remove_gives_peft_its_forward_back() -> None:
@@ -174,6 +224,9 @@ def test_merging_is_one_of_three_words() -> None:
     assert bayes.merging == "auto"
     with pytest.raises(ValueError, match="merging='yes': expected one of auto, always, never"):
         bayes.merging = "yes"
+    bayes.model.merge_and_unload()
+    with pytest.raises(ValueError, match=r"does not carry this posterior any more"):
+        bayes.merging = "always"
 
 
 # --- one layer ------------------------------------------------------------------------------------
@@ -260,5 +313,5 @@ def test_a_sampler_merges_what_it_would_add(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(linear, "merge_min_rows", lambda m, n, device: 9)
     sampler: LowRankSampler = layer.sampler
     weight: Tensor = layer.base.weight.detach()  # type: ignore[union-attr, operator]
-    assert sampler.merges(torch.ones(4, 9, 24), weight, None, DRAWS)
-    assert not sampler.merges(torch.ones(4, 8, 24), weight, None, DRAWS)
+    assert sampler.merges(torch.ones(4, 9, 24), 9, DRAWS, weight)
+    assert not sampler.merges(torch.ones(4, 8, 24), 8, DRAWS, weight)

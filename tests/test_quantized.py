@@ -124,6 +124,6 @@ def test_layers_stay_quantized(quantized: Any) -> None:
 
 def test_nothing_is_merged_into_quantized_weights(quantized: Any) -> None:
     bayes = tfb.bayesianize(quantized())
-    with pytest.raises(ValueError, match="no draw can be merged into the quantized weights of mod"):
+    with pytest.raises(ValueError, match="no draw can be merged into layers that are quantized"):
         bayes.merging = "always"
     assert bayes.merging == "auto"

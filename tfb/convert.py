@@ -48,7 +48,7 @@ class BayesVariant(LoraVariant):
         A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
         scaling = module.scaling[active_adapter]
         state = sampling_state(self.owner)
-        if state is None:
+        if state is None or state.mean:
             return result + B(A(x)) * scaling  # PEFT's own arithmetic, to the bit
         bias = None if B.bias is None else B.bias * scaling
         return self._sample(x, result, state, bias)
@@ -58,18 +58,18 @@ class BayesVariant(LoraVariant):
         nothing to sample, or where adding costs less."""
         state = sampling_state(self.owner)
         running = None if state is None else state.running
-        weight, bias = _dense(module)
-        if state is None or running is None or weight is None or not _apart(running, x):
+        if state is None or running is None or not _apart(running, x):
             return None
         if module.disable_adapters or module.merged or not _silent(module.lora_dropout[adapter]):
             return None
-        if (own := module.lora_B[adapter].bias) is not None:
-            own = own * module.scaling[adapter]
-            bias = own if bias is None else bias + own
-        x_s = _by_draw(running, x)
-        if not self.sampler.merges(x_s, weight, bias, state.draws):
+        (weight, bias), own = _dense(module), module.lora_B[adapter].bias
+        rows = x.numel() // max(1, x.shape[-1] * running.draws)
+        if weight is None or not self.sampler.merges(x, rows, state.draws, weight, bias, own):
             return None
-        y = self.sampler.merged(x_s, weight, bias, state.draws)
+        if own is not None:
+            own = own * module.scaling[adapter]
+            bias = (own if bias is None else bias + own).to(weight.dtype)
+        y = self.sampler.merged(_by_draw(running, x), weight, bias, state.draws)
         return _as_given(running, y, x)
 
     def _sample(
@@ -139,7 +139,7 @@ def _as_given(running: ForwardPass, y: Tensor, x: Tensor) -> Tensor:
 
 def _dense(module: Any) -> tuple[Tensor | None, Tensor | None]:
     """(W [m, n], bias [m]) of a LoRA layer's base, W None unless it is an ordinary matrix."""
-    base = module.get_base_layer()
+    base = module.base_layer  # what PEFT calls: another tuner's layer is none of these
     weight, bias = plain_weight(base, nn.Linear, Conv1D)
     if weight is not None and isinstance(base, Conv1D):
         weight = weight.mT
@@ -251,7 +251,7 @@ def detach(bayes: BayesianModel) -> None:
 
 
 def without_weights(bayes: BayesianModel) -> list[str]:
-    """Noisy layers whose base has no ordinary weight to merge into (quantized ones)."""
+    """Noisy layers whose base has no weight to merge into: see ``plain_weight``."""
     return [name for name in bayes.samplers if _dense(bayes.base.get_submodule(name))[0] is None]
 
 

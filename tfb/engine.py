@@ -83,6 +83,7 @@ class BayesianModel:
         self.label_tokens = "all"
         self.labels: Sequence[str] | None = None
         self.source: Path | None = None  # the adapter's folder, copied untouched into artifacts
+        self._devices: frozenset[torch.device] = frozenset()  # of the noisy layers
         inner: Any = model.get_base_model()  # type: ignore[operator]
         self.base = inner
         self._forward_names = frozenset(inspect.signature(inner.forward).parameters)
@@ -116,7 +117,8 @@ class BayesianModel:
         In half precision a merged weight is rounded once, as by PEFT's ``merge_adapter``.
 
         Raises:
-            ValueError: when set to an unknown value, or to "always" with quantized layers.
+            ValueError: when set to an unknown value, or to "always" with layers that have no weight
+                to merge into (quantized ones).
         """
         return next(iter(self.samplers.values())).merging
 
@@ -126,10 +128,11 @@ class BayesianModel:
 
         if value not in MERGING:
             raise ValueError(f"merging={value!r}: expected one of {', '.join(MERGING)}")
+        self.check_attached()
         if value == "always" and (names := without_weights(self)):
             raise ValueError(
-                "merging='always': no draw can be merged into the quantized weights of "
-                f"{', '.join(names[:8])}; use merging='auto', which adds there"
+                "merging='always': no draw can be merged into layers that are quantized, hooked or "
+                f"no plain nn.Linear: {', '.join(names[:8])}; use merging='auto', which adds there"
             )
         for sampler in self.samplers.values():
             sampler.merging = value
@@ -167,7 +170,7 @@ class BayesianModel:
             ValueError: the adapter is not the active one, is disabled, merged or gone: the draws
                 would have no effect; or another adapter of the same model is being sampled.
         """
-        self.check_sampling(draws)
+        self.check_sampling()
         with self.sampling_as(SamplingState(self.base, draws)):
             yield self
 
@@ -175,13 +178,15 @@ class BayesianModel:
     def sampling_as(self, state: SamplingState) -> Iterator[None]:
         """``sampling`` with everything that a state can say; for the passes of this package, which
         call ``check_sampling`` once for all of them."""
+        for device in self._devices:
+            state.draws.tensors(device)  # or a compiled graph would take them for constants
         token = set_state(self.owner, state)
         try:
             yield
         finally:
             reset_state(token)
 
-    def check_sampling(self, draws: Draws) -> None:
+    def check_sampling(self) -> None:
         """Refuse a model of which draws cannot be sampled now (see ``sampling``); have on every
         layer's device what compiled graphs read."""
         active = getattr(self.model, "active_adapters", [self.adapter])
@@ -192,15 +197,14 @@ class BayesianModel:
                 f"bayes.model.set_adapter({self.adapter!r}) first"
             )
         own, devices = self.dtype, set()
-        for name, layer in self._attached():
+        for name, layer in self._attached().items():
             if layer.disable_adapters:
                 raise ValueError("the adapter is disabled (disable_adapter): nothing to sample")
             weight = layer.lora_A[self.adapter].weight
             for dtype in {own, weight.dtype}:  # PEFT may cast inputs to the adapter's
                 self.samplers[name].factors(weight.device, dtype)
             devices.add(weight.device)
-        for device in devices:
-            draws.tensors(device)
+        self._devices = frozenset(devices)
         if other_owner_of(self.base, self.owner):
             raise ValueError(
                 "another adapter of this model is being sampled; leave its sampling() first"
@@ -212,11 +216,11 @@ class BayesianModel:
         Raises:
             ValueError: it does not.
         """
-        for _ in self._attached():
-            pass
+        self._attached()
 
-    def _attached(self) -> Iterator[tuple[str, Any]]:
-        """The noisy layers as they are in the model now, each checked; see ``check_attached``."""
+    def _attached(self) -> dict[str, Any]:
+        """The noisy layers as they are in the model now, by name; see ``check_attached``."""
+        found = {}
         for name in self.samplers:
             layer: Any = self.base.get_submodule(name)
             variant = getattr(layer, "lora_variant", {}).get(self.adapter)
@@ -231,7 +235,8 @@ class BayesianModel:
                     f"{name}: the adapter is merged into the base weight; call "
                     "bayes.model.unmerge_adapter() first"
                 )
-            yield name, layer
+            found[name] = layer
+        return found
 
     # --- prediction -----------------------------------------------------------------------------
 
@@ -287,7 +292,7 @@ class BayesianModel:
                 tokens.
         """
         mode, tail = self._mode(mode, tail)
-        self.check_sampling(draws)
+        self.check_sampling()
         inputs, rows = self.inputs(batch, mode)
         if self.task == "SEQ_CLS" and label_ids is not None:
             raise ValueError("label_ids: only language models have a vocabulary to select from")
@@ -331,10 +336,11 @@ class BayesianModel:
 
     @contextlib.contextmanager
     def mean_pass(self, draws: Draws, batch: int) -> Iterator[None]:
-        """A pass of the mean adapter that enters below the model's entrance: as one draw at
-        sigma = 0, so that its layers are merged too, on a stream that ``draws`` need anyway."""
+        """A pass of the mean adapter that enters below the model's entrance: one draw at sigma = 0,
+        so that layers can be merged. Its stream is one of ``draws``, whose noise is kept anyway."""
         mean = Draws((0.0,), draws.streams[:1], draws.seed)
-        with self.sampling_as(SamplingState(self.base, mean, tree=True)), self.tree_pass(1, batch):
+        state = SamplingState(self.base, mean, tree=True, mean=True)
+        with self.sampling_as(state), self.tree_pass(1, batch):
             yield
 
     @torch.no_grad()
@@ -478,6 +484,8 @@ class BayesianModel:
         restore_head(self.base)
         restore_blocks(self.blocks_below)
         detach(self)
+        for sampler in self.samplers.values():
+            sampler.release()
         return self.model
 
     def save(self, folder: str | Path, **details: Any) -> Path:

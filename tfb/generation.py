@@ -150,7 +150,7 @@ def run_generation(
         }
     # transformers compiles the model by itself where a cache is static.
     options.setdefault("disable_compile", True)
-    bayes.check_sampling(draws)
+    bayes.check_sampling()
     with evaluating(bayes.model), bayes.sampling_as(state):
         found = bayes.model.generate(**inputs, **options)
     sequences = getattr(found, "sequences", found)

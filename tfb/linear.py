@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tfb.draws import Draws
 from tfb.posterior import AdapterError, LowRankPosterior
 from tfb_kernels import gaussian_noise
-from tfb_kernels.ops import add_samples, merge_samples, prepared_for
+from tfb_kernels.ops import add_samples, like_weights, merge_samples, prepared_for
 from tfb_kernels.tuning import merge_min_rows
 
 KEPT_STREAMS = 256  # of each layer, r x n float32 each
@@ -92,17 +92,21 @@ class LowRankSampler:
         )  # fmt: skip
         return add_samples(arguments, inplace)
 
-    def merges(self, x: Tensor, weight: Tensor, bias: Tensor | None, draws: Draws) -> bool:
-        """Whether x [S, T, n] is better multiplied by merged weights than updated afterwards."""
+    def merges(
+        self, x: Tensor, rows: int, draws: Draws, weight: Tensor, *biases: Tensor | None
+    ) -> bool:
+        """Whether x, an input of ``rows`` rows for each draw, is better multiplied by merged
+        weights than updated afterwards."""
         if self.merging == "never" or draws.noise != "weight" or x.dtype != weight.dtype:
+            return False
+        if self.merging == "auto" and rows < self.factors(x.device, x.dtype).merge_rows:
             return False
         if torch.is_autocast_enabled(x.device.type):
             return False  # it would round W_s again
-        if torch.is_grad_enabled():  # gradients pass through the base layer alone
-            biased = bias is not None and bias.requires_grad
-            if biased or x.requires_grad or weight.requires_grad:
-                return False
-        return self.merging == "always" or x.shape[1] >= self.factors(x.device, x.dtype).merge_rows
+        # Gradients pass through the base layer alone.
+        return not torch.is_grad_enabled() or not any(
+            t is not None and t.requires_grad for t in (x, weight, *biases)
+        )
 
     def merged(self, x: Tensor, weight: Tensor, bias: Tensor | None, draws: Draws) -> Tensor:
         """x [S, T, n] -> x_s W_s^T + bias [S, T, m], W_s = weight [m, n] with draw s merged in."""
@@ -123,15 +127,15 @@ class LowRankSampler:
             )  # fmt: skip
             return merge_samples(arguments, out)
 
-        if torch.compiler.is_compiling():
-            y = torch.bmm(x, merge(0, S, None).mT)
-            return y if bias is None else y + bias
         limit = MERGED_BYTES.get(x.device.type, MERGED_BYTES["cuda"])
         fit = max(1, limit // (weight.numel() * weight.itemsize))
         step = fit // run * run or next(k for k in range(fit, 0, -1) if run % k == 0)
+        parts = [(start, min(start + step, S)) for start in range(0, S, step)]
+        if torch.compiler.is_compiling():
+            y = torch.cat([torch.bmm(x[a:b], merge(a, b, None).mT) for a, b in parts])
+            return y if bias is None else y + bias
         scratch, y = _scratch(weight, min(step, S)), x.new_empty((S, x.shape[1], m))
-        for start in range(0, S, step):
-            end = min(start + step, S)
+        for start, end in parts:
             W = merge(start, end, scratch[: end - start])
             if bias is None:
                 torch.bmm(x[start:end], W.mT, out=y[start:end])
@@ -221,18 +225,13 @@ _threads = threading.local()
 def _scratch(weight: Tensor, draws: int) -> Tensor:
     """[draws, m, n] laid out as ``weight``; on a CPU the same memory for all layers of a thread,
     since fresh pages cost as much as what is written to them."""
-    m, n = weight.shape
-    turned = not weight.is_contiguous() and weight.mT.is_contiguous()
-    if weight.device.type == "cpu":
-        nbytes = draws * m * n * weight.itemsize
-        kept = getattr(_threads, "scratch", None)
-        if kept is None or len(kept) < nbytes:
-            with torch.inference_mode(False):  # or it could be written in that mode alone
-                kept = _threads.scratch = torch.empty(nbytes, dtype=torch.uint8)
-        flat = kept[:nbytes].view(weight.dtype)
-    else:
-        flat = weight.new_empty(draws * m * n)
-    return flat.view(draws, n, m).mT if turned else flat.view(draws, m, n)
+    if weight.device.type != "cpu":
+        return like_weights(weight, draws)
+    nbytes, kept = draws * weight.numel() * weight.itemsize, getattr(_threads, "scratch", None)
+    if kept is None or len(kept) < nbytes:
+        with torch.inference_mode(False):  # or it could be written in that mode alone
+            kept = _threads.scratch = torch.empty(nbytes, dtype=torch.uint8)
+    return like_weights(weight, draws, kept[:nbytes].view(weight.dtype))
 
 
 class BayesLoRALinear(nn.Module):
@@ -294,7 +293,11 @@ class BayesLoRALinear(nn.Module):
                     f"x: expected [T, {n}] or [{S}, T, {n}], one input for each draw, got {found}"
                 )
             weight, bias = plain_weight(self.base, nn.Linear)
-            if x.dim() == 3 and weight is not None and self.sampler.merges(x, weight, bias, draws):
+            if (
+                x.dim() == 3
+                and weight is not None
+                and self.sampler.merges(x, x.shape[1], draws, weight, bias)
+            ):
                 return self.sampler.merged(x, weight, bias, draws)
             return self.sampler(x, self.base(x), draws)
         base = self.base(x)

@@ -116,6 +116,7 @@ class SamplingState:
         base: the base model that is sampled. draws: S draws.
         columns: [K] rows of the output embedding to compute, None for all.
         tree: see :class:`ForwardPass`; the caller has then laid out the input itself.
+        mean: the one draw is the mean adapter: PEFT's own arithmetic where it is not merged.
         cached: past_key_values of this very state come with the call.
         diverged: rows differ from draw to draw at the entrance already: S * B come in.
         reduce: what becomes of the logits [S * B, ...] at the exit (generation), or None.
@@ -127,6 +128,7 @@ class SamplingState:
     draws: Draws
     columns: Tensor | None = None
     tree: bool = False
+    mean: bool = False
     cached: bool = False
     diverged: bool = False
     reduce: Callable[[Tensor], Tensor] | None = None

@@ -465,7 +465,7 @@ def merge_samples(arguments: tuple[Any, ...], out: Tensor | None) -> Tensor:
 def _merge(arguments: tuple[Any, ...], out: Tensor | None) -> Tensor:
     weight, sigmas, impl = arguments[0], arguments[4], arguments[-1]
     if out is None:
-        out = _like_weights(weight, len(sigmas))
+        out = like_weights(weight, len(sigmas))
     if impl == "triton":
         from tfb_kernels.triton_merge import merge
 
@@ -481,11 +481,12 @@ def _merge(arguments: tuple[Any, ...], out: Tensor | None) -> Tensor:
     return out
 
 
-def _like_weights(weight: Tensor, draws: int) -> Tensor:
-    """Room for ``draws`` weights [S, m, n], each laid out as ``weight`` is."""
-    if weight.mT.is_contiguous() and not weight.is_contiguous():
-        return weight.new_empty((draws, *weight.mT.shape)).mT
-    return weight.new_empty((draws, *weight.shape))
+def like_weights(weight: Tensor, draws: int, memory: Tensor | None = None) -> Tensor:
+    """Room for ``draws`` weights [S, m, n], each laid out as ``weight`` is. memory: [S m n]."""
+    turned = weight.mT.is_contiguous() and not weight.is_contiguous()
+    shape = (draws, *(weight.mT if turned else weight).shape)
+    room = weight.new_empty(shape) if memory is None else memory.view(shape)
+    return room.mT if turned else room
 
 
 @torch.library.custom_op(
@@ -499,7 +500,7 @@ def _bayes_lora_merge(*arguments: Any) -> Tensor:
 
 @_bayes_lora_merge.register_fake
 def _(weight: Tensor, A: Tensor, B: Tensor, inv_d: Tensor, sigmas: Tensor, *rest: Any) -> Tensor:
-    return _like_weights(weight, len(sigmas))
+    return like_weights(weight, len(sigmas))
 
 
 def bayes_lora_merge(

@@ -3,8 +3,8 @@
     y_s = base + scaling * B' (A' x + (sigma_s / d) o e_s),   e_s = E_{q(s)} x  (weight noise)
                                                               e_s = |x| Xi_{q(s)} (token noise)
 
-Plain torch, no loop over draws. sigma / d is applied to r numbers after the dot product: A' + noise
-is never formed.
+Updates are added without a loop over draws, and sigma / d is applied to r numbers after the dot
+product: A' + noise is formed for merging alone.
 
 Dimensions: S draws, Q distinct streams, T tokens, n in_features, m out_features, r rank.
 """
