@@ -104,13 +104,18 @@ def on_path(layer: Layer, x: Tensor, draws: Draws, path: str) -> Tensor:
 
 def op(layer: Layer, x: Tensor, base: Tensor, draws: Draws, **options: Any) -> Tensor:
     """The operation alone, "auto"."""
-    A, B, inv_d, *_ = layer.sampler.factors(x.device, x.dtype)
-    t = draws.tensors(x.device)
-    return bayes_lora_linear(
-        x, base, A, B, inv_d, t.sigmas, t.streams, stream_index=t.stream_index,
-        draws_per_stream=t.draws_per_stream, seed=t.seed, layer_id=LAYER_ID, scaling=SCALING,
-        **options,
-    )  # fmt: skip
+    return bayes_lora_linear(x, base, **_samples(layer, draws, x), **options)
+
+
+def _samples(layer: Layer, draws: Draws, like: Tensor) -> dict[str, Any]:
+    """What the public operators are told of a layer's posterior and of draws from it."""
+    A, B, inv_d, *_ = layer.sampler.factors(like.device, like.dtype)
+    t = draws.tensors(like.device)
+    return {
+        "A": A, "B": B, "inv_d": inv_d, "sigmas": t.sigmas, "streams": t.streams,
+        "stream_index": t.stream_index, "draws_per_stream": t.draws_per_stream, "seed": t.seed,
+        "layer_id": LAYER_ID, "scaling": SCALING,
+    }  # fmt: skip
 
 
 def op_on_path(layer: Layer, x: Tensor, base: Tensor, draws: Draws, path: str) -> Tensor:
@@ -140,12 +145,7 @@ def ours_merged(layer: Layer, x: Tensor, draws: Draws) -> Tensor:
 
 def merged_by_us(layer: Layer, draws: Draws) -> Tensor:
     """W_s [S, m, n]."""
-    A, B, inv_d, *_ = layer.sampler.factors(layer.W.device, layer.W.dtype)
-    t = draws.tensors(layer.W.device)
-    return bayes_lora_merge(
-        layer.W, A, B, inv_d, t.sigmas, t.streams, stream_index=t.stream_index,
-        draws_per_stream=t.draws_per_stream, seed=t.seed, layer_id=LAYER_ID, scaling=SCALING,
-    )  # fmt: skip
+    return bayes_lora_merge(layer.W, **_samples(layer, draws, layer.W))
 
 
 # --- what people would do instead -----------------------------------------------------------------

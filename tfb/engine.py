@@ -187,8 +187,8 @@ class BayesianModel:
             reset_state(token)
 
     def check_sampling(self) -> None:
-        """Refuse a model of which draws cannot be sampled now (see ``sampling``); have on every
-        layer's device what compiled graphs read."""
+        """Refuse a model of which draws cannot be sampled now (see ``sampling``); have factors on
+        every layer's device, where compiled graphs read them."""
         active = getattr(self.model, "active_adapters", [self.adapter])
         active = active() if callable(active) else active
         if self.adapter not in active:
@@ -197,7 +197,7 @@ class BayesianModel:
                 f"bayes.model.set_adapter({self.adapter!r}) first"
             )
         own, devices = self.dtype, set()
-        for name, layer in self._attached().items():
+        for name, layer in self.check_attached().items():
             if layer.disable_adapters:
                 raise ValueError("the adapter is disabled (disable_adapter): nothing to sample")
             weight = layer.lora_A[self.adapter].weight
@@ -210,16 +210,12 @@ class BayesianModel:
                 "another adapter of this model is being sampled; leave its sampling() first"
             )
 
-    def check_attached(self) -> None:
-        """The base model still carries this posterior, unmerged.
+    def check_attached(self) -> dict[str, Any]:
+        """The noisy layers by name, which carry this posterior now, unmerged.
 
         Raises:
-            ValueError: it does not.
+            ValueError: one is not.
         """
-        self._attached()
-
-    def _attached(self) -> dict[str, Any]:
-        """The noisy layers as they are in the model now, by name; see ``check_attached``."""
         found = {}
         for name in self.samplers:
             layer: Any = self.base.get_submodule(name)

@@ -301,8 +301,8 @@ class BayesLoRALinear(nn.Module):
                 return self.sampler.merged(x, weight, bias, draws)
             return self.sampler(x, self.base(x), draws)
         base = self.base(x)
-        A, B = self.posterior.A.to(x.device), self.posterior.B.to(x.device)
-        dtype = torch.promote_types(x.dtype, A.dtype)
+        dtype = torch.promote_types(x.dtype, self.posterior.A.dtype)
+        A, B, *_ = self.sampler.factors(x.device, dtype)
         update = (x.to(dtype) @ A.to(dtype).mT) @ B.to(dtype).mT
         return (base + self.posterior.scaling * update).to(base.dtype)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -57,12 +59,25 @@ def eager_weight_samples(
     """y [S, T, m] as eager PyTorch gives it in the dtype of x: the naive loop with materialised
     noise, whose error is the yardstick of :func:`error_budget`."""
     out = []
-    for s, (sigma, stream) in enumerate(zip(sigmas.tolist(), streams.tolist(), strict=True)):
-        E = weight_noise(torch.tensor(seed), layer_id, torch.tensor([stream]), *A.shape)[0]
-        sampled = (A + sigma * inv_d[:, None] * E.to(A.device)).to(x.dtype)
+    for s, sampled in enumerate(_sampled(A, inv_d, sigmas, streams, seed, layer_id, x.dtype)):
         x_s, base_s = (x, base) if x.dim() == 2 else (x[s], base[s])
         out.append(base_s + scaling * ((x_s @ sampled.mT) @ B.to(x.dtype).mT).to(base.dtype))
     return torch.stack(out)
+
+
+def _sampled(
+    A: Tensor,
+    inv_d: Tensor,
+    sigmas: Tensor,
+    streams: Tensor,
+    seed: int,
+    layer_id: int,
+    dtype: torch.dtype,
+) -> Iterator[Tensor]:
+    """A' + (sigma / d) o E of each draw [r, n], materialised and rounded to ``dtype``."""
+    for sigma, stream in zip(sigmas.tolist(), streams.tolist(), strict=True):
+        E = weight_noise(torch.tensor(seed), layer_id, torch.tensor([stream]), *A.shape)[0]
+        yield (A + sigma * inv_d[:, None] * E.to(A.device)).to(dtype)
 
 
 def rounding_allowance(exact: Tensor, base: Tensor, dtype: torch.dtype) -> float:
@@ -100,9 +115,5 @@ def merged_weights(
 ) -> Tensor:
     """W + scaling B' (A' + noise) [S, m, n] in the dtype of ``weight``, as an adapter is merged:
     the exact weights if all is float64, the yardstick of :func:`error_budget` otherwise."""
-    out = []
-    for sigma, stream in zip(sigmas.tolist(), streams.tolist(), strict=True):
-        E = weight_noise(torch.tensor(seed), layer_id, torch.tensor([stream]), *A.shape)[0]
-        sampled = (A + sigma * inv_d[:, None] * E.to(A)).to(weight.dtype)
-        out.append(weight + scaling * (B.to(weight.dtype) @ sampled))
-    return torch.stack(out)
+    found = _sampled(A, inv_d, sigmas, streams, seed, layer_id, weight.dtype)
+    return torch.stack([weight + scaling * (B.to(weight.dtype) @ sampled) for sampled in found])
