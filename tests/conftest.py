@@ -27,6 +27,17 @@ settings.register_profile(
 settings.load_profile("tfb")
 
 
+# What is drawn from the global generator must not depend on which tests a worker ran before.
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Folder with the reference models, adapters and data; skips the test where there is none."""

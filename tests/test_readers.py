@@ -12,9 +12,8 @@ import pyarrow.csv
 import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
-import torch
 from conftest import Run
-from models import CASES, LABELS
+from models import CASES, LABELS, randomize
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -280,9 +279,8 @@ def classifier(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> tupl
     """Folders of a base model with its tokenizer, and of a SEQ_CLS adapter with its head."""
     folder = tmp_path_factory.mktemp("classifier")
     case = CASES["llama_classifier"]
-    case.base().save_pretrained(folder / "base")
+    randomize(case.base(), 0).save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
-    torch.manual_seed(0)
     case.build().save_pretrained(folder / "adapter")
     return str(folder / "base"), str(folder / "adapter")
 
