@@ -27,9 +27,9 @@ import math
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -126,7 +126,16 @@ def jobs(sizes: Sizes, toy: bool) -> Iterator[Job]:
 
 # --- what is timed --------------------------------------------------------------------------------
 
-Step = Callable[[LaunchConfig], object]
+
+@dataclass(frozen=True)
+class Step:
+    """A launch of a kernel by a configuration, or by what its launcher makes of one."""
+
+    launch: Callable[[Any], object]
+    plan: Callable[[LaunchConfig], Any] = field(default=lambda config: config)
+
+    def __call__(self, config: LaunchConfig) -> object:
+        return self.launch(self.plan(config))
 
 
 def steps(job: Job, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> dict[str, Step]:
@@ -144,9 +153,9 @@ def steps(job: Job, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> d
         arch = launch.architecture(device)
         other = choose_config("mean", rows=0, rank=0, arch=arch)
         if job.kernel == "statistics":
-            return {"": lambda c: predictive_reduction_triton(logits, units, c, other)}
+            return {"": Step(lambda c: predictive_reduction_triton(logits, units, c, other))}
         other = choose_config("statistics", rows=0, rank=0, arch=arch)
-        return {"": lambda c: predictive_reduction_triton(logits, units, other, c)}
+        return {"": Step(lambda c: predictive_reduction_triton(logits, units, other, c))}
 
     seed, found = torch.tensor(0, device=device), dict[str, Step]()
     # Shared: one group of all streams. Per draw: a group for each pair of draws.
@@ -158,16 +167,16 @@ def steps(job: Job, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> d
         grouped = streams.view(groups, q)
         if job.kernel == "shrink":
             x = randn(groups, job.rows, n)
-            found[kind] = partial(_shrink, x, A, grouped, seed)
+            found[kind] = _shrink_step(x, A, grouped, seed)
         elif job.kernel == "generate":
-            found[kind] = partial(generate, A, grouped, seed, 0, RANK, n, dtype)
+            found[kind] = Step(partial(generate, A, grouped, seed, 0, RANK, n, dtype))
         elif job.kernel == "merge":
             sigmas = torch.tensor([0.1, -0.1] * STREAMS, device=device)
-            found[kind] = partial(
+            found[kind] = Step(partial(
                 _merge, merge, randn(m, n), A, randn(m, RANK), torch.ones(RANK, device=device),
                 sigmas, streams, streams.repeat_interleave(2), 2, seed, 0, 1.0,
                 randn(DRAWS, m, n),
-            )  # fmt: skip
+            ))  # fmt: skip
         else:
             found[kind] = _expand_step(job, m, kind == "shared", randn, device)
     return found
@@ -178,14 +187,16 @@ def _merge(merge: Callable[..., object], *rest: Any) -> object:
     return merge(*arguments, config=config)
 
 
-def _shrink(x: Tensor, A: Tensor, streams: Tensor, seed: Tensor, config: LaunchConfig) -> Tensor:
+def _shrink_step(x: Tensor, A: Tensor, streams: Tensor, seed: Tensor) -> Step:
     from tfb_kernels import triton_shrink
 
-    (G, T, n), precision = x.shape, launch.dot_precision(x.dtype)
-    made = triton_shrink.plan(
-        G, T, n, streams.shape[1], len(A), x.dtype, precision, config, tuning.processors(x.device)
+    G, T, n = x.shape
+    shape = (G, T, n, streams.shape[1], len(A), x.dtype, launch.dot_precision(x.dtype))
+    wave = tuning.processors(x.device)
+    return Step(
+        lambda made: triton_shrink.shrink(x, A, streams, seed, 0, made),
+        lambda config: triton_shrink.plan(*shape, config, wave),
     )
-    return triton_shrink.shrink(x, A, streams, seed, 0, made)
 
 
 def _expand_step(
@@ -200,15 +211,21 @@ def _expand_step(
     out = base.new_empty((draws, T, m)) if shared else base
     operand = launch.operand_dtype(base.dtype)
     z, B = randn(draws, T, RANK, dtype=operand), randn(m, RANK, dtype=operand)
-    precision, wave = launch.dot_precision(base.dtype), tuning.processors(device)
+    shape = (draws, T, m, RANK, base.dtype, launch.dot_precision(base.dtype))
+    wave = tuning.processors(device)
+    return Step(
+        lambda made: triton_expand.expand(z, B, base, None, out, made),
+        lambda config: triton_expand.plan(*shape, config, wave, shared=shared, bias=False),
+    )
 
-    def step(config: LaunchConfig) -> None:
-        made = triton_expand.plan(
-            draws, T, m, RANK, base.dtype, precision, config, wave, shared=shared, bias=False
-        )
-        triton_expand.expand(z, B, base, None, out, made)
 
-    return step
+def distinct(candidates: Iterable[LaunchConfig], made: Mapping[str, Step]) -> list[LaunchConfig]:
+    """The first of all candidates that come to the same launches: launchers shrink tiles where
+    programs are few, and a larger one that was never launched must not be chosen."""
+    found: dict[str, LaunchConfig] = {}
+    for config in candidates:
+        found.setdefault(str([step.plan(config) for step in made.values()]), config)
+    return list(found.values())
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
@@ -229,7 +246,7 @@ def compile_ahead(
 
     Returns:
         Why this configuration is none, if it is: it does not compile, or the gate of
-        ``tfb_kernels.aot`` refuses what it would use, in bfloat16 or float32.
+        ``tfb_kernels.aot`` refuses what it would use, in bfloat16, float32 or TF32.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -252,7 +269,7 @@ def refused(kernel: str, config: LaunchConfig) -> list[str]:
     rank = 0 if kernel in ("statistics", "mean") else SHARED_RANK  # where it is tightest
     return [
         problem
-        for dtype in ("bf16", "fp32")
+        for dtype in ("bf16", "fp32", "tf32")
         for case in aot.kernel_cases(arch, kernel, dtype, rank, config)
         for problem in aot.problems(case, aot.resources(case, arch))
     ]
@@ -278,10 +295,11 @@ def sweep(bench: Bench, sizes: Sizes, workers: int) -> None:
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
         for job in jobs(sizes, bench.toy):
-            # Few rows are enough for a launch: the binary is the same for any number.
-            ahead = partial(compile_ahead, replace(job, rows=2), sizes, dtype=bench.dtype)
+            made = steps(job, sizes, bench.device, bench.dtype)
+            job = replace(job, candidates=tuple(distinct(job.candidates, made)))
+            ahead = partial(compile_ahead, job, sizes, dtype=bench.dtype)
             reasons = list(pool.map(ahead, job.candidates))
-            best, times = measure(bench, job, sizes, reasons)
+            best, times = measure(bench, job, made, reasons)
             medians.setdefault(job.kernel, {})[job.rows] = times
             add(entry["kernels"].setdefault(job.kernel, []), job, best)
             if job.max_rows is None:
@@ -321,14 +339,13 @@ def wrong(bench: Bench, sizes: Sizes) -> str:
 
 
 def measure(
-    bench: Bench, job: Job, sizes: Sizes, reasons: Sequence[str | None]
+    bench: Bench, job: Job, made: Mapping[str, Step], reasons: Sequence[str | None]
 ) -> tuple[LaunchConfig, dict[str, float]]:
     """Time a job's configurations, record the row, return the fastest and its microseconds.
 
     Raises:
         RuntimeError: none of them runs.
     """
-    made = steps(job, sizes, bench.device, bench.dtype)
     times: dict[LaunchConfig, dict[str, float]] = {}
     failed: list[dict[str, Any]] = []
     for config, reason in zip(job.candidates, reasons, strict=True):

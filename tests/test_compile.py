@@ -17,6 +17,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import tfb
 from tfb import BayesLoRALinear, Draws
 from tfb.context import context
+from tfb.linear import MERGING
+from tfb_kernels import tuning
 
 EXACT = 1e-10
 # One block: tracing takes seconds, and a second one shows nothing new.
@@ -247,6 +249,20 @@ def test_a_layer_alone(noise: str) -> None:
             fresh = Draws(d.sigmas, d.streams, d.seed, noise)
             assert relative(compiled(x, fresh), e) < EXACT
             assert not fresh._tensors
+
+
+@pytest.mark.parametrize("merging", MERGING)
+def test_a_layer_that_has_never_run(merging: str) -> None:
+    """A graph does not trace how thresholds and factors come about."""
+    g = torch.Generator().manual_seed(0)
+    A, B, x = (torch.randn(*shape, generator=g).double() for shape in ((3, 6), (5, 3), (4, 20, 6)))
+    layer = BayesLoRALinear.from_weights(nn.Linear(6, 5).double(), A, B, 2.0, 7)
+    layer.sampler.merging = merging
+    draws = Draws.antithetic(4, 0.2)
+    tuning.reload()
+    with torch.no_grad():
+        found = torch.compile(layer, fullgraph=True, backend="eager")(x, draws)
+        assert relative(found, layer(x, draws)) < EXACT
 
 
 @pytest.mark.parametrize(

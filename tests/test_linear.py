@@ -207,7 +207,7 @@ def test_threads_with_different_draws() -> None:
     layer, x = make(), randn(5, N)
     several = [Draws.antithetic(4, 0.3, seed=s) for s in range(3)]
     expected = [layer(x, draws) for draws in several]
-    with ThreadPoolExecutor(3) as pool:
+    with ThreadPoolExecutor(3, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         results = list(pool.map(lambda i: (i % 3, layer(x, several[i % 3])), range(90)))
     assert all(torch.equal(y, expected[i]) for i, y in results)
 

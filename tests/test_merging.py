@@ -11,13 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from models import CASES, add_lora, encoder, make_batch, randomize, relative
+from models import CASES, add_lora, encoder, make_batch, randomize, relative, run
 from peft import IA3Config, LoraConfig, get_peft_model
+from peft.helpers import rescale_adapter_scale
+from peft.tuners.lora.layer import Linear as LoraLinear
 from test_architectures import DRAWS, KINDS, OTHERS, batch_of, in_double
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import register_module_forward_hook
 
 import tfb
 from tfb import BayesLoRALinear, Draws, linear
+from tfb.convert import MergingLinear
 from tfb.linear import LowRankSampler
 from tfb_kernels.tuning import merge_min_rows
 
@@ -73,6 +78,9 @@ def test_merged_layers_skip_their_base_product(base_calls: Counted) -> None:
     assert base_calls(bayes) == [0, 0, 0]
     handle = bayes.base.get_submodule(BASES[1]).register_forward_hook(lambda m, args, y: None)
     assert base_calls(bayes) == [0, 1, 0]
+    handle.remove()
+    handle = register_module_forward_hook(lambda m, args, y: None)  # of every module
+    assert base_calls(bayes) == [1, 1, 1]
     handle.remove()
     assert base_calls(bayes) == [0, 0, 0]
 
@@ -164,6 +172,9 @@ def test_a_second_adapter_a_disabled_one_and_dropout_are_peft_s(base_calls: Coun
         x = torch.randn(S * 3, 9, 16, dtype=torch.float64)
         assert layer.lora_variant["default"].merged(layer, "default", x) is None
     layer.lora_dropout["default"].eval()
+    handle = layer.lora_dropout["default"].register_forward_hook(lambda m, args, y: 2 * y)
+    assert base_calls(bayes) == [0, 1, 0]
+    handle.remove()
     with torch.no_grad(), bayes.sampling(DRAWS), bayes.model.disable_adapter():
         disabled = bayes.model(**batch).logits
     with torch.no_grad(), bayes.model.disable_adapter():
@@ -194,6 +205,15 @@ def test_gradients_autocast_and_token_noise_are_added() -> None:
     assert not merges(x.detach(), draws=Draws.iid(S, 0.1, noise="token"))
 
 
+def test_another_scaling_is_refused() -> None:
+    """The posterior keeps its own: PEFT's would act where nothing is merged."""
+    bayes = bayesian()
+    told = "LoRA's scaling is 1, and 2 in the posterior; set it back"
+    with rescale_adapter_scale(bayes.model, 0.5), pytest.raises(ValueError, match=told):
+        bayes.logits(batch_of(), DRAWS)
+    bayes.logits(batch_of(), DRAWS)
+
+
 def test_the_prompt_of_a_tail_is_pefts_own_where_it_is_not_merged() -> None:
     """The mean adapter's arithmetic, with no noise to multiply by 0: keys and values to the bit."""
     kept = []
@@ -211,12 +231,28 @@ def test_the_prompt_of_a_tail_is_pefts_own_where_it_is_not_merged() -> None:
         assert a.keys.equal(b.keys) and a.values.equal(b.values)
 
 
-def test_remove_gives_peft_its_forward_back() -> None:
-    bayes = bayesian()
+def test_remove_gives_peft_its_class_back() -> None:
+    """And a hook that holds the method of ours goes on."""
+    bayes, batch = bayesian(), batch_of()
     layers = [bayes.base.get_submodule(n) for n in bayes.samplers]
-    assert all("forward" in vars(x) for x in layers)
-    bayes.remove()
-    assert not any("forward" in vars(x) for x in layers)
+    assert all(type(x) is MergingLinear for x in layers)
+    held = layers[0].forward
+    model = bayes.remove()
+    assert all(type(x) is LoraLinear for x in layers)
+    expected = run(model, batch)
+    layers[0].forward = held
+    assert run(model, batch).equal(expected)
+
+
+def test_copies_of_a_module_call_their_own() -> None:
+    """As ``nn.DataParallel`` makes them: other weights behind the same attributes."""
+    layer: Any = next(m for m in bayesian().base.modules() if type(m) is MergingLinear)
+    copy: Any = layer._replicate_for_data_parallel()
+    copy.base_layer = nn.Linear(layer.in_features, layer.out_features).double()
+    x = torch.randn(3, layer.in_features, dtype=torch.float64)
+    with torch.no_grad():
+        difference = copy(x) - layer(x)
+        assert relative(difference, copy.base_layer(x) - layer.base_layer(x)) < EXACT
 
 
 def test_merging_is_one_of_three_words() -> None:
@@ -224,9 +260,14 @@ def test_merging_is_one_of_three_words() -> None:
     assert bayes.merging == "auto"
     with pytest.raises(ValueError, match="merging='yes': expected one of auto, always, never"):
         bayes.merging = "yes"
+    layer = bayes.base.get_submodule("model.layers.1.mlp.up_proj")
+    layer.forward = layer.forward  # as a hook of accelerate's has it
+    with pytest.raises(ValueError, match="no draw can be merged into"):
+        bayes.merging = "always"
     bayes.model.merge_and_unload()
     with pytest.raises(ValueError, match=r"does not carry this posterior any more"):
         bayes.merging = "always"
+    bayes.remove()
 
 
 # --- one layer ------------------------------------------------------------------------------------
@@ -285,6 +326,43 @@ def test_threads_keep_their_own_scratch() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # addmm_ under vmap
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, for jvp
+def test_transforms_of_a_layer_are_those_of_an_affine_map() -> None:
+    """vmap and forward-mode derivatives, where nothing can be written into scratch."""
+    layer = BayesLoRALinear.from_weights(
+        nn.Linear(24, 20).double(), torch.randn(4, 24).double(), torch.randn(20, 4).double(), 1.0
+    )
+    layer.sampler.merging = "always"
+    x, step = torch.randn(2, S, 9, 24, dtype=torch.float64)
+
+    def call(x: Tensor) -> Tensor:
+        return layer(x, DRAWS)
+
+    with torch.no_grad():
+        y, change = call(x), call(x + step) - call(x)
+        mapped = torch.func.vmap(call)(torch.stack([x, x + step]))
+        tangent = torch.func.jvp(call, (x,), (step,))[1]
+        with forward_ad.dual_level():
+            dual = forward_ad.unpack_dual(call(forward_ad.make_dual(x, step))).tangent
+    assert relative(mapped, torch.stack([y, y + change])) < EXACT
+    assert relative(tangent, change) < EXACT and relative(dual, change) < EXACT
+
+
+def test_scratch_is_where_the_weight_is() -> None:
+    """Not on the default device."""
+    layer = BayesLoRALinear.from_weights(
+        nn.Linear(24, 20), torch.randn(4, 24), torch.randn(20, 4), 1.0
+    )
+    layer.sampler.merging = "always"
+    layer.sampler.release()
+    x = torch.randn(S, 9, 24)
+    with torch.no_grad(), torch.device("meta"):
+        inside = layer(x, DRAWS)
+    with torch.no_grad():
+        assert layer(x, DRAWS).equal(inside)
 
 
 def test_scratch_of_inference_mode_can_be_written_outside() -> None:

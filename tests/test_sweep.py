@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import sweep
-from benchmarks.sweep import NEVER, ROWS, UP_TO, Job, Sizes
+from benchmarks.sweep import NEVER, ROWS, UP_TO, Job, Sizes, Step
 from tfb_kernels import launch, tuning
 from tfb_kernels.launch import LaunchConfig
 
@@ -33,6 +33,15 @@ def test_candidates() -> None:
                 assert size > 0 and size & (size - 1) == 0
             if job.kernel == "shrink":
                 assert min(c.block_t, c.block_p, c.block_k) >= 16
+
+
+def test_candidates_that_come_to_one_launch_count_once() -> None:
+    """What a launcher shrinks to: the first and smallest stands for all of them."""
+    sizes = [LaunchConfig(block_m=m) for m in (64, 128, 256)]
+    whole = Step(lambda made: None)
+    shrunk = Step(lambda made: None, lambda config: min(config.block_m, 128))
+    assert sweep.distinct(sizes, {"a": whole, "b": shrunk}) == sizes
+    assert sweep.distinct(sizes, {"b": shrunk}) == sizes[:2]
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ Layers of PEFT that do not consult it, or whose slot is taken, are refused by na
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -22,7 +22,7 @@ from tfb.adapters import TASKS
 from tfb.draws import stable_layer_id
 from tfb.engine import BayesianModel
 from tfb.families import FAMILIES, in_family
-from tfb.linear import LowRankSampler, plain_weight
+from tfb.linear import LowRankSampler, is_plain, plain_weight
 from tfb.posterior import AdapterError, LowRankPosterior
 from tfb.sampling import ForwardPass, SamplingState, sampling_state
 from tfb.selection import LastLayers, LayerPredicate, select_layers
@@ -148,20 +148,29 @@ def _dense(module: Any) -> tuple[Tensor | None, Tensor | None]:
 
 def _silent(dropout: nn.Module) -> bool:
     """Whether a layer's dropout changes nothing now."""
-    return isinstance(dropout, nn.Identity) or not dropout.training
+    return is_plain(dropout, nn.Identity) or (
+        is_plain(dropout, nn.Dropout) and not dropout.training
+    )
 
 
-def _forward(module: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """A LoRA layer's forward: merged weights where these cost less, else what PEFT does."""
-    active = [a for a in module.active_adapters if a in module.lora_A]
-    if len(args) == 1 and not kwargs and len(active) == 1:
-        variant = module.lora_variant.get(active[0])
-        if isinstance(variant, BayesVariant):
-            y = variant.merged(module, active[0], args[0])
-            if y is not None:
-                return y
-    found: Tensor = type(module).forward(module, *args, **kwargs)
-    return found
+class MergingLinear(LoraLinear):
+    """PEFT's LoRA layer, which takes merged weights where these cost less.
+
+    A class, and no ``forward`` of an instance: copies of a module (``nn.DataParallel``) call their
+    own.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        active = [a for a in self.active_adapters if a in self.lora_A]
+        if not args and not kwargs and len(active) == 1:
+            variant = self.lora_variant.get(active[0])
+            if isinstance(variant, BayesVariant):
+                y = variant.merged(self, active[0], x)
+                if y is not None:
+                    return y
+        # Not super(): a hook may hold this method when ``detach`` has taken the class back.
+        found: Tensor = LoraLinear.forward(self, x, *args, **kwargs)
+        return found
 
 
 # --- bayesianize --------------------------------------------------------------------------------
@@ -233,8 +242,8 @@ def bayesianize(
     for name, sampler in samplers.items():
         layer = adapted[name]
         layer.lora_variant[adapter] = BayesVariant(bayes.owner, sampler)
-        if "forward" not in vars(layer):  # somebody else's stays, and adds
-            layer.forward = partial(_forward, layer)
+        if type(layer) is LoraLinear:  # others add
+            layer.__class__ = MergingLinear
     return bayes
 
 
@@ -242,17 +251,23 @@ def detach(bayes: BayesianModel) -> None:
     """Take our variants out of the model again."""
     for name in bayes.samplers:
         layer: Any = bayes.base.get_submodule(name)
-        variant = layer.lora_variant.get(bayes.adapter)
+        variants = getattr(layer, "lora_variant", {})  # an unloaded model has plain layers again
+        variant = variants.get(bayes.adapter)
         if isinstance(variant, BayesVariant) and variant.owner == bayes.owner:
-            del layer.lora_variant[bayes.adapter]
-        ours = getattr(vars(layer).get("forward"), "func", None) is _forward
-        if ours and not any(isinstance(v, BayesVariant) for v in layer.lora_variant.values()):
-            del layer.forward
+            del variants[bayes.adapter]
+        ours = isinstance(layer, MergingLinear)
+        if ours and not any(isinstance(v, BayesVariant) for v in variants.values()):
+            layer.__class__ = LoraLinear
 
 
 def without_weights(bayes: BayesianModel) -> list[str]:
-    """Noisy layers whose base has no weight to merge into: see ``plain_weight``."""
-    return [name for name in bayes.samplers if _dense(bayes.base.get_submodule(name))[0] is None]
+    """Noisy layers that cannot merge: others' forward, or a base without a ``plain_weight``."""
+    layers = {name: bayes.base.get_submodule(name) for name in bayes.samplers}
+    return [
+        name
+        for name, layer in layers.items()
+        if type(layer) is not MergingLinear or "forward" in vars(layer) or _dense(layer)[0] is None
+    ]
 
 
 def _check_adapter(model: nn.Module, adapter: str) -> str:
@@ -293,7 +308,7 @@ def _adapted_modules(base: nn.Module, adapter: str) -> dict[str, Any]:
 def _refusal(name: str, module: Any, adapter: str) -> str | None:
     """Why this module cannot be sampled, or None."""
     kind = type(module).__name__
-    if kind not in SUPPORTED_LAYERS:
+    if kind not in SUPPORTED_LAYERS and not isinstance(module, MergingLinear):
         return (
             f"{name}: LoRA on {kind} is not supported (PEFT's {kind} does not offer the hook, or "
             "it is not a linear map of activations)"

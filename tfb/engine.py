@@ -200,6 +200,12 @@ class BayesianModel:
         for name, layer in self.check_attached().items():
             if layer.disable_adapters:
                 raise ValueError("the adapter is disabled (disable_adapter): nothing to sample")
+            now, sampled = layer.scaling[self.adapter], self.samplers[name].posterior.scaling
+            if now != sampled:
+                raise ValueError(
+                    f"{name}: LoRA's scaling is {now:g}, and {sampled:g} in the posterior; set "
+                    "it back (rescale_adapter_scale), or call remove() and bayesianize again"
+                )
             weight = layer.lora_A[self.adapter].weight
             for dtype in {own, weight.dtype}:  # PEFT may cast inputs to the adapter's
                 self.samplers[name].factors(weight.device, dtype)

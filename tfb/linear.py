@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as every_module
 
 from tfb.draws import Draws
 from tfb.posterior import AdapterError, LowRankPosterior
@@ -103,6 +105,8 @@ class LowRankSampler:
             return False
         if torch.is_autocast_enabled(x.device.type):
             return False  # it would round W_s again
+        if not torch.compiler.is_compiling() and _transformed(x):
+            return False  # nothing can be written into memory that is given
         # Gradients pass through the base layer alone.
         return not torch.is_grad_enabled() or not any(
             t is not None and t.requires_grad for t in (x, weight, *biases)
@@ -136,12 +140,11 @@ class LowRankSampler:
             return y if bias is None else y + bias
         scratch, y = _scratch(weight, min(step, S)), x.new_empty((S, x.shape[1], m))
         for start, end in parts:
-            W = merge(start, end, scratch[: end - start])
+            W, out = merge(start, end, scratch[: end - start]).mT, y[start:end]
             if bias is None:
-                torch.bmm(x[start:end], W.mT, out=y[start:end])
-            else:  # which a product of two matrices adds on its way
-                for s in range(start, end):
-                    torch.addmm(bias, x[s], W[s - start].mT, out=y[s])
+                torch.bmm(x[start:end], W, out=out)
+            else:
+                torch.baddbmm(bias, x[start:end], W, out=out)
         return y
 
     def _kept_noise(self, draws: Draws, device: torch.device) -> Tensor | None:
@@ -209,12 +212,25 @@ class LowRankSampler:
         _threads.scratch = None
 
 
+def _transformed(x: Tensor) -> bool:
+    """Whether x is inside a ``torch.func`` transform, or has a tangent."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return wrapped or forward_ad.unpack_dual(x).tangent is not None
+
+
+def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether a module is one of ``kinds`` itself, and calling it runs nobody's hook."""
+    held: Any = module
+    hooks = held._forward_hooks or held._forward_pre_hooks
+    hooks = hooks or every_module._global_forward_hooks or every_module._global_forward_pre_hooks
+    return type(module) in kinds and not hooks and "forward" not in vars(module)
+
+
 def plain_weight(base: nn.Module, *kinds: type[nn.Module]) -> tuple[Tensor | None, Tensor | None]:
-    """(weight, bias) of a layer that is one of ``kinds`` itself, of ordinary tensors, with no hook
-    that its product alone would leave out; (None, None) of any other (quantized, offloaded)."""
+    """(weight, bias) of a layer that ``is_plain``, of ordinary tensors; (None, None) of any other
+    (quantized, offloaded)."""
     held: Any = base
-    hooked = held._forward_hooks or held._forward_pre_hooks or "forward" in vars(held)
-    if type(base) not in kinds or type(held.weight) is not nn.Parameter or hooked:
+    if not is_plain(base, *kinds) or type(held.weight) is not nn.Parameter:
         return None, None
     return held.weight, held.bias
 
@@ -230,7 +246,7 @@ def _scratch(weight: Tensor, draws: int) -> Tensor:
     nbytes, kept = draws * weight.numel() * weight.itemsize, getattr(_threads, "scratch", None)
     if kept is None or len(kept) < nbytes:
         with torch.inference_mode(False):  # or it could be written in that mode alone
-            kept = _threads.scratch = torch.empty(nbytes, dtype=torch.uint8)
+            kept = _threads.scratch = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
     return like_weights(weight, draws, kept[:nbytes].view(weight.dtype))
 
 

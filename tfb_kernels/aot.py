@@ -36,7 +36,13 @@ from tfb_kernels.triton_noise import normals4, seed_words
 from tfb_kernels.triton_predictive import mean_kernel, statistics_kernel
 
 ARCHITECTURES = ("sm_80", "sm_90", "gfx942")
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "tf32": torch.float32,  # float32 whose products may be TF32, on NVIDIA's cards
+}
+PRODUCTS = ("shrink", "expand", "merge")
 KERNELS = (*launch.KERNELS, "finalise")  # which has no configuration
 WAVE = 132  # multiprocessors of an H100 or H200
 RANKS = (8, 16, 32, 64, 256)
@@ -95,6 +101,8 @@ def cases(
     """Every kernel x configuration of ``arch`` x dtype x rank."""
     for kernel in kernels:
         for dtype in dtypes:
+            if dtype == "tf32" and (arch.startswith("gfx") or kernel not in PRODUCTS):
+                continue
             if kernel == "finalise":
                 listed = [(0, 1 << 62, launch.LaunchConfig())]
             else:
@@ -115,7 +123,8 @@ def kernel_cases(
 ) -> Iterator[Case]:
     """One kernel in one configuration, as its launcher plans it for a layer 4096 -> 4096 with ten
     draws: twice where shared and per-draw x differ."""
-    tensor, float_dtype = f"*{dtype}", DTYPES[dtype]
+    tensor, float_dtype = f"*{dtype}".replace("tf32", "fp32"), DTYPES[dtype]
+    precision = "tf32" if dtype == "tf32" else "ieee"
     noise = {"streams": "*i64", "seed": "*i64", "layer": "i32"}
     draws = {"sigmas": "*fp64", "inv_d": "*fp64", "stream_index": "*i64", "scaling": "fp32"}
     math: dict[str, object] = {
@@ -129,7 +138,7 @@ def kernel_cases(
                      "stride_xt": "i64"}  # fmt: skip
         for groups, streams in ((1, 5), (5, 1)):
             plan = triton_shrink.plan(
-                groups, 4096, 4096, streams, rank, float_dtype, "ieee", config, WAVE
+                groups, 4096, 4096, streams, rank, float_dtype, precision, config, WAVE
             )
             made.append((triton_shrink.shrink_kernel, signature, plan.constants | math))
     elif kernel == "finalise":
@@ -144,7 +153,16 @@ def kernel_cases(
                      "stride_base": "i32"}  # fmt: skip
         for shared in (True, False):
             expand = triton_expand.plan(
-                10, 4096, 4096, rank, float_dtype, "ieee", config, WAVE, shared=shared, bias=True
+                10,
+                4096,
+                4096,
+                rank,
+                float_dtype,
+                precision,
+                config,
+                WAVE,
+                shared=shared,
+                bias=True,
             )
             made.append((triton_expand.expand_kernel, signature, expand.constants))
     elif kernel == "generate":
@@ -157,7 +175,7 @@ def kernel_cases(
         signature = {"weight": tensor, "a": tensor, "b": tensor, **draws, **noise, "out": tensor,
                      "m": "i32", "n": "i32", "run": "i32", "n_blocks": "i32", "stride_wm": "i32",
                      "stride_os": "i32", "stride_om": "i32"}  # fmt: skip
-        merge = triton_merge.plan(10, 2, 4096, 4096, rank, float_dtype, "ieee", config)
+        merge = triton_merge.plan(10, 2, 4096, 4096, rank, float_dtype, precision, config)
         constants = {**merge.constants, **math, "stride_wn": 1, "stride_on": 1}
         made.append((triton_merge.merge_kernel, signature, constants))
     elif kernel == "statistics":

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 
 from tfb_kernels import tuning
 
@@ -20,11 +19,6 @@ INTERPRET = bool(triton.knobs.runtime.interpret)
 
 KERNELS = ("shrink", "expand", "generate", "merge", "statistics", "mean")
 PATHS = ("fused", "generate")
-TRITON_DTYPES = {
-    torch.float32: tl.float32,
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-}
 
 
 class LaunchConfig(NamedTuple):
@@ -88,9 +82,9 @@ def signed_word(word: int) -> int:
 def dot_precision(dtype: torch.dtype) -> str:
     """TF32 only where torch itself was told that float32 products may use it."""
     # Every way to allow it sets this one; torch's older getter raises once a program has set it.
-    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        return "tf32"
-    return "ieee"
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    # Of AMD's cards one alone has it.
+    return "tf32" if allowed and dtype == torch.float32 and not torch.version.hip else "ieee"
 
 
 def operand_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -114,7 +114,7 @@ def _stream_tensor(streams: Tensor | Sequence[int], device: torch.device) -> Ten
         raise ValueError(f"streams: {bad[0]} is not an unsigned 32-bit number")
     if not isinstance(streams, Tensor):
         return torch.tensor(numbers, dtype=torch.int64, device=device)
-    return streams.to(device=device, dtype=torch.int64)
+    return streams.to(device=device, dtype=torch.int64).contiguous()
 
 
 def _host_numbers(streams: Tensor | Sequence[int]) -> list[int] | None:
@@ -222,7 +222,8 @@ def _apply(arguments: tuple[Any, ...], out: Tensor | None) -> Tensor:
 
 
 def add_samples(arguments: tuple[Any, ...], inplace: bool) -> Tensor:
-    """``bayes_lora_linear`` for a caller that vouches for the operator's ``arguments``."""
+    """``bayes_lora_linear`` for a caller that vouches for the operator's ``arguments``: numbers of
+    draws, streams and rows are contiguous."""
     x, base, A, B = arguments[:4]
     if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -353,8 +354,9 @@ def bayes_lora_linear(
         _check_pool(pool, A, numbered[0], stream_index is not None and noise == "weight")
     _check_options(base, B, bias, inplace, x.dim() == 3)
     arguments = (
-        x, base, A, B, inv_d, sigmas, *numbered, _seed_tensor(seed, x.device), layer_id,
-        float(scaling), noise, pool, bias, impl,
+        x, base, A, B, inv_d.contiguous(), sigmas.contiguous(), *numbered,
+        _seed_tensor(seed, x.device), layer_id, float(scaling), noise, pool,
+        None if bias is None else bias.contiguous(), impl,
     )  # fmt: skip
     return add_samples(arguments, inplace)
 
@@ -386,7 +388,7 @@ def _numbered(
             f"draws_per_stream={draws_per_stream}: does not divide {draws} draws over "
             f"{len(streams)} streams"
         )
-    return streams, stream_index, draws_per_stream
+    return streams, stream_index.contiguous(), draws_per_stream
 
 
 def _impl_for(impl: str, x: Tensor, noise: str, pool: Tensor | None) -> str:
@@ -422,6 +424,7 @@ def _check_posterior(A: Tensor, B: Tensor, inv_d: Tensor, sigmas: Tensor) -> Non
     _require_float(A=A, B=B)
     _require(A.dim() == 2, "A", A, "[r, n]")
     r, n = A.shape
+    _require(r > 0 and n > 0, "A", A, "[r, n], r and n at least 1")
     _require(B.dim() == 2 and B.shape[1] == r, "B", B, f"[m, {r}], with A [{r}, {n}]")
     _require(inv_d.shape == (r,), "inv_d", inv_d, f"[{r}]")
     _require(sigmas.dim() == 1 and len(sigmas) > 0, "sigmas", sigmas, "[S], S at least 1")
@@ -558,8 +561,8 @@ def bayes_lora_merge(
         if out.dtype != weight.dtype:
             raise ValueError(f"out: expected {weight.dtype}, the dtype of weight, got {out.dtype}")
     arguments = (
-        weight, A, B, inv_d, sigmas, *numbered, _seed_tensor(seed, weight.device), layer_id,
-        float(scaling), pool, impl,
+        weight, A, B, inv_d.contiguous(), sigmas.contiguous(), *numbered,
+        _seed_tensor(seed, weight.device), layer_id, float(scaling), pool, impl,
     )  # fmt: skip
     return merge_samples(arguments, out)
 

@@ -99,13 +99,14 @@ def bayes_lora_merge_reference(
 ) -> None:
     """Shapes and meaning as in :func:`tfb_kernels.bayes_lora_merge`, whose checks came before."""
     dtype = compute_dtype(weight.dtype)
-    if pool is None:
-        pool = weight_noise(seed, layer_id, streams, *A.shape)
+    if pool is not None:
+        noise = pool if len(pool) == 1 else pool[stream_index]  # one stream needs no copy
+    elif run > 1:
+        noise = weight_noise(seed, layer_id, streams, *A.shape)[stream_index]
+    else:  # ``streams`` may be those of many more draws than these
+        noise = weight_noise(seed, layer_id, streams[stream_index], *A.shape)
     gain = sigmas.to(dtype)[:, None] * inv_d.to(dtype)
-    noise = pool.to(dtype)
-    if len(pool) > 1:  # one stream needs no copy
-        noise = noise[stream_index]
-    sampled = torch.addcmul(A.to(dtype), gain[:, :, None], noise)  # [S, r, n]
+    sampled = torch.addcmul(A.to(dtype), gain[:, :, None], noise.to(dtype))  # [S, r, n]
     weight_, B_ = weight.to(dtype), B.to(dtype)
     for s, A_s in enumerate(sampled):  # one after another: W_s is still in a core's cache
         if out.dtype == dtype:

@@ -135,7 +135,8 @@ def expand_kernel(
         at = tl.where(at < T, at, at - T) if LONG else at % T
         source = base + at.to(tl.int64)[:, None] * stride_base + c[None, :]
     else:
-        source = base + first.to(tl.int64) * stride_base + (t[:, None] * stride_base + c[None, :])
+        # Rows of a wide base may be far apart: the last positions of logits [S, B, T, V].
+        source = base + (first.to(tl.int64) + t)[:, None] * stride_base + c[None, :]
     acc += tl.load(source, mask=mask, other=0.0).to(tl.float32)
     if HAS_BIAS:
         acc += tl.load(bias + column + c, mask=c_mask, other=0.0).to(tl.float32)[None, :]
@@ -219,8 +220,8 @@ def plan(
         row_blocks,
         {
             "R": R, "RB": min(padded_rank(R), depth), "SHARED": shared,
-            "LONG": tile[0] <= T, "HAS_BIAS": bias, "BLOCK_T": tile[0], "BLOCK_M": tile[1],
-            "PRECISION": precision, "num_warps": config.num_warps,
+            "LONG": shared and tile[0] <= T, "HAS_BIAS": bias, "BLOCK_T": tile[0],
+            "BLOCK_M": tile[1], "PRECISION": precision, "num_warps": config.num_warps,
             "num_stages": config.num_stages,
         },
     )  # fmt: skip

@@ -109,6 +109,8 @@ def plan(
     """From ``config``: block_m, block_n, block_k (of R), num_warps, num_stages."""
     if dtype == torch.float32:  # whose products, where not TF32, take registers for both operands
         config = config._replace(block_m=min(config.block_m, 64), block_k=16)
+        if precision == "tf32":  # of which Triton 3.6 lays out no larger tile on Hopper
+            config = config._replace(block_m=32, block_n=128, num_warps=4)
     n_blocks = triton.cdiv(n, config.block_n)
     constants: dict[str, object] = {
         "R": R, "RB": min(launch.padded_rank(R), config.block_k), "BLOCK_M": config.block_m,

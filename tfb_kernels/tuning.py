@@ -104,7 +104,6 @@ def paths(arch: str) -> Paths:
     return Paths(**entry(arch)["paths"])
 
 
-@cached
 def merge_min_rows(m: int, n: int, device: torch.device) -> float:
     """Rows of a draw from which merging its update into the weight [m, n] beats adding it.
 
@@ -112,3 +111,8 @@ def merge_min_rows(m: int, n: int, device: torch.device) -> float:
     writes the result, n + 2 m a row. ``merge_rows`` is what was measured of that ratio.
     """
     return paths(architecture(device)).merge_rows * 2 * n * m / (n + 2 * m)
+
+
+# A graph takes the answer and does not trace how a file is read: what
+# torch.compiler.assume_constant_result does, without its import of Dynamo and Triton.
+merge_min_rows._dynamo_marked_constant = True  # type: ignore[attr-defined]

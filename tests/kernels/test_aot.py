@@ -31,10 +31,11 @@ def compile_in_a_process(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("arch", aot.ARCHITECTURES)
 def test_every_configuration_compiles_without_stack_and_spills(arch: str) -> None:
-    """Every kernel and configuration at rank 16 and the largest, in bfloat16."""
-    done = compile_in_a_process("--arch", arch, "--dtype", "bf16", "--rank", "16", "256")
+    """Every kernel and configuration at rank 16 and the largest, in bfloat16 and TF32."""
+    dtypes = ["bf16", "tf32"]
+    done = compile_in_a_process("--arch", arch, "--dtype", *dtypes, "--rank", "16", "256")
     assert done.returncode == 0, done.stderr
-    built = len(list(aot.cases(arch, dtypes=["bf16"], ranks=[16, 256])))
+    built = len(list(aot.cases(arch, dtypes=dtypes, ranks=[16, 256])))
     assert sum(line.startswith(arch + " ") for line in done.stdout.splitlines()) == built
     if arch == "sm_90":
         lines = [x.partition(": ")[2] for x in done.stdout.splitlines() if x.startswith("sm_90:")]

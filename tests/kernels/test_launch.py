@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from math import prod
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,7 +42,22 @@ def two_cards(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     tuning.reload()
 
 
-def test_each_device_has_its_own_entry(two_cards: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A data file in which sm_90 has a shrink of its own, whatever was measured."""
+    data = json.loads(tuning.LAUNCH_FILE.read_text())
+    own = {"kernels": {"shrink": [{"block_t": 128, "block_p": 64}]}}
+    data["architectures"] = {"default": data["architectures"]["default"], "sm_90": own}
+    (tmp_path / "launch.json").write_text(json.dumps(data))
+    monkeypatch.setattr(tuning, "LAUNCH_FILE", tmp_path / "launch.json")
+    tuning.reload()
+    yield
+    tuning.reload()
+
+
+def test_each_device_has_its_own_entry(
+    two_cards: None, table: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, second = torch.device("cuda:0"), torch.device("cuda:1")
     assert [tuning.architecture(d) for d in (first, second)] == ["sm_90", "sm_80"]
     assert [tuning.processors(d) for d in (first, second)] == [132, 108]
@@ -82,7 +99,7 @@ def test_unknown_gpus_have_configurations() -> None:
     assert tuning.paths("sm_999") == tuning.paths("default")
 
 
-def test_an_entry_overrides_by_kernel() -> None:
+def test_an_entry_overrides_by_kernel(table: None) -> None:
     """An architecture's entry replaces the kernels that it names and keeps the others."""
     shrink, expand = (
         [launch.configurations(arch, kernel) for arch in ("sm_90", "default")]

@@ -658,13 +658,13 @@ def test_an_implementation_that_cannot_run_is_an_error(monkeypatch: pytest.Monke
 
 def test_token_and_kept_noise_are_for_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU too: "auto" takes it, and "triton" by name says what to do."""
-    monkeypatch.setattr(ops, "resolve_impl", lambda impl, *_: "triton")
     p = problem(shared=True, dtype=torch.float32)
+    index = indexed([4, 2**32 - 1, 0], STREAMS)
+    pool = gaussian_noise(p["seed"], p["layer_id"], index["streams"], 4, 24)
+    monkeypatch.setattr(ops, "resolve_impl", lambda impl, *_: "triton")
     with pytest.raises(ImplementationUnavailableError, match="use impl='reference' or impl='auto'"):
         run(p, "token", impl="triton")
     token = run(p, "token", impl="auto")
-    index = indexed([4, 2**32 - 1, 0], STREAMS)
-    pool = gaussian_noise(p["seed"], p["layer_id"], index["streams"], 4, 24)
     with pytest.raises(ValueError, match="pool: impl='triton' makes its noise in registers"):
         run(p, **index, pool=pool, impl="triton")
     kept = run(p, **index, pool=pool, impl="auto")
@@ -677,6 +677,17 @@ def test_token_and_kept_noise_are_for_the_reference(monkeypatch: pytest.MonkeyPa
 def test_streams_in_a_tensor_are_checked_too(bad: int) -> None:
     with pytest.raises(ValueError, match="not an unsigned 32-bit number"):
         gaussian_noise(0, 0, torch.tensor([0, bad]), 2, 3)
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("size", [(0, 3), (2, 0)])
+def test_an_adapter_without_rank_or_features_is_refused(size: tuple[int, int], impl: str) -> None:
+    (r, n), m = size, 4
+    with pytest.raises(ValueError, match="r and n at least 1"):
+        bayes_lora_linear(
+            torch.zeros(5, n), torch.zeros(5, m), torch.zeros(r, n), torch.zeros(m, r),
+            torch.zeros(r), torch.ones(2), [0, 0], seed=0, layer_id=0, scaling=1.0, impl=impl,
+        )  # fmt: skip
 
 
 def test_predictive_reduction_of_no_rows() -> None:

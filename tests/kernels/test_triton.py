@@ -16,6 +16,8 @@ from torch import Tensor
 
 from tfb_kernels import (
     bayes_lora_linear,
+    bayes_lora_merge,
+    gaussian_noise,
     launch,
     predictive_reduction,
     triton_expand,
@@ -239,6 +241,41 @@ def test_strided_input(shared: bool) -> None:
     apart = torch.zeros(*p.base.shape[:-1], 42, device=DEVICE)
     apart[..., :21] = p.base
     check(p, by_path(replace(p, base=apart[..., :21]), "fused"))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_strided_numbers(shared: bool) -> None:
+    """sigma, 1/d, bias and streams, which kernels read side by side, may be columns of a matrix."""
+
+    def column(t: Tensor) -> Tensor:
+        return torch.stack([t, t + 1], 1)[:, 0]
+
+    p = problem(6, 50, 21, 4, [1, 0], shared=shared, dtype=torch.float32)
+    weight = torch.randn(21, 50).to(DEVICE)
+    bias, index = torch.randn(21).to(DEVICE), torch.tensor([0, 1], device=DEVICE)
+    numbers = (p.inv_d, p.sigmas, p.streams.to(DEVICE), bias, index)
+    found = []
+    for inv_d, sigmas, streams, bias, index in (numbers, map(column, numbers)):
+        rest = (p.A, p.B, inv_d, sigmas, streams)
+        options = p.options | {"impl": "triton", "stream_index": index}
+        found.append(
+            (
+                bayes_lora_linear(p.x, p.base, *rest, bias=bias, **options),
+                bayes_lora_merge(weight, *rest, **options),
+                gaussian_noise(SEED, LAYER_ID, streams, 4, 50),
+            )
+        )
+    assert all(a.equal(b) for a, b in zip(*found, strict=True))
+
+
+def test_rows_of_a_base_that_are_far_apart() -> None:
+    """The last positions of logits of long prompts: 32 bits do not hold a tile's offsets."""
+    p = problem(16, 16, 5, 2, [0], shared=False, dtype=torch.float16)
+    apart = (1 << 31) // 15 + 1
+    far = torch.empty(16 * apart, dtype=torch.float16, device=DEVICE)  # touched at 16 rows alone
+    base = far.as_strided(p.base.shape, (0, apart, 1))
+    base.copy_(p.base)
+    assert by_path(replace(p, base=base), "fused").equal(by_path(p, "fused"))
 
 
 @pytest.mark.parametrize("path", ["fused", "generate"])
