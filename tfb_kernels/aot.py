@@ -151,19 +151,9 @@ def kernel_cases(
         signature = {"z": tensor, "b": tensor, "base": tensor, "bias": tensor, "y": tensor,
                      "rows": "i32", "T": "i32", "m": "i32", "row_blocks": "i32",
                      "stride_base": "i32"}  # fmt: skip
+        shape = (10, 4096, 4096, rank, float_dtype, precision, config, WAVE)
         for shared in (True, False):
-            expand = triton_expand.plan(
-                10,
-                4096,
-                4096,
-                rank,
-                float_dtype,
-                precision,
-                config,
-                WAVE,
-                shared=shared,
-                bias=True,
-            )
+            expand = triton_expand.plan(*shape, shared=shared, bias=True)
             made.append((triton_expand.expand_kernel, signature, expand.constants))
     elif kernel == "generate":
         signature = {"a": tensor, "out": tensor, **noise, "n": "i32", "Q": "i32", "rows": "i32"}
