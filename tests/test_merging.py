@@ -328,7 +328,6 @@ def test_threads_keep_their_own_scratch() -> None:
     assert not wrong
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # addmm_ under vmap
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, for jvp
 def test_transforms_of_a_layer_are_those_of_an_affine_map() -> None:
     """vmap and forward-mode derivatives, where nothing can be written into scratch."""

@@ -148,9 +148,8 @@ def _dense(module: Any) -> tuple[Tensor | None, Tensor | None]:
 
 def _silent(dropout: nn.Module) -> bool:
     """Whether a layer's dropout changes nothing now."""
-    return is_plain(dropout, nn.Identity) or (
-        is_plain(dropout, nn.Dropout) and not dropout.training
-    )
+    idle = isinstance(dropout, nn.Identity) or not dropout.training
+    return idle and is_plain(dropout, nn.Identity, nn.Dropout)
 
 
 class MergingLinear(LoraLinear):

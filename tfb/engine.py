@@ -167,8 +167,9 @@ class BayesianModel:
         """Within this context ``bayes.model(**batch)`` runs all draws: outputs are [S * B, ...].
 
         Raises:
-            ValueError: the adapter is not the active one, is disabled, merged or gone: the draws
-                would have no effect; or another adapter of the same model is being sampled.
+            ValueError: the adapter is not the active one, is disabled, merged, rescaled or gone:
+                the draws would have no or another effect; or another adapter of the same model is
+                being sampled.
         """
         self.check_sampling()
         with self.sampling_as(SamplingState(self.base, draws)):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -105,8 +106,6 @@ class LowRankSampler:
             return False
         if torch.is_autocast_enabled(x.device.type):
             return False  # it would round W_s again
-        if not torch.compiler.is_compiling() and _transformed(x):
-            return False  # nothing can be written into memory that is given
         # Gradients pass through the base layer alone.
         return not torch.is_grad_enabled() or not any(
             t is not None and t.requires_grad for t in (x, weight, *biases)
@@ -135,16 +134,12 @@ class LowRankSampler:
         fit = max(1, limit // (weight.numel() * weight.itemsize))
         step = fit // run * run or next(k for k in range(fit, 0, -1) if run % k == 0)
         parts = [(start, min(start + step, S)) for start in range(0, S, step)]
-        if torch.compiler.is_compiling():
-            y = torch.cat([torch.bmm(x[a:b], merge(a, b, None).mT) for a, b in parts])
-            return y if bias is None else y + bias
+        multiply: Any = torch.bmm if bias is None else partial(torch.baddbmm, bias)
+        if torch.compiler.is_compiling() or _transformed(x):  # no memory of ours to write into
+            return torch.cat([multiply(x[a:b], merge(a, b, None).mT) for a, b in parts])
         scratch, y = _scratch(weight, min(step, S)), x.new_empty((S, x.shape[1], m))
-        for start, end in parts:
-            W, out = merge(start, end, scratch[: end - start]).mT, y[start:end]
-            if bias is None:
-                torch.bmm(x[start:end], W, out=out)
-            else:
-                torch.baddbmm(bias, x[start:end], W, out=out)
+        for a, b in parts:
+            multiply(x[a:b], merge(a, b, scratch[: b - a]).mT, out=y[a:b])
         return y
 
     def _kept_noise(self, draws: Draws, device: torch.device) -> Tensor | None:

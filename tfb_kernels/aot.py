@@ -123,8 +123,8 @@ def kernel_cases(
 ) -> Iterator[Case]:
     """One kernel in one configuration, as its launcher plans it for a layer 4096 -> 4096 with ten
     draws: twice where shared and per-draw x differ."""
-    tensor, float_dtype = f"*{dtype}".replace("tf32", "fp32"), DTYPES[dtype]
-    precision = "tf32" if dtype == "tf32" else "ieee"
+    stored, precision = ("fp32", "tf32") if dtype == "tf32" else (dtype, "ieee")
+    tensor, float_dtype = f"*{stored}", DTYPES[dtype]
     noise = {"streams": "*i64", "seed": "*i64", "layer": "i32"}
     draws = {"sigmas": "*fp64", "inv_d": "*fp64", "stream_index": "*i64", "scaling": "fp32"}
     math: dict[str, object] = {
