@@ -1,6 +1,6 @@
 """Whole scoring jobs in this process, the engine beneath them, and the files that they score.
 
-    job     ``tfb.offline.run`` into a fresh folder: reading, tokenizing, predicting, Parquet parts
+    job     ``tfb.scoring.run.run`` into a fresh folder: reading, tokenizing, predicting, Parquet parts
     engine  ``bayes.predict`` on the batches of that job, made beforehand; nothing is written
 
 Both have a model that is loaded already. Scripts to compare with: :mod:`benchmarks.scripts`.
@@ -21,14 +21,14 @@ from unittest.mock import patch
 
 import torch
 
-from tfb import offline
-from tfb.batching import Batch, batches
-from tfb.engine import BayesianModel
-from tfb.job import Job
-from tfb.pipeline import LocalEngine
-from tfb.readers import read_rows
-from tfb.scorer import Scorer
-from tfb.scoring import encode, pad_token
+from tfb.data.batching import Batch, batches
+from tfb.data.readers import read_rows
+from tfb.model import BayesianModel
+from tfb.scoring import run as offline
+from tfb.scoring.job import Job
+from tfb.scoring.pipeline import LocalEngine
+from tfb.scoring.rows import encode, pad_token
+from tfb.scoring.scorer import Scorer
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +71,7 @@ def preloaded(task: Task) -> Iterator[None]:
             self._job, self._bayes, self._tokenizer = job, task.bayes, task.tokenizer
             task.bayes.set_mode(job.mode or "full", job.tail)
 
-    unhashed = patch("tfb.job.model_sha256", return_value="not computed")
+    unhashed = patch("tfb.scoring.job.model_sha256", return_value="not computed")
     with unhashed, patch.dict(offline.ENGINES, local=Preloaded):
         yield
 

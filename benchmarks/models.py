@@ -19,11 +19,11 @@ import tfb
 from benchmarks import minilm as minilm_package
 from benchmarks.harness import Bench, Step
 from benchmarks.shapes import ADAPTERS, Shape, random_model, twin
-from tfb.batching import batches
+from tfb.data.batching import batches
+from tfb.data.readers import read_rows
 from tfb.draws import Draws
-from tfb.engine import BayesianModel
-from tfb.readers import read_rows
-from tfb.scoring import encode, pad_token
+from tfb.model import BayesianModel
+from tfb.scoring.rows import encode, pad_token
 
 ROWS, CLASSES = 50, 150
 Statistics = tuple[Tensor, Tensor, Tensor]

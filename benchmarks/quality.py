@@ -26,11 +26,11 @@ from torch import Tensor
 import tfb
 from benchmarks.harness import Bench, Row, record
 from benchmarks.reference_data import shared_folder
-from tfb.batching import EncodedRows
+from tfb.data.batching import EncodedRows
+from tfb.data.readers import read_rows
 from tfb.draws import Draws
-from tfb.metrics import evaluate
-from tfb.readers import read_rows
-from tfb.scoring import encode, pad_token, predict_rows
+from tfb.evaluation.metrics import evaluate
+from tfb.scoring.rows import encode, pad_token, predict_rows
 
 FOLDER = Path(__file__).resolve().parent
 ROWS, ANCHORS, REFERENCE, REPLICATES = 250, 150, 512, 3

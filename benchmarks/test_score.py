@@ -49,8 +49,8 @@ from benchmarks.models import stories
 from benchmarks.scripts import best_batch_size, run_script
 from tfb.draws import Draws
 from tfb.linear import LowRankSampler
-from tfb.offline import Progress
-from tfb.scoring import load_tokenizer
+from tfb.scoring.rows import load_tokenizer
+from tfb.scoring.run import Progress
 from tfb_kernels.testing import error_budget
 
 DRAWS, SIGMA, TAIL = 10, 0.01, 1
@@ -179,7 +179,7 @@ def cluster(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     """A Ray of two CPUs."""
     if find_spec("ray") is None:
         pytest.skip("the extra tfb[ray] is not installed")
-    from tfb.ray_engine import import_ray
+    from tfb.scoring.ray import import_ray
 
     ray = import_ray()
     # Its processes take the environment of here.

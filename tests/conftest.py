@@ -55,7 +55,7 @@ Run = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def tfb_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Exit status, stdout and stderr of ``tfb`` with these arguments, in this process."""
-    from tfb import cli
+    from tfb.cli import app as cli
 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["tfb", *map(str, arguments)])

@@ -47,7 +47,7 @@ def state():
 
 before = state()
 import tfb, tfb_kernels
-import tfb.draws, tfb.linear, tfb.posterior, tfb.predictive, tfb.selection
+import tfb.draws, tfb.linear, tfb.posterior, tfb.predictive, tfb.adapters.selection
 after = state()
 print(json.dumps({
     "changed": [k for k in before if before[k] != after[k]],
@@ -85,11 +85,11 @@ def test_public_names_resolve() -> None:
 
 def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """lm-evaluation-harness is imported by the one file that needs it."""
-    for name in [n for n in sys.modules if n.split(".")[0] == "lm_eval" or n == "tfb.harness"]:
+    for name in [n for n in sys.modules if n.split(".")[0] == "lm_eval" or n == "tfb.lm_eval"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ImportError, match=r'pip install "tfb\[lm-eval\]"'):
-        import_module("tfb.harness")
+        import_module("tfb.lm_eval")
 
 
 def test_unknown_name() -> None:

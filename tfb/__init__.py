@@ -14,47 +14,47 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tfb.adapters import load_adapter, load_base
-    from tfb.adaptive import Adaptive
-    from tfb.anchor import AnchorSet
-    from tfb.artifact import ArtifactError, load
-    from tfb.convert import bayesianize
+    from tfb.adapters.artifact import ArtifactError, load
+    from tfb.adapters.bridge import bayesianize
+    from tfb.adapters.export import export
+    from tfb.adapters.loading import load_adapter, load_base
+    from tfb.adapters.selection import last_layers
     from tfb.draws import Draws
-    from tfb.engine import BayesianModel
-    from tfb.exporting import export
-    from tfb.generation import Generation
-    from tfb.layer_scale import fit_layer_scales
     from tfb.linear import BayesLoRALinear
+    from tfb.model import BayesianModel
     from tfb.posterior import AdapterError, LowRankPosterior
     from tfb.predictive import Predictive
-    from tfb.scoring import score
-    from tfb.search import SearchError, SigmaFit, fit_sigma
-    from tfb.selection import last_layers
+    from tfb.sampling.adaptive import Adaptive
+    from tfb.sampling.generate import Generation
+    from tfb.scoring.rows import score
+    from tfb.search.fit import SearchError, SigmaFit, fit_sigma
+    from tfb.search.layer_scale import fit_layer_scales
+    from tfb.search.loss import AnchorSet
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Adaptive": "adaptive",
+    "Adaptive": "sampling.adaptive",
     "AdapterError": "posterior",
-    "AnchorSet": "anchor",
-    "ArtifactError": "artifact",
+    "AnchorSet": "search.loss",
+    "ArtifactError": "adapters.artifact",
     "BayesLoRALinear": "linear",
-    "BayesianModel": "engine",
+    "BayesianModel": "model",
     "Draws": "draws",
-    "Generation": "generation",
+    "Generation": "sampling.generate",
     "LowRankPosterior": "posterior",
     "Predictive": "predictive",
-    "SearchError": "search",
-    "SigmaFit": "search",
-    "bayesianize": "convert",
-    "export": "exporting",
-    "fit_layer_scales": "layer_scale",
-    "fit_sigma": "search",
-    "last_layers": "selection",
-    "load": "artifact",
-    "load_adapter": "adapters",
-    "load_base": "adapters",
-    "score": "scoring",
+    "SearchError": "search.result",
+    "SigmaFit": "search.result",
+    "bayesianize": "adapters.bridge",
+    "export": "adapters.export",
+    "fit_layer_scales": "search.layer_scale",
+    "fit_sigma": "search.fit",
+    "last_layers": "adapters.selection",
+    "load": "adapters.artifact",
+    "load_adapter": "adapters.loading",
+    "load_base": "adapters.loading",
+    "score": "scoring.rows",
 }
 
 __all__ = [

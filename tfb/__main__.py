@@ -1,5 +1,5 @@
 """``python -m tfb``."""
 
-from tfb.cli import main
+from tfb.cli.app import main
 
 main()

@@ -1,6 +1,6 @@
 """``BayesLoRALinear``: a linear layer whose low-rank update is drawn from its posterior.
 
-Usable alone, with no PEFT and no transformers. The PEFT bridge (:mod:`tfb.convert`) applies the
+Usable alone, with no PEFT and no transformers. The PEFT bridge (:mod:`tfb.adapters.bridge`) applies the
 same :class:`LowRankSampler` inside PEFT's own layers.
 """
 

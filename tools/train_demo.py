@@ -1,6 +1,6 @@
 """Make the embedded demo's assets: a small Llama and a LoRA adapter that over-fits. Seeded, CPU.
 
-    python tools/train_demo.py [--out tfb/demo_assets] [--only-adapter]
+    python tools/train_demo.py [--out tfb/demo/assets] [--only-adapter]
 
 Base model (`base/`). A Llama trained from scratch on the 700 `pretrain` digits, each time moved by
 up to one pixel: it predicts every next pixel (an ordinary language model over images) and, at the
@@ -33,7 +33,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tfb import digits
+from tfb.demo import digits
 
 SEED = 0
 QUESTIONS = ("parity", "size", "rest", "ink")

@@ -30,7 +30,7 @@ from benchmarks.calibration.train import ADAPTERS, SEEDS, adapter
 from benchmarks.environment import REPOSITORY, environment
 from benchmarks.harness import Bench, Row, record
 from benchmarks.reference_data import shared_folder
-from tfb.artifact import ADAPTER, file_sha256
+from tfb.adapters.artifact import ADAPTER, file_sha256
 
 RESULTS = REPOSITORY / "benchmarks/results"
 SUITE = "calibration"

@@ -38,15 +38,15 @@ from benchmarks.calibration.tasks import LABEL_TOKENS, Task, load_task
 from benchmarks.calibration.train import ADAPTERS, adapter
 from benchmarks.harness import Bench, Row, record
 from benchmarks.reference_data import shared_folder
-from tfb.anchor import METRICS
-from tfb.batching import EncodedRows
-from tfb.cost import passes_per_row
+from tfb.adapters.families import FAMILIES
+from tfb.data.batching import EncodedRows
 from tfb.draws import Draws
-from tfb.engine import BayesianModel
-from tfb.families import FAMILIES
-from tfb.metrics import auroc, evaluate
-from tfb.scoring import encode, load_tokenizer, pad_token, predict_rows
-from tfb.sigma_fit import SearchError, SigmaFit
+from tfb.evaluation.metrics import auroc, evaluate
+from tfb.model import BayesianModel
+from tfb.scoring.rows import encode, load_tokenizer, pad_token, predict_rows
+from tfb.search.cost import passes_per_row
+from tfb.search.loss import METRICS
+from tfb.search.result import SearchError, SigmaFit
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 TOLERANCES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)

@@ -15,8 +15,8 @@ import numpy as np
 from torch import Tensor
 
 from benchmarks.calibration.setting import Predicted
-from tfb.comparison import RowLosses, change_of_ece
-from tfb.metrics import auroc, evaluate, risk_coverage
+from tfb.evaluation.compare import RowLosses, change_of_ece
+from tfb.evaluation.metrics import auroc, evaluate, risk_coverage
 
 BINS = 15
 RESAMPLES = 10_000
@@ -48,7 +48,7 @@ def figures(predicted: Mapping[str, Predicted], labels: Tensor) -> dict[str, Any
 
 
 def auroc_or_none(positive: Tensor, negative: Tensor) -> float | None:
-    """:func:`tfb.metrics.auroc`; None where either is empty."""
+    """:func:`tfb.evaluation.metrics.auroc`; None where either is empty."""
     return auroc(positive, negative) if len(positive) and len(negative) else None
 
 

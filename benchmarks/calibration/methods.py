@@ -39,11 +39,11 @@ from benchmarks.calibration.setting import (
     labels_of,
     sampled,
 )
-from tfb.batching import EncodedRows
-from tfb.cost import passes_per_row
+from tfb.data.batching import EncodedRows
 from tfb.draws import Draws
-from tfb.metrics import apply_temperature, fit_temperature
-from tfb.tail import why_no_tail
+from tfb.evaluation.metrics import apply_temperature, fit_temperature
+from tfb.sampling.tail import why_no_tail
+from tfb.search.cost import passes_per_row
 
 TAIL = 1
 SENSITIVITY_SIGMA = 0.01  # at which modules are measured where min_nll finds no noise good

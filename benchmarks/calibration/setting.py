@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 import tfb
 from benchmarks.calibration.tasks import LABEL_TOKENS, Task
-from tfb.batching import Batch, EncodedRows, batches
+from tfb.data.batching import Batch, EncodedRows, batches
+from tfb.data.rows import Row
 from tfb.draws import Draws
-from tfb.engine import BayesianModel
+from tfb.model import BayesianModel
 from tfb.predictive import Predictive
-from tfb.rows import Row
-from tfb.scoring import encode, load_tokenizer, pad_token, predict_rows
+from tfb.scoring.rows import encode, load_tokenizer, pad_token, predict_rows
 
 BATCH_SIZE = 50
 GIVEN_DROPOUT = 0.1  # of the LoRA input, for adapters that were trained without dropout

@@ -30,8 +30,8 @@ from typing import Any
 from benchmarks import minilm
 from benchmarks.calibration.stems import cut, stems, unseen
 from benchmarks.questions import arc, mmlu, openbookqa, winogrande
-from tfb.readers import read_rows
-from tfb.rows import Row
+from tfb.data.readers import read_rows
+from tfb.data.rows import Row
 
 TASKS = ("clinc-domain", "clinc150", "clinc150-early", "clinc-fewshot", "exam", "subject")
 GIVEN = {"clinc-domain": "stories260K-clinc-domain", "clinc150": "stories260K-clinc150"}

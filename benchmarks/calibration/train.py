@@ -31,9 +31,9 @@ from benchmarks import minilm
 from benchmarks.calibration.tasks import GIVEN, LABEL_TOKENS, TASKS, Task, load_task
 from benchmarks.environment import environment
 from benchmarks.reference_data import shared_folder
-from tfb.batching import Batch, EncodedRows, batches
-from tfb.encoding import RowEncoder
-from tfb.rows import Row
+from tfb.data.batching import Batch, EncodedRows, batches
+from tfb.data.encoding import RowEncoder
+from tfb.data.rows import Row
 
 ADAPTERS = Path(__file__).resolve().parent / "adapters"
 KINDS = ("mle", "map")

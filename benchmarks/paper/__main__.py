@@ -11,7 +11,7 @@ from benchmarks.harness import Bench
 from benchmarks.paper import run, tables, tasks
 from benchmarks.paper.prompts import FORMS
 from benchmarks.report import FOLDER
-from tfb.console import write_json
+from tfb.cli.console import write_json
 
 DEFAULTS = run.Setting("", "", "mle", ())
 

@@ -27,7 +27,8 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tfb.adapters import (
+from tfb.adapters.artifact import check_output_folder, staged_folder
+from tfb.adapters.loading import (
     CONFIG,
     WEIGHTS,
     adapter_folder,
@@ -35,7 +36,6 @@ from tfb.adapters import (
     local_folder,
     lora_keys,
 )
-from tfb.artifact import check_output_folder, staged_folder
 from tfb.posterior import AdapterError
 
 PREFIX = "base_model.model."

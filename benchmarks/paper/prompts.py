@@ -9,7 +9,7 @@ adapter knows no other. ``form`` says how literally:
              put there. BoolQ's tokens are exchanged: the adapter was trained to answer a question
              whose answer is yes with the token of "False".
     plain    the same templates without these slips: "A) text", "Choices:", true is "True", and the
-             label tokens are those that continue the prompt (:mod:`tfb.encoding`). For adapters of
+             label tokens are those that continue the prompt (:mod:`tfb.data.encoding`). For adapters of
              one's own.
 
 Different from the scripts in both forms: choices are always lettered A, B, C, ... (a few ARC
@@ -25,9 +25,9 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.questions import Question
-from tfb.batching import EncodedRows
-from tfb.encoding import RowEncoder
-from tfb.rows import Row, RowError
+from tfb.data.batching import EncodedRows
+from tfb.data.encoding import RowEncoder
+from tfb.data.rows import Row, RowError
 
 FORMS = ("script", "plain")
 LETTERS = "ABCDE"

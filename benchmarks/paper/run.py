@@ -18,12 +18,12 @@ import tfb
 from benchmarks.harness import Bench, Row, record
 from benchmarks.paper import prompts, tasks
 from benchmarks.paper.blob import find_adapter, mean_adapter
-from tfb.adapters import adapter_config, adapter_folder
-from tfb.anchor import AnchorSet
-from tfb.batching import EncodedRows
+from tfb.adapters.loading import adapter_config, adapter_folder
+from tfb.data.batching import EncodedRows
 from tfb.posterior import AdapterError
-from tfb.scoring import evaluations, load_tokenizer, pad_token, set_padding, to_device
-from tfb.search import SEARCH_DRAWS, SearchError, check_arguments, fit_sigma
+from tfb.scoring.rows import evaluations, load_tokenizer, pad_token, set_padding, to_device
+from tfb.search.fit import SEARCH_DRAWS, SearchError, check_arguments, fit_sigma
+from tfb.search.loss import AnchorSet
 
 KINDS = ("mle", "map", "blob-mean")
 CHECKPOINTS = ("peft", "published")

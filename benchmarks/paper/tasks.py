@@ -28,7 +28,7 @@ import numpy as np
 from benchmarks import questions
 from benchmarks.paper import prompts
 from benchmarks.questions import Question
-from tfb.rows import Row
+from tfb.data.rows import Row
 
 Record = Mapping[str, Any]
 ANCHORS = ("train", "held-out")

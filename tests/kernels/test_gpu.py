@@ -157,7 +157,7 @@ def test_a_model_on_the_gpu_gives_the_draws_of_the_cpu(merging: str) -> None:
     their operands and the normals by 1e-6 RMS, so 1e-3 in a probability would be a wrong draw.
     """
     import tfb
-    from tfb import digits
+    from tfb.demo import digits
 
     ids = torch.randint(3, 20, (4, 66), generator=torch.Generator().manual_seed(0))
     draws = tfb.Draws.antithetic(4, 0.01, seed=3)

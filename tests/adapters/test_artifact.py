@@ -1,0 +1,348 @@
+"""Artifacts: what was saved comes back to the bit, and what cannot be trusted is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.models import CASES, add_lora, causal, llama, make_batch, randomize, run, sampled
+
+import tfb
+from tfb import ArtifactError, BayesianModel, Draws
+from tfb.adapters.artifact import base_fingerprint, check_output_folder, read_sidecar
+from tfb_kernels import NOISE_VERSION
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+DRAWS = Draws((0.05, -0.05, 0.0, 0.1), (0, 0, 1, 9), seed=11)
+
+# PEFT 0.21's own advice while saving; see test_adapters.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Adapter 'default'. .* invalid shape:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
+]
+
+
+def bayesian(kind: str = "llama", **arguments: Any) -> BayesianModel:
+    bayes = tfb.bayesianize(CASES[kind].build(), seed=5, **arguments)
+    bayes.sigma = 0.05
+    return bayes
+
+
+def base(kind: str = "llama", seed: int = 0) -> Any:
+    """The base model alone, as ``bayesian`` has it."""
+    return randomize(CASES[kind].base(), seed).to(CASES[kind].base_dtype).eval()
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    return bayesian().save(tmp_path / "artifact", note="kept")
+
+
+# --- what was saved comes back ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_round_trip_gives_the_same_bits(tmp_path: Path, kind: str) -> None:
+    bayes, batch = bayesian(kind), CASES[kind].batch()
+    found = tfb.load(base(kind), bayes.save(tmp_path / "artifact"))
+    assert (found.sigma, found.seed, found.mode, found.task) == (0.05, 5, "full", bayes.task)
+    assert found.source == tmp_path / "artifact"
+    assert list(found.posteriors) == list(bayes.posteriors)
+    for name, p in bayes.posteriors.items():
+        q = found.posteriors[name]
+        assert (q.name, q.layer_id, q.scaling) == (p.name, p.layer_id, p.scaling)
+        assert torch.equal(q.A, p.A) and torch.equal(q.B, p.B) and torch.equal(q.d, p.d)
+    assert torch.equal(run(found.model, batch), run(bayes.model, batch))
+    assert torch.equal(sampled(found, DRAWS, batch), sampled(bayes, DRAWS, batch))
+    assert torch.equal(found.predict(batch).probs, bayes.predict(batch).probs)
+
+
+def test_only_the_chosen_layers_come_back_bayesian(tmp_path: Path) -> None:
+    bayes, batch = bayesian(layers=r"layers\.1"), CASES["llama"].batch()
+    found = tfb.load(base(), bayes.save(tmp_path / "artifact"))
+    assert len(found.posteriors) == 7 and found.posteriors.keys() == bayes.posteriors.keys()
+    assert torch.equal(found.predict(batch).probs, bayes.predict(batch).probs)
+
+
+def test_another_process_sees_the_same_values(tmp_path: Path) -> None:
+    """To the bit, in two processes that load base and artifact from their folders.
+
+    (A base built in memory may differ in the last bit: its weights lie at other addresses, and
+    BLAS treats aligned ones differently.)
+    """
+    base().save_pretrained(tmp_path / "base")
+    bayesian().save(tmp_path / "artifact")
+    program = (
+        "import sys, hashlib, tfb\n"
+        "from support.models import make_batch\n"
+        "bayes = tfb.load(sys.argv[1], sys.argv[2])\n"
+        "probs = bayes.predict(make_batch(5, 2, 4), 6).probs\n"
+        "print(hashlib.sha256(probs.numpy().tobytes()).hexdigest())\n"
+    )
+    folders = [tmp_path / "base", tmp_path / "artifact"]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program, *folders],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    bayes = tfb.load(*folders)
+    probs = bayes.predict(make_batch(5, 2, 4), 6).probs
+    assert done.stdout.split() == [hashlib.sha256(probs.numpy().tobytes()).hexdigest()]
+
+
+def test_peft_reads_the_folder(tmp_path: Path) -> None:
+    """An ordinary adapter folder; its files are the source's, byte for byte."""
+    CASES["llama"].build().save_pretrained(tmp_path / "source")
+    (tmp_path / "source/README.md").write_text("a card")
+    bayes = tfb.bayesianize(tfb.load_adapter(base(), tmp_path / "source"))
+    bayes.sigma, bayes.source = 0.02, tmp_path / "source"
+    first = bayes.save(tmp_path / "first")
+    again = tfb.load(base(), first)
+    second = again.save(tmp_path / "second")  # a loaded artifact is its own source
+    for file in (*ADAPTER_FILES, "README.md"):
+        expected = (tmp_path / "source" / file).read_bytes()
+        assert (first / file).read_bytes() == (second / file).read_bytes() == expected
+    plain = peft.PeftModel.from_pretrained(base(), str(first))
+    batch = CASES["llama"].batch()
+    assert torch.equal(run(plain, batch), run(CASES["llama"].build(), batch))
+    assert (second / "tfb.safetensors").read_bytes() == (first / "tfb.safetensors").read_bytes()
+
+
+def test_adapter_of_another_name(tmp_path: Path) -> None:
+    """Saved as a plain folder all the same, without the model's other adapters."""
+    model = add_lora(randomize(llama(), 0), 1, "mine", **causal())
+    model.add_adapter("other", peft.LoraConfig(**causal(r=2)))
+    bayes = tfb.bayesianize(model, "mine", seed=5)
+    bayes.sigma = 0.05
+    folder = bayes.save(tmp_path / "artifact")
+    files = {path.name for path in folder.iterdir()}
+    assert files - {"README.md"} == {*ADAPTER_FILES, "tfb.json", "tfb.safetensors"}
+    modes = {path.stat().st_mode & 0o777 for path in folder.iterdir()}
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert modes == {plain.stat().st_mode & 0o777}  # readable as any new file, by servers too
+    found, batch = tfb.load(base(), folder), CASES["llama"].batch()
+    assert found.adapter == "default"
+    assert torch.equal(found.predict(batch).probs, bayes.predict(batch).probs)
+
+
+def test_sidecar(artifact: Path) -> None:
+    sidecar = read_sidecar(artifact)
+    assert (sidecar["sigma"], sidecar["seed"], sidecar["mode"]) == (0.05, 5, "full")
+    assert sidecar["noise_version"] == NOISE_VERSION and sidecar["fit"] is None
+    assert sidecar["extra"] == {"note": "kept"}
+    assert sidecar["layers"] == dict.fromkeys(bayesian().posteriors, 2.0)
+    assert {"tfb", "torch", "peft", "transformers", "noise"} <= sidecar["versions"].keys()
+
+
+def test_base_in_another_dtype_is_the_same_base(artifact: Path) -> None:
+    batch = CASES["llama"].batch()
+    found = tfb.load(base().bfloat16(), artifact).predict(batch).probs
+    # bfloat16 has 8 bits: a few per cent of a logit through two blocks.
+    torch.testing.assert_close(found, bayesian().predict(batch).probs, rtol=0, atol=0.1)
+
+
+def test_real_base_in_bfloat16_is_the_same_base(shared: Path, tmp_path: Path) -> None:
+    folder, adapter = shared / "models/stories260K", shared / "adapters/stories260K-clinc-domain"
+    bayes = tfb.bayesianize(tfb.load_adapter(tfb.load_base(folder, adapter), adapter))
+    bayes.sigma, bayes.source = 0.01, adapter
+    bayes.save(tmp_path / "artifact")
+    assert tfb.load(folder, tmp_path / "artifact").sigma == 0.01
+    half = tfb.load_base(folder, adapter).bfloat16()
+    assert tfb.load(half, tmp_path / "artifact").sigma == 0.01
+    same = base_fingerprint(tfb.load_base(folder, adapter))
+    assert same == base_fingerprint(bayes.base)  # the adapter is no part of it
+
+
+# --- writing ------------------------------------------------------------------------------------
+
+
+def test_output_folder_must_be_free(tmp_path: Path) -> None:
+    bayes = bayesian()
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").write_text("x")
+    for name in ("file", "full"):
+        with pytest.raises(ArtifactError, match=f"{name} already holds something; choose a new"):
+            bayes.save(tmp_path / name)
+    assert (tmp_path / "full/file").read_text() == (tmp_path / "file").read_text() == "x"
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "new", "a/b/c"):
+        assert check_output_folder(tmp_path / name) == tmp_path / name
+        assert bayes.save(str(tmp_path / name)) == tmp_path / name
+        assert tfb.load(base(), tmp_path / name).sigma == 0.05
+
+
+@pytest.mark.parametrize(
+    ("sigma", "message"),
+    [(None, "sigma is not set: run tfb.fit_sigma"), (-0.1, "sigma=-0.1: expected a finite")]
+    + [(value, "expected a finite number >= 0") for value in (float("nan"), float("inf"))],
+)
+def test_sigma_must_be_there(tmp_path: Path, sigma: float | None, message: str) -> None:
+    bayes = bayesian()
+    bayes.sigma = sigma
+    with pytest.raises(ArtifactError, match=message):
+        bayes.save(tmp_path / "artifact")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_models_without_the_posterior_are_not_saved(tmp_path: Path) -> None:
+    """They would make a folder that no base model fits."""
+    bayes: Any = bayesian()
+    bayes.model.merge_adapter()
+    with pytest.raises(ValueError, match=r"merged into the base weight; call .*unmerge_adapter"):
+        bayes.save(tmp_path / "artifact")
+    bayes.model.unmerge_adapter()
+    bayes.remove()
+    with pytest.raises(ValueError, match="does not carry this posterior any more"):
+        bayes.save(tmp_path / "artifact")
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_no_half_written_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    bayes = bayesian()
+    with monkeypatch.context() as patch:
+        patch.setattr("tfb.adapters.artifact.save_file", fail)
+        with pytest.raises(type(error)):
+            bayes.save(tmp_path / "artifact")
+    assert not [*tmp_path.iterdir()]
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        bayes.save(tmp_path / "artifact", note=object())
+    with pytest.raises(ValueError, match="Out of range float values"):
+        bayes.save(tmp_path / "artifact", note=float("nan"))
+    bayes.source = tmp_path / "gone"
+    with pytest.raises(FileNotFoundError, match=r"gone/adapter_config\.json"):
+        bayes.save(tmp_path / "artifact")
+    assert not [*tmp_path.iterdir()]
+    bayes.source = None
+    bayes.save(tmp_path / "artifact")
+    assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
+
+
+# --- reading what cannot be trusted -------------------------------------------------------------
+
+
+def edit(artifact: Path, **values: Any) -> None:
+    file = artifact / "tfb.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+def retouch(file: Path) -> None:
+    """The least possible change of a weight."""
+    tensors = load_file(file)
+    tensors[min(tensors)].view(-1)[0] += 1e-6
+    save_file(tensors, file)
+
+
+SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no sidecar": (
+        lambda a: (a / "tfb.json").unlink(),
+        "no tfb.json; expected a folder written by tfb fit",
+    ),
+    "cut sidecar": (lambda a: cut(a / "tfb.json"), r"tfb\.json: not JSON"),
+    "binary sidecar": (
+        lambda a: (a / "tfb.json").write_bytes(b"\xff\xfe"),
+        r"tfb\.json: not JSON",
+    ),
+    "list": (
+        lambda a: (a / "tfb.json").write_text("[1]"),
+        r"tfb\.json: damaged, not a JSON object",
+    ),
+    "other format": (
+        lambda a: edit(a, format_version=2),
+        r"format_version is 2, this library has 1; fit the adapter again .*wrote it \(\d.*\)",
+    ),
+    "other noise": (
+        lambda a: edit(a, noise_version=0),
+        f"noise_version is 0, this library has {NOISE_VERSION}; fit",
+    ),
+    "no sigma": (lambda a: edit(a, sigma=None), r"tfb\.json: damaged, no usable sigma; fit again"),
+    "NaN sigma": (lambda a: edit(a, sigma=float("nan")), "damaged, no usable sigma"),
+    "negative sigma": (lambda a: edit(a, sigma=-0.1), "damaged, no usable sigma"),
+    "no base, no layers": (lambda a: edit(a, base=None, layers=3), "no usable layers, base"),
+    "other mode": (lambda a: edit(a, mode="half"), "mode='half': expected one of full"),
+    "no adapter": (
+        lambda a: (a / "adapter_model.safetensors").unlink(),
+        r"adapter_model\.safetensors is missing",
+    ),
+    "no factors": (
+        lambda a: (a / "tfb.safetensors").unlink(),
+        r"tfb\.safetensors is missing",
+    ),
+    "other adapter": (
+        lambda a: retouch(a / "adapter_model.safetensors"),
+        r"adapter_model\.safetensors has changed since the fit; fit again",
+    ),
+    "other factors": (
+        lambda a: retouch(a / "tfb.safetensors"),
+        r"tfb\.safetensors has changed since the fit; fit again",
+    ),
+    "cut factors": (
+        lambda a: cut(a / "tfb.safetensors"),
+        r"tfb\.safetensors has changed since the fit; fit again",
+    ),
+    "layers beyond the factors": (
+        lambda a: edit(a, layers={"model.layers.7.mlp.up_proj": 2.0}),
+        r"tfb\.safetensors lacks model\.layers\.7\.mlp\.up_proj\.A, model",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", SPOILT)
+def test_damaged_artifacts(artifact: Path, fault: str) -> None:
+    spoil, message = SPOILT[fault]
+    spoil(artifact)
+    with pytest.raises(ValueError, match=message) as caught:
+        tfb.load(base(), artifact)
+    assert isinstance(caught.value, ArtifactError) or fault == "other mode"
+
+
+def test_other_weights_are_another_base(artifact: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"with other weights \(first difference: \S+\); load"):
+        tfb.load(base(seed=9), artifact)
+    tuned = base()
+    for p in tuned.parameters():  # 1 % of further training is another base too
+        p.data *= 1.01
+    with pytest.raises(ArtifactError, match="with other weights"):
+        tfb.load(tuned, artifact)
+
+
+def test_other_shapes_are_another_base(artifact: Path) -> None:
+    bigger = randomize(llama(vocab_size=80), 0)  # the adapter alone would fit
+    with pytest.raises(
+        ArtifactError, match=r"another base model \(llama; this one is llama with other parameters"
+    ):
+        tfb.load(bigger, artifact)
+    wider = randomize(llama(hidden_size=32), 0)
+    with pytest.raises(tfb.AdapterError, match="does not fit the base model"):
+        tfb.load(wider, artifact)
+
+
+def test_base_is_not_loaded_twice(artifact: Path) -> None:
+    model = base()
+    tfb.load(model, artifact)
+    with pytest.raises(tfb.AdapterError, match="carries an adapter already"):
+        tfb.load(model, artifact)

@@ -1,0 +1,266 @@
+"""Strict loading: an adapter loads as PEFT loads it, or an error says what does not fit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.models import CASES, LABELS, encoder, llama, randomize, run
+
+import tfb
+from tfb import AdapterError
+from tfb.adapters.loading import adapter_config, adapter_tensor_shapes, load_adapter, load_base
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+# PEFT 0.21's own advice while saving.
+pytestmark = [
+    # it takes every lora_B.bias for a tensor of a wrong shape
+    pytest.mark.filterwarnings("ignore:Adapter 'default'. .* invalid shape:UserWarning"),
+    # LoRA on lm_head stores the head itself too
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
+]
+
+
+def write(folder: Path, kind: str = "llama") -> tuple[Path, Path]:
+    """Folders of a base model and of an adapter to it."""
+    case = CASES[kind]
+    randomize(case.base(), 0).to(case.base_dtype).save_pretrained(folder / "base")
+    case.build().save_pretrained(folder / "adapter")
+    return folder / "base", folder / "adapter"
+
+
+@pytest.fixture(scope="module")
+def llama_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("llama"))[1]
+
+
+@pytest.fixture
+def adapter(llama_adapter: Path, tmp_path: Path) -> Path:
+    """A copy to be spoilt."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    for file in (CONFIG, WEIGHTS):
+        (folder / file).write_bytes((llama_adapter / file).read_bytes())
+    return folder
+
+
+Tensors = dict[str, torch.Tensor]
+
+
+def change_weights(adapter: Path, change: Callable[[Tensors], Tensors]) -> None:
+    save_file(change(load_file(adapter / WEIGHTS)), adapter / WEIGHTS)
+
+
+def change_config(adapter: Path, **values: Any) -> None:
+    config = json.loads((adapter / CONFIG).read_text())
+    (adapter / CONFIG).write_text(json.dumps(config | values))
+
+
+# --- what fits ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_loaded_adapter_is_the_saved_one(tmp_path: Path, kind: str) -> None:
+    """Base and adapter from folders: the same bits as before saving, for every kind of head."""
+    base_folder, folder = write(tmp_path, kind)
+    base = load_base(base_folder, folder)
+    assert {p.dtype for p in base.parameters()} == {torch.float32}  # on a CPU
+    model = load_adapter(base.to(CASES[kind].base_dtype), folder)
+    assert not any(m.training for m in model.modules())
+    batch = CASES[kind].batch()
+    assert torch.equal(run(model, batch), run(CASES[kind].build(), batch))
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "llama_classifier"])
+def test_the_adapters_head_sets_the_number_of_labels(tmp_path: Path, kind: str) -> None:
+    """DistilBERT's and RoBERTa's heads hold another linear layer, with hidden_size rows."""
+    base, adapter = write(tmp_path, kind)
+    config: Any = load_base(str(base), str(adapter)).config
+    assert config.num_labels == LABELS
+
+
+def test_name_of_the_adapter(llama_adapter: Path) -> None:
+    model: Any = load_adapter(randomize(llama(), 0), llama_adapter, "mine")
+    assert list(model.peft_config) == ["mine"]
+    assert tfb.bayesianize(model, "mine").adapter == "mine"
+
+
+@pytest.mark.parametrize(
+    ("adapter", "task", "layers"), [("clinc-domain", "CAUSAL_LM", 30), ("clinc150", "SEQ_CLS", 30)]
+)
+def test_real_adapters_load(shared: Path, adapter: str, task: str, layers: int) -> None:
+    folder = shared / f"adapters/stories260K-{adapter}"
+    bayes = tfb.bayesianize(load_adapter(load_base(shared / "models/stories260K", folder), folder))
+    assert bayes.task == task == adapter_config(folder)["task_type"]
+    assert len(bayes.posteriors) == layers
+    assert all(p.effective_rank == p.rank == 8 for p in bayes.posteriors.values())
+    if task == "SEQ_CLS":
+        head: Any = bayes.base.get_submodule("score")
+        assert head.modules_to_save["default"].weight.shape[0] == 150
+
+
+# --- what does not ------------------------------------------------------------------------------
+
+
+def refused(adapter: Path | str, message: str, base: Callable[[], Any] = llama) -> None:
+    with pytest.raises(AdapterError, match=message):
+        load_adapter(base(), adapter)
+
+
+def test_missing_keys(adapter: Path) -> None:
+    """PEFT would leave B = 0 there and say nothing worse than a warning."""
+    key = "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"
+    change_weights(adapter, lambda t: {k: v for k, v in t.items() if k != key})
+    refused(adapter, rf"missing \(1\): {key}\nUse the base model that the adapter was trained on")
+
+
+def test_unexpected_keys(adapter: Path) -> None:
+    """A renamed prefix, as in checkpoints of wrapped models, would load as nothing at all."""
+
+    def rename(tensors: Tensors) -> Tensors:
+        old, new = "base_model.model.model.", "base_model.model.language_model."
+        return {key.replace(old, new): value for key, value in tensors.items()}
+
+    change_weights(adapter, rename)
+    refused(
+        adapter,
+        r"missing \(28\): base_model\.model\.model\.(.|\n)*, \.\.\.\n"
+        r"  unexpected \(28\): base_model\.model\.language_model(.|\n)*, or rename the keys",
+    )
+
+
+def test_deeper_adapter_than_base(adapter: Path) -> None:
+    refused(adapter, r"unexpected \(14\): .*layers\.1\.", lambda: llama(num_hidden_layers=1))
+
+
+def test_shallower_adapter_than_base(adapter: Path) -> None:
+    refused(adapter, r"missing \(14\): .*layers\.2\.", lambda: llama(num_hidden_layers=3))
+
+
+def test_missing_head(tmp_path: Path) -> None:
+    _, adapter = write(tmp_path, "bert")
+    change_weights(adapter, lambda t: {k: v for k, v in t.items() if "classifier" not in k})
+    refused(
+        adapter,
+        r"lacks the tensor '.*classifier\.weight' of its modules_to",
+        lambda: encoder("Bert"),
+    )
+    with pytest.raises(AdapterError, match=r"without its head \(modules_to_save\)"):
+        load_base(tmp_path / "base", adapter)
+
+
+def test_wrong_shapes(adapter: Path) -> None:
+    refused(
+        adapter,
+        r"does not fit the base model: (.|\n)*size mismatch for \S+q_proj\.lora_A",
+        lambda: llama(hidden_size=32),
+    )
+
+
+def test_other_architecture(adapter: Path) -> None:
+    refused(
+        adapter, "does not fit the base model: Target modules .* not found", lambda: encoder("Bert")
+    )
+
+
+def test_base_that_carries_an_adapter_already(adapter: Path) -> None:
+    """PEFT would overwrite the first or let both act; also after a load that failed half-way."""
+    base = llama()
+    load_adapter(base, adapter)
+    refused(adapter, "carries an adapter already .* load a fresh base model", lambda: base)
+    base = llama(num_hidden_layers=3)
+    refused(adapter, r"missing \(14\)", lambda: base)
+    refused(adapter, "carries an adapter already", lambda: base)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", f"{CONFIG} is not JSON: "),
+        ("", f"{CONFIG} is not JSON: "),
+        ("[]", f"{CONFIG} is not a PEFT configuration"),
+        ("{}", f"{CONFIG} is not a PEFT configuration .*no peft_type"),
+        ('{"peft_type": "NOPE"}', rf"{CONFIG} is not a PEFT configuration \(KeyError: 'NOPE'\)"),
+    ],
+)
+def test_damaged_configuration(adapter: Path, text: str, message: str) -> None:
+    (adapter / CONFIG).write_text(text)
+    refused(adapter, message)
+    with pytest.raises(AdapterError, match=message):
+        load_base(adapter.parent, adapter)
+
+
+def test_settings_that_peft_cannot_use(adapter: Path) -> None:
+    change_config(adapter, r="eight")
+    refused(adapter, "does not fit the base model: '<=' not supported")
+
+
+def test_task_without_a_base_class(adapter: Path) -> None:
+    change_config(adapter, task_type="TOKEN_CLS")
+    with pytest.raises(AdapterError, match="task_type TOKEN_CLS; supported: CAUSAL_LM, SEQ_2_SEQ"):
+        load_base(adapter.parent, adapter)
+
+
+def test_damaged_weights(adapter: Path) -> None:
+    whole = (adapter / WEIGHTS).read_bytes()
+    for cut in (0, 100, len(whole) - 1):
+        (adapter / WEIGHTS).write_bytes(whole[:cut])
+        refused(adapter, f"{WEIGHTS}: damaged, not a safetensors file")
+
+
+def test_pickles_are_not_read(adapter: Path) -> None:
+    torch.save(load_file(adapter / WEIGHTS), adapter / "adapter_model.bin")
+    (adapter / WEIGHTS).unlink()
+    refused(adapter, rf"no {WEIGHTS}; .*adapter_model\.bin files are not read: convert them")
+    with pytest.raises(AdapterError, match=f"no {WEIGHTS}"):
+        load_base(adapter.parent, adapter)
+
+
+def test_a_pickled_base_model_is_not_read(tmp_path: Path) -> None:
+    base, adapter = write(tmp_path, "llama")
+    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    with pytest.raises(AdapterError, match=r"model\.safetensors.*pickled weights .* are refused"):
+        load_base(base, adapter)
+
+
+def test_a_base_models_own_code_is_not_run(tmp_path: Path) -> None:
+    """Nor is the user asked for leave to."""
+    base, adapter = write(tmp_path, "llama")
+    (base / "theirs.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    config = json.loads((base / "config.json").read_text())
+    code = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
+    config |= {"model_type": "theirs", "auto_map": code}
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(AdapterError, match=r"own code are refused"):
+        load_base(base, adapter)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_folder_that_is_no_adapter_is_named_so(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=f"{tmp_path.name}: no {CONFIG}; expected a PEFT"):
+        adapter_config(tmp_path)
+
+
+def test_folder_without_an_adapter(tmp_path: Path) -> None:
+    refused(tmp_path, f"no {CONFIG}; expected a PEFT adapter folder")
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing", "no/such/folder/here", "/no/such/folder"])
+def test_names_that_cannot_be_reached(name: str) -> None:
+    """The suite runs offline, like a cluster node."""
+    refused(name, f"{name}: not a folder here, and not to be had from the hub")
+    with pytest.raises(AdapterError, match="not to be had from the hub"):
+        load_base("anything", name)
+
+
+def test_shapes_are_read_without_loading(adapter: Path) -> None:
+    shapes = adapter_tensor_shapes(adapter)
+    assert shapes == {k: list(v.shape) for k, v in load_file(adapter / WEIGHTS).items()}
+    assert len(shapes) == 28

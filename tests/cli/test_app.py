@@ -1,0 +1,449 @@
+"""The command line, from rows to a report, and what it says of bad input before long work."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import Run
+from safetensors.torch import load_file, save_file
+
+import tfb
+from tfb.cli import app as cli
+from tfb.data.readers import read_rows
+from tfb.data.rows import RowError
+from tfb.demo import digits
+from tfb.evaluation.metrics import evaluate
+from tfb.evaluation.report import PAGE, PICTURES
+from tfb.scoring.rows import encode, load_tokenizer, pad_token, predict_rows
+
+MODEL, ADAPTER = str(digits.BASE), str(digits.ADAPTER)
+ROWS = 24
+
+
+@pytest.fixture
+def run(tfb_command: Run) -> Run:
+    return tfb_command
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return digits.write_jsonl(tmp_path_factory.mktemp("digits"))
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact at sigma = .008, without a search."""
+    model = tfb.load_adapter(tfb.load_base(MODEL, ADAPTER), ADAPTER)
+    bayes = tfb.bayesianize(model, seed=3)
+    bayes.sigma, bayes.source = 0.008, Path(ADAPTER)
+    return bayes.save(tmp_path_factory.mktemp("made") / "artifact")
+
+
+def jsonl(path: Path, *rows: dict[str, Any] | str) -> Path:
+    lines = [r if isinstance(r, str) else json.dumps(r) for r in rows]
+    path.write_text("".join(line + "\n" for line in lines))
+    return path
+
+
+# --- the whole way --------------------------------------------------------------------------------
+
+
+def test_fit_evaluate_score_report(run: Run, data: dict[str, Path], tmp_path: Path) -> None:
+    """Each command's output is the next one's input."""
+    made = tmp_path / "artifact"
+    code, out, err = run(
+        "fit", "--model", MODEL, "--adapter", ADAPTER, "--anchors", data["anchor"], "--out", made,
+        "--draws", 2, "--limit", 20, "--tolerance", 0.05, "--seed", 5,
+    )  # fmt: skip
+    assert code == 0, err
+    sidecar = json.loads((made / "tfb.json").read_text())
+    assert f"sigma = {sidecar['sigma']:.6g}" in out and str(made) in out.replace("\n", "")
+    assert sidecar["seed"] == 5 and sidecar["fit"]["anchors"] == 20 and sidecar["fit"]["draws"] == 2
+
+    figures = tmp_path / "new" / "figures.json"
+    common = ("--model", MODEL, "--artifact", made, "--draws", 2, "--limit", ROWS)
+    code, out, err = run("evaluate", *common, "--data", data["test"], "--json", figures)
+    assert code == 0, err
+    assert "deterministic" in out and "tfb" in out
+
+    scored = tmp_path / "scored"
+    code, out, err = run(
+        "score", *common, "--input", data["test"], "--output", scored, "--format", "jsonl",
+        "--batch-tokens", 1 << 20,
+    )  # fmt: skip
+    assert code == 0 and f"complete: {ROWS} rows, 0 of them errors" in out, err
+    lines = [json.loads(x) for x in (scored / "part-00000.jsonl").read_text().splitlines()]
+    rows = read_rows(data["test"], limit=ROWS)
+    assert [x["id"] for x in lines] == [r.id for r in rows]
+    probs = torch.tensor([x["probs"] for x in lines], dtype=torch.float64)
+    labels = torch.tensor([x["label"] for x in lines])
+    # The file holds what evaluate judged: the same draws give the same figures.
+    mine = evaluate(probs, labels).to_dict()
+    theirs = json.loads(figures.read_text())["metrics"]["tfb"]
+    assert {k: v for k, v in mine.items() if k != "flip_ratio"} == pytest.approx(
+        {k: v for k, v in theirs.items() if k != "flip_ratio"}, rel=1e-6
+    )
+
+    page = tmp_path / "report"
+    unlabelled = tmp_path / "unfamiliar.jsonl"
+    bare = [{k: v for k, v in json.loads(x).items() if k != "label"}
+            for x in data["test"].read_text().splitlines()[-ROWS:]]  # fmt: skip
+    jsonl(unlabelled, *bare)
+    code, out, err = run(
+        "report", *common, "--data", data["test"], "--shift", unlabelled, "--output", page
+    )
+    assert code == 0, err
+    assert {p.name for p in page.iterdir()} == {*PICTURES, PAGE}
+    text = page.joinpath(PAGE).read_text()
+    assert "unfamiliar (24)" in text and "Averaging 2 draws" in text
+    assert "seed 5" in text and "torch " in text
+
+
+def test_evaluate_is_the_librarys_evaluation(
+    run: Run, data: dict[str, Path], artifact: Path, tmp_path: Path
+) -> None:
+    """--json holds exactly the metrics of predict_rows at the artifact's sigma, seed and draws."""
+    figures = tmp_path / "figures.json"
+    code, _, err = run(
+        "evaluate", "--model", MODEL, "--artifact", artifact, "--data", data["test"], "--draws", 4,
+        "--limit", ROWS, "--json", figures,
+    )  # fmt: skip
+    assert code == 0, err
+    bayes = tfb.load(MODEL, artifact)
+    tokenizer = load_tokenizer(MODEL)
+    encoded = encode(bayes, read_rows(data["test"], limit=ROWS), tokenizer)
+    pad = pad_token(bayes, tokenizer)
+    mean = predict_rows(bayes, encoded, tfb.Draws.mean(), pad_token_id=pad).probs
+    draws = tfb.Draws.antithetic(4, 0.008, seed=3)
+    probs = predict_rows(bayes, encoded, draws, pad_token_id=pad).probs
+    labels = torch.tensor(encoded.labels)
+    found = json.loads(figures.read_text())
+    assert found["sigma"] == 0.008 and found["draws"] == 4 and found["mode"] == "full"
+    reference = mean.argmax(-1)
+    for name, p in (("deterministic", mean), ("tfb", probs)):
+        expected = evaluate(p, labels, reference_predictions=reference)
+        assert found["metrics"][name] == expected.to_dict()
+
+
+def test_score_parquet_with_draws(
+    run: Run, data: dict[str, Path], artifact: Path, tmp_path: Path
+) -> None:
+    """Parquet holds typed columns; the draws average to the probabilities."""
+    code, _, err = run(
+        "score", "--model", MODEL, "--artifact", artifact, "--input", data["test"], "--output",
+        tmp_path / "out", "--per-draw", "--draws", 4, "--limit", 5,
+    )  # fmt: skip
+    assert code == 0, err
+    table = pq.read_table(tmp_path / "out" / "part-00000.parquet")
+    assert table.num_rows == 5 and str(table.schema.field("epistemic").type) == "float"
+    draws = torch.tensor(table["draw_probs"].to_pylist())
+    assert draws.shape == (5, 4, 10)
+    # Averages of float32 numbers below 1, stored in float32.
+    eps = torch.finfo(torch.float32).eps
+    assert float((draws.mean(1) - torch.tensor(table["probs"].to_pylist())).abs().max()) <= 4 * eps
+
+
+def test_module_and_help() -> None:
+    """``python -m tfb`` is the same command; every subcommand explains its options."""
+    done = subprocess.run([sys.executable, "-m", "tfb", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    for name in ("demo", "fit", "evaluate", "score", "report"):
+        assert name in done.stdout
+
+
+@pytest.mark.parametrize("command", ["demo", "fit", "evaluate", "score", "report"])
+def test_help_of_each_command(run: Run, command: str) -> None:
+    code, out, _ = run(command, "--help")
+    assert code == 0 and "--draws" in out
+
+
+def test_help_names_the_extra(run: Run) -> None:
+    """Brackets are not eaten as markup."""
+    code, out, _ = run("score", "--help")
+    assert code == 0 and "tfb[ray]" in out
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+def one_line(err: str) -> str:
+    """What a user sees of a mistake: one line on stderr, no traceback."""
+    assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err, err
+    return err
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever loads weights fails the test: the fault must be found before."""
+
+    def loaded(*_: object, **__: object) -> None:
+        raise AssertionError("a model was loaded before the input was checked")
+
+    monkeypatch.setattr("tfb.adapters.loading.load_base", loaded)
+    monkeypatch.setattr("tfb.adapters.artifact.load_base", loaded)
+
+
+ROW = {"id": "1", "prompt": "a a a\n=", "choices": ["0", "1"], "label": 0}
+OTHER = ROW | {"id": "2", "label": 1}
+BAD_ROWS: dict[str, tuple[list[dict[str, Any] | str], str]] = {
+    "malformed": ([ROW, "{oops"], r"rows\.jsonl:2: not valid JSON"),
+    "duplicate": ([ROW, ROW], "id '1' was already used"),
+    "column": ([{"id": "1", "question": "a", "choices": ["0", "1"]}], "no column 'prompt'"),
+    "label": ([ROW | {"label": 7}], "label 7 is outside the 2 choices"),
+    "colliding": ([OTHER, ROW | {"choices": ["0", " 0"]}], "the same token|does not know"),
+    "long": ([OTHER, ROW | {"prompt": "a " * 500 + "\n="}], r"tokens, but the model takes 128"),
+    "empty": ([""], "holds no rows"),
+}
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("kind", BAD_ROWS)
+@pytest.mark.parametrize("command", ["fit", "evaluate", "report"])
+def test_bad_rows_are_named_first(
+    run: Run, artifact: Path, tmp_path: Path, command: str, kind: str
+) -> None:
+    """Every command names the row, before weights are loaded and before its folder is made."""
+    rows, message = BAD_ROWS[kind]
+    file, target = jsonl(tmp_path / "rows.jsonl", *rows), tmp_path / "target"
+    arguments: dict[str, tuple[object, ...]] = {
+        "fit": ("--adapter", ADAPTER, "--anchors", file, "--out", target),
+        "evaluate": ("--artifact", artifact, "--data", file),
+        "report": ("--artifact", artifact, "--data", file, "--output", target),
+    }
+    code, out, err = run(command, "--model", MODEL, *arguments[command])
+    assert code == 1 and out == ""
+    line = one_line(err)
+    assert re.search(message, line) and str(file) in line  # the fault and its place
+    assert ";" in line  # the remedy follows
+    assert not target.exists()
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        ("fit", ("--draws", 3), "--draws 3: expected a positive even number"),
+        ("fit", ("--draws", 0), "--draws 0"),
+        ("fit", ("--metric", "speed"), "metric='speed'"),
+        ("fit", ("--objective", "most"), "objective='most'"),
+        ("fit", ("--search", "luck"), "search='luck'"),
+        ("fit", ("--compat", "old"), "compat='old'"),
+        ("fit", ("--mode", "half"), "mode='half'"),
+        ("fit", ("--tolerance", -1), "tolerance=-1"),
+        ("fit", ("--limit", 0), "limit must be at least 1"),
+        ("fit", ("--batch-size", 0), "--batch-size 0"),
+        ("fit", ("--mode", "tail"), "mode='tail'"),
+        ("evaluate", ("--sigma", -0.5), "--sigma -0.5: expected a finite number >= 0"),
+        ("evaluate", ("--sigma", "nan"), "--sigma nan"),
+        ("evaluate", ("--mode", "half"), "mode='half'"),
+        ("evaluate", ("--draws", 3), "--draws 3"),
+        ("evaluate", ("--batch-size", 0), "--batch-size 0"),
+        ("score", ("--format", "csv"), "--format csv: expected one of parquet, jsonl"),
+        ("score", ("--batch-tokens", -1), "--batch-tokens -1: expected at least 1"),
+        ("score", ("--part-rows", 0), "--part-rows 0: expected at least 1"),
+        ("score", ("--limit", 0), "--limit 0: expected at least 1"),
+        ("score", ("--draws", 5), "--draws 5"),
+        ("score", ("--draws", "many"), "--draws many: expected an even number or auto"),
+        ("score", ("--draws", "auto", "--logits"), "--draws auto: rows have different numbers"),
+        ("score", ("--engine", "abacus"), "--engine abacus: expected one of local"),
+        ("score", ("--max-error-rate", 2), "--max-error-rate 2.0: expected a share from 0 to 1"),
+        ("score", ("--columns", "prompt"), "--columns 'prompt': expected name=column"),
+        (
+            "score",
+            ("--columns", "answer=a"),
+            "'answer' is none of id, prompt, messages, choices, label",
+        ),
+        ("score", ("--keep", "error"), "--keep error: the output has a column of that name"),
+        ("score", ("--mode", "tail"), "mode='tail' needs tail=k"),
+        ("report", ("--draws", 1), "--draws 1"),
+    ],
+)
+def test_bad_options(
+    run: Run,
+    data: dict[str, Path],
+    artifact: Path,
+    tmp_path: Path,
+    command: str,
+    options: tuple[object, ...],
+    message: str,
+) -> None:
+    arguments: dict[str, tuple[object, ...]] = {
+        "fit": ("--adapter", ADAPTER, "--anchors", data["anchor"], "--out", tmp_path / "t"),
+        "evaluate": ("--artifact", artifact, "--data", data["test"]),
+        "score": ("--artifact", artifact, "--input", data["test"], "--output", tmp_path / "t"),
+        "report": ("--artifact", artifact, "--data", data["test"], "--output", tmp_path / "t"),
+    }
+    code, _, err = run(command, "--model", MODEL, *arguments[command], *options)
+    assert code == 1 and message in one_line(err)
+    assert not (tmp_path / "t").exists()
+
+
+@pytest.mark.usefixtures("no_model")
+def test_anchors_of_one_class_or_without_labels(run: Run, tmp_path: Path) -> None:
+    """One-class anchors are refused; unlabelled ones too, where the metric needs labels."""
+    for name, rows, message in (
+        ("one", [ROW, OTHER | {"label": 0}], "all 2 rows have label 0"),
+        (
+            "none",
+            [ROW, {k: v for k, v in OTHER.items() if k != "label"}],
+            "none.jsonl:2: no label; metric nll needs one on every row",
+        ),
+    ):
+        file = jsonl(tmp_path / f"{name}.jsonl", *rows)
+        code, _, err = run(
+            "fit", "--model", MODEL, "--adapter", ADAPTER, "--anchors", file, "--out",
+            tmp_path / "t",
+        )  # fmt: skip
+        assert code == 1 and message in one_line(err)
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("command", ["evaluate", "report"])
+def test_unlabelled_rows_cannot_be_judged(
+    run: Run, artifact: Path, tmp_path: Path, command: str
+) -> None:
+    file = jsonl(tmp_path / "rows.jsonl", ROW, {**OTHER, "label": None})
+    more = ("--output", tmp_path / "t") if command == "report" else ()
+    code, _, err = run(command, "--model", MODEL, "--artifact", artifact, "--data", file, *more)
+    assert code == 1 and f"{file}:2: no label; {command} needs one on every row" in one_line(err)
+
+
+@pytest.mark.usefixtures("no_model")
+def test_score_refuses_an_input_without_rows(run: Run, artifact: Path, tmp_path: Path) -> None:
+    file, target = jsonl(tmp_path / "rows.jsonl", ""), tmp_path / "target"
+    code, _, err = run(
+        "score", "--model", MODEL, "--artifact", artifact, "--input", file, "--output", target
+    )
+    assert code == 1 and f"{file}: the input holds no rows" in one_line(err)
+    assert not target.exists()
+
+
+@pytest.mark.usefixtures("no_model")
+def test_data_files_of_one_name_cannot_share_a_report(
+    run: Run, data: dict[str, Path], artifact: Path, tmp_path: Path
+) -> None:
+    """They would be one data set in its table."""
+    (tmp_path / "more").mkdir()
+    other = jsonl(tmp_path / "more" / "test.jsonl", ROW, OTHER)
+    code, _, err = run(
+        "report", "--model", MODEL, "--artifact", artifact, "--data", data["test"], "--data", other,
+        "--output", tmp_path / "t",
+    )  # fmt: skip
+    assert code == 1 and "two files are called 'test'; rename one" in one_line(err)
+
+
+@pytest.mark.usefixtures("no_model")
+def test_brackets_in_messages_are_not_markup(
+    run: Run,
+    data: dict[str, Path],
+    artifact: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """rich would take "[report]" for a style and print nothing of it."""
+    gone = tmp_path / "rows[bold][/x].jsonl"
+    common = ("--model", MODEL, "--artifact", artifact, "--data")
+    code, _, err = run("evaluate", *common, gone)
+    assert code == 1 and f"{gone}: matches no file; check the pattern" in one_line(err)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, _, err = run("report", *common, data["test"], "--output", tmp_path / "t")
+    assert code == 1 and 'pip install "tfb[report]"' in one_line(err)
+
+
+@pytest.mark.usefixtures("no_model")
+def test_existing_outputs_are_kept(
+    run: Run, data: dict[str, Path], artifact: Path, tmp_path: Path
+) -> None:
+    """A folder that holds something, and an existing --json file, stay as they are."""
+    held = tmp_path / "held"
+    held.mkdir()
+    kept = held / "kept"
+    kept.write_text("mine")
+    tail: dict[str, tuple[object, ...]] = {
+        "fit": ("--adapter", ADAPTER, "--anchors", data["anchor"], "--out", held),
+        "score": ("--artifact", artifact, "--input", data["test"], "--output", held),
+        "report": ("--artifact", artifact, "--data", data["test"], "--output", held),
+        "evaluate": ("--artifact", artifact, "--data", data["test"], "--json", kept),
+    }
+    for command, arguments in tail.items():
+        code, _, err = run(command, "--model", MODEL, *arguments)
+        assert code == 1 and "already" in one_line(err) and "choose" in err
+    assert [p.name for p in held.iterdir()] == ["kept"] and kept.read_text() == "mine"
+
+
+def test_missing_things_are_named(
+    run: Run, data: dict[str, Path], artifact: Path, tmp_path: Path
+) -> None:
+    """No such file, artifact, adapter or model."""
+    gone = tmp_path / "gone"
+    for arguments, message in (
+        (("fit", "--model", MODEL, "--adapter", ADAPTER, "--anchors", gone, "--out", gone),
+         "there is no such file"),
+        (("fit", "--model", MODEL, "--adapter", gone, "--anchors", data["anchor"], "--out", gone),
+         "not a folder here"),
+        (("evaluate", "--model", MODEL, "--artifact", gone, "--data", data["test"]),
+         "no such folder; expected a folder written by tfb fit"),
+        (("evaluate", "--model", gone, "--artifact", artifact, "--data", data["test"]),
+         "no tokenizer can be loaded"),
+    ):  # fmt: skip
+        code, _, err = run(*arguments)
+        assert code == 1 and message in one_line(err) and str(gone) in err
+    for arguments, option in (
+        (("fit", "--model", MODEL), "--adapter"),
+        (("fit", "--nonsense"), "--nonsense"),
+        (("demo", "--draws", "many"), "--draws"),
+        (("guess",), "guess"),
+    ):
+        code, _, err = run(*arguments)
+        assert code == 2 and option in err and "Traceback" not in err
+
+
+def test_artifact_of_another_base(
+    run: Run, data: dict[str, Path], artifact: Path, tmp_path: Path
+) -> None:
+    """Weights that are not those sigma was fitted on are refused."""
+    other = tmp_path / "base"
+    shutil.copytree(MODEL, other)
+    weights = load_file(other / "model.safetensors")
+    save_file(
+        {k: v * 1.5 for k, v in weights.items()}, other / "model.safetensors", {"format": "pt"}
+    )
+    code, _, err = run("evaluate", "--model", other, "--artifact", artifact, "--data", data["test"])
+    line = err.splitlines()[-1]  # progress may have been drawn and erased before
+    assert code == 1 and line.startswith("error: ") and "load the base it was fitted on" in line
+    assert "base model with other weights" in line
+
+
+def test_exit_status_of_the_process(artifact: Path, tmp_path: Path) -> None:
+    command = [
+        # An older PEFT warns of settings that the artifact's has in addition.
+        sys.executable, "-W", "ignore", "-m", "tfb", "evaluate", "--model", MODEL, "--artifact",
+        str(artifact), "--data", "no.jsonl",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1 and done.stdout == ""
+    assert one_line(done.stderr) == "error: no.jsonl: there is no such file; check the path\n"
+
+
+def test_tracebacks_are_for_those_who_ask(
+    monkeypatch: pytest.MonkeyPatch, artifact: Path, tmp_path: Path
+) -> None:
+    """With TFB_TRACEBACK set the exception itself comes out."""
+    monkeypatch.setenv("TFB_TRACEBACK", "1")
+    gone = str(tmp_path / "no.jsonl")
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["tfb", "evaluate", "--model", MODEL, "--artifact", str(artifact), "--data", gone],
+    )
+    with pytest.raises(RowError, match="there is no such file"):
+        cli.main()

@@ -1,0 +1,576 @@
+"""Encoding of rows: label tokens, special tokens, merges at the boundary, padding, batches."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from tfb.data.batching import NO_LABEL, NO_TOKEN, EncodedRows, batches
+from tfb.data.encoding import RowEncoder
+from tfb.data.readers import read_rows
+from tfb.data.rows import Row, RowError
+
+LETTERS = tuple("ABCDEFGHIJ")
+
+
+def encode_choices(rows: list[Row], tokenizer: Any, **how: Any) -> EncodedRows:
+    return RowEncoder(tokenizer, **how)(rows)
+
+
+def encode_answers(rows: list[Row], tokenizer: Any, **how: Any) -> EncodedRows:
+    return RowEncoder(tokenizer, "SEQ_2_SEQ_LM", **how)(rows)
+
+
+def encode_texts(rows: list[Row], tokenizer: Any, **how: Any) -> EncodedRows:
+    return RowEncoder(tokenizer, "SEQ_CLS", **how)(rows)
+
+
+def special(template: str) -> processors.TemplateProcessing:
+    return processors.TemplateProcessing(
+        single=template, special_tokens=[("<s>", 1), ("</s>", 2), ("[CLS]", 1), ("[SEP]", 2)]
+    )
+
+
+def marked_bpe(template: str = "<s> $A") -> Any:
+    """SentencePiece-like, as Llama 2: '▁' for a space; ' B' is one token, ' A' is two."""
+    pieces = ["<unk>", "<s>", "</s>", "▁", *"ABCTopic:?xyz", "▁B", "▁T", "zA"]
+    backend = Tokenizer(
+        models.BPE(
+            vocab={piece: i for i, piece in enumerate(pieces)},
+            merges=[("▁", "B"), ("▁", "T"), ("z", "A")],
+            unk_token="<unk>",
+        )
+    )
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    backend.post_processor = special(template)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def byte_bpe() -> Any:
+    """Byte-level, as GPT-2 and Llama 3: 'Ġ' for a space, ' A' is one token, no special tokens."""
+    pieces = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("Ġ", "A"), ("Ġ", "B"), ("Ġ", "C"), (":", "Ċ")]
+    vocabulary = {piece: i for i, piece in enumerate([*pieces, *("".join(m) for m in merges)])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=20)
+
+
+def word_level() -> Any:
+    """BERT-like: words, [CLS] and [SEP], segment ids."""
+    words = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", *"ABC", "book", "a", "table", "Topic"]
+    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = special("[CLS] $A [SEP]")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+def row(prompt: str, *choices: str, label: int | None = None, id: str = "r") -> Row:
+    return Row(id=id, prompt=prompt, choices=choices, label=label, source="f.jsonl:12")
+
+
+def names(tokenizer: Any, ids: Any) -> list[str]:
+    return [str(token) for token in tokenizer.convert_ids_to_tokens(list(ids))]
+
+
+def encode_one(tokenizer: Any, prompt: str, *choices: str, **options: Any) -> tuple[str, list[str]]:
+    encoded = encode_choices([row(prompt, *choices)], tokenizer, **options)
+    assert encoded.label_ids is not None
+    prompt_tokens = names(tokenizer, encoded.input_ids[0])
+    return " ".join(prompt_tokens), names(tokenizer, encoded.label_ids[0])
+
+
+def test_first_tokens_that_all_choices_share_are_read() -> None:
+    """' A' is '▁', 'A' and ' C' is '▁', 'C': the mark goes into the prompt, one token is scored."""
+    tokenizer = marked_bpe()
+    expected = ("<s> ▁T o p i c ▁", ["A", "C"])
+    assert encode_one(tokenizer, "Topic", "A", "C") == expected
+    assert encode_one(tokenizer, "Topic", " A", " C") == expected
+    assert encode_one(tokenizer, "Topic ", "A", "C") == expected
+    assert encode_one(tokenizer, "Topic", "A", "B", separator="")[1] == ["A", "B"]
+
+
+def test_no_token_of_a_choice_is_left_out() -> None:
+    """' B' is one token and ' A' two: both are scored by all of theirs after the same prompt."""
+    tokenizer = marked_bpe()
+    for prompt, choices in (("Topic", "AB"), ("Topic", [" A", " B"]), ("Topic ", "AB")):
+        encoded = encode_choices([row(prompt, *choices)], tokenizer)
+        assert names(tokenizer, encoded.input_ids[0]) == ["<s>", "▁T", *"opic"]
+        assert tokens_of(tokenizer, prompt, *choices) == ["▁ A", "▁B"]
+
+
+def test_the_last_token_alone() -> None:
+    """The convention of the authors' scripts: whatever precedes it in a choice is not read."""
+    tokenizer, last = marked_bpe(), {"label_tokens": "last"}
+    expected = ("<s> ▁T o p i c", ["A", "▁B"])
+    assert encode_one(tokenizer, "Topic", "A", "B", **last) == expected
+    assert encode_one(tokenizer, "Topic ", "A", "B", **last) == expected
+    assert encode_one(tokenizer, "Topic", "xyA", "xyC", **last)[1] == ["A", "C"]
+    message = choice_error(tokenizer, "Topic", "xA", "yA", **last)
+    assert "'xA' and 'yA' are the same token by label_tokens 'last' (4)" in message
+    with pytest.raises(ValueError, match="label_tokens='first': expected one of all, last"):
+        RowEncoder(tokenizer, label_tokens="first")
+
+
+def test_byte_level_space_and_newline() -> None:
+    tokenizer = byte_bpe()
+    assert encode_one(tokenizer, "x:", "A", "B") == ("x :", ["ĠA", "ĠB"])
+    assert encode_one(tokenizer, "x: ", "A", "B") == ("x :", ["ĠA", "ĠB"])
+    assert encode_one(tokenizer, "x:\n", "A", "B") == ("x :Ċ", ["A", "B"])  # a prefix as it is
+
+
+@pytest.mark.parametrize("template", ["$A", "<s> $A", "$A </s>", "<s> $A </s>"])
+def test_special_tokens(template: str) -> None:
+    """BOS stays, EOS goes: the model is to continue the prompt."""
+    bos = ["<s>"] if template.startswith("<s>") else []
+    prompt, choices = encode_one(marked_bpe(template), "Topic", "A", "C")
+    assert prompt.split() == [*bos, *["▁T", "o", "p", "i", "c", "▁"]]
+    assert choices == ["A", "C"]
+
+
+def test_whitespace_moves_for_the_whole_row_only() -> None:
+    """One choice that merges moves the space of its row; other rows are left alone."""
+    rows = [row("Topic ", "A", "C", id="1"), row("Topic ", "A", "B", id="2")]
+    encoded = encode_choices(rows, marked_bpe())
+    assert len(encoded.input_ids[0]) == len(encoded.input_ids[1]) + 1
+
+
+def choice_error(tokenizer: Any, prompt: str, *choices: str, **options: Any) -> str:
+    with pytest.raises(RowError, match=r"^f\.jsonl:12 \(id 'r'\): ") as caught:
+        encode_one(tokenizer, prompt, *choices, **options)
+    return str(caught.value)
+
+
+def test_merging_prompt() -> None:
+    message = choice_error(marked_bpe(), "xyz", "A", "B", separator="")
+    assert "merges" in message and "end the prompt differently" in message
+
+
+def tokens_of(tokenizer: Any, prompt: str, *choices: str, **options: Any) -> list[str] | None:
+    (found,) = encode_choices([row(prompt, *choices)], tokenizer, **options).choice_ids or [None]
+    return None if found is None else [" ".join(names(tokenizer, ids)) for ids in found]
+
+
+def test_choices_of_several_tokens() -> None:
+    """All choices of the row by all of their tokens but the first ones that they share, of which
+    each keeps one. One may begin another."""
+    tokenizer = marked_bpe()
+    assert tokens_of(tokenizer, "Topic", "A", "Toy") == ["▁ A", "▁T o y"]
+    assert tokens_of(tokenizer, "Topic", "A", "AB", "B", "BA") == ["▁ A", "▁ A B", "▁B", "▁B A"]
+    assert tokens_of(tokenizer, "Topic ", "A", "AB") == ["A", "A B"]
+    assert tokens_of(tokenizer, "Topic", "A", "A B") == ["A", "A ▁B"]  # inside, spaces count
+    assert tokens_of(byte_bpe(), "x:", "A", "AB") == ["ĠA", "ĠA B"]
+    assert tokens_of(byte_bpe(), "x:", "A", "B") is None
+    encoded = encode_choices(
+        [row("Topic", "A", "AB", id="1"), row("Topic", "A", "C", id="2")], tokenizer
+    )
+    A, B, C = (tokenizer.convert_tokens_to_ids(t) for t in "ABC")
+    assert encoded.choice_ids == [((A,), (A, B)), None]
+    assert encoded.label_ids == [(), (A, C)]
+    assert encoded.num_choices(0) == encoded.num_choices(1) == 2
+
+
+def test_several_tokens_that_cannot_be_told_apart() -> None:
+    message = choice_error(marked_bpe(), "Topic", "AC", "B", " AC")
+    assert "'AC' and ' AC' are the same tokens (3, 4, 6)" in message
+    assert "does not know the choice 'AQ'" in choice_error(marked_bpe(), "Topic", "A", "AQ")
+
+
+def test_a_choices_last_token_is_not_read() -> None:
+    """8 tokens and a choice of 3 (' A', 'x', 'y'): the model reads 10."""
+    rows = [row("x" * 8, "A", "Axy")]
+    assert encode_choices(rows, byte_bpe(), max_length=10).choice_ids is not None
+    message = choice_error(byte_bpe(), "x" * 8, "A", "Axy", max_length=9)
+    assert "10 tokens, but the model takes 9" in message
+
+
+def test_choices_that_collide() -> None:
+    message = choice_error(marked_bpe(), "Topic", "A", " A")
+    assert "'A' and ' A' are the same tokens (3, 4)" in message and "use choices" in message
+
+
+def test_unknown_choice() -> None:
+    assert "does not know the choice 'Q'" in choice_error(marked_bpe(), "Topic", "A", "Q")
+
+
+def test_long_prompt_is_never_cut() -> None:
+    assert len(encode_choices([row("x" * 8, "A", "B")], byte_bpe(), max_length=8).input_ids[0]) == 8
+    message = choice_error(byte_bpe(), "x" * 9, "A", "B", max_length=8)
+    assert "9 tokens, but the model takes 8" in message
+    message = choice_error(byte_bpe(), "x" * 21, "A", "B")  # the tokenizer's own limit
+    assert "21 tokens, but the model takes 20" in message
+
+
+@pytest.mark.parametrize(
+    ("side", "kept"), [("left", ["▁", "A", "?", ":"]), ("right", ["▁T", "o", "p", "i"])]
+)
+def test_a_long_prompt_is_cut_where_it_is_said_to_be(side: str, kept: list[str]) -> None:
+    """BOS stays, and so do the choices: 1 + 4 tokens, and a choice of 3, of which 2 are read."""
+    rows = [row("Topic A?:", "A", "BA", "B?B"), row("x", "A", "B")]
+    tokenizer = marked_bpe()
+    encoded = encode_choices(rows, tokenizer, max_length=7, truncate=side)
+    assert names(tokenizer, encoded.input_ids[0]) == ["<s>", *kept]
+    assert encoded.truncated == [5, 0] and encoded.subset([1]).truncated == [0]
+    whole = encode_choices(rows, tokenizer)
+    assert encoded.choice_ids == whole.choice_ids and whole.truncated == [0, 0]
+    assert len(whole.input_ids[0]) == len(encoded.input_ids[0]) + 5
+    with pytest.raises(RowError, match="truncation would leave nothing of the prompt; shorten"):
+        encode_choices(rows, tokenizer, max_length=3, truncate=side)
+
+
+@pytest.mark.parametrize(("side", "kept"), [("left", "a table"), ("right", "book a")])
+def test_a_long_text_keeps_its_special_tokens(side: str, kept: str) -> None:
+    tokenizer = word_level()
+    rows = [Row("1", text="book a table"), Row("2", text="book a")]
+    encoded = encode_texts(rows, tokenizer, num_labels=2, max_length=4, truncate=side)
+    assert names(tokenizer, encoded.input_ids[0]) == ["[CLS]", *kept.split(), "[SEP]"]
+    assert encoded.token_type_ids == [[0] * 4, [0] * 4] and encoded.truncated == [1, 0]
+    with pytest.raises(ValueError, match="truncate='top': expected one of left, right, or None"):
+        encode_texts(rows, tokenizer, num_labels=2, truncate="top")
+
+
+def test_a_prompt_that_begins_with_bos_gets_no_second_one() -> None:
+    tokenizer = marked_bpe()
+    for text in ("Topic", "<s>Topic", "<s><s>Topic"):
+        ids = encode_choices([row(text, "A", "C")], tokenizer).input_ids[0]
+        assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
+    # A tokenizer that adds none leaves the text's own; one inside a text is the text's business.
+    bare = encode_choices([row("<s>Topic<s>", "A", "C")], marked_bpe("$A")).input_ids[0]
+    assert bare[0] == tokenizer.bos_token_id and bare.count(tokenizer.bos_token_id) == 2
+
+
+# --- chat -----------------------------------------------------------------------------------------
+
+TURNS = (
+    "{% for m in messages %}{% if m.role == 'user' %}" + "{{ USER }}{% else %}{{ ANSWER }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ PROMPT }}{% endif %}"
+)
+
+
+def chat(tokenizer: Any, user: str, answer: str, prompt: str = "''") -> Any:
+    """The tokenizer with a template made of three expressions."""
+    pieces = {"USER": user, "ANSWER": answer, "PROMPT": prompt}
+    template = TURNS
+    for name, expression in pieces.items():
+        template = template.replace(name, expression)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def asks(*said: str, choices: tuple[str, ...] = ("A", "C")) -> Row:
+    turns = [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(said)]
+    return Row("r", choices=choices, messages=tuple(turns), source="f.jsonl:12")
+
+
+@pytest.mark.parametrize(("bos", "adds"), [("<s>", True), ("<s>", False), ("", True), ("", False)])
+def test_messages_go_through_the_template(bos: str, adds: bool) -> None:
+    """With the generation prompt, and one BOS whether it is the template's or the tokenizer's; the
+    tokens are those of the template's own tokenization."""
+    tokenizer = chat(
+        marked_bpe("<s> $A" if adds else "$A"), f"'{bos}x' + m.content", "m.content", "':'"
+    )
+    encoded = encode_choices([asks("Topic")], tokenizer, separator="")
+    (ids,) = encoded.input_ids
+    plain = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Topic"}], add_generation_prompt=True, return_dict=False
+    )
+    assert ids == ([1] if adds and not bos else []) + plain
+    assert ids.count(1) == (adds or bool(bos))
+    assert encoded.label_ids == [tuple(tokenizer.convert_tokens_to_ids(["A", "C"]))]
+
+
+@pytest.mark.parametrize(
+    ("between", "labels"), [("' '", ["A", "C"]), ("''", ["A", "C"]), ("'xyz '", ["A", "C"])]
+)
+def test_an_answer_follows_as_the_template_writes_it(between: str, labels: list[str]) -> None:
+    """After "[/INST]" Llama 2 writes a space, others nothing; what is no whitespace is not ours."""
+    tokenizer = chat(marked_bpe(), "'x' + m.content + ':'", f"{between} + m.content")
+    encoded = encode_choices([asks("Topic"), asks("Topic", "A", "x")], tokenizer)
+    mark = ["▁"] if between == "' '" else []
+    assert names(tokenizer, encoded.input_ids[0])[-1 - len(mark) :] == [":", *mark]
+    assert encoded.label_ids is not None
+    assert [names(tokenizer, ids) for ids in encoded.label_ids] == [labels, labels]
+    (spaced,) = encode_choices([asks("Topic", choices=(" A", " C"))], tokenizer).input_ids
+    assert names(tokenizer, spaced)[-2:] == [":", "▁"]  # a choice that brings its own
+
+
+def test_what_follows_messages_does_not_depend_on_other_rows() -> None:
+    """A row whose messages end with an answer comes first: the next one is read as if alone."""
+    alternate = "raise_exception('roles') if loop.index0 % 2 else 'x' + m.content + ':'"
+    tokenizer = chat(marked_bpe(), alternate, "' ' + m.content")
+    rows = [asks("Topic", "A"), asks("Topic")]
+    for order in (rows, rows[::-1]):
+        encoded = encode_choices(order, tokenizer)
+        ids = encoded.input_ids[order.index(rows[1])]
+        assert names(tokenizer, ids)[-2:] == [":", "▁"]
+
+
+def test_shared_tokens_count_where_scores_are_means() -> None:
+    tokenizer, how = marked_bpe(), {"length_normalization": "tokens"}
+    encoded = encode_choices([row("Topic", "A", "C")], tokenizer, **how)
+    assert names(tokenizer, encoded.input_ids[0])[-1] == "c"
+    assert tokens_of(tokenizer, "Topic", "A", "C", **how) == ["▁ A", "▁ C"]
+
+
+def test_an_encoders_positions_are_fewer_than_its_embeddings() -> None:
+    """RoBERTa has 514 for 512 tokens, which its tokenizer knows."""
+
+    class Config:
+        max_position_embeddings, num_labels = 22, 2
+
+    tokenizer = word_level()
+    tokenizer.model_max_length = 20
+    assert RowEncoder.of(tokenizer, "SEQ_CLS", Config()).limit == 20
+    assert RowEncoder.of(tokenizer, "CAUSAL_LM", Config()).limit == 22
+
+
+def test_messages_that_no_template_takes() -> None:
+    with pytest.raises(RowError, match=r"f\.jsonl:12 .* no chat template; use the chat model's"):
+        encode_choices([asks("x")], marked_bpe())
+    strict = chat(marked_bpe(), "raise_exception('roles must alternate')", "''")
+    with pytest.raises(RowError, match=r"refuses the messages \(roles must alternate\)"):
+        encode_choices([asks("x")], strict)
+    broken = chat(marked_bpe(), "1 // 0", "''")
+    with pytest.raises(RowError, match="refuses the messages"):
+        encode_choices([asks("x")], broken)
+    with pytest.raises(RowError, match="makes an empty prompt"):
+        encode_choices([asks("x")], chat(marked_bpe(), "''", "''"))
+
+
+def test_rows_of_the_wrong_kind() -> None:
+    text = Row(id="r", text="book a table", source="f.jsonl:12")
+    with pytest.raises(RowError, match="this is a text row; use rows with 'prompt'"):
+        encode_choices([text], byte_bpe())
+    with pytest.raises(RowError, match="this is a choice row; use rows with 'text'"):
+        encode_texts([row("x", "A", "B")], word_level(), num_labels=2)
+    with pytest.raises(RowError, match="empty"):
+        encode_choices([row("", "A", "B")], byte_bpe())
+    for encode in (encode_choices, lambda r, t: encode_texts(r, t, num_labels=2)):
+        with pytest.raises(RowError, match="no rows"):
+            encode([], byte_bpe())
+
+
+def test_texts() -> None:
+    tokenizer = word_level()
+    rows = [Row("1", text="book a table", label=2), Row("2", text="book", label=None)]
+    encoded = encode_texts(rows, tokenizer, num_labels=3)
+    assert names(tokenizer, encoded.input_ids[0]) == ["[CLS]", "book", "a", "table", "[SEP]"]
+    assert encoded.labels == [2, None] and encoded.label_ids is None and encoded.choices is None
+    assert encoded.token_type_ids == [[0] * 5, [0] * 3]
+    with pytest.raises(RowError, match=r"label 2 is outside the model's 2 classes; .* 0 to 1"):
+        encode_texts(rows, tokenizer, num_labels=2)
+    with pytest.raises(RowError, match="5 tokens, but the model takes 4"):
+        encode_texts(rows, tokenizer, num_labels=3, max_length=4)
+    with pytest.raises(ValueError, match="num_labels"):
+        encode_texts(rows, tokenizer, num_labels=1)
+    (batch,) = batches(encoded, batch_size=2, pad_token_id=3, padding_side="right")
+    assert batch.input_ids.tolist() == [[1, 7, 8, 9, 2], [1, 7, 2, 3, 3]]
+    assert batch.model_inputs().keys() == {"input_ids", "attention_mask", "token_type_ids"}
+    assert batch.labels is not None and batch.labels.tolist() == [2, NO_LABEL]
+    assert batch.label_ids is None
+
+
+def test_batch_of_choices() -> None:
+    rows = [
+        row("xyz", "A", "B", label=1, id="1"),
+        row("x", "A", "B", "C", id="2"),
+        row("xyzx", "A", "B", label=0, id="3"),
+    ]
+    encoded = encode_choices(rows, byte_bpe())
+    first, second = batches(encoded, batch_size=8, pad_token_id=0)
+    assert first.indices.tolist() == [0, 2] and second.indices.tolist() == [1]
+    assert first.attention_mask.tolist() == [[0, 1, 1, 1], [1, 1, 1, 1]]
+    assert first.position_ids.tolist() == [[0, 0, 1, 2], [0, 1, 2, 3]]
+    assert first.input_ids[0, 1:].tolist() == encoded.input_ids[0]
+    assert first.label_ids is not None and first.label_ids.shape == (2, 2)
+    assert first.labels is not None and first.labels.tolist() == [1, 0]
+    assert second.label_ids is not None and second.label_ids.shape == (1, 3)
+    assert second.labels is None and len(second) == 1
+    (longest, *_) = batches(encoded, batch_size=1, pad_token_id=0, sort_by_length=True)
+    assert longest.indices.tolist() == [2]
+    assert longest.to("cpu").input_ids.equal(longest.input_ids)
+
+
+def test_batches_of_one_kind_of_choices() -> None:
+    """Rows scored by label columns and rows scored by several tokens never share a batch."""
+    rows = [
+        row("x", "A", "B", id="1"),
+        row("x", "A", "Bxy", id="2"),
+        row("y", "B", "C", id="3"),
+        row("xx", "Ax", "C", id="4"),
+    ]
+    encoded = encode_choices(rows, byte_bpe())
+    single, several = batches(encoded, batch_size=8, pad_token_id=0)
+    assert single.indices.tolist() == [0, 2] and several.indices.tolist() == [1, 3]
+    assert single.label_ids is not None and single.label_ids.shape == (2, 2)
+    assert several.label_ids is not None and several.label_ids.shape == (2, 2, 3)
+    assert encoded.choice_ids is not None
+    expected = [[[*c, *[NO_TOKEN] * (3 - len(c))] for c in encoded.choice_ids[i]] for i in (1, 3)]
+    assert several.label_ids.tolist() == expected
+    assert encoded.subset([3, 0]).choice_ids == [encoded.choice_ids[3], None]
+
+
+def test_batch_arguments() -> None:
+    encoded = encode_choices([row("x", "A", "B")], byte_bpe())
+    with pytest.raises(ValueError, match="batch_size"):
+        batches(encoded, batch_size=0, pad_token_id=0)
+    with pytest.raises(ValueError, match="padding_side"):
+        batches(encoded, batch_size=1, pad_token_id=0, padding_side="top")
+
+
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 9), st.integers(2, 4)), min_size=1, max_size=20),
+    batch_size=st.integers(1, 6),
+    side=st.sampled_from(["left", "right"]),
+    sort=st.booleans(),
+)
+def test_batches_hold_every_row_once(
+    shapes: list[tuple[int, int]], batch_size: int, side: str, sort: bool
+) -> None:
+    encoded = EncodedRows(
+        ids=[str(i) for i in range(len(shapes))],
+        input_ids=[[100 * i + t for t in range(1, n + 1)] for i, (n, _) in enumerate(shapes)],
+        label_ids=[tuple(range(k)) for _, k in shapes],
+        labels=[0] * len(shapes),
+        choices=[LETTERS[:k] for _, k in shapes],
+    )
+    seen: list[int] = []
+    for batch in batches(
+        encoded, batch_size=batch_size, pad_token_id=0, padding_side=side, sort_by_length=sort
+    ):
+        assert 1 <= len(batch) <= batch_size
+        assert batch.attention_mask.sum(-1).max() == batch.input_ids.shape[1]
+        for ids, mask, index in zip(
+            batch.input_ids, batch.attention_mask, batch.indices.tolist(), strict=True
+        ):
+            assert ids[mask.bool()].tolist() == encoded.input_ids[index]
+            assert mask[-1 if side == "left" else 0] == 1
+            seen.append(index)
+    assert sorted(seen) == list(range(len(shapes)))
+
+
+def test_subset_and_content_hash() -> None:
+    rows = [row("x", "A", "B", label=i, id=str(i)) for i in range(2)]
+    encoded = encode_choices(rows, byte_bpe())
+    again = encode_choices(rows, byte_bpe())
+    assert encoded.content_hash == again.content_hash and len(encoded.content_hash) == 64
+    assert encoded.subset(range(2)).content_hash == encoded.content_hash
+    swapped = encoded.subset([1, 0])
+    assert swapped.ids == ["1", "0"] and swapped.labels == [1, 0] and len(swapped) == 2
+    changed = [
+        swapped,
+        encoded.subset([0]),
+        replace(encoded, labels=[0, 0]),
+        replace(encoded, ids=["0", "2"]),
+        replace(encoded, input_ids=[[1], [2]]),
+        replace(encoded, label_ids=[(1, 2), (3, 4)]),
+    ]
+    assert len({e.content_hash for e in [encoded, *changed]}) == 1 + len(changed)
+
+
+def test_hash_of_choices_of_several_tokens() -> None:
+    """It follows their tokens; a row without them keeps the hash it had before there were any."""
+    (plain,) = (encode_choices([row("x", "A", "B", label=1)], byte_bpe()),)
+    before = hashlib.sha256(json.dumps(["tfb-rows-1", None]).encode())
+    fields = ["r", plain.input_ids[0], (plain.label_ids or [])[0], 1, ["A", "B"], None]
+    before.update(json.dumps(fields, separators=(",", ":")).encode() + b"\n")
+    assert plain.content_hash == before.hexdigest()
+    assert replace(plain, choice_ids=[None]).content_hash == plain.content_hash
+    several = [
+        replace(plain, label_ids=[()], choice_ids=[ids])
+        for ids in (((1,), (2, 3)), ((1,), (2, 4)), ((1, 2), (3,)))
+    ]
+    assert len({e.content_hash for e in [plain, *several]}) == 4
+
+
+# --- the reference model --------------------------------------------------------------------------
+
+
+def test_reference_label_tokens(shared: Path) -> None:
+    """The label token is the last of 'Topic A': bare for most letters, '▁B' where that exists."""
+    tokenizer = AutoTokenizer.from_pretrained(shared / "models" / "stories260K")
+    rows = read_rows(shared / "data" / "clinc-domain" / "test.jsonl")
+    encoded = encode_choices(rows, tokenizer, label_tokens="last")
+    expected = tuple(tokenizer(f"Topic {letter}")["input_ids"][-1] for letter in LETTERS)
+    assert encoded.label_ids == [expected] * 4500
+    assert expected == (447, 368, 457, 455, 459, 453, 463, 320, 359, 454)
+    assert encoded.input_ids[:50] == tokenizer([r.prompt for r in rows[:50]])["input_ids"]
+
+
+def test_reference_accuracy_and_nll(shared: Path) -> None:
+    """The published figures of the deterministic adapter, with plain transformers and PEFT."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder = shared / "models" / "stories260K"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(folder),
+        shared / "adapters" / "stories260K-clinc-domain",
+    ).eval()
+    rows = read_rows(shared / "data" / "clinc-domain" / "validation.jsonl", limit=1500)
+    encoded = encode_choices(rows, tokenizer, label_tokens="last")
+    log_probs = torch.empty(1500, 10)
+    for batch in batches(encoded, batch_size=100, pad_token_id=0, sort_by_length=True):
+        assert batch.label_ids is not None
+        with torch.inference_mode():
+            logits = model(**batch.model_inputs(), position_ids=batch.position_ids).logits[:, -1]
+        log_probs[batch.indices] = logits.gather(-1, batch.label_ids).log_softmax(-1)
+    labels = torch.tensor([label for label in encoded.labels if label is not None])
+    accuracy = (log_probs.argmax(-1) == labels).double().mean().item()
+    assert accuracy == pytest.approx(0.7627, abs=1e-3)
+    assert torch.nn.functional.nll_loss(log_probs, labels).item() == pytest.approx(0.8803, abs=1e-3)
+
+
+# --- answers of encoder-decoders ------------------------------------------------------------------
+
+
+def test_answers_begin_anew() -> None:
+    """The encoder reads the prompt with its special tokens, and a choice is what the decoder writes
+    first: "▁B" is one token, and of "▁", "A" the last one where that is the convention."""
+    tokenizer = marked_bpe("$A </s>")
+    found = encode_answers([row("Topic:", "T", "B", label=1), row("x", "B", "T")], tokenizer)
+    assert names(tokenizer, found.input_ids[0]) == ["▁T", *"opic:", "</s>"]
+    assert names(tokenizer, found.input_ids[1]) == ["▁", "x", "</s>"]
+    assert found.label_ids is not None and found.choice_ids is None
+    assert [names(tokenizer, ids) for ids in found.label_ids] == [["▁T", "▁B"], ["▁B", "▁T"]]
+    assert found.labels == [1, None] and found.choices == [("T", "B"), ("B", "T")]
+    last = encode_answers([row("Topic:", "A", "B")], tokenizer, label_tokens="last")
+    assert [names(tokenizer, ids) for ids in last.label_ids or []] == [["A", "▁B"]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "there are no rows"),
+        ([row("x", "A", "B")], "the choice 'A' is an answer of 2 tokens; name the choices"),
+        ([row("x", "B", "B?A")], "the choice 'B[?]A' is an answer of 3 tokens"),
+        ([row("x", "B", "B")], "the choices 'B' and 'B' are the same token"),
+        ([row("x", "Ω", "B")], "does not know the choice 'Ω'"),
+        ([row("x" * 30, "T", "B")], "32 tokens, but the model takes 20; shorten the row"),
+        ([Row(id="t", text="x", source="f:1")], "this is a text row"),
+    ],
+)
+def test_answers_that_cannot_be_scored(rows: list[Row], message: str) -> None:
+    with pytest.raises(RowError, match=message):
+        encode_answers(rows, marked_bpe("$A </s>"), max_length=20)

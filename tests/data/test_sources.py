@@ -1,0 +1,228 @@
+"""Input files and their records: every format gives the same rows, every fault has its place."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.feather
+import pyarrow.parquet as pq
+import pytest
+
+from tfb.data import readers
+from tfb.data.readers import Meter, Record, read, schema_of
+from tfb.data.rows import RowError
+from tfb.data.sources import Source, find_sources
+
+ROWS: list[dict[str, Any]] = [
+    {"id": f"r{i}", "prompt": f'say "{i}",\nplease — ü', "label": i % 2} for i in range(7)
+]
+
+
+def records(*paths: object, columns: list[str] | None = None) -> list[Record]:
+    sources = find_sources([str(p) for p in paths])
+    return list(read(sources, Meter(sources), columns))
+
+
+def lines(rows: list[dict[str, Any]] = ROWS) -> bytes:
+    return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+
+
+def write_csv(path: Path, delimiter: str = ",") -> None:
+    options = pyarrow.csv.WriteOptions(delimiter=delimiter)
+    pyarrow.csv.write_csv(pa.Table.from_pylist(ROWS), path, write_options=options)
+
+
+def write_stream(path: Path) -> None:
+    table = pa.Table.from_pylist(ROWS)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as out:
+        out.write_table(table, max_chunksize=3)
+
+
+def compressed(codec: str) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        with pa.CompressedOutputStream(str(path), codec) as file:
+            file.write(lines())
+
+    return write
+
+
+WRITERS: dict[str, Callable[[Path], Any]] = {
+    "a.jsonl": lambda p: p.write_bytes(b"\xef\xbb\xbf" + lines().replace(b"\n", b"\r\n")),
+    "a.ndjson": lambda p: p.write_bytes(lines() + b"\n  \n"),
+    "a.jsonl.gz": lambda p: p.write_bytes(b"".join(gzip.compress(lines([r])) for r in ROWS)),
+    "a.json.bz2": lambda p: p.write_bytes(bz2.compress(lines())),
+    "a.jsonl.zst": compressed("zstd"),
+    "a.jsonl.lz4": compressed("lz4"),
+    "a.csv": write_csv,
+    "a.tsv": lambda p: write_csv(p, "\t"),
+    "a.parquet": lambda p: pq.write_table(pa.Table.from_pylist(ROWS), p, row_group_size=2),
+    "a.feather": lambda p: pyarrow.feather.write_feather(pa.Table.from_pylist(ROWS), p),
+    "a.arrow": write_stream,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_all_formats_give_the_same_records(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    WRITERS[name](path)
+    found = records(path)
+    text = name.endswith(("csv", "tsv"))
+    assert [r.fields for r in found] == [
+        r | {"label": str(r["label"])} if text else r for r in ROWS
+    ]
+    assert len({r.place for r in found}) == len(ROWS)
+    assert all(r.place.startswith(f"{path}:") and r.fault is None for r in found)
+    schema = schema_of(find_sources([path])[0])
+    assert ("json" in name) == (schema is None)
+    assert schema is None or schema.names == ["id", "prompt", "label"]
+
+
+def test_columnar_files_read_only_what_is_asked_for(tmp_path: Path) -> None:
+    for name in ("a.parquet", "a.arrow"):
+        WRITERS[name](tmp_path / name)
+        found = records(tmp_path / name, columns=["id", "nothing"])
+        assert [r.fields for r in found] == [{"id": r["id"]} for r in ROWS]
+
+
+def test_small_blocks_and_the_meter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The share of the input that is read grows from 0 to 1 over all files."""
+    monkeypatch.setattr(readers, "BLOCK", 2)
+    for name in ("a.jsonl", "b.parquet", "c.arrow", "d.csv"):
+        WRITERS[f"a.{name[2:]}"](tmp_path / name)
+    sources = find_sources([tmp_path])
+    assert [s.kind for s in sources] == ["jsonl", "parquet", "arrow", "csv"]
+    meter = Meter(sources)
+    assert meter.share == 0
+    shares = [meter.share for _ in read(sources, meter)]
+    assert len(shares) == 4 * len(ROWS) and shares == sorted(shares)
+    assert shares[0] < 0.5 < shares[-1] <= meter.share == 1
+
+
+# --- finding --------------------------------------------------------------------------------------
+
+
+def test_patterns_folders_and_order(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    for name in ("b.jsonl", "a.jsonl", "c.parquet", "deep/d.jsonl", ".hidden.jsonl", "notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+
+    def names(*inputs: object) -> list[str]:
+        return [str(s.path.relative_to(tmp_path)) for s in find_sources([str(x) for x in inputs])]
+
+    assert names(tmp_path / "b.jsonl", tmp_path / "a.jsonl") == ["b.jsonl", "a.jsonl"]
+    assert names(tmp_path / "*.jsonl") == ["a.jsonl", "b.jsonl"]
+    assert names(tmp_path / "**" / "*.jsonl") == ["a.jsonl", "b.jsonl", "deep/d.jsonl"]
+    assert names(tmp_path) == ["a.jsonl", "b.jsonl", "c.parquet"]
+    (tmp_path / "odd[1].jsonl").write_bytes(b"")
+    assert names(tmp_path / "odd[1].jsonl") == ["odd[1].jsonl"]
+
+
+def saved_dataset(folder: Path, **state: Any) -> Path:
+    """What ``Dataset.save_to_disk`` writes."""
+    folder.mkdir()
+    files = [{"filename": "data-00000-of-00001.arrow"}]
+    write_stream(folder / files[0]["filename"])
+    (folder / "dataset_info.json").write_text("{}")
+    (folder / "state.json").write_text(json.dumps({"_data_files": files, "_split": None} | state))
+    return folder
+
+
+def test_a_saved_dataset(tmp_path: Path) -> None:
+    assert [r.fields for r in records(saved_dataset(tmp_path / "data"))] == ROWS
+    chosen = saved_dataset(tmp_path / "chosen", _indices_data_files=[{"filename": "i.arrow"}])
+    with pytest.raises(RowError, match=r"flatten_indices\(\) and save again"):
+        find_sources([chosen])
+    (tmp_path / "data" / "state.json").write_text('{"_data_files": 3}')
+    with pytest.raises(RowError, match=r"state\.json: is not the state of a saved dataset"):
+        find_sources([tmp_path / "data"])
+
+
+def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
+    file, both = tmp_path / "a.jsonl", tmp_path / "both"
+    file.write_bytes(lines())
+    (tmp_path / "x.parquet.gz").write_bytes(b"")
+    (tmp_path / "x.pdf").write_bytes(b"")
+    both.mkdir()
+    (both / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    (both / "test").mkdir()
+    (both / "train").mkdir()
+    (tmp_path / "empty").mkdir()
+    for inputs, message in (
+        ([], "no input files were given"),
+        (["no.jsonl"], r"no\.jsonl: there is no such file; check the path"),
+        (["no*.jsonl"], r"no\*\.jsonl: matches no file"),
+        (["x.pdf"], r"x\.pdf: the format is told by the name.*\.jsonl"),
+        (["x.parquet.gz"], "the format is told by the name"),
+        (["a.jsonl", "*.jsonl"], r"a\.jsonl: is named twice"),
+        (["both"], r"both: holds several splits; name the folder of one \(test, train\)"),
+        (["empty"], "empty: a folder without input files"),
+    ):
+        with pytest.raises(RowError, match=message):
+            find_sources([tmp_path / name for name in inputs])
+
+
+# --- faults ---------------------------------------------------------------------------------------
+
+
+def test_a_faulty_line_is_one_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "LONGEST_LINE", 64)
+    path = tmp_path / "a.jsonl"
+    good = b'{"id": 1}\n'
+    path.write_bytes(
+        good + b"{oops\n" + b"\xff\n" + b"[" * 300 + b"\n" + b"3\n" + good + b'{"a":1,"a":2}'
+    )
+    found = records(path)
+    assert [r.fields for r in found] == [{"id": 1}, None, None, None, None, {"id": 1}, None]
+    assert [r.place for r in found] == [f"{path}:{n}" for n in (1, 2, 3, *range(4, 8))]
+    for record, fault in zip(
+        found,
+        (None, "not valid JSON", "not UTF-8", "a line of more than 64 bytes", "the number 3", None,
+         "stands twice"),
+        strict=True,
+    ):  # fmt: skip
+        assert record.fault is None if fault is None else fault in str(record.fault)
+        assert fault is None or str(record.fault).startswith(record.place)
+
+
+def test_a_faulty_csv_line_is_one_record(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'id,text\n1,a\n2\n3,b,c\n\n4,"x\ny"\n5,\xff\n')
+    found = records(path)
+    assert [r.fields for r in found] == [
+        {"id": "1", "text": "a"}, None, None, {"id": "4", "text": "x\ny"},
+        {"id": "5", "text": "\udcff"},
+    ]  # fmt: skip
+    assert found[1].fault == (
+        f"{path}:3: 1 values, but the header names 2 columns; quote values with separators"
+    )
+
+
+@pytest.mark.parametrize("header", [b"id,,text\n", b"id,id\n"])
+def test_a_csv_header_names_every_column_once(tmp_path: Path, header: bytes) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(header)
+    with pytest.raises(RowError, match="the first line must name every column once"):
+        schema_of(Source(path, "csv"))
+    path.write_bytes(b"")
+    with pytest.raises(RowError, match="is empty; the first line must name the columns"):
+        schema_of(Source(path, "csv"))
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.feather", "a.jsonl.gz", "a.jsonl.zst"])
+def test_broken_files_are_named(tmp_path: Path, name: str) -> None:
+    """Whole files of another kind, and files that break off."""
+    path = tmp_path / name
+    path.write_bytes(b"this is not what the name says, whatever it may be")
+    with pytest.raises(RowError, match=rf"{name}: cannot be read .*; check the file"):
+        records(path)
+    WRITERS[name](path)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(RowError, match=rf"{name}: cannot be read"):
+        records(path)

@@ -1,0 +1,137 @@
+"""Changes between two methods on the same rows, and their limits."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from tfb.evaluation.compare import Ranking, compare
+from tfb.evaluation.metrics import Evaluation, evaluate, risk_coverage
+
+# torchmetrics returns accuracies in float32: a rounding of each of the two.
+SINGLE = 2.0**-23
+LABELS = torch.tensor([0, 1] * 200)
+
+
+def claimed(confidence: float, right: torch.Tensor, name: str = "m") -> Evaluation:
+    """Two classes, one confidence, right where it says so."""
+    answer = torch.where(right, LABELS[: len(right)], 1 - LABELS[: len(right)])
+    probs = torch.full((len(right), 2), 1 - confidence, dtype=torch.float64)
+    probs[torch.arange(len(right)), answer] = confidence
+    return Evaluation(name, "d", probs, LABELS[: len(right)])
+
+
+def random_evaluation(seed: int, N: int = 400, K: int = 4) -> Evaluation:
+    generator = torch.Generator().manual_seed(seed)
+    probs = torch.randn(N, K, generator=generator, dtype=torch.float64).softmax(-1)
+    labels = torch.arange(N) % K
+    return Evaluation("m", "d", probs, labels, torch.special.entr(probs).sum(-1))
+
+
+def test_a_method_beside_itself_has_not_changed() -> None:
+    e = random_evaluation(0)
+    changes = compare(e, e)
+    assert set(changes) == {"accuracy", "nll", "ece", "brier", "aurc"}
+    for d in changes.values():
+        assert (d.change, d.low, d.high) == (0.0, 0.0, 0.0) and not d.beyond_noise
+
+
+def test_ends_are_the_metrics() -> None:
+    before, after = random_evaluation(0), random_evaluation(1)
+    changes = compare(before, after)
+    for e, side in ((before, "before"), (after, "after")):
+        assert e.labels is not None and e.total is not None
+        m = evaluate(e.probs, e.labels)
+        for name in ("accuracy", "nll", "ece", "brier"):
+            assert getattr(changes[name], side) == getattr(m, name)
+        assert getattr(changes["aurc"], side) == risk_coverage(e.total, e.correct).aurc
+
+
+def test_over_confidence_that_is_mended_is_beyond_noise() -> None:
+    """Confidence .99 and .75 with the same 300 of 400 right: accuracy is equal on every row."""
+    right = torch.arange(400) % 4 < 3
+    changes = compare(claimed(0.99, right), claimed(0.75, right))
+    assert changes["accuracy"].change == 0 and not changes["accuracy"].beyond_noise
+    for name in ("nll", "ece", "brier"):
+        assert changes[name].beyond_noise and changes[name].high < 0
+    assert "aurc" not in changes  # no total uncertainty
+
+
+def test_mean_differences_have_the_normal_limits() -> None:
+    """A percentile bootstrap of a mean: mean ± 1.96 s / sqrt(N). Its quantiles from 2,000
+    resamples have a standard error of sqrt(.025 * .975 / 2000) / phi(1.96) = 0.06 s / sqrt(N)."""
+    before, after = random_evaluation(0), random_evaluation(1)
+    rows = [
+        -e.probs.gather(1, e.labels[:, None])[:, 0].log()
+        for e in (before, after)
+        if e.labels is not None
+    ]
+    difference = (rows[1] - rows[0]).numpy()
+    error = difference.std() / len(difference) ** 0.5
+    nll = compare(before, after)["nll"]
+    margin = stats.norm.ppf(0.975) * error
+    # Four of those errors, and the skewness that a mean of 400 keeps.
+    skew = abs(stats.skew(difference)) / len(difference) ** 0.5 * error
+    assert abs(nll.low - (difference.mean() - margin)) < 0.24 * error + skew
+    assert abs(nll.high - (difference.mean() + margin)) < 0.24 * error + skew
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(4, 0), (5, 0), (6, 0), (30, 10), (20, 18), (1, 9)])
+def test_accuracy_is_mcnemars_exact_test(gained: int, lost: int) -> None:
+    """Beyond noise exactly where the two-sided p is below .05: of 5 and 0 it is .0625."""
+    row = torch.arange(100)
+    before, after = row >= gained, (row < gained) | (row >= gained + lost)
+    accuracy = compare(claimed(0.8, before), claimed(0.8, after))["accuracy"]
+    assert accuracy.change == pytest.approx((gained - lost) / 100, abs=SINGLE)
+    p = stats.binomtest(gained, gained + lost).pvalue
+    assert accuracy.beyond_noise == (p < 0.05)
+    assert accuracy.low - SINGLE <= accuracy.change <= accuracy.high + SINGLE
+
+
+def test_ranking_is_the_aurc_of_repeated_rows() -> None:
+    """With ties, and rows drawn several times or never."""
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        N = 30
+        values = generator.integers(0, 6, N).astype(float)
+        wrong = generator.random(N) < 0.3
+        counts = generator.multinomial(N, np.full(N, 1 / N), size=3)
+        found = Ranking(values, wrong).aurc(counts)
+        for row, value in zip(counts, found, strict=True):
+            repeated = torch.tensor(np.repeat(np.arange(N), row))
+            curve = risk_coverage(torch.tensor(values)[repeated], ~torch.tensor(wrong)[repeated])
+            assert value == pytest.approx(curve.aurc, rel=1e-10, abs=1e-14)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 6])
+def test_few_rows_say_nothing(rows: int) -> None:
+    """All limits of identical changes coincide, however few there are; 2 * 2^-5 > 5 % > 2 * 2^-6,
+    the sign test's least p-values."""
+    right = torch.ones(rows, dtype=torch.bool)
+    changes = compare(claimed(0.75, right), claimed(0.99, right))
+    assert changes["nll"].change < -0.2 and changes["nll"].high < -0.2
+    assert changes["nll"].beyond_noise == (rows >= 6)
+
+
+def test_rounding_is_no_change() -> None:
+    """A confidence that one rounding to float32 moves, in the same direction on every row."""
+    right = torch.arange(400) % 4 < 3
+    changes = compare(claimed(0.75, right), claimed(0.75 * (1 + 2.0**-24), right))
+    assert changes["ece"].change != 0 and not changes["ece"].beyond_noise
+
+
+def test_the_same_seed_gives_the_same_limits() -> None:
+    before, after = random_evaluation(0), random_evaluation(1)
+    assert compare(before, after) == compare(before, after)
+    assert compare(before, after) != compare(before, after, seed=1)
+
+
+def test_other_rows_are_refused() -> None:
+    e = random_evaluation(0)
+    with pytest.raises(ValueError, match="other labels, so not the same rows"):
+        compare(e, random_evaluation(0, N=399))
+    bare = Evaluation("bare", "d", e.probs)
+    with pytest.raises(ValueError, match="m and bare: a comparison needs labels"):
+        compare(e, bare)

@@ -1,0 +1,364 @@
+"""Generation: several weight samples decode side by side, next tokens from their average."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support.models import make_batch, relative
+from test_architectures import CAUSAL, DRAWS, KINDS
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+import tfb
+from tfb import Draws
+
+NEW = 6
+EXACT = 1e-10
+OPTIONS: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+
+
+def prompts() -> dict[str, Tensor]:
+    return {k: v for k, v in make_batch(7, 4, 6).items() if k != "position_ids"}
+
+
+def endless(kind: str, **how: Any) -> Any:
+    """A Bayesian model that no token ends."""
+    bayes = tfb.bayesianize(KINDS[kind].build(), **how)
+    bayes.base.generation_config.eos_token_id = None
+    return bayes
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_greedy_is_the_average_of_full_passes(kind: str) -> None:
+    """Against a loop that recomputes everything with predict at every step; uncertainties too."""
+    for layers in (None, tfb.last_layers(1)):
+        bayes = endless(kind, layers=layers)
+        found = bayes.generate(prompts(), DRAWS, **OPTIONS)
+        batch = prompts()
+        for step in range(NEW):
+            p = bayes.predict(batch, DRAWS)
+            for name in ("total", "aleatoric", "epistemic"):
+                mine, theirs = getattr(found, name)[:, step], getattr(p, name)
+                assert float((mine - theirs).abs().max()) < EXACT
+            one = torch.ones(3, 1, dtype=torch.int64)
+            batch = {
+                "input_ids": torch.cat([batch["input_ids"], p.prediction[:, None]], 1),
+                "attention_mask": torch.cat([batch["attention_mask"], one], 1),
+            }
+        assert found.sequences.equal(batch["input_ids"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"do_sample": True, "temperature": 0.7, "top_k": 9}, {"repetition_penalty": 1.7}],
+)
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_sigma_zero_is_the_models_own_generate(kind: str, options: dict[str, Any]) -> None:
+    """Greedy, sampled with the same random state, and with a processor that looks at signs."""
+    bayes = tfb.bayesianize(KINDS[kind].build())
+    arguments = OPTIONS | options
+    torch.manual_seed(0)
+    expected = bayes.model.generate(**prompts(), **arguments)
+    torch.manual_seed(0)
+    assert bayes.generate(prompts(), Draws.mean(), **arguments).sequences.equal(expected)
+    torch.manual_seed(0)
+    again = bayes.generate(prompts(), Draws.iid(3, 0.0), **arguments)
+    assert again.sequences.equal(expected)
+    assert float(again.epistemic.abs().max()) < EXACT
+
+
+def test_continuations_of_each_draw() -> None:
+    """per_draw: S B continuations, each that of generating with this draw alone."""
+    bayes = endless("llama", layers=tfb.last_layers(2))
+    found = bayes.generate(prompts(), DRAWS, per_draw=True, **OPTIONS)
+    assert found.sequences.shape == (len(DRAWS), 3, 7 + NEW) and found.total is None
+    for s in range(len(DRAWS)):
+        alone = bayes.generate(prompts(), DRAWS[s : s + 1], **OPTIONS)
+        assert found.sequences[s].equal(alone.sequences)
+    assert len({tuple(x.flatten().tolist()) for x in found.sequences}) > 1
+
+
+def test_a_row_does_not_see_its_neighbours() -> None:
+    bayes = endless("llama")
+    whole = bayes.generate(prompts(), DRAWS, **OPTIONS)
+    for row, length in enumerate((7, 4, 6)):
+        own = {k: v[row : row + 1, 7 - length :] for k, v in prompts().items()}
+        alone = bayes.generate(own, DRAWS, **OPTIONS)
+        assert alone.sequences[0, length:].equal(whole.sequences[row, 7:])
+        assert relative(alone.total[0], whole.total[row]) < EXACT
+
+
+def test_ended_rows_are_padded_and_certain() -> None:
+    """After a row's end token there is padding, and no uncertainty is claimed."""
+    bayes = endless("llama")
+    free = bayes.generate(prompts(), DRAWS, **OPTIONS)
+    end = int(free.sequences[1, 8])  # the second row's second new token
+    found = bayes.generate(prompts(), DRAWS, eos_token_id=end, **OPTIONS)
+    new = found.sequences[:, 7:]
+    for row in range(3):
+        ends = (new[row] == end).nonzero()
+        stop = int(ends[0]) + 1 if len(ends) else new.shape[1]
+        assert bool((new[row, stop:] == 0).all())
+        assert bool((found.total[row, stop:] == 0).all())
+        assert bool((found.total[row, :stop] > 0).all())
+    assert int((new[1] != 0).sum()) <= 2
+
+
+def test_blocks_below_the_noise_keep_one_cache() -> None:
+    """The first block's keys are held for B rows, the last block's for S B."""
+    bayes = endless("llama", layers=tfb.last_layers(1))
+    found = []
+    block = bayes.base.model.layers
+    handles = [
+        block[i].self_attn.register_forward_pre_hook(
+            lambda m, a, k: found.append((m.layer_idx, len(k["hidden_states"]))), with_kwargs=True
+        )
+        for i in (0, 2)
+    ]
+    bayes.generate(prompts(), DRAWS, **OPTIONS)
+    for handle in handles:
+        handle.remove()
+    assert found == [(0, 3), (2, 3 * len(DRAWS))] * NEW
+
+
+@pytest.mark.parametrize("layers", ["all", "last"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3", "gpt2"])
+def test_static_caches_follow_the_fan_out(kind: str, layers: str) -> None:
+    """S * B rows of keys above the noise, B below; full and windowed layers."""
+    bayes = endless(kind, layers=tfb.last_layers(1) if layers == "last" else None)
+    dynamic = bayes.generate(prompts(), DRAWS, **OPTIONS)
+    static = bayes.generate(prompts(), DRAWS, cache_implementation="static", **OPTIONS)
+    assert static.sequences.equal(dynamic.sequences)
+    assert static.epistemic is not None and dynamic.epistemic is not None
+    assert float((static.epistemic - dynamic.epistemic).abs().max()) < EXACT
+    assert float(dynamic.epistemic.max()) > 1e-3
+    each = bayes.generate(prompts(), DRAWS, per_draw=True, cache_implementation="static", **OPTIONS)
+    assert each.sequences.equal(
+        bayes.generate(prompts(), DRAWS, per_draw=True, **OPTIONS).sequences
+    )
+
+
+def test_generate_options_pass_through() -> None:
+    """A dictionary result and several sequences a prompt, as transformers has them."""
+    bayes = endless("llama")
+    plain = bayes.generate(prompts(), DRAWS, **OPTIONS)
+    named = bayes.generate(prompts(), DRAWS, return_dict_in_generate=True, **OPTIONS)
+    assert named.sequences.equal(plain.sequences)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_beams": 3}, r"num_beams=3\): beam search"),
+        ({"assistant_model": object()}, "assistant_model"),
+        ({"past_key_values": object()}, "past_key_values"),
+        ({"cache_implementation": "quantized"}, "expected one of dynamic, static"),
+        ({"cache_implementation": "static", "prefill_chunk_size": 2}, "prefill_chunk_size"),
+        ({"penalty_alpha": 0.5}, "penalty_alpha"),
+        ({"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens"),
+        ({"dola_layers": "low"}, "dola_layers"),
+        ({"assistant_early_exit": 1}, "assistant_early_exit"),
+        ({"guidance_scale": 1.5}, r"guidance_scale=\.\.\.\): guidance runs a second prompt"),
+    ],
+)
+def test_what_cannot_work_is_refused(options: dict[str, Any], message: str) -> None:
+    bayes = tfb.bayesianize(KINDS["llama"].build())
+    with pytest.raises(ValueError, match=message):
+        bayes.generate(prompts(), DRAWS, **OPTIONS | options)
+
+
+def test_other_refusals() -> None:
+    bayes = tfb.bayesianize(KINDS["llama"].build())
+    with pytest.raises(ValueError, match="weight noise"):
+        bayes.generate(prompts(), Draws.iid(2, 0.1, noise="token"), **OPTIONS)
+    with pytest.raises(ValueError, match="sigma is not set"):
+        bayes.generate(prompts(), 4, **OPTIONS)
+    bayes.sigma = 0.1
+    bayes.set_mode("tail", 1)  # its sigma is not one of noise at every token
+    with pytest.raises(ValueError, match=r"mode='tail' .*bayes.set_mode.('full'.)"):
+        bayes.generate(prompts(), 4, **OPTIONS)
+    assert bayes.generate(prompts(), DRAWS, **OPTIONS).sequences.shape[0] > 0  # meant explicitly
+    classifier = tfb.bayesianize(KINDS["llama-classifier"].build())
+    with pytest.raises(ValueError, match="causal language model"):
+        classifier.generate(prompts(), DRAWS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_beams": 3}, r"num_beams=3\): beam search"),
+        ({"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens"),
+        ({"guidance_scale": 1.5}, "guidance_scale"),
+        ({"cache_implementation": "offloaded"}, "cache_implementation"),
+    ],
+)
+def test_a_generation_config_is_looked_into(settings: dict[str, Any], message: str) -> None:
+    """What an argument may not say, a configuration may not either; nor the model's own beams."""
+    bayes = tfb.bayesianize(KINDS["llama"].build())
+    config = GenerationConfig(max_new_tokens=NEW, pad_token_id=0, **settings)
+    with pytest.raises(ValueError, match=message):
+        bayes.generate(prompts(), DRAWS, generation_config=config)
+    bayes.base.generation_config.num_beams = 3
+    with pytest.raises(ValueError, match=r"num_beams=3\): beam search"):
+        bayes.generate(prompts(), DRAWS, **OPTIONS)
+    assert bayes.generate(prompts(), DRAWS, num_beams=1, **OPTIONS).sequences.shape[0] == 3
+
+
+def end_of_second_row(bayes: Any) -> int:
+    """The second row's second new token."""
+    return int(bayes.generate(prompts(), DRAWS, **OPTIONS).sequences[1, 8])
+
+
+@pytest.mark.parametrize("where", ["argument", "list", "configuration", "model"])
+def test_end_tokens_are_found_where_generate_finds_them(where: str) -> None:
+    bayes = endless("llama")
+    end = end_of_second_row(bayes)
+    options: dict[str, Any] = dict(OPTIONS)
+    if where == "argument":
+        options["eos_token_id"] = end
+    elif where == "list":
+        options["eos_token_id"] = [1, end]
+    elif where == "configuration":
+        options = {"generation_config": GenerationConfig(eos_token_id=end, **OPTIONS)}
+    else:
+        bayes.base.generation_config.eos_token_id = end
+    found = bayes.generate(prompts(), DRAWS, **options)
+    assert found.sequences[1, 9:].eq(0).all()
+    for name in ("total", "aleatoric", "epistemic"):
+        value = getattr(found, name)
+        assert bool((value[1, :2] > 0).all()) and bool((value[1, 2:] == 0).all())
+    assert bool((found.total[:, 0] > 0).all())
+
+
+def test_end_tokens_can_be_taken_away() -> None:
+    """eos_token_id=None as an argument outranks the model's."""
+    bayes = endless("llama")
+    free = bayes.generate(prompts(), DRAWS, **OPTIONS)
+    bayes.base.generation_config.eos_token_id = int(free.sequences[1, 8])
+    found = bayes.generate(prompts(), DRAWS, eos_token_id=None, **OPTIONS)
+    assert found.sequences.equal(free.sequences) and found.total.equal(free.total)
+
+
+def test_draws_end_by_themselves() -> None:
+    """per_draw: a draw whose row has ended is padded while others go on."""
+    bayes = endless("llama")
+    free = bayes.generate(prompts(), DRAWS, per_draw=True, **OPTIONS).sequences
+    end = int(free[2, 1, 9])
+    found = bayes.generate(prompts(), DRAWS, per_draw=True, eos_token_id=end, **OPTIONS).sequences
+    for s in range(len(DRAWS)):
+        for row in range(3):
+            new, mine = free[s, row, 7:].tolist(), found[s, row, 7:].tolist()
+            stop = new.index(end) + 1 if end in new else NEW
+            assert mine == new[:stop] + [0] * (len(mine) - stop)
+
+
+@pytest.mark.parametrize("layers", ["all", "last", "head"])
+@pytest.mark.parametrize("kind", ["gpt2", "gemma3"])
+def test_continuations_of_each_draw_elsewhere(kind: str, layers: str) -> None:
+    """With windows, fused projections, and noise in the head alone."""
+    k = {"all": 3, "last": 1, "head": 0}[layers]
+    bayes = tfb.bayesianize(KINDS[kind].build("lm_head"), layers=tfb.last_layers(k))
+    bayes.base.generation_config.eos_token_id = None
+    found = bayes.generate(prompts(), DRAWS, per_draw=True, **OPTIONS)
+    for s in range(len(DRAWS)):
+        alone = bayes.generate(prompts(), DRAWS[s : s + 1], **OPTIONS)
+        assert found.sequences[s].equal(alone.sequences)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_padding_does_not_change_a_row(kind: str) -> None:
+    """On the left, on the right, more than needed; with positions given or not; in any order."""
+    bayes = endless(kind)
+    expected = bayes.generate(prompts(), DRAWS, **OPTIONS)
+    for pad in ("left", "right"):
+        for width in (7, 10):
+            batch = make_batch(7, 4, 6, pad=pad, width=width, extras=("position_ids",))
+            plain = {k: v for k, v in batch.items() if k != "position_ids"}
+            for given in (batch, plain):
+                found = bayes.generate(given, DRAWS, **OPTIONS)
+                assert found.sequences[:, -NEW:].equal(expected.sequences[:, -NEW:])
+                assert relative(found.total, expected.total) < EXACT
+    order = [2, 0, 1, 0]
+    turned = bayes.generate({k: v[order] for k, v in prompts().items()}, DRAWS, **OPTIONS)
+    assert turned.sequences.equal(expected.sequences[order])
+    assert relative(turned.epistemic, expected.epistemic[order]) < EXACT
+
+
+def test_prompts_read_in_chunks() -> None:
+    """The forward passes over a prompt's first parts give no token, and no uncertainty."""
+    bayes = endless("llama")
+    whole = bayes.generate(prompts(), DRAWS, **OPTIONS)
+    parts = bayes.generate(prompts(), DRAWS, prefill_chunk_size=3, **OPTIONS)
+    assert parts.sequences.equal(whole.sequences)
+    assert relative(parts.total, whole.total) < EXACT
+    assert relative(parts.aleatoric, whole.aleatoric) < EXACT
+
+
+def test_without_a_cache_the_same_tokens() -> None:
+    bayes = endless("llama", layers=tfb.last_layers(1))
+    found = bayes.generate(prompts(), DRAWS, use_cache=False, **OPTIONS)
+    expected = bayes.generate(prompts(), DRAWS, **OPTIONS)
+    assert found.sequences.equal(expected.sequences)
+    assert relative(found.total, expected.total) < EXACT
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_several_continuations_of_a_prompt(named: bool) -> None:
+    """num_return_sequences repeats rows: at sigma = 0 those of transformers, in its order."""
+    bayes = endless("llama")
+    options = OPTIONS | {"do_sample": True, "num_return_sequences": 2}
+    torch.manual_seed(0)
+    expected = bayes.model.generate(**prompts(), **options)
+    torch.manual_seed(0)
+    found = bayes.generate(
+        prompts(), Draws.iid(3, 0.0), return_dict_in_generate=named, output_scores=named, **options
+    )
+    assert found.sequences.equal(expected) and found.total.shape == (6, NEW)
+
+
+def test_processors_and_uncertainty() -> None:
+    """A processor sees B rows of averaged scores; uncertainties are those before it."""
+    bayes = endless("llama")
+    shapes = []
+
+    class Ban(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            shapes.append(tuple(scores.shape))
+            return scores.index_fill(-1, banned, float("-inf"))
+
+    free = bayes.generate(prompts(), DRAWS, **OPTIONS)
+    banned = free.sequences[:, 7].unique()
+    found = bayes.generate(
+        prompts(), DRAWS, logits_processor=LogitsProcessorList([Ban()]), **OPTIONS
+    )
+    assert shapes == [(3, 64)] * NEW
+    assert not bool(torch.isin(found.sequences[:, 7:], banned).any())
+    assert relative(found.total[:, 0], free.total[:, 0]) < EXACT
+
+
+def test_state_and_mode_after_generation() -> None:
+    """Training modes, plain calls and sampling are as before, also after an error."""
+    bayes = endless("llama")
+    batch = make_batch(5, 5, 5)
+    with torch.no_grad():
+        plain = bayes.model(**batch).logits
+    bayes.model.train()
+    bayes.generate(prompts(), DRAWS, **OPTIONS)
+    assert bayes.model.training
+    steps: list[int] = []
+
+    def fail(*_: Any) -> None:
+        steps.append(1)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+
+    handle = bayes.base.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        bayes.generate(prompts(), DRAWS, **OPTIONS)
+    handle.remove()
+    assert bayes.model.training
+    bayes.model.eval()
+    with torch.no_grad():
+        assert bayes.model(**batch).logits.equal(plain)

@@ -1,0 +1,315 @@
+"""Scoring of many rows: the same numbers as ``predict`` row by row, in the rows' order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from support.models import CASES, FIRST_TOKEN, VOCAB, exact
+from transformers import AutoTokenizer
+
+import tfb
+from tfb import Draws
+from tfb.data.batching import EncodedRows
+from tfb.data.rows import Row
+from tfb.demo import digits
+from tfb.scoring import rows as scoring
+from tfb.scoring.rows import (
+    Predictions,
+    encode,
+    evaluations,
+    pad_token,
+    predict_rows,
+    score,
+)
+
+SINGLE = 2.0**-24  # Predictions are float32: one rounding of a float64 model's probability
+COLUMNS = ("total", "aleatoric", "epistemic", "agreement", "standard_error")
+
+
+@pytest.fixture(scope="module")
+def bayes() -> tfb.BayesianModel:
+    model = tfb.bayesianize(exact(CASES["llama"].build()), seed=3)
+    model.sigma = 0.1
+    return model
+
+
+@pytest.fixture(scope="module")
+def demo() -> tuple[tfb.BayesianModel, Any]:
+    """The embedded model with its tokenizer."""
+    base = tfb.load_base(digits.BASE, digits.ADAPTER)
+    model = tfb.bayesianize(tfb.load_adapter(base, digits.ADAPTER))
+    model.sigma = 0.01
+    return model, AutoTokenizer.from_pretrained(str(digits.BASE))
+
+
+LENGTHS = (5, 2, 7, 4, 7, 3, 2, 6)
+CHOICES = (3, 4, 3, 2, 4, 4, 3, 2)
+
+
+def tokens() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(FIRST_TOKEN, VOCAB, (n,), generator=generator).tolist() for n in LENGTHS]
+
+
+MIXED = EncodedRows(
+    ids=[f"r{i}" for i in range(8)],
+    input_ids=tokens(),
+    label_ids=[tuple(range(10 + i, 10 + i + k)) for i, k in enumerate(CHOICES)],
+    labels=[0, None, 1, 0, 1, 2, None, 1],
+    choices=[tuple(map(str, range(k))) for k in CHOICES],
+)
+
+
+def digit_rows(n: int, *, labels: bool = True) -> list[Row]:
+    """Test digits; every third is cut to fewer lines, every other has fewer choices."""
+    made = []
+    for i, r in enumerate(digits.rows("test")[:n]):
+        lines = r["prompt"].split("\n")
+        prompt = "\n".join(lines[i % 3 * 2 :])
+        choices = tuple(r["choices"][: 10 if i % 2 else 4])
+        label = r["label"] if labels and r["label"] < len(choices) else None
+        made.append(Row(r["id"], prompt, choices, None, label, f"digits:{i}"))
+    return made
+
+
+# --- evaluations --------------------------------------------------------------------------------
+
+
+def test_sigma_zero_is_the_deterministic_evaluation(bayes: tfb.BayesianModel) -> None:
+    """The same bits, of one pass, and no rounding sold as disagreement of draws."""
+    plain, zero, noisy = evaluations(
+        bayes, MIXED, dataset="d", draws=4, batch_size=3, pad=0, sigmas={"zero": 0.0, "tfb": 0.1}
+    )
+    assert torch.equal(zero.probs, plain.probs) and torch.equal(zero.total, plain.total)  # type: ignore[arg-type]
+    assert (zero.draws, zero.passes, zero.epistemic) == (1, 1.0, None)
+    assert (noisy.draws, noisy.passes) == (4, 4.0) and float(noisy.epistemic.min()) > 0  # type: ignore[union-attr]
+
+
+def test_no_noise_is_one_draw_unless_draws_are_kept() -> None:
+    """The same bits as the deterministic adapter, no disagreement and no Monte-Carlo error."""
+    still = tfb.bayesianize(exact(CASES["llama"].build()), seed=3)
+    still.sigma = 0.0
+    plain, found = (predict_rows(still, MIXED, d) for d in (Draws.mean(), 4))
+    for name in ("probs", *COLUMNS):
+        assert torch.equal(getattr(found, name), getattr(plain, name))
+    assert not found.epistemic.any() and not found.standard_error.any()
+    kept = predict_rows(still, MIXED, 4, keep_draws=True).draw_probs
+    assert kept is not None and len(kept) == 4
+
+
+# --- predict_rows -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 50])
+@pytest.mark.parametrize("draws", [4, Draws.mean(), Draws.iid(3, 0.2, seed=9)])
+def test_rows_are_predicted_as_each_alone(
+    bayes: tfb.BayesianModel, batch_size: int, draws: int | Draws
+) -> None:
+    """In the original order, whatever the lengths, numbers of choices and batches."""
+    seen: list[int] = []
+    found = predict_rows(
+        bayes, MIXED, draws, batch_size=batch_size, keep_draws=True, progress=seen.append
+    )
+    assert sum(seen) == 8 and max(seen) <= batch_size
+    S = draws if isinstance(draws, int) else len(draws)
+    assert found.probs.shape == (8, 4) and found.draw_probs is not None
+    assert found.draw_probs.shape == (S, 8, 4)
+    for i, k in enumerate(CHOICES):
+        ids = torch.tensor([MIXED.input_ids[i]])
+        row = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        p = bayes.predict(row, draws, label_ids=torch.tensor(MIXED.label_ids[i]), keep_draws=True)
+        close = {"rtol": 2 * SINGLE, "atol": 2 * SINGLE}
+        torch.testing.assert_close(found.probs[i, :k], p.probs[0].float(), **close)
+        assert p.draw_probs is not None
+        torch.testing.assert_close(found.draw_probs[:, i, :k], p.draw_probs[:, 0].float(), **close)
+        assert not found.probs[i, k:].any() and not found.draw_probs[:, i, k:].any()
+        best = int(p.prediction)
+        wanted = (p.total, p.aleatoric, p.epistemic, p.agreement, p.standard_error[:, best])
+        for name, value in zip(COLUMNS, wanted, strict=True):
+            torch.testing.assert_close(getattr(found, name)[i], value[0].float(), **close)
+
+
+def test_adaptive_draws(bayes: tfb.BayesianModel) -> None:
+    """ "auto" gives each row what ``predict`` gives it alone; no draws can be kept."""
+    found = predict_rows(bayes, MIXED, "auto", batch_size=3)
+    for i, k in enumerate(CHOICES):
+        ids = torch.tensor([MIXED.input_ids[i]])
+        row = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        p = bayes.predict(row, "auto", label_ids=torch.tensor(MIXED.label_ids[i]))
+        torch.testing.assert_close(
+            found.probs[i, :k], p.probs[0].float(), rtol=2 * SINGLE, atol=2 * SINGLE
+        )
+    with pytest.raises(ValueError, match="keep_draws: rows have different numbers of draws"):
+        predict_rows(bayes, MIXED, "auto", keep_draws=True)
+
+
+def test_draws_average_to_the_prediction(bayes: tfb.BayesianModel) -> None:
+    found = predict_rows(bayes, MIXED, 6, keep_draws=True)
+    assert found.draw_probs is not None
+    torch.testing.assert_close(
+        found.draw_probs.double().mean(0).float(), found.probs, rtol=2 * SINGLE, atol=2 * SINGLE
+    )
+    assert predict_rows(bayes, MIXED, 6).draw_probs is None
+
+
+def test_batch_size_in_float32_stays_in_the_budget(bayes: tfb.BayesianModel) -> None:
+    """Budget: twice the error of a float32 pass against the float64 model of the same weights."""
+    single = tfb.bayesianize(CASES["llama"].build(), seed=3)
+    draws = Draws.antithetic(4, 0.1, seed=3)
+    truth = predict_rows(bayes, MIXED, draws).probs
+    eager = predict_rows(single, MIXED, draws).probs
+    budget = 2 * float((eager - truth).abs().max()) + SINGLE
+    for batch_size in (1, 3):
+        found = predict_rows(single, MIXED, draws, batch_size=batch_size).probs
+        assert float((found - truth).abs().max()) <= budget < 1e-4
+
+
+def test_classification_rows(bayes: tfb.BayesianModel) -> None:
+    head = tfb.bayesianize(exact(CASES["llama_classifier"].build()), seed=3)
+    text = EncodedRows(MIXED.ids, MIXED.input_ids, None, [None] * 8, None, num_labels=3)
+    draws = Draws.antithetic(4, 0.1)
+    found = predict_rows(head, text, draws, batch_size=3)
+    assert found.probs.shape == (8, 3)
+    for i, ids in enumerate(MIXED.input_ids):
+        row = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)).long()}
+        torch.testing.assert_close(
+            found.probs[i], head.predict(row, draws).probs[0].float(),
+            rtol=2 * SINGLE, atol=2 * SINGLE,
+        )  # fmt: skip
+
+
+def test_nan_names_the_row() -> None:
+    broken = tfb.bayesianize(CASES["llama"].build(), seed=3)
+    bad = MIXED.input_ids[4][0]  # poison one token of row r4, which others may share
+    with torch.no_grad():
+        broken.base.model.embed_tokens.weight[bad] = float("nan")
+    hit = [i for i, ids in enumerate(MIXED.input_ids) if bad in ids]
+    with pytest.raises(ValueError, match=r"row r[0-7]: the model returned NaN or Inf") as caught:
+        predict_rows(broken, MIXED, Draws.mean())
+    assert str(caught.value)[5] in map(str, hit)
+
+
+def test_padding_token_comes_from_the_model_then_the_tokenizer() -> None:
+    def owner(value: Any) -> Any:
+        return SimpleNamespace(pad_token_id=value)
+
+    def model(value: Any) -> Any:
+        return SimpleNamespace(base=SimpleNamespace(config=owner(value)))
+
+    assert pad_token(model(7), owner(5)) == 7
+    assert pad_token(model(None), owner(5)) == 5
+    assert pad_token(model(None)) == pad_token(model(None), owner(None)) == 0
+    assert pad_token(model(0), owner(5)) == 0
+
+
+# --- score --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([3], r"row 0: expected a dict, a string or a Row, got int; write \[{'text'"),
+        (3, "int holds no rows; give a path, a DataFrame"),
+        ({"test": []}, r"dict holds no rows.* \(of a dict of splits one, such as data\['test'\]"),
+        (["a.jsonl"], "a list of strings is a list of texts, but 'a.jsonl' looks like a file"),
+    ],
+)
+def test_what_is_no_row_is_named(
+    demo: tuple[tfb.BayesianModel, Any], rows: Any, message: str
+) -> None:
+    with pytest.raises(TypeError, match=message):
+        next(score(rows, *demo))
+
+
+def test_scores_are_those_of_predict_rows(demo: tuple[tfb.BayesianModel, Any]) -> None:
+    model, tokenizer = demo
+    rows = digit_rows(20)
+    results = list(score(rows, model, tokenizer, draws=4, batch_size=7, per_draw=True))
+    found = predict_rows(model, encode(model, rows, tokenizer), 4, batch_size=7, keep_draws=True)
+    assert [r["id"] for r in results] == [r.id for r in rows]
+    for i, (row, result) in enumerate(zip(rows, results, strict=True)):
+        assert row.choices is not None and found.draw_probs is not None
+        k = len(row.choices)
+        assert result["probs"] == found.probs[i, :k].tolist()
+        assert sum(result["probs"]) == pytest.approx(1, abs=k * SINGLE)
+        assert result["prediction"] == max(range(k), key=result["probs"].__getitem__)
+        assert result["choice"] == row.choices[result["prediction"]]
+        assert result["label"] == row.label
+        assert result["draw_probs"] == found.draw_probs[:, i, :k].tolist()
+        assert all(result[name] == float(getattr(found, name)[i]) for name in COLUMNS)
+    assert {r.label for r in rows} >= {None, 0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("per_draw", [False, True])
+def test_columns(demo: tuple[tfb.BayesianModel, Any], per_draw: bool) -> None:
+    """Unlabelled rows have a null label; one stream has no standard error."""
+    model, tokenizer = demo
+    (result,) = score(digit_rows(1, labels=False), model, tokenizer, draws=2, per_draw=per_draw)
+    assert list(result) == [
+        "id", "prediction", "choice", "probs", *COLUMNS, "label", *["draw_probs"] * per_draw
+    ]  # fmt: skip
+    assert result["label"] is None and result["standard_error"] is None
+
+
+def test_scores_stream_in_order_one_window_ahead(
+    demo: tuple[tfb.BayesianModel, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = demo
+    monkeypatch.setattr(scoring, "WINDOW", 4)
+    rows, taken = digit_rows(10), 0
+
+    def source() -> Iterator[Row]:
+        nonlocal taken
+        for row in rows:
+            taken += 1
+            yield row
+
+    for i, result in enumerate(score(source(), model, tokenizer, draws=2)):
+        assert result["id"] == rows[i].id
+        assert i < taken <= i + 4
+    assert taken == 10
+
+
+def test_window_size_does_not_matter(
+    demo: tuple[tfb.BayesianModel, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other windows make other batches; budget as above, from a pass of each row alone."""
+    model, tokenizer = demo
+    rows = digit_rows(10)
+    encoded = encode(model, rows, tokenizer)
+    whole = predict_rows(model, encoded, 4).probs
+    budget = 2 * float((predict_rows(model, encoded, 4, batch_size=1).probs - whole).abs().max())
+    monkeypatch.setattr(scoring, "WINDOW", 3)
+    for i, result in enumerate(score(rows, model, tokenizer, draws=4)):
+        difference = torch.tensor(result["probs"]) - whole[i, : len(result["probs"])]
+        assert float(difference.abs().max()) <= budget + 2 * SINGLE < 1e-4
+
+
+def test_classification_results_name_the_class() -> None:
+    """Where somebody gave names; else only its index."""
+    head = tfb.bayesianize(CASES["llama_classifier"].build(), seed=3)
+    head.sigma = 0.1
+    tokenizer = AutoTokenizer.from_pretrained(str(digits.BASE))
+    rows = [Row("t1", text="a b c", label=2), Row("t2", text="q p o n m l")]
+    results = list(score(rows, head, tokenizer, draws=4))
+    assert [(r["id"], r["label"]) for r in results] == [("t1", 2), ("t2", None)]
+    assert all(r["choice"] is None and len(r["probs"]) == 3 for r in results)
+    names = ["bad", "fair", "good"]
+    head.labels = names
+    named = list(score(["a b c", "q p o n m l"], head, tokenizer, draws=4))
+    assert [r["choice"] for r in named] == [names[r["prediction"]] for r in results]
+    assert [r["probs"] for r in named] == [r["probs"] for r in results]
+    draws = Draws.antithetic(4, 0.1, seed=3)
+    batch = tokenizer(["a b c", "q p o n m l"], return_tensors="pt", padding=True)
+    wanted = head.predict({k: batch[k] for k in ("input_ids", "attention_mask")}, draws).probs
+    for result, p in zip(results, wanted, strict=True):
+        assert result["probs"] == pytest.approx(p.tolist(), abs=1e-5)
+
+
+def test_predictions_default_to_no_draws() -> None:
+    zeros = torch.zeros(1)
+    assert Predictions(zeros, zeros, zeros, zeros, zeros, zeros).draw_probs is None

@@ -1,0 +1,419 @@
+"""The comparison of methods: known answers of its figures, its methods' identities, its tables."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.calibration import __main__ as comparison
+from benchmarks.calibration import setting as settings
+from benchmarks.calibration import tables
+from benchmarks.calibration.evaluation import Bootstrap, figures
+from benchmarks.calibration.laplace import (
+    PRECISIONS,
+    SAMPLES,
+    fit_laplace,
+    sample_laplace,
+    tune_laplace,
+)
+from benchmarks.calibration.methods import LeftOut, Methods, prediction_passes
+from benchmarks.calibration.setting import Predicted, Setting, features, head, labels_of, sampled
+from benchmarks.calibration.tasks import load_task
+from benchmarks.calibration.train import adapter
+from tfb.draws import Draws
+from tfb.evaluation.metrics import evaluate
+
+FLOAT32 = 1e-5  # of probabilities: two orders of the same sums
+
+
+# --- figures --------------------------------------------------------------------------------------
+
+
+def test_figures_of_a_perfect_method() -> None:
+    """Right and sure of it, and unsure out of scope: nothing to lose, everything found."""
+    labels = torch.tensor([0, 1, 1])
+    sure = torch.nn.functional.one_hot(labels, 2).double()
+    found = figures(
+        {"test": Predicted.of_probs(sure), "oos": Predicted.of_probs(torch.full((2, 2), 0.5))},
+        labels,
+    )
+    assert (found["accuracy"], found["nll"], found["brier"], found["aurc"]) == (1, 0, 0, 0)
+    assert found["auroc"] == {"errors": {"total": None}, "oos": {"total": 1.0}}
+
+
+def test_epistemic_uncertainty_is_what_members_disagree_on() -> None:
+    """Two opposed certain members: entropy and mutual information are both log 2."""
+    p = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
+    found = Predicted.of_draws(p)
+    assert found.epistemic is not None
+    assert float(found.total[0]) == pytest.approx(math.log(2))
+    assert float(found.epistemic[0]) == pytest.approx(math.log(2))
+
+
+# --- bootstrap ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def noisy() -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities [400, 3] and labels [400]."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(400, 3, generator=generator, dtype=torch.float64)
+    labels = (logits + 2 * torch.randn(400, 3, generator=generator)).argmax(-1)
+    return logits.softmax(-1), labels
+
+
+def test_bootstrap_of_a_constant_difference(noisy: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """.9 against .5 on every label: log(.5 / .9) in every resample, float32 weights aside."""
+    _p, labels = noisy
+    rows = torch.arange(len(labels))
+    high, low = torch.full((400, 3), 0.05), torch.full((400, 3), 0.25)
+    high[rows, labels], low[rows, labels] = 0.9, 0.5
+    found = Bootstrap(labels, resamples=200).compare(high, low)
+    for key in ("difference", "low", "high"):
+        assert found["nll"][key] == pytest.approx(math.log(0.5 / 0.9), abs=FLOAT32)
+        assert found["ece"][key] == pytest.approx(0.1 - 0.5, abs=FLOAT32)
+        assert found["accuracy"][key] == 0
+    assert found["nll"]["significant"] and not found["accuracy"]["significant"]
+
+
+def test_bootstrap_of_a_method_with_itself(noisy: tuple[torch.Tensor, torch.Tensor]) -> None:
+    p, labels = noisy
+    found = Bootstrap(labels, resamples=50).compare(p, p)
+    assert all(f["difference"] == 0 and not f["significant"] for f in found.values())
+
+
+def test_bootstrap_figures_are_those_of_the_table(
+    noisy: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    """Every row once: NLL, ECE and accuracy of ``tfb.evaluation.metrics``."""
+    p, labels = noisy
+    other = torch.full_like(p, 1 / 3)
+    found = Bootstrap(labels, resamples=10).compare(p, other)
+    ours, flat = evaluate(p, labels), evaluate(other, labels)
+    for name in ("nll", "ece", "accuracy"):
+        expected = getattr(ours, name) - getattr(flat, name)
+        assert found[name]["difference"] == pytest.approx(expected, abs=FLOAT32)
+
+
+def test_bootstrap_interval_is_the_normal_one(noisy: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """A mean over 400 rows: 1.96 standard errors on either side. A 2.5 % quantile of 10,000 has a
+    standard error of .027 standard errors (binomial), the skewness of 400 rows adds as much."""
+    p, labels = noisy
+    found = Bootstrap(labels).compare(p, torch.full_like(p, 1 / 3))["nll"]
+    rows = -p.gather(1, labels[:, None])[:, 0].log()
+    error = float(rows.std(unbiased=False)) / 20
+    assert found["low"] == pytest.approx(found["difference"] - 1.96 * error, abs=0.15 * error)
+    assert found["high"] == pytest.approx(found["difference"] + 1.96 * error, abs=0.15 * error)
+
+
+# --- methods on the given adapters ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def make(shared: Path) -> Callable[[str], Setting]:
+    def of(task: str) -> Setting:
+        rows = load_task(task, shared, 0, rows=24, anchors=24, shift_rows=8)
+        return Setting(rows, lambda kind, seed: adapter(Path("none"), task, kind, seed), 0, (0,))
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def causal(make: Callable[[str], Setting]) -> Setting:
+    return make("clinc-domain")
+
+
+@pytest.fixture(scope="module")
+def classifier(make: Callable[[str], Setting]) -> Setting:
+    return make("clinc150")
+
+
+def test_identities_of_the_methods(causal: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An ensemble of one, temperature 1, TFB at sigma 0 and dropout at rate 0 are the adapter."""
+    methods = Methods(causal)
+    mle = methods.run("mle").predicted["test"].probs
+    one = methods.run("ensemble")
+    assert torch.equal(one.predicted["test"].probs, mle) and (one.passes, one.trained) == (1, 0)
+    monkeypatch.setattr("benchmarks.calibration.methods.fit_temperature", lambda *_: 1.0)
+    tempered = methods.run("temperature").predicted["test"].probs
+    torch.testing.assert_close(tempered, mle, rtol=0, atol=FLOAT32)
+    still = sampled(causal.model(), causal.judged["test"], Draws.antithetic(4, 0.0))
+    torch.testing.assert_close(still.probs, mle, rtol=0, atol=FLOAT32)
+    assert still.epistemic is not None and float(still.epistemic.max()) < FLOAT32
+    monkeypatch.setattr(settings, "GIVEN_DROPOUT", 0.0)
+    dropped = methods.run("mc_dropout").predicted["test"]
+    torch.testing.assert_close(dropped.probs, mle, rtol=0, atol=FLOAT32)
+
+
+def test_multipliers_of_one_are_tfb(causal: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layer-adaptive TFB with one multiplier for all is TFB by min_nll; the shared model has no
+    multipliers afterwards."""
+    methods, bayes = Methods(causal), causal.model()
+    found = methods.run("tfb_layers")
+    assert found.details["least_multiplier"] < 1 < found.details["largest_multiplier"]
+    assert set(bayes.layer_scales.values()) == {1.0}
+    monkeypatch.setattr("tfb.search.layer_scale.WIDEST", 1.0)
+    alike, plain = methods.run("tfb_layers"), methods.run("tfb_min_nll")
+    assert alike.details["sigma"] == plain.details["sigma"]
+    assert alike.fitting > 2 * plain.fitting
+    probs = alike.predicted["test"].probs
+    torch.testing.assert_close(probs, plain.predicted["test"].probs, rtol=0, atol=FLOAT32)
+
+
+def test_dropout_acts_and_leaves_no_trace(causal: Setting) -> None:
+    """Passes differ; afterwards the model predicts as before and PEFT's modules are back."""
+    bayes, rows = causal.model(), causal.judged["test"]
+    before, kinds = sampled(bayes, rows, Draws.mean()), [type(m) for m in bayes.model.modules()]
+    found = settings.dropped_out(bayes, rows, 3, seed=0)
+    assert found.epistemic is not None and float(found.epistemic.mean()) > 1e-4
+    assert torch.equal(sampled(bayes, rows, Draws.mean()).probs, before.probs)
+    assert [type(m) for m in bayes.model.modules()] == kinds and not bayes.model.training
+    again = settings.dropped_out(bayes, rows, 3, seed=0)
+    assert torch.equal(again.probs, found.probs)
+
+
+@pytest.mark.parametrize("task", ["causal", "classifier"])
+def test_head_of_features_is_the_model(task: str, request: pytest.FixtureRequest) -> None:
+    """What Laplace is given: the linear head on the features puts out the model's predictions."""
+    setting = request.getfixturevalue(task)
+    bayes, rows = setting.model(), setting.judged["test"]
+    with torch.no_grad():
+        found = head(bayes, rows)(features(bayes, rows)).softmax(-1)
+    expected = sampled(bayes, rows, Draws.mean()).probs
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=FLOAT32)
+
+
+def needs_laplace() -> None:
+    """Skip where laplace-torch is not installed."""
+    pytest.importorskip("opt_einsum")  # of laplace-torch, whose own import warns
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.jit.script", lambda f: f)  # deprecated; an import still calls it
+        pytest.importorskip("laplace")
+
+
+def orthogonal_head(generator: torch.Generator, gain: float) -> torch.nn.Linear:
+    """Three classes of four features, without a bias; all of it from ``generator``."""
+    linear = torch.nn.Linear(4, 3)
+    torch.nn.init.orthogonal_(linear.weight, gain=gain, generator=generator)
+    torch.nn.init.zeros_(linear.bias)
+    return linear
+
+
+def confident() -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """Laplace of a confident head that is right on its 90 training rows, their features [90, 4] and
+    labels [90]."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(90, 4, generator=generator)
+    linear = orthogonal_head(generator, gain=3.0)
+    labels = linear(x).argmax(-1)
+    return fit_laplace(linear, x, labels), x, labels
+
+
+def test_laplace_of_infinite_prior_precision_is_the_head() -> None:
+    """The posterior shrinks to its mean, the trained head; a finite precision has spread."""
+    needs_laplace()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 4, generator=generator)
+    labels = torch.randint(0, 3, (60,), generator=generator)
+    linear = orthogonal_head(generator, gain=0.5)
+    fitted = fit_laplace(linear, x, labels)
+    loose = sample_laplace(fitted, x, seed=0)
+    assert loose.shape == (SAMPLES, 60, 3) and float(loose.std(0).mean()) > 1e-3
+    fitted.prior_precision = 1e12  # standard deviations of 1e-6
+    tight = sample_laplace(fitted, x, seed=0)
+    expected = linear(x).softmax(-1).detach().expand_as(tight)
+    torch.testing.assert_close(tight, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_tuned_laplace_has_as_much_spread_as_held_out_rows_ask_for(right: bool) -> None:
+    """A confident head that is always right: spread only raises the NLL, so the prior is tight.
+    Always wrong: the more spread the better. Random numbers outside are left alone."""
+    needs_laplace()
+    fitted, x, predicted = confident()
+    state = torch.random.get_rng_state()
+    tune_laplace(fitted, x, predicted if right else (predicted + 1) % 3, seed=0)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    precision = float(fitted.prior_precision)
+    assert precision > 100 if right else precision < 1
+
+
+def test_tuned_laplace_takes_the_precision_of_least_nll() -> None:
+    """A confident head that is right on nine of ten held-out rows: the least lies inside the grid,
+    and no precision of the grid has less, each seen on its own."""
+    needs_laplace()
+    fitted, x, labels = confident()
+    labels = torch.where(torch.arange(90) % 10 == 0, (labels + 1) % 3, labels)
+    tune_laplace(fitted, x, labels, seed=0)
+    found = {}
+    precision = float(fitted.prior_precision)
+    for p in (*torch.logspace(*PRECISIONS).tolist(), precision):
+        fitted.prior_precision = p
+        mean = sample_laplace(fitted, x, seed=0).double().mean(0)
+        found[p] = float(-mean.gather(1, labels[:, None]).log().mean())
+    assert found[precision] == min(found.values()) and 0.01 < precision < 1e5
+
+
+def test_passes_are_counted_by_blocks_and_tokens(causal: Setting) -> None:
+    """Full: S. Noise in one of five blocks: 4/5 + S/5. Tail k = 1: 1 + (S - 1) / mean length."""
+    rows, draws = causal.judged["test"], Draws.antithetic(10, 0.01)
+    bayes = causal.model()
+    assert prediction_passes(bayes, rows, draws) == 10
+    bayes.set_mode("tail", 1)
+    length = sum(map(len, rows.input_ids)) / len(rows)
+    assert prediction_passes(bayes, rows, draws) == pytest.approx(1 + 9 / length)
+    bayes.set_mode("full")
+    import tfb
+
+    last = causal.model(layers=tfb.last_layers(1))
+    assert prediction_passes(last, rows, draws) == pytest.approx(0.8 + 10 / 5)
+
+
+def test_rows_without_labels_are_no_anchors(causal: Setting) -> None:
+    with pytest.raises(ValueError, match="has no label"):
+        labels_of(causal.judged["oos"])
+
+
+def test_a_toy_comparison_end_to_end(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows with all figures, differences to both references, and nothing twice."""
+    monkeypatch.setattr(comparison, "RESULTS", tmp_path)
+    monkeypatch.setattr(comparison, "same_sources", lambda commit: True)
+    monkeypatch.setattr(comparison, "_dirty", lambda row: False)
+    names = ["mle", "temperature", "tfb_min_nll", "tfb_tail", "tfb_temperature"]
+    call = ["--task", "clinc-domain", "--seed", "0", "--rows", "20", "--anchors", "20",
+            "--shift-rows", "10", "--record", "--method", *names]  # fmt: skip
+    comparison.main(call)
+    lines = (tmp_path / "calibration.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [r["point"]["method"] for r in rows] == names
+    mle, scaled, full, tail, both = rows
+    assert set(mle["against"]) == {"temperature"} and set(full["against"]) == set(
+        comparison.REFERENCES
+    )
+    assert scaled["accuracy"] == mle["accuracy"]  # a temperature moves no argmax
+    assert set(full["auroc"]["oos"]) == {"total", "epistemic"} and full["passes"] == 10
+    assert 1 < tail["passes"] < 2 and both["details"]["sigma"] == full["details"]["sigma"]
+    text = tables.calibration_table(rows)
+    assert "### clinc-domain" in text and tables.LABELS["tfb_tail"] in text
+    assert list(full["adapters"]) == ["mle-0"]
+    comparison.main(call)
+    assert (tmp_path / "calibration.jsonl").read_text().splitlines() == lines
+    point = {k: v for k, v in mle["point"].items() if k != "method"}
+    for hashes, there in ((full["adapters"], True), ({"mle-0": "0" * 64}, False)):
+        assert comparison.finished(point, {"tfb_tail": hashes}, tmp_path) == there
+
+
+def test_an_adapter_that_is_missing_ends_it_before_any_work(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparison, "run", lambda *_: pytest.fail("work was begun"))
+    with pytest.raises(FileNotFoundError, match=r"calibration.train .* --kind map --seed 0"):
+        comparison.main(["--task", "clinc-domain", "--seed", "0", "1", "--rows", "20",
+                         "--method", "mle", "map", "--adapters", str(tmp_path)])  # fmt: skip
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def made_row(method: str, seed: int, nll: float, *, better: bool | None = None, **more: Any) -> Any:
+    """A row whose NLL and ECE differ from MLE's significantly (better, worse) or not (None)."""
+    difference = {True: -0.1, False: 0.1, None: 0.01}[better]
+    compared = {"difference": difference, "low": 0.0, "high": 0.0}
+    against = {
+        "nll": compared | {"significant": better is not None},
+        "ece": compared | {"significant": better is not None},
+        "accuracy": {"difference": -0.005, "low": 0.0, "high": 0.0, "significant": False},
+    }
+    point = {"task": "clinc-domain", "seed": seed, "method": method, "rows": 10, "anchors": 5,
+             "shift_rows": 5}  # fmt: skip
+    environment = {
+        "gpu": None, "cpu": {"model": "c", "cores": 2}, "commit": {"id": "0" * 40, "dirty": False},
+        "versions": {"torch": "1", "transformers": "1", "peft": "1"},
+    }  # fmt: skip
+    return {
+        "point": point, "nll": nll, "ece": nll / 10, "accuracy": 0.8, "brier": 0.3, "aurc": 0.1,
+        "miscalibration": 0.1, "passes": 1.0, "fitting": 0.0, "trained": 0,
+        "auroc": {"errors": {"total": 0.7}, "oos": {"total": 0.8 + seed / 100}},
+        "against": {} if method == "mle" else {"mle": against},
+        "sizes": {"train": 9, "anchors": 5, "test": 10, "oos": 5},
+        "environment": environment, "date": "2026-01-01", **more,
+    }  # fmt: skip
+
+
+def test_table_means_spreads_and_marks() -> None:
+    rows = [made_row("mle", s, 1.0 + s) for s in (0, 1, 2)]
+    rows += [made_row("tfb", 0, 0.5, better=True), made_row("tfb", 1, 0.7, better=True),
+             made_row("tfb", 2, 0.9, better=False)]  # fmt: skip
+    text = tables.calibration_table(rows)
+    assert "2.000 ± 1.000 |" in text and "0.700 ± 0.200 (+2 −1)" in text
+    assert "seeds 0, 1, 2" in text and "0.810, –" in text  # no epistemic uncertainty
+    assert "better in 2, worse in 1 of 3 seeds" in text
+    assert "NLL below MLE's" in text.split("Targets that are met")[0]
+    assert "AUROC oos at least MLE's: 0.810 against 0.810" in text.split("Targets that are met")[1]
+    assert tables.calibration_table([]) == tables.evidence_table([]) == tables.NO_ROWS
+
+
+def test_table_says_what_was_left_out() -> None:
+    """A method without figures has a reason; one that failed at one seed keeps the others."""
+    rows = [made_row("mle", 0, 1.0), made_row("tfb", 0, 0.5)]
+    rows += [{"point": {**rows[0]["point"], "method": "tfb_tail"}, "left_out": "an encoder",
+              "environment": rows[0]["environment"], "date": "2026-01-01"}]  # fmt: skip
+    text = tables.calibration_table(rows)
+    assert "- TFB, min_nll, tail k=1: an encoder (seeds 0)" in text
+    assert "tail k=1" not in tables.evidence_table(rows)
+
+
+def test_picture_has_a_line_for_every_method(tmp_path: Path) -> None:
+    """All methods' names on the axis, and an outlier as text at the edge."""
+    from benchmarks.calibration.pictures import plot_calibration
+
+    rows = [made_row(m, 0, 1.0) for m in tables.LABELS if m != "tfb_gvi"]
+    target = tmp_path / "picture.svg"
+    plot_calibration([*rows, made_row("tfb_gvi", 0, 9.87)], target)
+    text = target.read_text(encoding="utf-8")
+    assert all(f"<!-- {label} -->" in text for label in tables.LABELS.values())
+    assert "<!-- 9.87 -->" in text
+
+
+def test_under_confident_adapters_are_judged_otherwise() -> None:
+    """Not worse is enough."""
+    rows = [made_row("mle", 0, 1.0, miscalibration=-0.1), made_row("tfb", 0, 1.0)]
+    found = {name: ok for name, _value, ok in tables.judge(rows)}
+    label = f"clinc-domain, {tables.LABELS['tfb']}"
+    assert found[f"{label}, NLL not above MLE's"] and f"{label}, NLL below MLE's" not in found
+
+
+def test_a_seed_without_an_answer_is_no_success() -> None:
+    """Means pair by seed: MLE's AUROC of seeds 0 and 1 is .805, of all three .81."""
+    rows = [made_row("mle", s, 1.0) for s in (0, 1, 2)]
+    rows += [made_row("tfb", s, 0.5, better=True) for s in (0, 1)]
+    rows += [{"point": {**rows[2]["point"], "method": "tfb"}, "left_out": "no bracket",
+              "environment": rows[0]["environment"], "date": "2026-01-01"}]  # fmt: skip
+    found = {name: (value, ok) for name, value, ok in tables.judge(rows)}
+    label = f"clinc-domain, {tables.LABELS['tfb']} (2 of 3 seeds)"
+    assert found[f"{label}, NLL below MLE's"] == ("better in 2, worse in 0 of 3 seeds", False)
+    assert found[f"{label}, AUROC oos at least MLE's"] == ("0.805 against 0.805", False)
+    assert not any(ok for _value, ok in found.values())
+
+
+def test_methods_that_do_not_exist_say_why(
+    causal: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.calibration.methods.why_no_tail", lambda *_: "no prefix")
+    with pytest.raises(LeftOut, match="no prefix"):
+        Methods(causal).run("tfb_tail")
+
+    def no_head(*_: object) -> None:
+        raise ValueError("choices that differ")
+
+    monkeypatch.setattr("benchmarks.calibration.methods.head", no_head)
+    with pytest.raises(LeftOut, match="choices that differ"):
+        Methods(causal).run("laplace")

@@ -1,0 +1,1 @@
+"""PEFT adapters: loading, the bridge to their layers, artifacts and exports."""

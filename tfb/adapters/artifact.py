@@ -1,0 +1,307 @@
+"""The artifact: an ordinary PEFT adapter folder plus a sidecar, written atomically.
+
+    adapter_config.json, adapter_model.safetensors   the adapter, untouched: PEFT loads the folder
+    tfb.json         noise version, sigma, seed, mode, the fit, hashes, library versions
+    tfb.safetensors  A', B', d of every Bayesian layer (SVD factors are saved, since their signs
+                     and degenerate subspaces differ between machines and seeds would not carry)
+
+safetensors only, never pickle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tfb.adapters.bridge import bayesianize
+from tfb.adapters.loading import class_names, load_adapter, load_base, save_adapter
+from tfb.data.encoding import check_label_tokens
+from tfb.draws import stable_layer_id
+from tfb.model import BayesianModel, check_mode
+from tfb.posterior import LowRankPosterior
+from tfb.sampling.choices import check_length_normalization
+from tfb.search.fit import SigmaFit
+from tfb_kernels import NOISE_VERSION
+
+FORMAT_VERSION = 1
+SIDECAR, FACTORS, ADAPTER = "tfb.json", "tfb.safetensors", "adapter_model.safetensors"
+# What a sidecar must hold to be read, with the types that JSON gives.
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "sigma": (int, float),
+    "seed": int,
+    "mode": str,
+    "task": str,
+    "layers": dict,
+    "adapter_sha256": str,
+    "factors_sha256": str,
+    "base": dict,
+}
+# Of an artifact that was written before ``label_tokens`` was.
+OLDER = (
+    "does not say by which tokens choices are scored; all are, where its version left out spaces "
+    "that begin a choice. Fit again, with label_tokens 'last' for an adapter that was trained on "
+    "the last token alone"
+)
+_FINGERPRINT_PARAMETERS = 16
+_FINGERPRINT_ELEMENTS = 4096
+_FINGERPRINT_RTOL = 1e-3  # lets a base be loaded in another dtype, not another set of weights
+
+
+class ArtifactError(ValueError):
+    """An artifact that cannot be written or trusted; the message says what differs."""
+
+
+def check_output_folder(folder: str | Path) -> Path:
+    """The folder as a Path if it is absent or empty.
+
+    Raises:
+        ArtifactError: it holds something already.
+    """
+    path = Path(folder)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ArtifactError(f"{path} already holds something; choose a new folder or remove it")
+    return path
+
+
+def check_family(family: str) -> None:
+    """Raise ArtifactError for a posterior that is not TFB's own (:mod:`tfb.adapters.families`)."""
+    if family != "low_rank":
+        raise ArtifactError(
+            f"family={family!r} is for ablations and cannot be saved; bayesianize with the default "
+            "family"
+        )
+
+
+@contextlib.contextmanager
+def staged_folder(path: Path) -> Iterator[Path]:
+    """A folder beside ``path`` (absent or empty) that takes its place if the block succeeds, and
+    is removed if it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        yield staging
+        # Private until it is whole; then as any new file, whatever its writer made of it.
+        umask = os.umask(0)
+        os.umask(umask)
+        for entry in (staging, *staging.rglob("*")):
+            entry.chmod((0o777 if entry.is_dir() else 0o666) & ~umask)
+        if path.exists():
+            path.rmdir()  # empty: its caller checked, and rmdir refuses if that changed
+        os.replace(staging, path)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def save(
+    bayes: BayesianModel, folder: str | Path, *, fit: SigmaFit | None = None, **extra: Any
+) -> Path:
+    """Write ``bayes`` with its sigma to a new folder; all of it or nothing appears.
+
+    Args:
+        folder: absent or empty. fit: the search's record. extra: JSON values kept under "extra".
+
+    Raises:
+        ArtifactError: the folder holds something, sigma is not set, or the posterior is of another
+            family than TFB's.
+        ValueError: the model no longer carries the posterior, or carries it merged.
+    """
+    path = check_output_folder(folder)
+    if bayes.sigma is None:
+        raise ArtifactError("sigma is not set: run tfb.fit_sigma or assign bayes.sigma first")
+    if not (math.isfinite(bayes.sigma) and bayes.sigma >= 0):
+        raise ArtifactError(f"sigma={bayes.sigma}: expected a finite number >= 0")
+    check_family(bayes.family)
+    bayes.check_attached()
+    with staged_folder(path) as staging:
+        save_adapter(bayes.model, bayes.adapter, staging, source=bayes.source)
+        tensors: dict[str, torch.Tensor] = {}
+        for name, p in bayes.posteriors.items():
+            tensors |= {f"{name}.A": p.A, f"{name}.B": p.B, f"{name}.d": p.d}
+        save_file({k: v.contiguous() for k, v in tensors.items()}, str(staging / FACTORS))
+        sidecar = {
+            "format_version": FORMAT_VERSION,
+            "noise_version": NOISE_VERSION,
+            "sigma": bayes.sigma,
+            "seed": bayes.seed,
+            "mode": bayes.mode,
+            "tail": bayes.tail,
+            "length_normalization": bayes.length_normalization,
+            "label_tokens": bayes.label_tokens,
+            "labels": class_names(bayes.task, bayes.base.config, bayes.labels),
+            "task": bayes.task,
+            "layers": {name: p.scaling for name, p in bayes.posteriors.items()},
+            "layer_scales": bayes.layer_scales,
+            "adapter_sha256": file_sha256(staging / ADAPTER),
+            "factors_sha256": file_sha256(staging / FACTORS),
+            "base": base_fingerprint(bayes.base),
+            "fit": None if fit is None else fit.to_dict(),
+            "extra": extra,
+            "versions": library_versions(),
+        }
+        (staging / SIDECAR).write_text(json.dumps(sidecar, indent=2, allow_nan=False) + "\n")
+    return path
+
+
+def read_sidecar(folder: str | Path) -> dict[str, Any]:
+    """tfb.json of an artifact, checked for format and noise version.
+
+    Raises:
+        ArtifactError: not an artifact, damaged, or of another version.
+    """
+    path = Path(folder) / SIDECAR
+    if not path.is_file():
+        what = f"no {SIDECAR}" if Path(folder).is_dir() else "no such folder"
+        raise ArtifactError(f"{folder}: {what}; expected a folder written by tfb fit")
+    try:
+        data: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise ArtifactError(f"{path}: not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ArtifactError(f"{path}: damaged, not a JSON object")
+    for key, ours in (("format_version", FORMAT_VERSION), ("noise_version", NOISE_VERSION)):
+        if data.get(key) != ours:
+            raise ArtifactError(
+                f"{folder}: {key} is {data.get(key)}, this library has {ours}; fit the adapter "
+                "again with this version, or use the version that wrote it "
+                f"({data.get('versions', {}).get('tfb', 'unknown')})"
+            )
+    bad = [key for key, types in _FIELDS.items() if not isinstance(data.get(key), types)]
+    labels = data.get("labels")
+    if labels is not None and not (
+        isinstance(labels, list) and all(isinstance(name, str) for name in labels)
+    ):
+        bad.append("labels")
+    if not bad and not (math.isfinite(data["sigma"]) and data["sigma"] >= 0):
+        bad = ["sigma"]
+    if bad:
+        raise ArtifactError(f"{path}: damaged, no usable {', '.join(bad)}; fit again")
+    return data
+
+
+def load(base_model: nn.Module | str | Path, folder: str | Path) -> BayesianModel:
+    """The :class:`BayesianModel` that was saved: same factors, same noise, same bits.
+
+    Args:
+        base_model: the transformers model that the adapter belongs to (changed in place by
+            PEFT), or its folder or hub name. folder: the artifact.
+
+    Raises:
+        ArtifactError: damaged, of another version, or of another base model.
+        AdapterError: the adapter does not fit the base model.
+    """
+    folder = Path(folder)
+    sidecar = read_sidecar(folder)
+    for file, digest in ((ADAPTER, "adapter_sha256"), (FACTORS, "factors_sha256")):
+        if not (folder / file).is_file():
+            raise ArtifactError(f"{folder}: {file} is missing")
+        if file_sha256(folder / file) != sidecar[digest]:
+            raise ArtifactError(f"{folder}: {file} has changed since the fit; fit again")
+    check_mode(sidecar["mode"], sidecar.get("tail"))
+    normalization = sidecar.get("length_normalization", "none")  # absent before choices had several
+    check_length_normalization(normalization)
+    label_tokens = sidecar.get("label_tokens", "all")
+    check_label_tokens(label_tokens)
+    if not isinstance(base_model, nn.Module):
+        base_model = load_base(base_model, folder)
+    model = load_adapter(base_model, folder)
+    tensors = load_file(str(folder / FACTORS))
+    scalings = sidecar["layers"]
+    missing = {f"{n}.{t}" for n in scalings for t in "ABd"} - set(tensors)
+    if missing:
+        raise ArtifactError(f"{folder}: {FACTORS} lacks {', '.join(sorted(missing)[:4])}")
+    posteriors = {
+        name: LowRankPosterior(
+            name=name,
+            layer_id=stable_layer_id(name),
+            A=tensors[f"{name}.A"],
+            B=tensors[f"{name}.B"],
+            d=tensors[f"{name}.d"],
+            scaling=scaling,
+        )
+        for name, scaling in scalings.items()
+    }
+    bayes = bayesianize(
+        model, layers=posteriors.__contains__, seed=sidecar["seed"], posteriors=posteriors
+    )
+    _check_fingerprint(folder, sidecar["base"], base_fingerprint(bayes.base))
+    bayes.sigma, bayes.source = sidecar["sigma"], folder
+    bayes.set_layer_scales(sidecar.get("layer_scales") or bayes.layer_scales)
+    bayes.set_mode(sidecar["mode"], sidecar.get("tail"))
+    bayes.length_normalization, bayes.label_tokens = normalization, label_tokens
+    bayes.labels = sidecar.get("labels")
+    if "label_tokens" not in sidecar and bayes.task != "SEQ_CLS":
+        warnings.warn(f"{folder}: {OLDER}", stacklevel=2)
+    return bayes
+
+
+def base_fingerprint(base: nn.Module) -> dict[str, Any]:
+    """What identifies a base model: its type, its parameters' names and shapes, and the mean
+    magnitude of a few parameters' first elements (insensitive to the dtype it is loaded in)."""
+    shapes, samples = hashlib.sha256(), {}
+    parameters = sorted(
+        (name.replace(".base_layer", ""), p)
+        for name, p in base.named_parameters()
+        if not any(part in name for part in ("lora_", "modules_to_save", "original_module"))
+    )
+    stride = max(1, len(parameters) // _FINGERPRINT_PARAMETERS)
+    for i, (name, p) in enumerate(parameters):
+        shapes.update(f"{name}:{list(p.shape)}\n".encode())
+        if i % stride == 0 and p.is_floating_point():
+            samples[name] = float(
+                p.detach().flatten()[:_FINGERPRINT_ELEMENTS].double().abs().mean()
+            )
+    return {
+        "model_type": getattr(base.config, "model_type", type(base).__name__),
+        "shapes_sha256": shapes.hexdigest(),
+        "mean_magnitudes": samples,
+    }
+
+
+def _check_fingerprint(folder: Path, saved: dict[str, Any], found: dict[str, Any]) -> None:
+    if saved["shapes_sha256"] != found["shapes_sha256"]:
+        raise ArtifactError(
+            f"{folder}: fitted on another base model ({saved['model_type']}; this one is "
+            f"{found['model_type']} with other parameters); load the base it was fitted on"
+        )
+    for name, value in saved["mean_magnitudes"].items():
+        other = found["mean_magnitudes"].get(name, float("nan"))
+        if not abs(other - value) <= _FINGERPRINT_RTOL * abs(value):
+            raise ArtifactError(
+                f"{folder}: fitted on a base model with other weights (first difference: {name}); "
+                "load the base it was fitted on"
+            )
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what results depend on."""
+    found = {"noise": str(NOISE_VERSION), "torch": torch.__version__}
+    for package in ("tfb", "transformers", "peft", "triton"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def file_sha256(path: Path) -> str:
+    """Of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

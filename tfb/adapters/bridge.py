@@ -1,0 +1,346 @@
+"""The PEFT bridge: what tfb knows of PEFT's layers is here; adapter files are in tfb.adapters.loading.
+
+``bayesianize`` puts a :class:`BayesVariant` into each LoRA layer's variant slot
+(``module.lora_variant[adapter]``). PEFT consults the slot in forward, merge and unmerge, so
+disable_adapter, several adapters and merge_and_unload (which merges the mean) keep their meaning.
+Layers of PEFT that do not consult it, or whose slot is taken, are refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraVariant
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from tfb.adapters.families import FAMILIES, in_family
+from tfb.adapters.loading import TASKS
+from tfb.adapters.selection import LastLayers, LayerPredicate, select_layers
+from tfb.draws import stable_layer_id
+from tfb.linear import LowRankSampler, is_plain, plain_weight
+from tfb.model import BayesianModel
+from tfb.posterior import AdapterError, LowRankPosterior
+from tfb.sampling.fan_out import ForwardPass, SamplingState, sampling_state
+
+# LoRA layer classes whose forward consults the variant slot (read in peft 0.18 - 0.21).
+SUPPORTED_LAYERS = frozenset(
+    {"Linear", "Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear"}
+)
+
+
+class BayesVariant(LoraVariant):
+    """A LoRA layer's update, drawn from its posterior while its model is sampling."""
+
+    def __init__(self, owner: int, sampler: LowRankSampler) -> None:
+        self.owner = owner
+        self.sampler = sampler
+
+    # PEFT declares these static; an instance serves as well and can hold the sampler.
+    def forward(  # type: ignore[override]
+        self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
+    ) -> Tensor:
+        x = module.lora_dropout[active_adapter](x)
+        A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        scaling = module.scaling[active_adapter]
+        state = sampling_state(self.owner)
+        if state is None or state.mean:
+            return result + B(A(x)) * scaling  # PEFT's own arithmetic, to the bit
+        bias = None if B.bias is None else B.bias * scaling
+        return self._sample(x, result, state, bias)
+
+    def merged(self, module: Any, adapter: str, x: Tensor) -> Tensor | None:
+        """The layer's output by merged weights, base product and update in one; None where there is
+        nothing to sample, or where adding costs less."""
+        state = sampling_state(self.owner)
+        running = None if state is None else state.running
+        if state is None or running is None or not _apart(running, x):
+            return None
+        if module.disable_adapters or module.merged or not _silent(module.lora_dropout[adapter]):
+            return None
+        (weight, bias), own = _dense(module), module.lora_B[adapter].bias
+        rows = x.numel() // max(1, x.shape[-1] * running.draws)
+        if weight is None or not self.sampler.merges(x, rows, state.draws, weight, bias, own):
+            return None
+        if own is not None:
+            own = own * module.scaling[adapter]
+            bias = (own if bias is None else bias + own).to(weight.dtype)
+        y = self.sampler.merged(_by_draw(running, x), weight, bias, state.draws)
+        return _as_given(running, y, x)
+
+    def _sample(
+        self, x: Tensor, result: Tensor, state: SamplingState, bias: Tensor | None
+    ) -> Tensor:
+        draws, running = state.draws, state.running
+        S, n, m = len(draws), x.shape[-1], result.shape[-1]
+        if running is None:
+            raise RuntimeError(
+                f"{self.sampler.posterior.name}: called outside the model's forward pass while "
+                f"sampling {S} draws; call the model, or leave sampling()"
+            )
+        if running.folded or running.sharing:  # the common rows alone
+            y = self.sampler(x.reshape(-1, n), result.reshape(-1, m), draws, bias=bias)
+            return y.view(S * x.shape[0], *result.shape[1:])
+        if not _apart(running, x):
+            raise RuntimeError(
+                f"{self.sampler.posterior.name}: got an input of shape {list(x.shape)} while "
+                f"sampling {S} draws of {running.batch} rows; the model routes or reshapes rows. "
+                "Exclude the layer with layers="
+            )
+        base = _by_draw(running, result)
+        # PEFT made this tensor for us: unless autograd still needs it, it is ours to change.
+        inplace = base.is_contiguous() and not result.requires_grad
+        y = self.sampler(_by_draw(running, x), base, draws, bias=bias, inplace=inplace)
+        return _as_given(running, y, x)
+
+    def _delta(self, module: Any, active_adapter: str, like: Tensor) -> Tensor:
+        delta: Tensor = module.get_delta_weight(active_adapter)
+        return delta.to(like.dtype)
+
+    def merge_safe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
+        return orig_weight + self._delta(module, active_adapter, orig_weight)
+
+    def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> None:  # type: ignore[override]
+        # As PEFT does: added in the delta's precision, rounded to the weight's once.
+        orig_weight.data += module.get_delta_weight(active_adapter)
+
+    def unmerge(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
+        return orig_weight - self._delta(module, active_adapter, orig_weight)
+
+
+def _apart(running: ForwardPass, x: Tensor) -> bool:
+    """Whether x holds an input of its own for each draw, in the order that a pass expects."""
+    if running.folded or running.sharing:
+        return False
+    return running.tree or (x.dim() >= 2 and x.shape[0] % running.rows == 0)
+
+
+def _by_draw(running: ForwardPass, x: Tensor) -> Tensor:
+    """[S, T, n]: draw-major rows as they are; those of a tree, [B, S * k, n], one draw after the
+    other."""
+    S, n = running.draws, x.shape[-1]
+    if running.tree:
+        x = x.reshape(x.shape[0], S, -1, n).transpose(0, 1)
+    return x.reshape(S, -1, n)
+
+
+def _as_given(running: ForwardPass, y: Tensor, x: Tensor) -> Tensor:
+    """y [S, T, m] with rows and axes as those of the layer's input x."""
+    m = y.shape[-1]
+    if running.tree:
+        y = y.view(running.draws, x.shape[0], -1, m).transpose(0, 1).reshape(*x.shape[:-1], m)
+        return y.contiguous()  # as a linear layer's output is: some models view it
+    return y.view(*x.shape[:-1], m)
+
+
+def _dense(module: Any) -> tuple[Tensor | None, Tensor | None]:
+    """(W [m, n], bias [m]) of a LoRA layer's base, W None unless it is an ordinary matrix."""
+    base = module.base_layer  # what PEFT calls: another tuner's layer is none of these
+    weight, bias = plain_weight(base, nn.Linear, Conv1D)
+    if weight is not None and isinstance(base, Conv1D):
+        weight = weight.mT
+    return weight, bias
+
+
+def _silent(dropout: nn.Module) -> bool:
+    """Whether a layer's dropout changes nothing now."""
+    idle = isinstance(dropout, nn.Identity) or not dropout.training
+    return idle and is_plain(dropout, nn.Identity, nn.Dropout)
+
+
+class MergingLinear(LoraLinear):
+    """PEFT's LoRA layer, which takes merged weights where these cost less.
+
+    A class, and no ``forward`` of an instance: copies of a module (``nn.DataParallel``) call their
+    own.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        active = [a for a in self.active_adapters if a in self.lora_A]
+        if not args and not kwargs and len(active) == 1:
+            variant = self.lora_variant.get(active[0])
+            if isinstance(variant, BayesVariant):
+                y = variant.merged(self, active[0], x)
+                if y is not None:
+                    return y
+        # Not super(): a hook may hold this method when ``detach`` has taken the class back.
+        found: Tensor = LoraLinear.forward(self, x, *args, **kwargs)
+        return found
+
+
+# --- bayesianize --------------------------------------------------------------------------------
+
+
+def bayesianize(
+    peft_model: nn.Module,
+    adapter: str = "default",
+    layers: str | LayerPredicate | LastLayers | None = None,
+    seed: int = 0,
+    *,
+    posteriors: dict[str, LowRankPosterior] | None = None,
+    family: str = "low_rank",
+) -> BayesianModel:
+    """Give a PEFT LoRA model's adapter a posterior, in place (TFB, section 3).
+
+    Outside ``bayes.sampling`` the model computes what it did before, bit for bit; only mixed
+    batches (adapter_names) on a half-precision base, where PEFT rounds a plain adapter's product
+    once more than a variant's, agree to that rounding.
+
+    Args:
+        peft_model: a ``peft.PeftModel`` for CAUSAL_LM, SEQ_2_SEQ_LM or SEQ_CLS with a trained LoRA
+            adapter.
+        adapter: its name.
+        layers: which adapted modules get noise; see :func:`tfb.adapters.selection.select_layers`. The
+            others stay deterministic.
+        seed: default seed of the draws.
+        posteriors: saved factors by module name (an artifact's); default: computed here.
+        family: "low_rank" (TFB), or "constant" or "full_rank" for the ablation, which no artifact
+            can hold; see :mod:`tfb.adapters.families`.
+
+    Returns:
+        The model's :class:`BayesianModel`; ``sigma`` is None until it is fitted or set.
+
+    Raises:
+        AdapterError: no such adapter, not LoRA, an unsupported kind of layer or LoRA variant
+            (named), an untrained, merged, damaged or already Bayesianized adapter.
+        ValueError: ``layers`` selects nothing; an unknown family.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"family={family!r}: expected one of {', '.join(FAMILIES)}")
+    task = _check_adapter(peft_model, adapter)
+    assert isinstance(peft_model, PeftModel)  # _check_adapter said so
+    base = peft_model.get_base_model()
+    adapted = _adapted_modules(base, adapter)
+    names = select_layers(list(adapted), layers)
+    problems = [p for name in names if (p := _refusal(name, adapted[name], adapter))]
+    if problems:
+        shown = "\n  ".join(problems[:8]) + (
+            f"\n  ... and {len(problems) - 8} more" if len(problems) > 8 else ""
+        )
+        raise AdapterError(
+            f"adapter {adapter!r} cannot be Bayesianized:\n  {shown}\nModules that should stay "
+            "deterministic can be excluded with layers="
+        )
+    _check_layer_ids(names)
+    if posteriors is not None and set(posteriors) != set(names):
+        odd = sorted(set(posteriors) ^ set(names))
+        raise AdapterError(f"saved posterior and adapter differ in modules: {', '.join(odd[:8])}")
+    samplers = {
+        name: LowRankSampler(
+            in_family(
+                posteriors[name] if posteriors else _posterior(name, adapted[name], adapter), family
+            )
+        )
+        for name in names
+    }
+    bayes = BayesianModel(peft_model, adapter, samplers, task=task, seed=seed, family=family)
+    for name, sampler in samplers.items():
+        layer = adapted[name]
+        layer.lora_variant[adapter] = BayesVariant(bayes.owner, sampler)
+        if type(layer) is LoraLinear:  # others add
+            layer.__class__ = MergingLinear
+    return bayes
+
+
+def detach(bayes: BayesianModel) -> None:
+    """Take our variants out of the model again."""
+    for name in bayes.samplers:
+        layer: Any = bayes.base.get_submodule(name)
+        variants = getattr(layer, "lora_variant", {})  # an unloaded model has plain layers again
+        variant = variants.get(bayes.adapter)
+        if isinstance(variant, BayesVariant) and variant.owner == bayes.owner:
+            del variants[bayes.adapter]
+        ours = isinstance(layer, MergingLinear)
+        if ours and not any(isinstance(v, BayesVariant) for v in variants.values()):
+            layer.__class__ = LoraLinear
+
+
+def without_weights(bayes: BayesianModel) -> list[str]:
+    """Noisy layers that cannot merge: others' forward, or a base without a ``plain_weight``."""
+    layers = {name: bayes.base.get_submodule(name) for name in bayes.samplers}
+    return [
+        name
+        for name, layer in layers.items()
+        if type(layer) is not MergingLinear or "forward" in vars(layer) or _dense(layer)[0] is None
+    ]
+
+
+def _check_adapter(model: nn.Module, adapter: str) -> str:
+    if not isinstance(model, PeftModel):
+        raise AdapterError(
+            f"expected a peft.PeftModel, got {type(model).__name__}; load the adapter with "
+            "PeftModel.from_pretrained or tfb.load_adapter, or use tfb.BayesLoRALinear directly"
+        )
+    if adapter not in model.peft_config:
+        raise AdapterError(f"no adapter {adapter!r}; the model has: {', '.join(model.peft_config)}")
+    config = model.peft_config[adapter]
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind != "LORA":
+        raise AdapterError(f"adapter {adapter!r} is {kind}; only LORA adapters have this posterior")
+    task = str(getattr(config.task_type, "value", config.task_type))
+    if task not in TASKS:
+        raise AdapterError(
+            f"adapter {adapter!r} has task_type {task}; supported: {', '.join(TASKS)} (set it in "
+            "the adapter's LoraConfig)"
+        )
+    return task
+
+
+def _adapted_modules(base: nn.Module, adapter: str) -> dict[str, Any]:
+    """Every module of ``base`` that carries weights of ``adapter``, by qualified name."""
+    found = {}
+    for name, module in base.named_modules():
+        if isinstance(module, LoraLayer) and any(
+            adapter in getattr(module, slot, {})
+            for slot in ("lora_A", "lora_embedding_A", "lora_magnitude_vector")
+        ):
+            found[name] = module
+    if not found:
+        raise AdapterError(f"adapter {adapter!r} touches no module of this model")
+    return found
+
+
+def _refusal(name: str, module: Any, adapter: str) -> str | None:
+    """Why this module cannot be sampled, or None."""
+    kind = type(module).__name__
+    if kind not in SUPPORTED_LAYERS and not isinstance(module, MergingLinear):
+        return (
+            f"{name}: LoRA on {kind} is not supported (PEFT's {kind} does not offer the hook, or "
+            "it is not a linear map of activations)"
+        )
+    if "experts" in name.split("."):
+        return f"{name}: mixture-of-experts layers see routed rows, which sampling cannot follow"
+    held = module.lora_variant.get(adapter)
+    if isinstance(held, BayesVariant):
+        return f"{name}: already Bayesianized; call remove() on the first BayesianModel"
+    if held is not None:
+        return f"{name}: LoRA variant {type(held).__name__} is not plain LoRA"
+    if module.use_dora.get(adapter, False):
+        return f"{name}: DoRA is not plain LoRA"
+    if module.merged:
+        return f"{name}: the adapter is merged into the base; call unmerge_adapter() first"
+    return None
+
+
+def _check_layer_ids(names: Sequence[str]) -> None:
+    seen: dict[int, str] = {}
+    for name in names:
+        other = seen.setdefault(stable_layer_id(name), name)
+        if other != name:
+            raise AdapterError(
+                f"modules {other!r} and {name!r} have the same 32-bit noise identity; exclude one "
+                "with layers="
+            )
+
+
+def _posterior(name: str, module: Any, adapter: str) -> LowRankPosterior:
+    A, B = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+    if A.is_meta or B.is_meta:
+        raise AdapterError(f"{name}: weights are on the meta device; load them first")
+    return LowRankPosterior.from_lora(
+        A, B, module.scaling[adapter], name=name, layer_id=stable_layer_id(name)
+    )

@@ -1,0 +1,298 @@
+"""What the commands have in common: checks, loading, and what is printed."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from tfb.data.batching import EncodedRows
+    from tfb.data.encoding import RowEncoder
+    from tfb.data.rows import Row, RowFormat
+
+out = Console(width=None if sys.stdout.isatty() else 120)
+
+
+def quiet() -> None:
+    """One message each from us; the libraries' own progress and advice stay out of the way."""
+    import transformers
+
+    # PEFT asks transformers for an old name whenever it wraps a model; users can do nothing.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+    # Said by ``choose_label_tokens``.
+    warnings.filterwarnings("ignore", message=".* does not say by which tokens choices are scored")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def check_draws(draws: int) -> None:
+    if draws < 2 or draws % 2:
+        raise ValueError(f"--draws {draws}: expected a positive even number (antithetic pairs)")
+
+
+def check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"--batch-size {batch_size}: expected at least 1")
+
+
+def check_labels(rows: Sequence[Any], needed: str) -> None:
+    """Refuse the first row without a label, by file and line; ``needed``: by what."""
+    if bare := [row.source for row in rows if row.label is None]:
+        raise ValueError(
+            f"{bare[0]}: no label; {needed}; if its column has another name: --columns label=NAME"
+        )
+
+
+# --- how rows are read ----------------------------------------------------------------------------
+
+Columns = Annotated[
+    list[str] | None,
+    typer.Option("--columns", help="ours=yours: text=sentence,label=gold; repeatable"),
+]
+Labels = Annotated[
+    str | None,
+    typer.Option(
+        help="names of the classes in order, a,b,c or a file with one a line; for language models "
+        "the choices of rows that bring none; fit keeps them"
+    ),
+]
+Truncate = Annotated[
+    str | None, typer.Option(help="left or right: cut rows that are too long, and say so")
+]
+LABEL_TOKENS_HELP = "by which tokens choices are scored: all, or the last one (authors' scripts)"
+
+
+def parse_columns(options: Sequence[str] | None) -> dict[str, str]:
+    """ "prompt=question,choices=options" as {"prompt": "question", "choices": "options"}.
+
+    Raises:
+        ValueError: not of that form, or a name on the left twice.
+    """
+    found: dict[str, str] = {}
+    for pair in (p for option in options or () for p in option.split(",")):
+        ours, separator, theirs = map(str.strip, pair.partition("="))
+        if not (separator and ours and theirs):
+            raise ValueError(f"--columns {pair!r}: expected name=column, such as text=sentence")
+        if ours in found:
+            raise ValueError(f"--columns {pair}: {ours!r} is named twice")
+        found[ours] = theirs
+    return found
+
+
+def parse_labels(option: str | None) -> tuple[str, ...] | None:
+    """ "a,b,c", or the lines of a file of that name, as ("a", "b", "c")."""
+    if option is None:
+        return None
+    file = Path(option)
+    lines = file.read_text(encoding="utf-8").split("\n") if file.is_file() else None
+    names = option.split(",") if lines is None else [line for line in lines if line.strip()]
+    return tuple(name.strip() for name in names)
+
+
+@dataclass(frozen=True)
+class Input:
+    """Rows of files as a command reads them: for an adapter or artifact, before its weights are.
+
+    Attributes:
+        tokenizer: of the base model. form: how fields become rows. encoder: makes tokens of them.
+    """
+
+    tokenizer: Any
+    form: RowFormat
+    encoder: RowEncoder
+
+    @classmethod
+    def of(
+        cls,
+        model: str,
+        adapter: str | Path,
+        columns: Sequence[str] | None,
+        labels: str | None,
+        truncate: str | None,
+        *,
+        label_tokens: str,
+        length_normalization: str,
+        saved: Sequence[str] | None = None,
+    ) -> Input:
+        """Read configurations and the tokenizer; ``saved``: the labels of an artifact.
+
+        Raises:
+            ValueError: options that cannot work, another number of labels than the head has.
+        """
+        from tfb.adapters.loading import adapter_config, base_config, class_names
+        from tfb.data.encoding import RowEncoder
+        from tfb.data.rows import RowFormat
+        from tfb.scoring.rows import load_tokenizer
+
+        given, named = parse_columns(columns), parse_labels(labels)
+        tokenizer = load_tokenizer(model)
+        task = str(adapter_config(adapter).get("task_type"))
+        config = base_config(model, adapter)
+        encoder = RowEncoder.of(
+            tokenizer,
+            task,
+            config,
+            label_tokens=label_tokens,
+            length_normalization=length_normalization,
+            truncate=truncate,
+        )
+        form = RowFormat(given, class_names(task, config, named, saved), task)
+        return cls(tokenizer, form, encoder)
+
+    def read(self, path: Path, limit: int | None) -> list[Row]:
+        """The rows of a file, folder or pattern."""
+        from tfb.data.readers import read_rows
+
+        return read_rows(path, self.form, limit=limit)
+
+    def encode(self, rows: Sequence[Row]) -> EncodedRows:
+        """The rows as tokens; says so if some were cut."""
+        encoded = self.encoder(rows)
+        if cut := encoded.rows_cut:
+            note(
+                f"{cut} of {len(rows)} rows were cut on the {self.encoder.truncate} to "
+                f"{self.encoder.limit} tokens"
+            )
+        return encoded
+
+
+def load_artifact(
+    model: str, artifact: Path, tokenizer: Any, mode: str | None = None, tail: int | None = None
+) -> Any:
+    import tfb
+    from tfb.scoring.rows import set_padding, to_device
+
+    bayes = tfb.load(model, artifact)
+    set_padding(bayes, tokenizer)
+    to_device(bayes)
+    note_mode((bayes.mode, bayes.tail), mode, tail)
+    if mode is not None:
+        bayes.set_mode(mode, tail)
+    return bayes
+
+
+def note_mode(searched: tuple[str, int | None], mode: str | None, tail: int | None) -> None:
+    """Say that sigma was searched in another mode than the one asked for (None: in that one)."""
+    if mode is not None and searched != (mode, tail):
+        note(
+            f"sigma was searched with mode={searched[0]} tail={searched[1]}; it need not suit "
+            f"mode={mode} tail={tail}"
+        )
+
+
+def choose_label_tokens(
+    artifact: str | Path, sidecar: Mapping[str, Any], given: str | None = None
+) -> str:
+    """The convention by which choices are scored: ``given``, or an artifact's. Says so if it is not
+    the one that the adapter was trained for."""
+    from tfb.adapters.artifact import OLDER
+
+    chosen = given or str(sidecar.get("label_tokens", "all"))
+    figures = (sidecar.get("extra") or {}).get("label_tokens_nll")
+    if isinstance(figures, dict) and _least(figures) != chosen:
+        note(f"label_tokens is {chosen!r}, but {_trained_for(figures)}")
+    elif given is None and "label_tokens" not in sidecar and sidecar["task"] != "SEQ_CLS":
+        note(f"{artifact}: {OLDER}")
+    return chosen
+
+
+def note(text: str) -> None:
+    """A remark on stderr."""
+    Console(stderr=True).print(f"note: {text}", soft_wrap=True, markup=False, highlight=False)
+
+
+# --- what is printed and written ------------------------------------------------------------------
+
+
+@contextmanager
+def progress_bar(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, so that stdout stays clean; yields ``advance(n)``."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda n: bar.advance(task, n)
+
+
+def print_fit(found: Any) -> None:
+    """The curve and the answer."""
+    table = Table(title=f"{found.metric} on {found.anchors} anchors")
+    for heading in ("sigma", "loss", "change", "± anchors", "± draws", "anchors"):
+        table.add_column(heading, justify="right")
+    for p in found.curve:
+        change = p.loss - found.baseline
+        table.add_row(
+            f"{p.sigma:.5g}", f"{p.loss:.4f}", f"{change:+.4f}", f"{p.standard_error:.4f}",
+            f"{p.draw_standard_error:.4f}", str(p.anchors or found.anchors),
+        )  # fmt: skip
+    out.print(table)
+    kl = "" if found.kl is None else f", KL {found.kl:.4g} nats"
+    lam = "" if found.implied_lambda is None else f", implied lambda {found.implied_lambda:.3g}"
+    out.print(
+        f"sigma = {found.sigma:.6g} ({found.objective}; {found.stopped}; "
+        f"{found.passes:.4g} passes{kl}{lam})", markup=False, soft_wrap=True
+    )  # fmt: skip
+    if found.interval is not None:
+        low, high = found.interval
+        end = "beyond what was measured" if high is None else f"{high:.4g}"
+        out.print(f"95 % interval over anchors and draws: {low:.4g} to {end}", soft_wrap=True)
+    for note in found.notes:
+        out.print(f"note: {note}", markup=False, soft_wrap=True)
+
+
+def print_label_tokens(figures: Mapping[str, float], chosen: str) -> None:
+    """By which tokens of the choices the adapter was trained, as its NLL on the anchors tells."""
+    out.print(f"label_tokens: {_trained_for(figures)}", markup=False, soft_wrap=True)
+    if (trained := _least(figures)) != chosen:
+        note(
+            f"the search goes on with {chosen!r}, where the adapter's figures are wrong; stop it "
+            f"and fit with --label-tokens {trained}"
+        )
+
+
+def _trained_for(figures: Mapping[str, float]) -> str:
+    said = " and ".join(f"{nll:.4g} with {name!r}" for name, nll in figures.items())
+    return f"the adapter was trained for {_least(figures)!r}: on the anchors its NLL is {said}"
+
+
+def _least(figures: Mapping[str, float]) -> str:
+    return min(figures, key=figures.__getitem__)
+
+
+def print_metrics(found: list[Any]) -> None:
+    """One table: a row for each evaluation."""
+    from tfb.evaluation.metrics import evaluate as measure
+
+    table = Table()
+    for heading in ("data", "method", "accuracy %", "NLL", "ECE %", "Brier", "conf-acc %",
+                    "flipped %"):  # fmt: skip
+        table.add_column(heading, justify="left" if heading in ("data", "method") else "right")
+    for e in found:
+        reference = next(f for f in found if f.dataset == e.dataset).probs.argmax(-1)
+        m = measure(e.probs, e.labels, reference_predictions=reference)
+        table.add_row(
+            e.dataset, e.name, f"{100 * m.accuracy:.2f}", f"{m.nll:.4f}", f"{100 * m.ece:.2f}",
+            f"{m.brier:.4f}", f"{100 * m.miscalibration:+.2f}", f"{100 * (m.flip_ratio or 0):.2f}",
+        )  # fmt: skip
+    out.print(table)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomically, in a folder that is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, path)

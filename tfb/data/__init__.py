@@ -1,0 +1,1 @@
+"""Rows: reading, checking, encoding and batching them."""

@@ -1,0 +1,1 @@
+"""``tfb demo`` and its data."""

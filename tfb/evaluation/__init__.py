@@ -1,0 +1,1 @@
+"""Calibration metrics, paired comparisons and the report."""

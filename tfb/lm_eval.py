@@ -1,0 +1,274 @@
+"""The model ``tfb`` of lm-evaluation-harness: log-probabilities of the posterior predictive.
+
+    python -m tfb.lm_eval --model tfb --model_args pretrained=M,artifact=DIR,draws=10 --tasks ...
+
+    loglikelihood           log mean_s prod_t p_s(token t | context and earlier tokens): a draw is
+                            one weight sample for the whole continuation, so products come before
+                            the average
+    is_greedy               every token is the most likely one of mean_s p_s(. | what is before
+                            it), the distribution that bayes.generate takes its tokens from
+    loglikelihood_rolling   likewise over all windows of a text
+    generate_until          bayes.generate
+
+Tokenization, windows, truncation from the left with a warning, stop sequences and chat templates
+are the harness's own (its HFLM), so that at sigma = 0 results are those of model ``hf``. Unlike
+``tfb evaluate``, the harness does not normalize over the choices of a row in each draw.
+
+Importing this file imports lm_eval, an extra: pip install "tfb[lm-eval]".
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.utils_hf import stop_sequences_criteria
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ImportError as error:
+    raise ImportError(
+        f'tfb.lm_eval needs lm-evaluation-harness ({error}): pip install "tfb[lm-eval]"'
+    ) from error
+
+from tfb.adapters.artifact import load
+from tfb.draws import Draws
+from tfb.model import BayesianModel
+from tfb.sampling.inputs import evaluating
+from tfb.sampling.memory import chunks, draws_that_fit
+from tfb_kernels import NOISE_VERSION
+
+log = logging.getLogger(__name__)
+Encoded = tuple[list[int], list[int]]  # tokens of the context and of what follows it
+
+# Log-probabilities of one pass, draws x rows x positions x vocabulary: 1 GiB of float32.
+_MOST = 1 << 28
+
+
+@register_model("tfb")
+class BayesianLM(HFLM):
+    """A :class:`BayesianModel` as the harness sees a causal language model."""
+
+    def __init__(
+        self,
+        pretrained: str | BayesianModel,
+        artifact: str | Path | None = None,
+        *,
+        tokenizer: Any = None,
+        draws: int | Draws = 10,
+        draws_per_pass: int | None = None,
+        batch_size: int | str = 1,
+        max_length: int | None = None,
+        add_bos_token: bool | None = None,
+        prefix_token_id: int | None = None,
+        device: str | None = None,
+    ) -> None:
+        """Load an artifact, or wrap a model.
+
+        Args:
+            pretrained: the base model's folder or hub name; or a BayesianModel, which then needs
+                ``tokenizer``.
+            artifact: the folder written by ``tfb fit``, with the base model's name.
+            tokenizer: a tokenizer or the name of one; default: the base model's.
+            draws: a number of antithetic draws at the artifact's sigma and seed, or Draws.
+            draws_per_pass: most draws in one forward pass; None: as many as fit into memory.
+            batch_size: rows in a pass, a number ("auto" is not supported).
+            max_length, add_bos_token, prefix_token_id: as for the harness's model ``hf``.
+            device: where to move the model; None, or a GPU that is not there: where it is.
+
+        Raises:
+            ValueError: artifact or tokenizer missing, not a causal language model, tail mode,
+                token noise, sigma not set, odd draws, or batch_size not a number.
+        """
+        if isinstance(pretrained, BayesianModel):
+            bayes = pretrained
+            if artifact is not None or tokenizer is None:
+                raise ValueError("tfb: a BayesianModel comes with a tokenizer, without an artifact")
+        else:
+            if artifact is None:
+                raise ValueError("tfb: artifact is missing; name the folder written by tfb fit")
+            bayes = load(pretrained, artifact)
+            tokenizer = pretrained if tokenizer is None else tokenizer
+        if bayes.task != "CAUSAL_LM":
+            raise ValueError(f"tfb: needs a causal language model, not {bayes.task}")
+        if bayes.mode != "full":
+            raise ValueError(
+                f"tfb: sigma was searched with mode={bayes.mode!r}, noise at the last positions "
+                "of a prompt only, which continuations of several tokens do not have; fit with "
+                "mode 'full'"
+            )
+        if not str(batch_size).isdigit() or int(batch_size) < 1:
+            raise ValueError(f"tfb: batch_size={batch_size!r} is not supported; give a number")
+        self.bayes = bayes
+        self.draws = bayes.draws(draws)
+        self.draws_per_pass = draws_per_pass
+        if self.draws.noise != "weight":
+            raise ValueError("tfb: needs weight noise, one weight sample for all tokens")
+        if device is not None and not torch.cuda.is_available() and device.startswith("cuda"):
+            # The harness asks for "cuda:0" where its user asked for nothing.
+            log.warning("no %s here: the model stays on %s", device, bayes.device)
+        elif device is not None:
+            bayes.model.to(device)
+        super().__init__(
+            # Not the model itself: HFLM would tie its weights again, which fails where a tied
+            # output embedding carries an adapter.
+            pretrained=SimpleNamespace(config=bayes.base.config, device=bayes.device),
+            backend="causal",
+            tokenizer=tokenizer,
+            batch_size=int(batch_size),
+            max_length=max_length,
+            add_bos_token=add_bos_token,
+            prefix_token_id=prefix_token_id,
+        )
+        self._model = bayes.base
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the harness writes beside its results, and what was sampled."""
+        posterior = {
+            "sigma": sorted({abs(sigma) for sigma in self.draws.sigmas}),
+            "seed": self.draws.seed,
+            "draws": len(self.draws),
+            "noise_version": NOISE_VERSION,
+        }
+        return {**super().get_model_info(), "posterior": posterior}
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[tuple[str, str] | None, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[tuple[float, bool]]:
+        by_draw, greedy = self.score([(context, rest) for _, context, rest in requests])
+        found = list(zip(_averaged(by_draw).tolist(), greedy, strict=True))
+        for (texts, _, _), answer in zip(requests, found, strict=True):
+            if texts is not None:
+                self.cache_hook.add_partial("loglikelihood", texts, answer)
+        return found
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Texts' log-probabilities; a draw is the same weight sample in all windows of a text."""
+        windows: list[Encoded] = []
+        owner: list[int] = []
+        for i, request in enumerate(requests):
+            parts = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            windows += (new := [make_disjoint_window(pair) for pair in parts])
+            owner += [i] * len(new)
+        by_draw, _ = self.score(windows)
+        whole = torch.zeros(len(self.draws), len(requests), dtype=torch.float64)
+        whole.index_add_(1, torch.tensor(owner, dtype=torch.int64), by_draw)
+        found: list[float] = _averaged(whole).tolist()
+        for request, answer in zip(requests, found, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, answer)
+        return found
+
+    def score(self, requests: Sequence[Encoded]) -> tuple[Tensor, list[bool]]:
+        """Log-probability of each continuation under each draw, [S, N] float64 on the CPU, and
+        whether greedy decoding from the averaged distribution would write it.
+
+        Continuations that differ in their last token alone share a row of the batch.
+
+        Raises:
+            ValueError: an empty context or continuation, or a continuation longer than the model.
+        """
+        shared: dict[tuple[int, ...], list[int]] = {}
+        for i, (context, rest) in enumerate(requests):
+            if not context or not rest or len(rest) > self.max_length:
+                raise ValueError(
+                    f"tfb: request {i} has {len(context)} tokens of context and {len(rest)} of "
+                    f"continuation; expected at least 1 and 1, and at most {self.max_length}"
+                )
+            tokens = (context + rest)[-(self.max_length + 1) :]
+            shared.setdefault(tuple(tokens[:-1]), []).append(i)
+        cut = sum(len(context) + len(rest) > self.max_length + 1 for context, rest in requests)
+        if cut:
+            log.warning(
+                "%d of %d requests are cut from the left to %d tokens",
+                cut, len(requests), self.max_length,
+            )  # fmt: skip
+        by_draw = torch.zeros(len(self.draws), len(requests), dtype=torch.float64)
+        greedy = [False] * len(requests)
+        rows = sorted(shared, key=lambda row: -len(row))  # what is too large for memory fails first
+        for start in range(0, len(rows), self.batch_size):
+            part = rows[start : start + self.batch_size]
+            asked = [(j, i) for j, row in enumerate(part) for i in shared[row]]
+            keep = max(len(requests[i][1]) for _, i in asked)
+            mean: Tensor | None = None
+            done = 0
+            for log_p in self._log_probabilities(part, keep):  # [s, B, keep, V]
+                for j, i in asked:
+                    target = torch.tensor(requests[i][1], device=log_p.device)
+                    own = log_p[:, j, keep - len(target) :]
+                    picked = own.gather(-1, target.expand(len(own), -1)[..., None])
+                    by_draw[done : done + len(own), i] = picked.double().sum((1, 2)).cpu()
+                done += len(log_p)
+                total = log_p.logsumexp(0) if len(log_p) > 1 else log_p[0]
+                mean = total if mean is None else torch.logaddexp(mean, total)
+            assert mean is not None
+            best = mean.argmax(-1).cpu()
+            for j, i in asked:
+                target = torch.tensor(requests[i][1])
+                greedy[i] = best[j, keep - len(target) :].equal(target)
+        return by_draw, greedy
+
+    @torch.no_grad()
+    def _log_probabilities(self, rows: Sequence[tuple[int, ...]], keep: int) -> Any:
+        """Parts of the draws, [s, B, keep, V]: after each of the last ``keep`` tokens of a row."""
+        width = max(len(row) for row in rows)
+        ids = torch.zeros(len(rows), width, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for j, row in enumerate(rows):
+            ids[j, width - len(row) :], mask[j, width - len(row) :] = torch.tensor(row), 1
+        inputs, _ = self.bayes.inputs({"input_ids": ids, "attention_mask": mask}, "full")
+        last = dict.fromkeys(self.bayes.last_logits, keep)
+        V = int(self.bayes.base.config.get_text_config().vocab_size)
+        fit = draws_that_fit(self.bayes.base, len(self.draws), ids.to(self.bayes.device), None)
+        most = self.draws_per_pass or max(1, min(fit, _MOST // (len(rows) * keep * V)))
+        parts = chunks(self.bayes.base, self.draws, ids, None, most)
+        with evaluating(self.bayes.model):
+            for draws in parts:
+                with self.bayes.sampling(draws):
+                    logits = self.bayes.model(**inputs, **last).logits[:, -keep:]
+                logits = logits if logits.dtype == torch.float64 else logits.float()
+                yield logits.log_softmax(-1).unflatten(0, (len(draws), -1))
+
+    def _model_generate(
+        self, context: Tensor, max_length: int, stop: list[str], **options: Any
+    ) -> Tensor:
+        """Whole sequences [B, T + L]; options that cannot work with several draws are refused."""
+        if not options.get("do_sample"):
+            options |= {"do_sample": False}
+            options.pop("temperature", None)  # greedy decoding has none
+        batch = {"input_ids": context, "attention_mask": options.pop("attention_mask")}
+        stopping = stop_sequences_criteria(self.tokenizer, stop, context.shape[1], len(context))
+        return self.bayes.generate(
+            batch,
+            self.draws,
+            max_length=max_length,
+            stopping_criteria=stopping,
+            pad_token_id=self.tokenizer.pad_token_id,
+            **options,
+        ).sequences
+
+
+def _averaged(by_draw: Tensor) -> Tensor:
+    """log mean_s exp: [S, N] -> [N]."""
+    return torch.logsumexp(by_draw, 0) - math.log(len(by_draw))
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()

@@ -1,0 +1,1 @@
+"""One forward pass for many posterior draws: what they share runs once."""

@@ -1,0 +1,160 @@
+"""Generation from the posterior predictive: S weight samples decode side by side.
+
+Each draw keeps its own keys and values (blocks below the first noisy module keep one set for all),
+and every step's next token comes from the probabilities averaged over draws. transformers' own
+``generate`` runs the loop: it sees B rows of averaged scores, so its samplers, processors, stopping
+criteria and streamers work as always.
+
+    score = log mean_s softmax(l_s) + mean_s logsumexp(l_s)
+
+The second term is one number a row and changes no probability; with it, scores are the logits
+themselves at sigma = 0, also for processors that look at their sign.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tfb.draws import Draws
+from tfb.sampling.fan_out import SamplingState
+from tfb.sampling.inputs import Batch, align, evaluating
+
+# Arguments of ``generate`` that move rows between draws or need a second model.
+REFUSED = {
+    "assistant_model": "assisted decoding verifies the tokens of another model",
+    "assistant_early_exit": "assisted decoding verifies the tokens of fewer layers",
+    "prompt_lookup_num_tokens": "assisted decoding verifies tokens that were guessed",
+    "penalty_alpha": "contrastive search reorders the cache",
+    "dola_layers": "DoLa reads scores below the posterior",
+    "guidance_scale": "guidance runs a second prompt, whose scores would count as a step's",
+    "past_key_values": "a cache from elsewhere does not hold the draws' keys and values",
+}
+# Of these a layer takes its rows from the first keys it is given: S * B, or B below the noise.
+CACHES = ("dynamic", "static")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """B continuations and the uncertainty of every token's distribution, in nats.
+
+    Attributes:
+        sequences: [B, T + L] token ids, prompts first ([S, B, T + L] for continuations by draw).
+        total, aleatoric, epistemic: [B, L], of the averaged distribution that each new token was
+            taken from (before temperature, top-k or other processors); 0 after a row's end token.
+            None for continuations by draw.
+    """
+
+    sequences: Tensor
+    total: Tensor | None = None
+    aleatoric: Tensor | None = None
+    epistemic: Tensor | None = None
+
+
+@dataclass
+class Averager:
+    """Reduces a step's logits [S * B, L, V] to scores [B, L, V] and keeps the uncertainties."""
+
+    draws: int
+    total: list[Tensor] = field(default_factory=list)
+    aleatoric: list[Tensor] = field(default_factory=list)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        apart = logits.unflatten(0, (self.draws, -1))  # [S, B, L, V]
+        normalizer = apart.logsumexp(-1, keepdim=True)
+        log_p = apart - normalizer
+        mean = torch.logsumexp(log_p, 0) - math.log(self.draws)
+        last = mean[:, -1]
+        self.total.append(torch.special.entr(last.exp()).sum(-1))
+        self.aleatoric.append(torch.special.entr(log_p[:, :, -1].exp()).sum(-1).mean(0))
+        return mean + normalizer.mean(0)
+
+
+def setting(options: dict[str, Any], name: str, default: Any = None) -> Any:
+    """What ``generate`` goes by: the argument, else its generation_config's, else ``default``."""
+    if name in options:
+        return options[name]
+    given = getattr(options.get("generation_config"), name, None)
+    return default if given is None else given
+
+
+def check_arguments(options: dict[str, Any], config: Any) -> None:
+    """Refuse, by name, what cannot work with several draws.
+
+    Raises:
+        ValueError: such an argument.
+    """
+    for name, reason in REFUSED.items():
+        if setting(options, name) is not None:
+            raise ValueError(f"generate({name}=...): {reason}; not possible while sampling")
+    cache = setting(options, "cache_implementation")
+    if cache is not None and cache not in CACHES:
+        raise ValueError(
+            f"generate(cache_implementation={cache!r}): expected one of {', '.join(CACHES)} while "
+            "sampling"
+        )
+    if cache == "static" and setting(options, "prefill_chunk_size") is not None:
+        raise ValueError(
+            "generate(prefill_chunk_size=...): makes a static cache of one row a prompt, where "
+            "draws need S; leave one of the two out"
+        )
+    beams = setting(options, "num_beams", getattr(config, "num_beams", 1)) or 1
+    if beams > 1:
+        raise ValueError(
+            f"generate(num_beams={beams}): beam search reorders the cache between rows, which "
+            "holds every draw's keys and values; use greedy search or sampling"
+        )
+
+
+def collect(sequences: Tensor, averager: Averager, prompt: int, ends: list[int]) -> Generation:
+    """The result of a run whose prompts had ``prompt`` columns; ``ends``: end-of-sequence ids."""
+    new = sequences[:, prompt:]
+    # A prompt that is read in chunks comes by several times; only its last part gives a token.
+    total = torch.stack(averager.total[-new.shape[1] :], 1)
+    aleatoric = torch.stack(averager.aleatoric[-new.shape[1] :], 1)
+    ended = torch.isin(new, torch.tensor(ends, dtype=new.dtype, device=new.device))
+    running = (ended.cumsum(1) - ended.long() == 0).to(total.dtype)  # the end itself was drawn
+    total, aleatoric = total * running, aleatoric * running
+    return Generation(sequences, total, aleatoric, (total - aleatoric).clamp_min(0.0))
+
+
+def end_tokens(options: dict[str, Any], config: Any) -> list[int]:
+    """The ids that end a row, from generate's options or the model's generation configuration."""
+    end = setting(options, "eos_token_id", config.eos_token_id)
+    return [] if end is None else [end] if isinstance(end, int) else [int(e) for e in end]
+
+
+@torch.no_grad()
+def run_generation(
+    bayes: Any, batch: Batch, draws: Draws, per_draw: bool, options: dict[str, Any]
+) -> Generation:
+    """See ``BayesianModel.generate``, whose arguments these are."""
+    if bayes.task != "CAUSAL_LM":
+        raise ValueError(f"generate: needs a causal language model, not {bayes.task}")
+    if draws.noise != "weight":
+        raise ValueError("generate: needs weight noise, one weight sample for all steps")
+    check_arguments(options, bayes.base.generation_config)
+    inputs = align(batch, "left", bayes.device)
+    T, S = inputs["input_ids"].shape[1], len(draws)
+    averager = None if per_draw else Averager(S)
+    state = SamplingState(bayes.base, draws, cached=True, diverged=per_draw, reduce=averager)
+    if per_draw:
+        inputs = {
+            k: v.repeat(S, *([1] * (v.dim() - 1))) if isinstance(v, Tensor) else v
+            for k, v in inputs.items()
+        }
+    # transformers compiles the model by itself where a cache is static.
+    options.setdefault("disable_compile", True)
+    bayes.check_sampling()
+    with evaluating(bayes.model), bayes.sampling_as(state):
+        found = bayes.model.generate(**inputs, **options)
+    sequences = getattr(found, "sequences", found)
+    if averager is None:
+        return Generation(sequences.unflatten(0, (S, -1)))
+    ends = end_tokens(options, bayes.base.generation_config)
+    return collect(sequences, averager, T, ends)

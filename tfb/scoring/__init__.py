@@ -1,0 +1,1 @@
+"""Predictions for many rows, streaming or from files to files."""

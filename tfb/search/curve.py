@@ -1,0 +1,277 @@
+"""The loss as a function of sigma, measured progressively.
+
+Anchors are taken in an order of their own (a seeded permutation: files are often sorted by label),
+in blocks that grow: 1/16, 1/8, 1/4, 1/2 and all of them. ``decide`` lets a sigma go as soon as its
+paired difference to sigma = 0 is above or below the tolerance by its own confidence interval;
+``measure`` goes to the end. A sigma keeps what was measured, so that nothing is measured twice.
+
+What a part of the anchors says of sigma is corrected by what is known of that part: sigmas measured
+on all anchors show by how much it differs from the whole (a control variate, linear in sigma^2).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from scipy import stats
+from torch import Tensor
+
+from tfb.search.loss import AnchorLoss, jackknife_error
+from tfb.search.result import CurvePoint
+
+LIKELIHOODS = ("nll", "pseudo_nll", "expected_nll")
+NLL_FLOOR = 0.01  # nats: below this a relative tolerance on the NLL is ill-conditioned
+SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # of the anchors, cumulative
+FEWEST = 16  # rows in the first block: fewer say little about their own spread
+HIDING = 1.6  # ratio of two sigmas that make one in between unnecessary
+FARTHEST = 1.5  # times the correction at the last sigma: it says little of those far beyond
+SURE = 3.3  # standard errors, for a corrected value
+DECIDED = 0.001  # two-sided level at which a part of the anchors decides
+
+
+@dataclass
+class Point:
+    """One sigma: losses of the first ``count`` anchors of the order, [N] with NaN elsewhere, and
+    the mean loss on them without each stream, [U]."""
+
+    rows: Tensor
+    left_out: Tensor
+    count: int = 0
+
+
+@dataclass
+class LossCurve:
+    """The measured curve and what the tolerance says of it; grows, measures nothing twice.
+
+    Attributes:
+        points: by sigma; ``curve`` is what to report.
+    """
+
+    loss: AnchorLoss
+    metric: str
+    tolerance: float
+    relative: bool
+    two_sided: bool
+    points: dict[float, Point] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.N = len(self.loss.anchors)
+        generator = torch.Generator().manual_seed(self.loss.seed)
+        self.order = torch.randperm(self.N, generator=generator)
+        sizes = [min(self.N, max(math.ceil(self.N * s), FEWEST)) for s in SHARES]
+        self.blocks = list(dict.fromkeys(sizes))  # cumulative counts
+
+    # --- measuring ------------------------------------------------------------------------------
+
+    def measure(self, sigmas: Sequence[float], share: float = 1.0) -> None:
+        """Losses at these sigmas on all anchors, or on a ``share`` of them (at least the first
+        block)."""
+        most = max(self.blocks[0], math.ceil(share * self.N))
+        self._reach(sigmas, max(b for b in self.blocks if b <= most))
+
+    def measure_further(self, sigmas: Sequence[float]) -> None:
+        """Losses at these sigmas on the next block for the least known of them."""
+        known = min(self._count(s) for s in sigmas)
+        self._reach(sigmas, min(b for b in self.blocks if b > known))
+
+    def _reach(self, sigmas: Sequence[float], target: int) -> None:
+        """Losses at these sigmas on the first ``target`` anchors of the order."""
+        wanted = [s for s in dict.fromkeys(sigmas) if self._count(s) < target]
+        # Sigmas begun on the same part go on together, the least known first: in tail mode that
+        # sweep finds the losses at sigma = 0 for the others.
+        for count in sorted({self._count(s) for s in wanted}):
+            self._extend([s for s in wanted if self._count(s) == count], count, target)
+
+    def decide(self, sigmas: Sequence[float], share: float = 1.0) -> None:
+        """Losses at these sigmas on as many anchors as their decision takes, at most a ``share``
+        of them (and at least the first block)."""
+        most = max(self.blocks[0], math.ceil(share * self.N))
+        for count in [b for b in self.blocks if b <= most]:
+            open_ = [s for s in dict.fromkeys(sigmas) if not self._settled(s, count)]
+            for known in sorted({self._count(s) for s in open_}):
+                self._extend([s for s in open_ if self._count(s) == known], known, count)
+
+    def _settled(self, sigma: float, count: int) -> bool:
+        known = self._count(sigma)
+        return known >= count or (known > 0 and self.decided(sigma))
+
+    def _count(self, sigma: float) -> int:
+        if sigma == 0.0:
+            return self.N
+        return self.points[sigma].count if sigma in self.points else 0
+
+    def _extend(self, sigmas: list[float], start: int, stop: int) -> None:
+        rows = self.order[start:stop].sort().values
+        table = self.loss(sigmas, rows=None if stop - start == self.N else rows)
+        for g, sigma in enumerate(sigmas):
+            nothing = torch.full((self.N,), math.nan, dtype=torch.float64)
+            point = self.points.setdefault(sigma, Point(nothing, torch.zeros(0)))
+            point.rows[rows] = table.rows[g]
+            old, new = start / stop, 1 - start / stop
+            known = point.left_out * old if start else 0.0
+            point.left_out = known + table.left_out[g] * new
+            point.count = stop
+
+    # --- reading --------------------------------------------------------------------------------
+
+    @property
+    def baseline(self) -> float:
+        """l(0), on the anchors where it is known."""
+        known = self.loss.measured
+        if not bool(known.any()):
+            return float(self.loss.baseline.mean())
+        return float(self.loss.baseline_of(known.nonzero()[:, 0]).mean())
+
+    @property
+    def allowed(self) -> float:
+        """The change of loss that the tolerance allows."""
+        return self._allowed(self.baseline)
+
+    def _allowed(self, baseline: float) -> float:
+        if not self.relative:
+            return self.tolerance
+        if self.metric in LIKELIHOODS:
+            return self.tolerance * max(baseline, NLL_FLOOR)
+        return self.tolerance * (1.0 - baseline if self.metric == "accuracy" else baseline)
+
+    def complete(self, sigma: float) -> bool:
+        """Whether it was measured on all anchors (sigma = 0 always is, in the end)."""
+        return self._count(sigma) == self.N
+
+    def differences(self, sigma: float, count: int | None = None) -> Tensor:
+        """Paired differences to sigma = 0 of the first ``count`` anchors of the order."""
+        rows = self.order[: self._count(sigma) if count is None else count]
+        if sigma == 0.0:
+            return torch.zeros(len(rows), dtype=torch.float64)
+        return self.points[sigma].rows[rows] - self.loss.baseline_of(rows)
+
+    def change(self, sigma: float) -> float:
+        """l(sigma) - l(0), corrected where it was measured on part of the anchors."""
+        if sigma == 0.0:
+            return 0.0
+        count = self._count(sigma)
+        return float(self.differences(sigma).mean()) + sum(
+            weight * float(self.differences(s).mean() - self.differences(s, count).mean())
+            for s, weight in self._neighbours(sigma)
+        )
+
+    def _neighbours(self, sigma: float) -> list[tuple[float, float]]:
+        """(sigma, weight) known on all anchors, from which ``sigma`` on a part is corrected: linear
+        in sigma^2 between two, and from 0 beyond the last, but not far."""
+        known = [s for s in sorted(self.points) if self.complete(s)]
+        if self.complete(sigma) or not known:
+            return []
+        x = sigma * sigma
+        below = max((s for s in known if s < sigma), default=0.0)
+        above = min((s for s in known if s > sigma), default=0.0)
+        if not above:
+            return [(below, min(x / below**2, FARTHEST))]
+        share = (x - below**2) / (above**2 - below**2)
+        return [(above, share), *([(below, 1 - share)] if below else [])]
+
+    def part_error(self, sigma: float) -> float:
+        """Standard error that is left where a part of the anchors stands for all; else 0."""
+        count = self._count(sigma)
+        if count == self.N:
+            return 0.0
+        left = self.differences(sigma)
+        for s, weight in self._neighbours(sigma):
+            left = left - weight * self.differences(s, count)
+        return float(left.std()) * math.sqrt((1 - count / self.N) / count) if count > 1 else 0.0
+
+    def excess(self, sigma: float) -> float:
+        """Degradation beyond what is allowed; <= 0 is accepted."""
+        change = self.change(sigma)
+        return (abs(change) if self.two_sided else change) - self.allowed
+
+    def excess_rows(self, sigma: float) -> Tensor:
+        """Each measured anchor's part in the excess: the allowance varies with l(0) too."""
+        count = self._count(sigma)
+        change = self.differences(sigma) * self.sign(sigma)
+        baseline = self.loss.baseline_of(self.order[:count])
+        mean = float(baseline.mean())
+        if not self.relative or (self.metric in LIKELIHOODS and mean < NLL_FLOOR):
+            return change - self._allowed(mean)
+        scale = 1.0 - baseline if self.metric == "accuracy" else baseline
+        return change - self.tolerance * scale
+
+    def sure(self, sigma: float) -> bool:
+        """Whether all anchors would accept or violate ``sigma`` as what was measured says."""
+        if self.complete(sigma) or self.metric == "accuracy":  # which moves in steps
+            return self.complete(sigma)
+        return abs(self.excess(sigma)) > SURE * self.part_error(sigma)
+
+    def sign(self, sigma: float) -> float:
+        """Which direction of the change at ``sigma`` is degradation."""
+        return -1.0 if self.two_sided and self.change(sigma) < 0 else 1.0
+
+    def decided(self, sigma: float) -> bool:
+        """Whether the anchors measured so far tell accepted from violating: the confidence
+        interval of the mean excess leaves 0 out. Sampled without replacement from N anchors."""
+        rows = self.excess_rows(sigma)
+        n = len(rows)
+        if n == self.N:
+            return True
+        if n < 2:
+            return False
+        error = float(rows.std()) * math.sqrt((1 - n / self.N) / n)
+        margin = float(stats.t.ppf(1 - DECIDED / 2, n - 1)) * error
+        if self.metric == "accuracy":  # n rows without an error leave a rate of so much possible
+            margin = max(margin, -math.log(DECIDED) / n)
+        return abs(float(rows.mean())) > margin
+
+    def crossing(self) -> tuple[float, float | None]:
+        """(largest accepted sigma connected to 0, next measured sigma: a violation, or None).
+
+        A sigma known on part of the anchors is passed over where others, known on all, stand close
+        on both sides, unless the part is sure of a violation."""
+        whole = [s for s in sorted(self.points) if self.complete(s)]
+        hidden = [(a, b) for a, b in pairwise(whole) if b <= a * HIDING]
+        accepted = 0.0
+        for sigma in sorted(self.points):
+            violates = self.excess(sigma) > 0
+            if any(a < sigma < b for a, b in hidden) and not (violates and self.sure(sigma)):
+                continue
+            if violates:
+                return accepted, sigma
+            accepted = sigma
+        return accepted, None
+
+    @property
+    def streams(self) -> int:
+        """Independent units of the draws: antithetic pairs."""
+        return self.loss.n // 2
+
+    def left_out(self, sigma: float) -> Tensor:
+        """[U] mean loss without each stream, on the anchors measured."""
+        if sigma == 0.0:
+            return torch.full((self.streams,), self.baseline, dtype=torch.float64)
+        return self.points[sigma].left_out
+
+    def draw_standard_error(self, sigma: float) -> float:
+        """Jackknife over streams of the mean loss; NaN: one stream only."""
+        return float(jackknife_error(self.left_out(sigma)))
+
+    def reported(self) -> tuple[CurvePoint, ...]:
+        """The curve, sigma = 0 first."""
+        base = self.baseline
+        curve = [CurvePoint(0.0, base, 0.0, 0.0, self.N)]
+        for sigma in sorted(self.points):
+            differences = self.differences(sigma)
+            n = len(differences)
+            curve.append(
+                CurvePoint(
+                    sigma,
+                    float(self.points[sigma].rows.mean())
+                    if self.complete(sigma)
+                    else base + self.change(sigma),
+                    float(differences.std()) / n**0.5 if n > 1 else math.nan,
+                    self.draw_standard_error(sigma),
+                    n,
+                )
+            )
+        return tuple(curve)
