@@ -20,8 +20,8 @@ import pytest
 
 import tfb
 from benchmarks.environment import REPOSITORY
+from tfb.data.readers import find_sources
 from tfb.data.rows import RowError, RowFormat
-from tfb.data.sources import find_sources
 from tfb.demo import digits
 from tfb.scoring import ray as ray_engine
 from tfb.scoring.hashset import HashSet
@@ -60,8 +60,9 @@ def cluster() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> str:
     bayes = tfb.bayesianize(tfb.load_adapter(tfb.load_base(MODEL, ADAPTER), ADAPTER), seed=3)
-    bayes.sigma, bayes.source = 0.008, Path(ADAPTER)
-    return str(bayes.save(tmp_path_factory.mktemp("made") / "artifact"))
+    bayes.configure(sigma=0.008)
+    bayes.source = Path(ADAPTER)
+    return str(tfb.save(bayes, tmp_path_factory.mktemp("made") / "artifact"))
 
 
 @pytest.fixture

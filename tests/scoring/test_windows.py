@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tfb.data.readers import find_sources
 from tfb.data.rows import RowError, RowFormat
-from tfb.data.sources import find_sources
 from tfb.scoring import windows as windows_module
 from tfb.scoring.hashset import HashSet
 from tfb.scoring.windows import Item, Reading, check_unchanged, error_text, windows

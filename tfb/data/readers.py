@@ -1,45 +1,98 @@
-"""Rows and records of files, tables and lists as one stream, never a whole file in memory.
+"""Files, tables and lists as one stream of rows, never a whole file in memory.
 
-A row of a file that cannot be read is a record with a fault, not an end. pyarrow decompresses and
-reads Parquet and Arrow; CSV goes through Python's own reader, which tells a faulty row from its
-neighbours. A .json file that holds one list of objects is read at once.
+Formats by name: JSONL (.jsonl .ndjson .json, also one JSON list), CSV (.csv .tsv, with a header;
+every value is text), Parquet (.parquet .pq), Arrow (.arrow .feather, and folders of datasets'
+``save_to_disk``). .gz .zst .bz2 .lz4 behind the name of a text file say how it is compressed.
+A row that cannot be read is a record with a fault, not an end.
 """
 
 from __future__ import annotations
 
 import csv
+import glob
 import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from tfb.data.rows import ClassIndex, Row, RowError, RowFormat, decode_object
-from tfb.data.sources import KINDS, Source, find_sources
 
-BLOCK = 1024  # rows of a columnar file that are turned into Python objects at a time
-LONGEST_LINE = 1 << 26  # bytes; a longer one is a faulty row, and is not held in memory
+KINDS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+}
+CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".lz4": "lz4"}
+BLOCK = 1024  # rows of a table that are turned into Python objects at a time
 _MAGIC = {b"PAR1": "a Parquet file", b"ARROW1": "an Arrow file", b"\x1f\x8b": "compressed by gzip"}
+csv.field_size_limit(1 << 26)  # the default, 128 KiB, is less than a long prompt
+
+Entries = Iterator[tuple[str, Callable[[], dict[str, Any]]]]
+"""The place of each record of a text file, and what parses it or raises RowError."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input file.
+
+    Attributes:
+        path: where it is.
+        kind: one of the values of ``KINDS``.
+        codec: one of the values of ``CODECS``, for a text file that is compressed.
+    """
+
+    path: Path
+    kind: str
+    codec: str | None = None
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+class Meter:
+    """Stands for the progress by bytes that was, until scoring counts rows."""
+
+    share = 0.0
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        pass
 
 
 @dataclass(frozen=True)
 class Record:
-    """One row as it was read, before anything is known of its columns."""
+    """One row as it was read, before anything is known of its columns.
+
+    Attributes:
+        place: where it stands, "rows.jsonl:12".
+        fields: values by column name; None where they could not be read.
+        fault: why they could not.
+    """
 
     place: str
-    """Where it stands, "rows.jsonl:12"."""
     fields: dict[str, Any] | None
-    """Values by column name; None where they could not be read."""
     fault: str | None = None
-    """Why not."""
+
+
+# --- rows of anything that holds them -------------------------------------------------------------
 
 
 def read_rows(data: Any, form: RowFormat | None = None, *, limit: int | None = None) -> list[Row]:
-    """All rows of ``data``; see :func:`iter_rows`.
+    """Return all rows of ``data`` as :func:`iter_rows` reads them.
 
     Raises:
         RowError: there are none, or an id stands twice.
@@ -64,16 +117,17 @@ def iter_rows(
     """Stream the rows of anything that holds rows, in order.
 
     Args:
-        data: a path, folder or pattern (:mod:`tfb.data.sources`), or several as ``pathlib.Path``; a
-            DataFrame of pandas or polars or a pyarrow table; or an iterable, such as a
-            ``datasets.Dataset``, of dicts, strings (texts, or prompts where the task is a language
-            model's) or :class:`Row`.
+        data: a path, folder or pattern, or several as ``pathlib.Path``; a DataFrame of pandas or
+            polars or a pyarrow table; or an iterable, such as a ``datasets.Dataset``, of dicts,
+            strings (texts, or prompts where the task is a language model's) or :class:`Row`.
         form: names of columns and classes, and the task; None: our names, rows of any task.
         limit: stop after that many rows.
 
     Raises:
         RowError: a file that cannot be read, a table without a column of its rows, or a row that
-            cannot be used. TypeError: data that holds no rows. ValueError: ``limit`` below 1.
+            cannot be used.
+        TypeError: data that holds no rows.
+        ValueError: ``limit`` below 1.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}; leave it out to read every row")
@@ -103,12 +157,12 @@ def _rows(items: Iterator[Any], form: RowFormat) -> Iterator[Row]:
 
 
 def _items(data: Any, form: RowFormat) -> Iterator[Any]:
-    """The records of files, the rows of tables, whose columns are checked, and the elements of
-    anything else."""
+    """Stream the records of files, the rows of tables, and the elements of anything else."""
     if isinstance(data, str | os.PathLike):
         return _file_records([data], form)
-    several = isinstance(data, Mapping)
-    if not several and hasattr(data, "with_format"):  # a Dataset
+    if isinstance(data, Mapping):
+        raise _holds_no_rows(data, " (of a dict of splits one, such as data['test'])")
+    if hasattr(data, "with_format"):  # a Dataset
         if data.column_names is not None:  # known, of one that streams
             form.check(data.column_names, "the Dataset")
         return _with_classes(data.with_format(None), data.features or {})
@@ -116,12 +170,20 @@ def _items(data: Any, form: RowFormat) -> Iterator[Any]:
         return iter(data.to_list())  # a column of a DataFrame: texts
     if hasattr(data, "__arrow_c_stream__"):
         return _table_rows(data, form)
-    if several or hasattr(data, "iloc") or not isinstance(data, Iterable):
-        one = " (of a dict of splits one, such as data['test'])" * several
-        raise TypeError(
-            f"{type(data).__name__} holds no rows; give a path, a DataFrame (pandas 2.2 or newer), "
-            f"a Dataset, or a list of dicts{one}"
-        )
+    if hasattr(data, "iloc") or not isinstance(data, Iterable):
+        raise _holds_no_rows(data)
+    return _elements(data, form)
+
+
+def _holds_no_rows(data: Any, more: str = "") -> TypeError:
+    return TypeError(
+        f"{type(data).__name__} holds no rows; give a path, a DataFrame (pandas 2.2 or newer), "
+        f"a Dataset, or a list of dicts{more}"
+    )
+
+
+def _elements(data: Iterable[Any], form: RowFormat) -> Iterator[Any]:
+    """Stream the elements of an iterable, or the records of the files that they name."""
     stream = iter(data)
     first = list(islice(stream, 1))
     if first and isinstance(first[0], os.PathLike):
@@ -139,18 +201,16 @@ def _is_file_name(text: str) -> bool:
 
 
 def _file_records(paths: Sequence[str | os.PathLike[str]], form: RowFormat) -> Iterator[Record]:
-    """The records of files, their columns checked where files declare them."""
+    """Stream the records of files, whose columns are checked where they are declared."""
     sources = find_sources(paths)
     for source in sources:
         if (schema := schema_of(source)) is not None:
             form.check(schema.names, str(source))
-    return read(sources, Meter(sources))
+    return chain.from_iterable(map(read, sources))
 
 
 def _table_rows(data: Any, form: RowFormat) -> Iterator[dict[str, Any]]:
-    """The rows of a DataFrame or table in memory, by Arrow's stream interface."""
-    import pyarrow as pa
-
+    """Stream the rows of a DataFrame or table in memory, by Arrow's stream interface."""
     kind = type(data).__name__
     try:
         batches = pa.RecordBatchReader.from_stream(data)
@@ -158,18 +218,19 @@ def _table_rows(data: Any, form: RowFormat) -> Iterator[dict[str, Any]]:
         raise TypeError(f"{kind}: is no table of one type a column ({error}); mend it") from error
     form.check(batches.schema.names, f"the {kind}")
     wanted = [name for name in batches.schema.names if name in form.names.values()]
-    return (fields for batch in batches for fields in _fields(batch.select(wanted)))
+    return chain.from_iterable(_fields(batch.select(wanted)) for batch in batches)
 
 
-def _fields(batch: Any) -> Iterator[dict[str, Any]]:
-    """The rows of an Arrow batch, ``BLOCK`` at a time."""
+def _fields(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
     for start in range(0, batch.num_rows, BLOCK):
         yield from batch.slice(start, BLOCK).to_pylist()
 
 
-def _with_classes(rows: Iterable[dict[str, Any]], classes: Mapping[str, Any]) -> Iterator[Any]:
-    """Rows whose class labels know their names; ``classes``: the data's features by column."""
-    names = {column: found for column, feature in classes.items() if (found := _names(feature))}
+def _with_classes(
+    rows: Iterable[dict[str, Any]], features: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Tell class labels their names; ``features``: of datasets, by column."""
+    names = {column: found for column, feature in features.items() if (found := _names(feature))}
     for fields in rows:
         for column, known in names.items():
             index = fields.get(column)
@@ -179,94 +240,230 @@ def _with_classes(rows: Iterable[dict[str, Any]], classes: Mapping[str, Any]) ->
 
 
 def _names(feature: Any) -> list[str] | None:
-    """Of a ClassLabel of datasets, as it is or as it stands in a file's metadata."""
+    """Return the names of a ClassLabel of datasets, an object or a file's metadata."""
     names = (
         feature.get("names") if isinstance(feature, Mapping) else getattr(feature, "names", None)
     )
     return names if isinstance(names, list) else None
 
 
-def _features(schema: Any) -> Mapping[str, Any]:
-    """The features that datasets left in the metadata of a Parquet or Arrow file."""
+# --- finding files --------------------------------------------------------------------------------
+
+
+def find_sources(inputs: Sequence[str | os.PathLike[str]]) -> list[Source]:
+    """Return the files behind paths, folders and patterns, in order.
+
+    A folder stands for the files in it, a pattern (``data/*.parquet``) for what it matches, both
+    sorted.
+
+    Raises:
+        RowError: nothing there, a name whose format is unknown, or a file that is named twice.
+    """
+    if not inputs:
+        raise RowError("no input files were given; name at least one")
+    found = [source for name in inputs for source in _named(os.fspath(name))]
+    seen: set[Path] = set()
+    for source in found:
+        real = source.path.resolve()
+        if real in seen:
+            raise RowError(f"{source}: is named twice; name every input once")
+        seen.add(real)
+    return found
+
+
+def _named(name: str) -> list[Source]:
+    if Path(name).exists():
+        paths = [name]
+    elif glob.has_magic(name):
+        paths = sorted(glob.glob(name, recursive=True))
+        if not paths:
+            raise RowError(f"{name}: matches no file; check the pattern")
+    else:
+        raise RowError(f"{name}: there is no such file; check the path")
+    found: list[Source] = []
+    for path in map(Path, paths):
+        found += _in_folder(path) if path.is_dir() else [_source(path)]
+    return found
+
+
+def _source(path: Path) -> Source:
+    kind, codec = _format(path)
+    if kind is None or (codec and kind not in ("jsonl", "csv")):
+        raise RowError(
+            f"{path}: the format is told by the name, and this one is not known; expected "
+            f"{' '.join(KINDS)}, the text formats also with {' '.join(CODECS)}"
+        )
+    return Source(path, kind, codec)
+
+
+def _format(path: Path) -> tuple[str | None, str | None]:
+    codec = CODECS.get(path.suffix.lower())
+    return KINDS.get((path.with_suffix("") if codec else path).suffix.lower()), codec
+
+
+def _in_folder(folder: Path) -> list[Source]:
+    if (folder / "dataset_dict.json").is_file():
+        splits = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir()))
+        raise RowError(f"{folder}: holds several splits; name the folder of one ({splits})")
+    state = folder / "state.json"
+    if state.is_file():
+        return [Source(folder / name, "arrow") for name in _datasets_files(state)]
+    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith((".", "_")))
+    known = [_source(path) for path in files if _format(path)[0]]
+    if not known:
+        raise RowError(f"{folder}: a folder without input files; name the files")
+    return known
+
+
+def _datasets_files(state: Path) -> list[str]:
+    """Read the names of the files that ``Dataset.save_to_disk`` left beside its state.json."""
+    try:
+        saved = json.loads(state.read_text(encoding="utf-8"))
+        files = [str(entry["filename"]) for entry in saved["_data_files"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RowError(f"{state}: is not the state of a saved dataset; save it again") from error
+    if saved.get("_indices_data_files") or saved.get("_indices_files"):
+        raise RowError(f"{state}: rows are chosen by an index; flatten_indices() and save again")
+    return files
+
+
+# --- reading one file -----------------------------------------------------------------------------
+
+
+def schema_of(source: Source) -> pa.Schema | None:
+    """Return the columns of a file: text for CSV, None for JSONL, where each row has its own.
+
+    Raises:
+        RowError: a file that cannot be read, or a CSV header with an empty or repeated name.
+    """
+    with _readable(source):
+        if source.kind == "parquet":
+            return pq.read_schema(source.path)
+        if source.kind == "arrow":
+            with _arrow_reader(source) as reader:
+                return reader.schema
+        if source.kind == "csv":
+            with _open(source) as stream:
+                return pa.schema([(name, pa.string()) for name in _csv_header(source, stream)[1]])
+    return None
+
+
+def count_records(source: Source) -> int:
+    """Return how many records :func:`read` yields, from metadata or without parsing them.
+
+    Raises:
+        RowError: a file that cannot be read to its end.
+    """
+    with _readable(source):
+        if source.kind == "parquet":
+            return int(pq.read_metadata(source.path).num_rows)
+        if source.kind == "arrow":
+            with _arrow_reader(source) as reader:
+                return sum(batch.num_rows for batch in _arrow_batches(reader))
+        return sum(1 for _ in _entries(source))
+
+
+def read(
+    source: Source, columns: Sequence[str] | None = None, *, start: int = 0
+) -> Iterator[Record]:
+    """Stream the records of a file; one that cannot be read has a fault.
+
+    Args:
+        source: the file.
+        columns: read only these from a columnar file; None: all.
+        start: number of the first record, from 0; those before it are skipped unparsed.
+
+    Raises:
+        RowError: a file that cannot be read at all, or breaks off.
+    """
+    with _readable(source):
+        if source.kind == "parquet":
+            yield from _read_parquet(source, columns, start)
+        elif source.kind == "arrow":
+            yield from _read_arrow(source, columns, start)
+        else:
+            for place, parse in islice(_entries(source), start, None):
+                try:
+                    yield Record(place, parse())
+                except RowError as error:
+                    yield Record(place, None, str(error))
+
+
+def _read_parquet(source: Source, columns: Sequence[str] | None, start: int) -> Iterator[Record]:
+    with pq.ParquetFile(source.path, memory_map=True) as file:
+        schema = file.schema_arrow
+        group, before = 0, 0
+        while group < file.num_row_groups:
+            rows = file.metadata.row_group(group).num_rows
+            if before + rows > start:
+                break
+            group, before = group + 1, before + rows
+        batches = file.iter_batches(
+            BLOCK,
+            row_groups=range(group, file.num_row_groups),
+            columns=_wanted(schema, columns),
+        )
+        yield from _records(source, schema, batches, before, start)
+
+
+def _read_arrow(source: Source, columns: Sequence[str] | None, start: int) -> Iterator[Record]:
+    with _arrow_reader(source) as reader:
+        wanted = _wanted(reader.schema, columns)
+        batches = (batch.select(wanted) for batch in _arrow_batches(reader))
+        yield from _records(source, reader.schema, batches, 0, start)
+
+
+def _records(
+    source: Source, schema: pa.Schema, batches: Iterable[pa.RecordBatch], before: int, start: int
+) -> Iterator[Record]:
+    """Stream the records from ``start`` on; the first batch begins with record ``before``."""
+    features = _features(schema)
+    for batch in batches:
+        here = batch.slice(max(0, start - before))
+        before += batch.num_rows
+        first = before - here.num_rows + 1
+        for number, fields in enumerate(_with_classes(_fields(here), features), first):
+            yield Record(f"{source}:{number}", fields)
+
+
+def _wanted(schema: pa.Schema, columns: Sequence[str] | None) -> list[str]:
+    return [name for name in schema.names if columns is None or name in columns]
+
+
+def _features(schema: pa.Schema) -> Mapping[str, Any]:
+    """Return the features that datasets left in the metadata of a Parquet or Arrow file."""
     try:
         return dict(json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"])
     except (KeyError, TypeError, ValueError):
         return {}
 
 
-class Meter:
-    """How far the reading has come: ``share`` of the bytes of all files, from 0 to 1."""
-
-    def __init__(self, sources: Iterable[Source]) -> None:
-        self._total = max(1, sum(s.path.stat().st_size for s in sources))
-        self._before = 0
-        self._here = 0.0
-
-    @property
-    def share(self) -> float:
-        return min(1.0, (self._before + self._here) / self._total)
-
-    def at(self, position: float) -> None:
-        """Bytes of the present file that are read."""
-        self._here = position
-
-    def finished(self, source: Source) -> None:
-        self._before += source.path.stat().st_size
-        self._here = 0.0
+@contextmanager
+def _arrow_reader(
+    source: Source,
+) -> Iterator[pa.RecordBatchFileReader | pa.RecordBatchStreamReader]:
+    """Open a file of either Arrow format, mapped into memory."""
+    with pa.memory_map(str(source.path)) as file:
+        magic = file.read(6)
+        file.seek(0)
+        yield pa.ipc.open_file(file) if magic == b"ARROW1" else pa.ipc.open_stream(file)
 
 
-def schema_of(source: Source) -> Any:
-    """The Arrow schema of a file's columns; text for CSV, None for JSONL, where rows decide.
-
-    Raises:
-        RowError: a file that cannot be read, or a CSV header with an empty or repeated name.
-    """
-    import pyarrow as pa
-
-    with _readable(source):
-        if source.kind == "parquet":
-            import pyarrow.parquet as pq
-
-            return pq.read_schema(source.path)
-        if source.kind == "arrow":
-            with pa.memory_map(str(source.path)) as file:
-                return _ipc_reader(file).schema
-        if source.kind == "csv":
-            with _open(source) as (stream, _):
-                return pa.schema([(n, pa.string()) for n in _header(_csv(source, stream), source)])
-    return None
+def _arrow_batches(
+    reader: pa.RecordBatchFileReader | pa.RecordBatchStreamReader,
+) -> Iterator[pa.RecordBatch]:
+    if isinstance(reader, pa.RecordBatchFileReader):
+        return map(reader.get_batch, range(reader.num_record_batches))
+    return iter(reader)
 
 
-def read(
-    sources: Sequence[Source], meter: Meter, columns: Sequence[str] | None = None
-) -> Iterator[Record]:
-    """The records of all files, in order; a row that cannot be read is a record with a fault.
-
-    Args:
-        meter: is told how far it is. columns: read only these from columnar files; None: all.
-
-    Raises:
-        RowError: a file that cannot be read at all, or breaks off.
-    """
-    readers: dict[str, Callable[..., Iterator[Record]]] = {
-        "jsonl": _read_jsonl,
-        "csv": _read_csv,
-        "parquet": _read_parquet,
-        "arrow": _read_arrow,
-    }
-    for source in sources:
-        with _readable(source):
-            yield from readers[source.kind](source, meter, columns)
-        meter.finished(source)
+def _entries(source: Source) -> Entries:
+    return _jsonl_entries(source) if source.kind == "jsonl" else _csv_entries(source)
 
 
-def _read_jsonl(source: Source, meter: Meter, _: Sequence[str] | None) -> Iterator[Record]:
-    with _open(source) as (stream, position):
-        number = 0
-        while line := stream.readline(LONGEST_LINE):
-            number += 1
-            place = f"{source}:{number}"
-            meter.at(position())
+def _jsonl_entries(source: Source) -> Entries:
+    with _open(source) as stream:
+        for number, line in enumerate(stream, 1):
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")  # byte order mark
                 if found := next((n for m, n in _MAGIC.items() if line.startswith(m)), None):
@@ -275,135 +472,80 @@ def _read_jsonl(source: Source, meter: Meter, _: Sequence[str] | None) -> Iterat
                 if is_json and line.lstrip().startswith(b"["):
                     yield from _json_list(source, line + stream.read())
                     return
-            if len(line) >= LONGEST_LINE and not line.endswith(b"\n"):
-                while (rest := stream.readline(LONGEST_LINE)) and not rest.endswith(b"\n"):
-                    pass
-                yield Record(place, None, f"{place}: a line of more than {LONGEST_LINE} bytes")
-            elif line.strip():
-                try:
-                    yield Record(place, decode_object(line, place))
-                except RowError as error:
-                    yield Record(place, None, str(error))
+            if line.strip():
+                place = f"{source}:{number}"
+                yield place, partial(decode_object, line, place)
 
 
-def _read_csv(source: Source, meter: Meter, _: Sequence[str] | None) -> Iterator[Record]:
-    with _open(source) as (stream, position):
-        reader = _csv(source, stream)
-        names = _header(reader, source)
-        while True:
-            place = f"{source}:{reader.line_num + 1}"
-            try:
-                values = next(reader, None)
-            except csv.Error as error:
-                yield Record(place, None, f"{place}: not valid CSV ({error}); quote it")
-                continue
-            meter.at(position())
-            if values is None:
-                return
-            if len(values) == len(names):
-                yield Record(place, dict(zip(names, values, strict=True)))
-            elif values:
-                fault = f"{len(values)} values, but the header names {len(names)} columns"
-                yield Record(place, None, f"{place}: {fault}; quote values with separators")
-
-
-def _read_parquet(source: Source, meter: Meter, columns: Sequence[str] | None) -> Iterator[Record]:
-    import pyarrow.parquet as pq
-
-    size, number = source.path.stat().st_size, 0
-    with pq.ParquetFile(source.path, memory_map=True) as file:
-        names, features = file.schema_arrow.names, _features(file.schema_arrow)
-        wanted = names if columns is None else [n for n in names if n in columns]
-        rows = max(1, file.metadata.num_rows)
-        for batch in file.iter_batches(batch_size=BLOCK, columns=wanted):
-            for fields in _with_classes(batch.to_pylist(), features):
-                number += 1
-                yield Record(f"{source}:{number}", fields)
-            meter.at(size * number / rows)
-
-
-def _read_arrow(source: Source, meter: Meter, columns: Sequence[str] | None) -> Iterator[Record]:
-    import pyarrow as pa
-
-    number = 0
-    with pa.memory_map(str(source.path)) as file:
-        reader = _ipc_reader(file)
-        names = [n for n in reader.schema.names if columns is None or n in columns]
-        features = _features(reader.schema)
-        for batch in _ipc_batches(reader):
-            for fields in _with_classes(_fields(batch.select(names)), features):
-                number += 1
-                yield Record(f"{source}:{number}", fields)
-            meter.at(file.tell())
-
-
-def _json_list(source: Source, data: bytes) -> Iterator[Record]:
-    """The objects of one JSON list, however it is laid out; of lines with a list each, faults."""
+def _json_list(source: Source, data: bytes) -> Entries:
     try:
         rows = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise RowError(f"{source}: not a JSON list ({error}); write one object a line") from error
     for number, fields in enumerate(rows, 1):
         place = f"{source}:{number}"
-        fault = None if isinstance(fields, dict) else f"{place}: expected a JSON object"
-        yield Record(place, fields if fault is None else None, fault)
+        yield place, partial(_json_object, fields, place)
 
 
-def _ipc_reader(file: Any) -> Any:
-    import pyarrow as pa
-
-    magic = file.read(6)
-    file.seek(0)
-    return pa.ipc.open_file(file) if magic == b"ARROW1" else pa.ipc.open_stream(file)
+def _json_object(fields: Any, place: str) -> dict[str, Any]:
+    if not isinstance(fields, dict):
+        raise RowError(f"{place}: expected a JSON object")
+    return fields
 
 
-def _ipc_batches(reader: Any) -> Iterator[Any]:
-    if hasattr(reader, "num_record_batches"):  # the file format
-        return (reader.get_batch(i) for i in range(reader.num_record_batches))
-    return iter(reader)
+def _csv_entries(source: Source) -> Entries:
+    with _open(source) as stream:
+        reader, names = _csv_header(source, stream)
+        while True:
+            place = f"{source}:{reader.line_num + 1}"
+            try:
+                values = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield place, partial(_csv_fields, names, str(error), place)
+            else:
+                if values:
+                    yield place, partial(_csv_fields, names, values, place)
 
 
-def _csv(source: Source, stream: BinaryIO) -> Any:
-    # The default limit, 128 KiB, is less than a long prompt.
-    csv.field_size_limit(LONGEST_LINE)
-    tabs = ".tsv" in (s.lower() for s in source.path.suffixes[-2:])
-    pieces = iter(lambda: stream.readline(LONGEST_LINE), b"")
+def _csv_fields(names: list[str], values: list[str] | str, place: str) -> dict[str, Any]:
+    """Return the fields of a row; ``values`` as text: why there are none."""
+    if isinstance(values, str):
+        raise RowError(f"{place}: not valid CSV ({values}); quote it")
+    if len(values) != len(names):
+        fault = f"{len(values)} values, but the header names {len(names)} columns"
+        raise RowError(f"{place}: {fault}; quote values with separators")
+    return dict(zip(names, values, strict=True))
+
+
+def _csv_header(source: Source, stream: io.BufferedReader) -> tuple[Any, list[str]]:
+    """Return a reader of the rows, and the names of their columns."""
     # Bytes that are not UTF-8 become half surrogates, which no row may hold.
-    lines = (piece.decode("utf-8", "surrogateescape") for piece in pieces)
-    return csv.reader(lines, delimiter="\t" if tabs else ",")
-
-
-def _header(reader: Any, source: Source) -> list[str]:
+    text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
+    tabs = ".tsv" in (suffix.lower() for suffix in source.path.suffixes[-2:])
+    reader = csv.reader(text, delimiter="\t" if tabs else ",")
     try:
         names: list[str] = next(reader, [])
     except csv.Error as error:
         raise RowError(f"{source}: not valid CSV ({error}); check its header") from error
-    names = [name.removeprefix("\ufeff") if i == 0 else name for i, name in enumerate(names)]
     if not names:
         raise RowError(f"{source}: is empty; the first line must name the columns")
     if not all(names) or len(set(names)) < len(names):
         raise RowError(f"{source}: the first line must name every column once; it is {names}")
-    return names
+    return reader, names
 
 
 @contextmanager
-def _open(source: Source) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
-    """The decompressed bytes of a text file, and a function that tells the bytes read of it."""
-    with source.path.open("rb") as raw:
-        if source.codec is None:
-            yield raw, raw.tell
-            return
-        import pyarrow as pa
-
-        with pa.CompressedInputStream(raw, source.codec) as stream:
-            yield io.BufferedReader(stream, 1 << 16), raw.tell
+def _open(source: Source) -> Iterator[io.BufferedReader]:
+    """Open a text file for its bytes, decompressed."""
+    with pa.input_stream(str(source.path), compression=source.codec) as stream:
+        yield io.BufferedReader(stream, 1 << 16)
 
 
 @contextmanager
 def _readable(source: Source) -> Iterator[None]:
-    """Turns what the libraries raise for a file that is broken into a RowError that names it."""
-    import pyarrow as pa
-
+    """Turn what the libraries raise for a file that is broken into a RowError that names it."""
     try:
         yield
     except RowError:

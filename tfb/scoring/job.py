@@ -17,10 +17,10 @@ from torch import nn
 from tfb.adapters.artifact import SIDECAR, file_sha256, library_versions, load, read_sidecar
 from tfb.adapters.loading import base_config, class_names
 from tfb.data.encoding import check_truncate
-from tfb.data.readers import schema_of
+from tfb.data.readers import Source, schema_of
 from tfb.data.rows import RowError, RowFormat
-from tfb.data.sources import Source
-from tfb.model import BayesianModel, check_mode
+from tfb.model import BayesianModel
+from tfb.sampling.config import check_mode
 from tfb.scoring.output import FORMATS
 from tfb.scoring.rows import load_tokenizer, set_padding, to_device
 from tfb.scoring.scorer import Scorer
@@ -33,7 +33,7 @@ class Job:
 
     Attributes:
         model: base model, a folder or hub name. artifact: folder written by ``tfb fit``.
-        inputs: files, folders and patterns, see :mod:`tfb.data.sources`. output: the folder of parts.
+        inputs: files, folders and patterns, see :mod:`tfb.data.readers`. output: the folder of parts.
         draws: antithetic draws (even), or "auto". mode, tail: None: as sigma was searched.
         file_format: "parquet" or "jsonl". batch_tokens: padded tokens of a batch (of one copy of
             its rows). part_rows: most rows of a part. keep: columns that pass through.
@@ -130,7 +130,7 @@ class Job:
         bayes = load(self.model, self.artifact)
         set_padding(bayes, tokenizer)
         if self.mode is not None:
-            bayes.set_mode(self.mode, self.tail)
+            bayes.configure(mode=self.mode, tail=self.tail)
         to_device(bayes, self.device)
         return bayes, tokenizer
 
@@ -167,9 +167,9 @@ class Job:
             **self.declared(),
             "task": bayes.task,
             "sigma": bayes.sigma,
-            "seed": bayes.seed,
-            "mode": bayes.mode,
-            "tail": bayes.tail,
+            "seed": bayes.config.seed,
+            "mode": bayes.config.mode,
+            "tail": bayes.config.tail,
             "label_tokens": bayes.label_tokens,
             "device": bayes.device.type,
             "dtype": str(bayes.dtype).removeprefix("torch."),

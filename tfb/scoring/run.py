@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tfb.data.sources import find_sources
+from tfb.data.readers import find_sources
 from tfb.scoring.hashset import HashSet
 from tfb.scoring.job import Job, configuration_sha256, differences, kept_types
 from tfb.scoring.output import (

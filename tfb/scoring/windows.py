@@ -18,12 +18,11 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from itertools import count, islice
+from itertools import chain, count, islice
 from typing import Any
 
-from tfb.data.readers import Meter, Record, read
+from tfb.data.readers import Meter, Record, Source, read
 from tfb.data.rows import Row, RowError, RowFormat
-from tfb.data.sources import Source
 from tfb.scoring.hashset import HashSet
 
 BLOCK = 256  # rows that are looked up together
@@ -74,7 +73,7 @@ class Reading:
     def records(self, meter: Meter | None = None) -> Iterator[Record]:
         """The records of all files."""
         wanted = [*self.form.names.values(), *self.keep]
-        stream = read(self.sources, meter or Meter(self.sources), wanted)
+        stream = chain.from_iterable(read(source, wanted) for source in self.sources)
         return islice(stream, self.limit)
 
     def blocks(self, meter: Meter | None = None) -> Iterator[list[Item]]:
