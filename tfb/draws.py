@@ -1,8 +1,7 @@
 """Posterior draws: pairs (sigma, stream) with a seed and a kind of noise.
 
-A negative sigma flips the noise, so an antithetic pair is (+sigma, q), (-sigma, q); a sigma grid
-is the same streams under several sigma (common random numbers). sigma = 0 is the deterministic
-adapter, exactly.
+A negative sigma flips the noise, so an antithetic pair is (+sigma, q), (-sigma, q). A sigma grid is
+the same streams at several sigma (common random numbers). sigma = 0 is the adapter, exactly.
 """
 
 from __future__ import annotations
@@ -20,8 +19,25 @@ from tfb_kernels.ops import NOISE_KINDS, by_stream
 
 
 def stable_layer_id(name: str) -> int:
-    """The unsigned 32-bit noise identity of a module's qualified name (BLAKE2s, 4 bytes)."""
+    """Return the unsigned 32-bit noise identity of a module's qualified name (BLAKE2s)."""
     return int.from_bytes(hashlib.blake2s(name.encode(), digest_size=4).digest(), "little")
+
+
+def check_even(draws: int, name: str = "draws") -> None:
+    """Refuse a number of draws that is not a number of antithetic pairs.
+
+    Args:
+        draws: the number.
+        name: the parameter that the message names.
+
+    Raises:
+        ValueError: it is odd or below 1.
+    """
+    _check_count(draws, name)
+    if draws % 2:
+        raise ValueError(
+            f"{name}={draws}: antithetic draws come in pairs, use {draws + 1} (or tfb.Draws.iid)"
+        )
 
 
 @dataclass(frozen=True)
@@ -31,7 +47,7 @@ class Draws:
     Attributes:
         sigmas: S noise scales in the paper's pre-scaling units; any sign.
         streams: S noise streams, unsigned 32-bit; equal streams share their noise.
-        seed: 64 bits.
+        seed: a signed 64-bit number.
         noise: "weight" (one weight sample for all tokens) or "token" (independent per token).
 
     Raises:
@@ -67,15 +83,15 @@ class Draws:
 
     @classmethod
     def mean(cls) -> Draws:
-        """One draw at sigma = 0: the deterministic adapter."""
+        """Make one draw at sigma = 0: the deterministic adapter."""
         return cls((0.0,), (0,))
 
     @classmethod
     def iid(
         cls, n: int, sigma: float, *, seed: int = 0, noise: str = "weight", first_stream: int = 0
     ) -> Draws:
-        """n independent draws at ``sigma``."""
-        _check_count(n)
+        """Make n independent draws at ``sigma``."""
+        _check_count(n, "draws")
         _check_sigma(sigma)
         return cls((float(sigma),) * n, tuple(range(first_stream, first_stream + n)), seed, noise)
 
@@ -83,13 +99,11 @@ class Draws:
     def antithetic(
         cls, n: int, sigma: float, *, seed: int = 0, noise: str = "weight", first_stream: int = 0
     ) -> Draws:
-        """n / 2 pairs (+sigma, q), (-sigma, q): the default, since a pair cancels the linear term
-        of the noise in averaged probabilities (DESIGN.md has the measurement)."""
-        _check_count(n)
-        if n % 2:
-            raise ValueError(
-                f"draws={n}: antithetic draws come in pairs, use {n + 1} or Draws.iid({n}, ...)"
-            )
+        """Make n / 2 pairs (+sigma, q), (-sigma, q).
+
+        A pair cancels the linear term of the noise in averaged probabilities.
+        """
+        check_even(n)
         _check_sigma(sigma)
         pairs = range(first_stream, first_stream + n // 2)
         return cls(
@@ -110,11 +124,11 @@ class Draws:
         noise: str = "weight",
         first_stream: int = 0,
     ) -> Draws:
-        """n draws at each of several sigmas, on common streams.
+        """Make n draws at each of G sigmas, on common streams.
 
-        Stream-major, so that all draws of a stream stand side by side: draw number
-        ``q * (G * k) + g * k + sign`` with k = 2 (antithetic) or 1, stream q, sigma g. A sigma of
-        0 in the grid is allowed (its n draws are then all the deterministic adapter).
+        All draws of a stream stand side by side. With k = 2 (antithetic) or 1, draw number
+        ``q * (G * k) + g * k + sign`` has stream q and sigma g. At sigma = 0 all n draws are the
+        deterministic adapter.
         """
         if not sigmas:
             raise ValueError("draws: the sigma grid is empty")
@@ -137,7 +151,7 @@ class Draws:
         return len(self.sigmas)
 
     def __getitem__(self, index: slice) -> Draws:
-        """A contiguous part, for running S draws in chunks with identical results."""
+        """Return a contiguous part, for running S draws in parts with identical results."""
         return replace(self, sigmas=self.sigmas[index], streams=self.streams[index])
 
     @cached_property
@@ -158,13 +172,13 @@ class Draws:
         return tuple(tuple(g) for g in groups.values())
 
     def unit_tensor(self, device: torch.device | str = "cpu") -> Tensor | None:
-        """``units`` as [U, D] int64 on ``device``, or None where streams repeat unevenly."""
+        """Return ``units`` as [U, D] int64, or None where streams repeat unevenly."""
         if len({len(u) for u in self.units}) > 1:
             return None
         return torch.tensor(self.units, dtype=torch.int64, device=device)
 
     def tensors(self, device: torch.device | str = "cpu") -> DrawTensors:
-        """The draws as tensors on ``device``; made once for each device and kept.
+        """Return the draws as tensors on ``device``; they are made once for each device and kept.
 
         Inside ``torch.compile`` they are only read: draws that were never on ``device`` become
         constants of the graph.
@@ -187,9 +201,14 @@ class Draws:
 
 @dataclass(frozen=True)
 class DrawTensors:
-    """sigmas [S] float64, distinct streams [Q], stream_index [S], seed (0-d), on one device.
+    """Draws on one device.
 
-    draws_per_stream: k if the draws come stream by stream, k of each; else 1.
+    Attributes:
+        sigmas: [S] float64.
+        streams: [Q] int64, the distinct streams.
+        stream_index: [S] int64, the place of each draw's stream in ``streams``.
+        seed: 0-d int64.
+        draws_per_stream: k if the draws come stream by stream, k of each; else 1.
     """
 
     sigmas: Tensor
@@ -199,9 +218,9 @@ class DrawTensors:
     draws_per_stream: int
 
 
-def _check_count(n: int) -> None:
-    if n < 1:
-        raise ValueError(f"draws={n}: at least one draw is needed")
+def _check_count(draws: int, name: str) -> None:
+    if draws < 1:
+        raise ValueError(f"{name}={draws}: at least one draw is needed")
 
 
 def _check_sigma(sigma: float) -> None:
