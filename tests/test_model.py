@@ -38,7 +38,7 @@ DRAWS = Draws((0.05, -0.05, 0.0, 0.1, 0.05), (0, 0, 1, 9, 1), seed=11)
 def bayesian(kind: str = "llama", seed: int = 0) -> BayesianModel:
     """Float64, sigma set."""
     bayes = tfb.bayesianize(exact(CASES[kind].build(seed)), seed=5)
-    bayes.sigma = 0.05
+    bayes.configure(sigma=0.05)
     return bayes
 
 
@@ -386,7 +386,7 @@ def test_draws_that_cannot_be_made() -> None:
     bayes.mode = "quarter"
     with pytest.raises(ValueError, match="mode='quarter'"):
         bayes.predict(batch)
-    bayes.mode, bayes.sigma = "full", None
+    bayes.config.mode, bayes.sigma = "full", None
     with pytest.raises(ValueError, match=r"sigma is not set: run tfb\.fit_sigma.* or pass tfb\.Dr"):
         bayes.predict(batch)
     assert bayes.predict(batch, DRAWS).probs.shape == (3, VOCAB)  # explicit draws need none
@@ -496,7 +496,7 @@ def test_real_adapter_predicts_like_a_naive_loop(shared: Path) -> None:
     labels = torch.tensor([tokenizer(f"{prompts[0]} {c}")["input_ids"][-1] for c in "ABCDEFGHIJ"])
     model, twin = (exact(tfb.load_adapter(tfb.load_base(base, adapter), adapter)) for _ in "12")
     bayes = tfb.bayesianize(model, seed=2)
-    bayes.sigma = 0.01
+    bayes.configure(sigma=0.01)
 
     def one_by_one(m: Any) -> Tensor:
         ids = [torch.tensor([tokenizer(prompt)["input_ids"]]) for prompt in prompts]

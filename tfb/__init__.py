@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tfb.adapters.artifact import ArtifactError, load
+    from tfb.adapters.artifact import ArtifactError, load, save
     from tfb.adapters.bridge import bayesianize
     from tfb.adapters.export import export
     from tfb.adapters.loading import load_adapter, load_base
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from tfb.posterior import AdapterError, LowRankPosterior
     from tfb.predictive import Predictive
     from tfb.sampling.adaptive import Adaptive
+    from tfb.sampling.config import SamplingConfig
     from tfb.sampling.generate import Generation
     from tfb.scoring.rows import score
     from tfb.search.fit import SearchError, SigmaFit, fit_sigma
-    from tfb.search.layer_scale import fit_layer_scales
     from tfb.search.loss import AnchorSet
 
 __version__ = "0.1.0"
@@ -44,16 +44,17 @@ _HOMES = {
     "Generation": "sampling.generate",
     "LowRankPosterior": "posterior",
     "Predictive": "predictive",
+    "SamplingConfig": "sampling.config",
     "SearchError": "search.result",
     "SigmaFit": "search.result",
     "bayesianize": "adapters.bridge",
     "export": "adapters.export",
-    "fit_layer_scales": "search.layer_scale",
     "fit_sigma": "search.fit",
     "last_layers": "adapters.selection",
     "load": "adapters.artifact",
     "load_adapter": "adapters.loading",
     "load_base": "adapters.loading",
+    "save": "adapters.artifact",
     "score": "scoring.rows",
 }
 
@@ -68,16 +69,17 @@ __all__ = [
     "Generation",
     "LowRankPosterior",
     "Predictive",
+    "SamplingConfig",
     "SearchError",
     "SigmaFit",
     "bayesianize",
     "export",
-    "fit_layer_scales",
     "fit_sigma",
     "last_layers",
     "load",
     "load_adapter",
     "load_base",
+    "save",
     "score",
 ]
 

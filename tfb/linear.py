@@ -1,7 +1,7 @@
 """``BayesLoRALinear``: a linear layer whose low-rank update is drawn from its posterior.
 
-Usable alone, with no PEFT and no transformers. The PEFT bridge (:mod:`tfb.adapters.bridge`) applies the
-same :class:`LowRankSampler` inside PEFT's own layers.
+This works without PEFT and transformers. :mod:`tfb.adapters.bridge` puts the same
+:class:`LowRankSampler` into PEFT's own layers.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Pool:
 
 
 class Factors(NamedTuple):
-    """A' [r, n], B' [m, r] and scale / d [r] on a device, which implementation takes them, and the
+    """A' [r, n], B' [m, r] and 1 / d [r] on a device, which implementation takes them, and the
     rows of a draw from which merging costs less than adding."""
 
     A: Tensor
@@ -67,7 +67,6 @@ class LowRankSampler:
 
     def __init__(self, posterior: LowRankPosterior) -> None:
         self.posterior = posterior
-        self.scale = 1.0
         self.merging = "auto"
         self._factors: dict[tuple[torch.device, torch.dtype], Factors] = {}
         self._pool: Pool | None = None
@@ -149,12 +148,6 @@ class LowRankSampler:
         kept = draws.noise == "weight" and device.type == "cpu"
         return self.pool(draws, device) if kept and not torch.compiler.is_compiling() else None
 
-    def set_scale(self, scale: float) -> None:
-        """This layer's noise is ``scale`` (>= 0) times the model's sigma from now on."""
-        if scale != self.scale:
-            self.scale = scale
-            self._factors.clear()
-
     def factors(self, device: torch.device, dtype: torch.dtype) -> Factors:
         """The factors as the operators take them fastest where x has ``dtype``."""
         key = device, dtype
@@ -164,7 +157,7 @@ class LowRankSampler:
             found = Factors(
                 p.A.to(device, inner).contiguous(),
                 p.B.to(device, inner).contiguous(),
-                (p.inv_d * self.scale).to(device),
+                p.inv_d.to(device),
                 impl,
                 merge_min_rows(p.out_features, p.in_features, device),
             )

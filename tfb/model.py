@@ -1,16 +1,13 @@
-"""``BayesianModel``: a PEFT model whose adapter has a posterior, and its predictions.
-
-How S draws pass through the model: :mod:`tfb.sampling.fan_out` (full), :mod:`tfb.sampling.tail` (tail sampling).
-"""
+"""``BayesianModel``: a PEFT model whose adapter has a posterior, and its predictions."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +18,7 @@ from tfb.posterior import LowRankPosterior
 from tfb.predictive import Predictive
 from tfb.sampling.adaptive import Adaptive, predict_adaptively
 from tfb.sampling.choices import ChoiceTokens, check_inputs, run_choices
+from tfb.sampling.config import SamplingConfig
 from tfb.sampling.fan_out import (
     FanOut,
     SamplingState,
@@ -36,53 +34,63 @@ from tfb.sampling.overrides import LabelColumns, narrow_head, restore_head
 from tfb.sampling.replay import make_replayable, restore_blocks
 from tfb.sampling.tail import why_no_tail
 
-MODES = ("full", "tail")
+
+class Attachment(Protocol):
+    """What the model asks of the adapter's layers (:class:`tfb.adapters.bridge.PeftAttachment`)."""
+
+    @property
+    def owner(self) -> int:
+        """The key of the model's sampling state."""
+
+    def check(self) -> Mapping[str, nn.Module]:
+        """Refuse layers that do not carry the posterior now, unmerged."""
+
+    def check_sampling(self) -> Mapping[str, Tensor]:
+        """Refuse layers that cannot be sampled now; return their weights by name."""
+
+    def unmergeable(self) -> list[str]:
+        """Return the layers that no draw can be merged into."""
+
+    def detach(self) -> None:
+        """Take the posterior out of the layers again."""
 
 
 class BayesianModel:
-    """A PEFT model whose adapter has a posterior. Made by :func:`tfb.bayesianize` / ``tfb.load``.
+    """A PEFT model whose adapter has a posterior. Made by :func:`tfb.bayesianize` or ``tfb.load``.
 
     Attributes:
-        model: the PEFT model; outside ``sampling`` it behaves exactly as before.
+        model: the PEFT model. Outside ``sampling`` it behaves exactly as before.
+        base: the model inside.
         adapter: the adapter's name.
-        posteriors: one :class:`LowRankPosterior` for each Bayesian module, by qualified name.
-        sigma: the posterior's scale, None until ``fit_sigma`` or the caller sets it.
-        seed: the default seed of draws.
-        family: of the posteriors; see :mod:`tfb.adapters.families`.
-        mode, tail: how draws reach the model ("full"; "tail" with k positions); set by the
-            search that found sigma, kept in the artifact.
-        length_normalization: how choices of several tokens are scored, "none" (sum of
-            log-probabilities) or "tokens" (their mean), see :mod:`tfb.sampling.choices`; to be set before
-            the search, kept in the artifact.
-        label_tokens: by which tokens of a choice rows are scored, "all" or "last", see
-            :mod:`tfb.data.encoding`; to be set before rows are encoded, kept in the artifact.
-        labels: names of the classes (None: those of the base's configuration, if it has any), or
-            choices of rows that bring none; kept in the artifact.
+        task: "CAUSAL_LM", "SEQ_2_SEQ_LM" or "SEQ_CLS".
+        samplers: what applies the draws of each Bayesian module, by qualified name.
+        labels: names of the classes, or choices of rows that bring none; or None.
+        label_tokens: the tokens of a choice that are scored, "all" or "last".
+        source: the adapter's folder, or None.
     """
 
     def __init__(
         self,
         model: nn.Module,
         adapter: str,
+        attachment: Attachment,
         samplers: Mapping[str, LowRankSampler],
         *,
         task: str,
-        seed: int = 0,
-        family: str = "low_rank",
+        config: SamplingConfig,
+        labels: Sequence[str] | None = None,
+        label_tokens: str = "all",
+        source: Path | None = None,
     ) -> None:
         self.model = model
         self.adapter = adapter
         self.samplers = dict(samplers)
         self.task = task
-        self.seed = seed
-        self.family = family
-        self.sigma: float | None = None
-        self.mode = "full"
-        self.tail: int | None = None
-        self.length_normalization = "none"
-        self.label_tokens = "all"
-        self.labels: Sequence[str] | None = None
-        self.source: Path | None = None  # the adapter's folder, copied untouched into artifacts
+        self.labels = labels
+        self.label_tokens = label_tokens
+        self.source = source
+        self._attachment = attachment
+        self._config = config
         self._devices: frozenset[torch.device] = frozenset()  # of the noisy layers
         inner: Any = model.get_base_model()  # type: ignore[operator]
         self.base = inner
@@ -91,30 +99,45 @@ class BayesianModel:
         narrow_head(inner, task)
         make_replayable(self.blocks_below, inner)
 
-    @property
-    def layer_scales(self) -> dict[str, float]:
-        """Multipliers of sigma by module; all 1 unless :mod:`tfb.search.layer_scale` set them."""
-        return {name: s.scale for name, s in self.samplers.items()}
+    # --- configuration --------------------------------------------------------------------------
 
-    def set_layer_scales(self, scales: Mapping[str, float]) -> None:
-        """Multiply sigma in each module; sigma should be searched again.
+    @property
+    def config(self) -> SamplingConfig:
+        """How the model samples; frozen, replaced by :meth:`configure`."""
+        return self._config
+
+    @property
+    def sigma(self) -> float | None:
+        """The posterior's scale, None until it is fitted or configured."""
+        return self._config.sigma
+
+    def configure(self, **changes: Any) -> BayesianModel:
+        """Replace parts of the configuration.
+
+        Args:
+            changes: fields of :class:`SamplingConfig`. Changing ``mode`` alone to "full" drops
+                ``tail``.
+
+        Returns:
+            The model itself.
 
         Raises:
-            ValueError: other modules than the model's, or a negative or non-finite number.
+            ValueError: an impossible value, or a mode that the model cannot take.
         """
-        if set(scales) != set(self.samplers):
-            raise ValueError("layer scales: need one for every Bayesian module, by its name")
-        if bad := {n: m for n, m in scales.items() if not 0 <= m < math.inf}:
-            raise ValueError(f"layer scales: expected finite numbers >= 0, got {bad}")
-        for name, sampler in self.samplers.items():
-            sampler.set_scale(scales[name])
+        if "mode" in changes:
+            changes.setdefault("tail", None)
+        config = replace(self._config, **changes)
+        check_possible(config, self.base, self.task)
+        self._config = config
+        return self
 
     @property
     def merging(self) -> str:
-        """Whether layers are multiplied by weights that draws are merged into: "auto" (where each
-        draw has an input of its own and that costs less), "always" there, or "never".
+        """Whether layers are multiplied by weights that draws are merged into.
 
-        In half precision a merged weight is rounded once, as by PEFT's ``merge_adapter``.
+        "auto": where each draw has an input of its own and that costs less. "always": wherever
+        each draw has an input of its own. "never". In half precision a merged weight is rounded
+        once, as by PEFT's ``merge_adapter``.
 
         Raises:
             ValueError: when set to an unknown value, or to "always" with layers that have no weight
@@ -124,12 +147,10 @@ class BayesianModel:
 
     @merging.setter
     def merging(self, value: str) -> None:
-        from tfb.adapters.bridge import without_weights
-
         if value not in MERGING:
             raise ValueError(f"merging={value!r}: expected one of {', '.join(MERGING)}")
         self.check_attached()
-        if value == "always" and (names := without_weights(self)):
+        if value == "always" and (names := self._attachment.unmergeable()):
             raise ValueError(
                 "merging='always': no draw can be merged into layers that are quantized, hooked or "
                 f"no plain nn.Linear: {', '.join(names[:8])}; use merging='auto', which adds there"
@@ -142,10 +163,11 @@ class BayesianModel:
     @property
     def owner(self) -> int:
         """The key of this model's sampling state."""
-        return id(self)
+        return self._attachment.owner
 
     @property
     def posteriors(self) -> dict[str, LowRankPosterior]:
+        """The posterior of each Bayesian module, by qualified name."""
         return {name: s.posterior for name, s in self.samplers.items()}
 
     @property
@@ -155,6 +177,7 @@ class BayesianModel:
 
     @property
     def device(self) -> torch.device:
+        """The device of the model's first parameter."""
         return next(self.model.parameters()).device
 
     @property
@@ -162,13 +185,22 @@ class BayesianModel:
         """The dtype of the base model's activations."""
         return next(p.dtype for p in self.base.parameters() if p.is_floating_point())
 
+    @property
+    def pad_token_id(self) -> int:
+        """The token that fills padding; 0 where the model's configuration has none.
+
+        Its value matters to SEQ_CLS heads alone, which have it in the configuration.
+        """
+        value = getattr(self.base.config, "pad_token_id", None)
+        return value if isinstance(value, int) else 0
+
     @contextlib.contextmanager
     def sampling(self, draws: Draws) -> Iterator[BayesianModel]:
-        """Within this context ``bayes.model(**batch)`` runs all draws: outputs are [S * B, ...].
+        """Run all draws in every ``bayes.model(**batch)`` of this context: [S * B, ...] come out.
 
         Raises:
             ValueError: the adapter is not the active one, is disabled, merged, rescaled or gone:
-                the draws would have no or another effect; or another adapter of the same model is
+                the draws would have no or another effect. Or another adapter of the same model is
                 being sampled.
         """
         self.check_sampling()
@@ -177,8 +209,10 @@ class BayesianModel:
 
     @contextlib.contextmanager
     def sampling_as(self, state: SamplingState) -> Iterator[None]:
-        """``sampling`` with everything that a state can say; for the passes of this package, which
-        call ``check_sampling`` once for all of them."""
+        """Sample with everything that a state can say.
+
+        For the passes of this package, which call ``check_sampling`` once for all of them.
+        """
         for device in self._devices:
             state.draws.tensors(device)  # or a compiled graph would take them for constants
         token = set_state(self.owner, state)
@@ -188,26 +222,12 @@ class BayesianModel:
             reset_state(token)
 
     def check_sampling(self) -> None:
-        """Refuse a model of which draws cannot be sampled now (see ``sampling``); have factors on
-        every layer's device, where compiled graphs read them."""
-        active = getattr(self.model, "active_adapters", [self.adapter])
-        active = active() if callable(active) else active
-        if self.adapter not in active:
-            raise ValueError(
-                f"adapter {self.adapter!r} is not active (active: {', '.join(active)}); call "
-                f"bayes.model.set_adapter({self.adapter!r}) first"
-            )
+        """Refuse a model of which draws cannot be sampled now (see ``sampling``).
+
+        Also put factors on every layer's device, where compiled graphs read them.
+        """
         own, devices = self.dtype, set()
-        for name, layer in self.check_attached().items():
-            if layer.disable_adapters:
-                raise ValueError("the adapter is disabled (disable_adapter): nothing to sample")
-            now, sampled = layer.scaling[self.adapter], self.samplers[name].posterior.scaling
-            if now != sampled:
-                raise ValueError(
-                    f"{name}: LoRA's scaling is {now:g}, and {sampled:g} in the posterior; set "
-                    "it back (rescale_adapter_scale), or call remove() and bayesianize again"
-                )
-            weight = layer.lora_A[self.adapter].weight
+        for name, weight in self._attachment.check_sampling().items():
             for dtype in {own, weight.dtype}:  # PEFT may cast inputs to the adapter's
                 self.samplers[name].factors(weight.device, dtype)
             devices.add(weight.device)
@@ -217,49 +237,33 @@ class BayesianModel:
                 "another adapter of this model is being sampled; leave its sampling() first"
             )
 
-    def check_attached(self) -> dict[str, Any]:
-        """The noisy layers by name, which carry this posterior now, unmerged.
+    def check_attached(self) -> None:
+        """Refuse a model that does not carry this posterior now, unmerged.
 
         Raises:
-            ValueError: one is not.
+            ValueError: it does not.
         """
-        found = {}
-        for name in self.samplers:
-            layer: Any = self.base.get_submodule(name)
-            variant = getattr(layer, "lora_variant", {}).get(self.adapter)
-            if getattr(variant, "owner", None) != self.owner:
-                raise ValueError(
-                    f"{name}: does not carry this posterior any more (remove(), "
-                    "merge_and_unload(), delete_adapter(), or a copy of the model): bayesianize "
-                    "the model that is to be sampled"
-                )
-            if getattr(layer, "merged", False):
-                raise ValueError(
-                    f"{name}: the adapter is merged into the base weight; call "
-                    "bayes.model.unmerge_adapter() first"
-                )
-            found[name] = layer
-        return found
+        self._attachment.check()
 
     # --- prediction -----------------------------------------------------------------------------
 
     def draws(self, n: int | Draws) -> Draws:
-        """``n`` antithetic draws at ``self.sigma``, or the given draws unchanged.
+        """Return ``n`` antithetic draws at the model's sigma and seed, or the given draws.
 
         Raises:
-            ValueError: sigma not set yet, n odd or < 1.
+            ValueError: sigma is not set, or n is odd or < 1.
         """
         if isinstance(n, Draws):
             return n
         if self.sigma is None:
             raise ValueError(
-                "sigma is not set: run tfb.fit_sigma(bayes, anchors), assign bayes.sigma, or pass "
-                "tfb.Draws"
+                "sigma is not set: run tfb.fit_sigma(bayes, anchors), bayes.configure(sigma=...), "
+                "or pass tfb.Draws"
             )
-        return Draws.antithetic(n, self.sigma, seed=self.seed)
+        return Draws.antithetic(n, self.sigma, seed=self.config.seed)
 
     def distinct_draws(self, n: int | Draws, *, kept: bool = False) -> Draws:
-        """``draws(n)``; where sigma is 0 the one that all would equal, unless all are ``kept``."""
+        """Return the draws; at sigma = 0 they are identical, so return one unless ``kept``."""
         draws = self.draws(n)
         equal = self.sigma == 0.0 and not isinstance(n, Draws)
         return Draws.mean() if equal and not kept else draws
@@ -275,24 +279,28 @@ class BayesianModel:
         tail: int | None = None,
         draws_per_pass: int | None = None,
     ) -> Tensor:
-        """Logits [S, B, K] of the scored position, model in eval mode for the call; for choices of
-        several tokens their summed log-probabilities.
+        """Compute the logits of the scored position, with the model in eval mode.
+
+        For choices of several tokens they are summed log-probabilities. The temperature is not
+        applied.
 
         Args:
             batch: a tokenizer's tensors: input_ids [B, T], attention_mask [B, T] and what else
                 the model takes. Either padding side.
             draws: S draws.
-            label_ids: for language models, the vocabulary ids to keep: [K], or [B, K] for choices
-                that differ by row; only these rows of the output embedding are then computed.
-                [B, K, L] for choices of up to L tokens, -1 after the end of shorter ones (causal
-                LMs): see :mod:`tfb.sampling.choices`. None keeps all.
-            mode, tail: see :meth:`predict`.
-            draws_per_pass: most draws in one forward pass; None: see :func:`tfb.sampling.memory.chunks`.
+            label_ids: for language models, the vocabulary ids to keep. [K]; or [B, K] for choices
+                that differ by row; or [B, K, L] for choices of up to L tokens, -1 after the end of
+                shorter ones (causal LMs). None keeps all.
+            mode: see :meth:`predict`.
+            tail: see :meth:`predict`.
+            draws_per_pass: most draws in one forward pass. None: as many as fit into memory.
+
+        Returns:
+            Logits [S, B, K].
 
         Raises:
-            ValueError: see :func:`tfb.sampling.inputs.align` and :meth:`predict`; label_ids of the wrong
-                shape or outside the vocabulary; two equal choices of a row, or a choice without
-                tokens.
+            ValueError: a batch that does not fit; an impossible mode; label_ids of the wrong shape
+                or outside the vocabulary; two equal choices of a row, or a choice without tokens.
         """
         mode, tail = self._mode(mode, tail)
         self.check_sampling()
@@ -303,7 +311,7 @@ class BayesianModel:
         label_ids = None if label_ids is None else torch.as_tensor(label_ids)  # a list will do
         if label_ids is not None and label_ids.dim() == 3:
             check_inputs(inputs, self.task)
-            choices = ChoiceTokens.of(self.base, label_ids, rows, self.length_normalization)
+            choices = ChoiceTokens.of(self.base, label_ids, rows, self.config.length_normalization)
         elif label_ids is not None:
             labels = LabelColumns.of(self.base, label_ids, rows)
         T = inputs["input_ids"].shape[1]
@@ -327,6 +335,114 @@ class BayesianModel:
                 ]
         return found[0] if len(found) == 1 else torch.cat(found)
 
+    def predictive(self, logits: Tensor, draws: Draws, *, keep_draws: bool = False) -> Predictive:
+        """Average the probabilities of logits [S, B, K] at the model's temperature."""
+        if self.config.temperature != 1.0:
+            logits = logits / self.config.temperature
+        return Predictive.from_logits(logits, draws, keep_draws=keep_draws)
+
+    def predict(
+        self,
+        batch: Batch,
+        draws: int | Draws | Adaptive | str = 10,
+        mode: str | None = None,
+        label_ids: Tensor | None = None,
+        *,
+        tail: int | None = None,
+        keep_draws: bool = False,
+        draws_per_pass: int | None = None,
+    ) -> Predictive:
+        """Compute the posterior predictive of a batch.
+
+        Args:
+            batch: a tokenizer's output (tensors [B, T]). An encoder-decoder's may bring
+                decoder_input_ids [B, T'] without padding; left out, the first token of the answer
+                is scored.
+            draws: a number of antithetic draws at ``bayes.sigma``; or :class:`Draws`; or "auto" or
+                :class:`Adaptive`, which give every row as many draws as its own Monte-Carlo error
+                asks for (``Predictive.draw_counts`` says how many).
+            mode: "full": every draw passes through the whole model. "tail": noise at the last
+                ``tail`` positions only, about 1 + S tail / T passes, decoders only; a different
+                predictive. None: as configured.
+            label_ids: for language models the vocabulary ids of the classes, [K], [B, K] or
+                [B, K, L]; see :meth:`logits`. None: the whole vocabulary.
+            tail: positions with noise in tail mode.
+            keep_draws: keep every draw's probabilities [S, B, K].
+            draws_per_pass: most draws in one forward pass. None: as many as fit into memory.
+
+        Raises:
+            ValueError: sigma not set, odd draws, an unknown mode or one that the model cannot
+                take, inputs that do not fit.
+        """
+        if isinstance(draws, str):
+            if draws != "auto":
+                raise ValueError(f"draws={draws!r}: expected a number, tfb.Draws or 'auto'")
+            draws = Adaptive()
+        if isinstance(draws, Adaptive):
+            if keep_draws:
+                raise ValueError("keep_draws: rows have different numbers of draws under 'auto'")
+            return predict_adaptively(
+                self,
+                batch,
+                draws,
+                label_ids=label_ids,
+                mode=mode,
+                tail=tail,
+                draws_per_pass=draws_per_pass,
+            )
+        chosen = self.draws(draws)
+        logits = self.logits(
+            batch, chosen, label_ids, mode=mode, tail=tail, draws_per_pass=draws_per_pass
+        )
+        return self.predictive(logits, chosen, keep_draws=keep_draws)
+
+    @torch.no_grad()
+    def hidden_norms(self, batch: Batch, draws: Draws) -> Tensor:
+        """Compute the Euclidean norm [S, B] of the last hidden state, in full mode.
+
+        At the scored position of a causal LM; of the mean over tokens otherwise. It is the quantity
+        behind ``metric="embedding_norm"``.
+        """
+        return hidden_norms(self, batch, draws)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        batch: Batch,
+        draws: int | Draws = 10,
+        *,
+        per_draw: bool = False,
+        **options: Any,
+    ) -> Generation:
+        """Continue prompts with the posterior predictive.
+
+        Args:
+            batch: a tokenizer's output; either padding side (moved to the left).
+            draws: S coherent weight samples that decode side by side.
+            per_draw: every draw writes its own continuation instead, [S, B, ...].
+            options: those of transformers' ``generate`` (max_new_tokens, do_sample, temperature,
+                stopping criteria, streamer, ...).
+
+        Raises:
+            ValueError: not a causal LM, sigma not set or searched for tails, a temperature of
+                scored labels, token noise, or an option that cannot work with several draws
+                (named).
+        """
+        if self.config.mode == "tail" and not isinstance(draws, Draws):
+            raise ValueError(
+                f"generate: sigma was searched with mode='tail' (tail={self.config.tail}), and "
+                "generation has its noise at every token; fit with mode 'full', or accept this "
+                "sigma there: bayes.configure(mode='full')"
+            )
+        if self.config.temperature != 1.0:
+            raise ValueError(
+                f"generate: temperature={self.config.temperature:g} is that of scored labels; "
+                "bayes.configure(temperature=1.0) to generate"
+            )
+        return run_generation(self, batch, self.draws(draws), per_draw, options)
+
+    # --- what passes need -----------------------------------------------------------------------
+
     @property
     def last_logits(self) -> dict[str, int]:
         """What tells a causal LM that only the last position is scored."""
@@ -339,42 +455,18 @@ class BayesianModel:
 
     @contextlib.contextmanager
     def mean_pass(self, draws: Draws, batch: int) -> Iterator[None]:
-        """A pass of the mean adapter that enters below the model's entrance: one draw at sigma = 0,
-        so that layers can be merged. Its stream is one of ``draws``, whose noise is kept anyway."""
+        """Run a pass of the mean adapter that enters below the model's entrance.
+
+        It is one draw at sigma = 0, so that layers can be merged. Its stream is one of ``draws``,
+        whose noise is kept anyway.
+        """
         mean = Draws((0.0,), draws.streams[:1], draws.seed)
         state = SamplingState(self.base, mean, tree=True, mean=True)
         with self.sampling_as(state), self.tree_pass(1, batch):
             yield
 
-    @torch.no_grad()
-    def hidden_norms(self, batch: Batch, draws: Draws) -> Tensor:
-        """[S, B] Euclidean norm of the last hidden state: at the scored position of a causal LM,
-        of the mean over tokens otherwise. The quantity behind ``metric="embedding_norm"``.
-
-        Raises:
-            ValueError: ``bayes.mode`` is not "full".
-        """
-        return hidden_norms(self, batch, draws)
-
-    def set_mode(self, mode: str, tail: int | None = None) -> None:
-        """How draws reach the model from now on; sigma should have been searched the same way.
-
-        Raises:
-            ValueError: an unknown mode, or one that the model cannot take.
-        """
-        self.mode, self.tail = self._mode(mode, tail)
-
-    def _mode(self, mode: str | None, tail: int | None) -> tuple[str, int | None]:
-        """The mode and its k, the model's own where not given, checked."""
-        if mode is None:
-            mode, tail = self.mode, self.tail if tail is None else tail
-        check_mode(mode, tail)
-        if mode == "tail" and (reason := why_no_tail(self.base, self.task)):
-            raise ValueError(f"mode='tail' is not possible: {reason}")
-        return mode, tail
-
     def inputs(self, batch: Batch, mode: str) -> tuple[dict[str, Any], int]:
-        """The aligned batch with what a scoring pass adds, and its number of rows."""
+        """Return the aligned batch with what a scoring pass adds, and its number of rows."""
         # A sequence of a decoder ends where it is scored: on the left is the padding.
         causal = self.task == "CAUSAL_LM" or mode == "tail"
         inputs = align(batch, "left" if causal else "right", self.device)
@@ -394,123 +486,30 @@ class BayesianModel:
             inputs["use_cache"] = False
         return inputs, inputs["input_ids"].shape[0]
 
-    def predict(
-        self,
-        batch: Batch,
-        draws: int | Draws | Adaptive | str = 10,
-        mode: str | None = None,
-        label_ids: Tensor | None = None,
-        *,
-        tail: int | None = None,
-        keep_draws: bool = False,
-        draws_per_pass: int | None = None,
-    ) -> Predictive:
-        """Posterior predictive of a batch.
-
-        Args:
-            batch: a tokenizer's output (tensors [B, T]). An encoder-decoder's may bring
-                decoder_input_ids [B, T'] without padding; left out, the first token of the answer
-                is scored.
-            draws: a number of antithetic draws at ``bayes.sigma``; :class:`Draws`; or "auto"
-                (an :class:`Adaptive` with other settings): every row gets as many as its own
-                Monte-Carlo error asks for, ``Predictive.draw_counts`` says how many.
-            mode: "full": every draw passes through the whole model. "tail": noise at the last
-                ``tail`` positions only, about 1 + S tail / T passes, decoders only; a different
-                predictive, see :mod:`tfb.sampling.tail`. None: ``bayes.mode`` and ``bayes.tail``.
-            label_ids: for language models the vocabulary ids of the classes, [K] or [B, K];
-                [B, K, L] for choices of several tokens; None: the whole vocabulary. See
-                :meth:`logits`.
-            tail: positions with noise in tail mode.
-            keep_draws: keep every draw's probabilities [S, B, K].
-            draws_per_pass: most draws in one forward pass; None: as many as fit into memory.
-
-        Raises:
-            ValueError: sigma not set, odd draws, an unknown mode or one that the model cannot
-                take, inputs that do not fit.
-        """
-        if isinstance(draws, str):
-            if draws != "auto":
-                raise ValueError(f"draws={draws!r}: expected a number, tfb.Draws or 'auto'")
-            draws = Adaptive()
-        if isinstance(draws, Adaptive):
-            if keep_draws:
-                raise ValueError("keep_draws: rows have different numbers of draws under 'auto'")
-            return predict_adaptively(
-                self, batch, draws, label_ids=label_ids, mode=mode, tail=tail,
-                draws_per_pass=draws_per_pass,
-            )  # fmt: skip
-        chosen = self.draws(draws)
-        logits = self.logits(
-            batch, chosen, label_ids, mode=mode, tail=tail, draws_per_pass=draws_per_pass
-        )
-        return Predictive.from_logits(logits, chosen, keep_draws=keep_draws)
-
-    # --- generation -----------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def generate(
-        self,
-        batch: Batch,
-        draws: int | Draws = 10,
-        *,
-        per_draw: bool = False,
-        **options: Any,
-    ) -> Generation:
-        """Continue prompts with the posterior predictive; see :mod:`tfb.sampling.generate`.
-
-        Args:
-            batch: a tokenizer's output; either padding side (moved to the left).
-            draws: S coherent weight samples that decode side by side.
-            per_draw: every draw writes its own continuation instead, [S, B, ...].
-            options: those of transformers' ``generate`` (max_new_tokens, do_sample, temperature,
-                stopping criteria, streamer, ...).
-
-        Raises:
-            ValueError: not a causal LM, sigma not set or searched for tails, token noise, or an
-                option that cannot work with several draws (named).
-        """
-        if self.mode == "tail" and not isinstance(draws, Draws):
-            raise ValueError(
-                f"generate: sigma was searched with mode='tail' (tail={self.tail}), and generation "
-                "has its noise at every token; fit with mode 'full', or accept this sigma there: "
-                "bayes.set_mode('full')"
-            )
-        return run_generation(self, batch, self.draws(draws), per_draw, options)
-
-    # --- life -----------------------------------------------------------------------------------
+    def _mode(self, mode: str | None, tail: int | None) -> tuple[str, int | None]:
+        """The mode and its k, the configuration's where not given, checked."""
+        if mode is None:
+            mode = self.config.mode
+            tail = self.config.tail if tail is None else tail
+        check_possible(replace(self.config, mode=mode, tail=tail), self.base, self.task)
+        return mode, tail
 
     def remove(self) -> nn.Module:
-        """Undo ``bayesianize``: the PEFT model, with none of our hooks."""
-        from tfb.adapters.bridge import detach
-
+        """Undo ``bayesianize``; return the PEFT model, with none of our hooks."""
         self._fan_out.remove()
         restore_head(self.base)
         restore_blocks(self.blocks_below)
-        detach(self)
+        self._attachment.detach()
         for sampler in self.samplers.values():
             sampler.release()
         return self.model
 
-    def save(self, folder: str | Path, **details: Any) -> Path:
-        """Write the artifact: see :func:`tfb.adapters.artifact.save`."""
-        from tfb.adapters.artifact import save
 
-        return save(self, folder, **details)
+def check_possible(config: SamplingConfig, base: nn.Module, task: str) -> None:
+    """Refuse a configuration that a model cannot sample with.
 
-    def export(self, folder: str | Path, draws: int | Draws = 10, **details: Any) -> Path:
-        """Write sampled adapters for other engines: see :func:`tfb.adapters.export.export`."""
-        from tfb.adapters.export import export
-
-        return export(self, folder, draws, **details)
-
-
-def check_mode(mode: str, tail: int | None = None) -> None:
-    """Raise ValueError for an unknown mode, or a ``tail`` that does not belong to it."""
-    if mode not in MODES:
-        raise ValueError(f"mode={mode!r}: expected one of {', '.join(MODES)}")
-    if mode == "tail" and (tail is None or tail < 1):
-        raise ValueError(
-            f"mode='tail' needs tail=k (--tail k), k >= 1 positions with noise, got {tail}"
-        )
-    if mode != "tail" and tail is not None:
-        raise ValueError(f"tail={tail} belongs to mode='tail', not to mode={mode!r}")
+    Raises:
+        ValueError: tail mode, and the model has no prefix that draws can share.
+    """
+    if config.mode == "tail" and (reason := why_no_tail(base, task)):
+        raise ValueError(f"mode='tail' is not possible: {reason}")

@@ -34,7 +34,7 @@ pytestmark = [
 
 def bayesian(kind: str = "llama", **arguments: Any) -> BayesianModel:
     bayes = tfb.bayesianize(CASES[kind].build(), seed=5, **arguments)
-    bayes.sigma = 0.05
+    bayes.configure(sigma=0.05)
     return bayes
 
 
@@ -45,7 +45,7 @@ def base(kind: str = "llama", seed: int = 0) -> Any:
 
 @pytest.fixture
 def artifact(tmp_path: Path) -> Path:
-    return bayesian().save(tmp_path / "artifact", note="kept")
+    return tfb.save(bayesian(), tmp_path / "artifact", note="kept")
 
 
 # --- what was saved comes back ------------------------------------------------------------------
@@ -54,7 +54,7 @@ def artifact(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("kind", CASES)
 def test_round_trip_gives_the_same_bits(tmp_path: Path, kind: str) -> None:
     bayes, batch = bayesian(kind), CASES[kind].batch()
-    found = tfb.load(base(kind), bayes.save(tmp_path / "artifact"))
+    found = tfb.load(base(kind), tfb.save(bayes, tmp_path / "artifact"))
     assert (found.sigma, found.seed, found.mode, found.task) == (0.05, 5, "full", bayes.task)
     assert found.source == tmp_path / "artifact"
     assert list(found.posteriors) == list(bayes.posteriors)
@@ -69,7 +69,7 @@ def test_round_trip_gives_the_same_bits(tmp_path: Path, kind: str) -> None:
 
 def test_only_the_chosen_layers_come_back_bayesian(tmp_path: Path) -> None:
     bayes, batch = bayesian(layers=r"layers\.1"), CASES["llama"].batch()
-    found = tfb.load(base(), bayes.save(tmp_path / "artifact"))
+    found = tfb.load(base(), tfb.save(bayes, tmp_path / "artifact"))
     assert len(found.posteriors) == 7 and found.posteriors.keys() == bayes.posteriors.keys()
     assert torch.equal(found.predict(batch).probs, bayes.predict(batch).probs)
 
@@ -81,7 +81,7 @@ def test_another_process_sees_the_same_values(tmp_path: Path) -> None:
     BLAS treats aligned ones differently.)
     """
     base().save_pretrained(tmp_path / "base")
-    bayesian().save(tmp_path / "artifact")
+    tfb.save(bayesian(), tmp_path / "artifact")
     program = (
         "import sys, hashlib, tfb\n"
         "from support.models import make_batch\n"
@@ -108,10 +108,11 @@ def test_peft_reads_the_folder(tmp_path: Path) -> None:
     CASES["llama"].build().save_pretrained(tmp_path / "source")
     (tmp_path / "source/README.md").write_text("a card")
     bayes = tfb.bayesianize(tfb.load_adapter(base(), tmp_path / "source"))
-    bayes.sigma, bayes.source = 0.02, tmp_path / "source"
-    first = bayes.save(tmp_path / "first")
+    bayes.configure(sigma=0.02)
+    bayes.source = tmp_path / "source"
+    first = tfb.save(bayes, tmp_path / "first")
     again = tfb.load(base(), first)
-    second = again.save(tmp_path / "second")  # a loaded artifact is its own source
+    second = tfb.save(again, tmp_path / "second")  # a loaded artifact is its own source
     for file in (*ADAPTER_FILES, "README.md"):
         expected = (tmp_path / "source" / file).read_bytes()
         assert (first / file).read_bytes() == (second / file).read_bytes() == expected
@@ -126,8 +127,8 @@ def test_adapter_of_another_name(tmp_path: Path) -> None:
     model = add_lora(randomize(llama(), 0), 1, "mine", **causal())
     model.add_adapter("other", peft.LoraConfig(**causal(r=2)))
     bayes = tfb.bayesianize(model, "mine", seed=5)
-    bayes.sigma = 0.05
-    folder = bayes.save(tmp_path / "artifact")
+    bayes.configure(sigma=0.05)
+    folder = tfb.save(bayes, tmp_path / "artifact")
     files = {path.name for path in folder.iterdir()}
     assert files - {"README.md"} == {*ADAPTER_FILES, "tfb.json", "tfb.safetensors"}
     modes = {path.stat().st_mode & 0o777 for path in folder.iterdir()}
@@ -158,8 +159,9 @@ def test_base_in_another_dtype_is_the_same_base(artifact: Path) -> None:
 def test_real_base_in_bfloat16_is_the_same_base(shared: Path, tmp_path: Path) -> None:
     folder, adapter = shared / "models/stories260K", shared / "adapters/stories260K-clinc-domain"
     bayes = tfb.bayesianize(tfb.load_adapter(tfb.load_base(folder, adapter), adapter))
-    bayes.sigma, bayes.source = 0.01, adapter
-    bayes.save(tmp_path / "artifact")
+    bayes.configure(sigma=0.01)
+    bayes.source = adapter
+    tfb.save(bayes, tmp_path / "artifact")
     assert tfb.load(folder, tmp_path / "artifact").sigma == 0.01
     half = tfb.load_base(folder, adapter).bfloat16()
     assert tfb.load(half, tmp_path / "artifact").sigma == 0.01
@@ -177,12 +179,12 @@ def test_output_folder_must_be_free(tmp_path: Path) -> None:
     (tmp_path / "full/file").write_text("x")
     for name in ("file", "full"):
         with pytest.raises(ArtifactError, match=f"{name} already holds something; choose a new"):
-            bayes.save(tmp_path / name)
+            tfb.save(bayes, tmp_path / name)
     assert (tmp_path / "full/file").read_text() == (tmp_path / "file").read_text() == "x"
     (tmp_path / "empty").mkdir()
     for name in ("empty", "new", "a/b/c"):
         assert check_output_folder(tmp_path / name) == tmp_path / name
-        assert bayes.save(str(tmp_path / name)) == tmp_path / name
+        assert tfb.save(bayes, str(tmp_path / name)) == tmp_path / name
         assert tfb.load(base(), tmp_path / name).sigma == 0.05
 
 
@@ -193,9 +195,9 @@ def test_output_folder_must_be_free(tmp_path: Path) -> None:
 )
 def test_sigma_must_be_there(tmp_path: Path, sigma: float | None, message: str) -> None:
     bayes = bayesian()
-    bayes.sigma = sigma
+    bayes.configure(sigma=sigma)
     with pytest.raises(ArtifactError, match=message):
-        bayes.save(tmp_path / "artifact")
+        tfb.save(bayes, tmp_path / "artifact")
     assert not [*tmp_path.iterdir()]
 
 
@@ -204,11 +206,11 @@ def test_models_without_the_posterior_are_not_saved(tmp_path: Path) -> None:
     bayes: Any = bayesian()
     bayes.model.merge_adapter()
     with pytest.raises(ValueError, match=r"merged into the base weight; call .*unmerge_adapter"):
-        bayes.save(tmp_path / "artifact")
+        tfb.save(bayes, tmp_path / "artifact")
     bayes.model.unmerge_adapter()
     bayes.remove()
     with pytest.raises(ValueError, match="does not carry this posterior any more"):
-        bayes.save(tmp_path / "artifact")
+        tfb.save(bayes, tmp_path / "artifact")
     assert not [*tmp_path.iterdir()]
 
 
@@ -223,18 +225,18 @@ def test_no_half_written_folder(
     with monkeypatch.context() as patch:
         patch.setattr("tfb.adapters.artifact.save_file", fail)
         with pytest.raises(type(error)):
-            bayes.save(tmp_path / "artifact")
+            tfb.save(bayes, tmp_path / "artifact")
     assert not [*tmp_path.iterdir()]
     with pytest.raises(TypeError, match="not JSON serializable"):
-        bayes.save(tmp_path / "artifact", note=object())
+        tfb.save(bayes, tmp_path / "artifact", note=object())
     with pytest.raises(ValueError, match="Out of range float values"):
-        bayes.save(tmp_path / "artifact", note=float("nan"))
+        tfb.save(bayes, tmp_path / "artifact", note=float("nan"))
     bayes.source = tmp_path / "gone"
     with pytest.raises(FileNotFoundError, match=r"gone/adapter_config\.json"):
-        bayes.save(tmp_path / "artifact")
+        tfb.save(bayes, tmp_path / "artifact")
     assert not [*tmp_path.iterdir()]
     bayes.source = None
-    bayes.save(tmp_path / "artifact")
+    tfb.save(bayes, tmp_path / "artifact")
     assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
 
 

@@ -58,7 +58,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 def bayesian(kind: str = "llama", *, double: bool = False, **arguments: Any) -> BayesianModel:
     model = ALL[kind].build()
     bayes = tfb.bayesianize(exact(model) if double else model, seed=SEED, **arguments)
-    bayes.sigma = SIGMA
+    bayes.configure(sigma=SIGMA)
     return bayes
 
 
@@ -109,7 +109,7 @@ def scored(logits: Tensor) -> Tensor:
 def test_each_adapter_is_a_draw_of_the_engine(tmp_path: Path, kind: str) -> None:
     """Logits of every draw, and the averaged probabilities, in float64."""
     bayes, batch = bayesian(kind, double=True), ALL[kind].batch()
-    folder = bayes.export(tmp_path / "out", draws=4)
+    folder = tfb.export(bayes, tmp_path / "out", draws=4)
     logits = serve(base(kind, double=True), draw_folders(folder), lambda m: run(m, batch))
     draws = Draws.antithetic(4, SIGMA, seed=SEED)
     expected = sampled(bayes, draws, batch)
@@ -122,7 +122,7 @@ def test_each_adapter_is_a_draw_of_the_engine(tmp_path: Path, kind: str) -> None
 def test_layer_scales_are_exported(tmp_path: Path) -> None:
     bayes, batch = bayesian(double=True), ALL["llama"].batch()
     bayes.set_layer_scales({name: 0.25 * (i % 4) for i, name in enumerate(bayes.samplers)})
-    folder = bayes.export(tmp_path / "out", draws=2)
+    folder = tfb.export(bayes, tmp_path / "out", draws=2)
     logits = serve(base(double=True), draw_folders(folder), lambda m: run(m, batch))
     expected = sampled(bayes, Draws.antithetic(2, SIGMA, seed=SEED), batch)
     assert relative(logits, expected) < EXACT
@@ -130,7 +130,7 @@ def test_layer_scales_are_exported(tmp_path: Path) -> None:
 
 def test_ablation_families_are_not_exported(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="family='full_rank' is for ablations"):
-        bayesian(family="full_rank").export(tmp_path / "out", draws=2)
+        tfb.export(bayesian(family="full_rank"), tmp_path / "out", draws=2)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "llama_classifier"])
@@ -144,7 +144,7 @@ def test_float32_files_cost_no_accuracy(tmp_path: Path, kind: str) -> None:
     for seed in range(0, 40, 10):
         batch = case.batch(*[3, 5, 7, 4] * 2, seed=seed)
         bayes = tfb.bayesianize(case.build(seed), seed=SEED)
-        folder = bayes.export(tmp_path / str(seed), draws)
+        folder = tfb.export(bayes, tmp_path / str(seed), draws)
         truth = naive(
             exact(case.build(seed)), bayes.posteriors, draws, lambda m, b=batch: run(m, b)
         )
@@ -161,7 +161,7 @@ def test_float32_files_cost_no_accuracy(tmp_path: Path, kind: str) -> None:
 def test_a_pair_is_the_mean_and_twice_the_noise(tmp_path: Path) -> None:
     """lora_A of +sigma and -sigma: half their sum is A', half their difference (sigma / d) o E."""
     bayes = bayesian("rank_above_rows")
-    plus, minus = (load_file(f / WEIGHTS) for f in draw_folders(bayes.export(tmp_path / "out", 2)))
+    plus, minus = (load_file(f / WEIGHTS) for f in draw_folders(tfb.export(bayes, tmp_path / "out", 2)))
     assert plus.keys() == minus.keys()
     silent = 0
     for name, p in bayes.posteriors.items():
@@ -180,8 +180,8 @@ def test_a_pair_is_the_mean_and_twice_the_noise(tmp_path: Path) -> None:
 
 def test_sigma_zero_is_the_adapter(tmp_path: Path) -> None:
     bayes, batch = bayesian(double=True), CASES["llama"].batch()
-    bayes.sigma = 0.0
-    folder = bayes.export(tmp_path / "out", 2)
+    bayes.configure(sigma=0.0)
+    folder = tfb.export(bayes, tmp_path / "out", 2)
     assert manifest(folder)["rounding"] is None
     assert [d["sign"] for d in manifest(folder)["draws"]] == [0, 0]
     logits = serve(base(double=True), draw_folders(folder), lambda m: run(m, batch))
@@ -198,11 +198,12 @@ def test_all_but_the_sampled_weights_is_the_sources(tmp_path: Path, kind: str) -
     source = tmp_path / "source"
     ALL[kind].build().save_pretrained(source)
     bayes = tfb.bayesianize(tfb.load_adapter(base(kind), source), layers=r"\.1\.")
-    bayes.sigma, bayes.source = SIGMA, source
+    bayes.configure(sigma=SIGMA)
+    bayes.source = source
     stored = load_file(source / WEIGHTS)
     keys = {f"base_model.model.{n}.lora_{x}.weight" for n in bayes.posteriors for x in "AB"}
     assert keys < stored.keys()
-    for folder in draw_folders(bayes.export(tmp_path / "out", 2)):
+    for folder in draw_folders(tfb.export(bayes, tmp_path / "out", 2)):
         assert {p.name for p in folder.iterdir()} == {CONFIG, WEIGHTS}
         assert (folder / CONFIG).read_bytes() == (source / CONFIG).read_bytes()
         found = load_file(folder / WEIGHTS)
@@ -243,7 +244,7 @@ def test_precision_of_the_files(tmp_path: Path, dtype: str, written: torch.dtype
     bayes = tfb.bayesianize(tfb.load_adapter(base("llama_classifier"), source))
     bayes.source = source
     draws = Draws.antithetic(2, SIGMA, seed=SEED)
-    folder = bayes.export(tmp_path / "out", draws, dtype=dtype)
+    folder = tfb.export(bayes, tmp_path / "out", draws, dtype=dtype)
     assert manifest(folder)["dtype"] == [str(written).removeprefix("torch.")]
     error = noise = 0.0
     for draw, sigma in zip(draw_folders(folder), draws.sigmas, strict=True):
@@ -263,9 +264,9 @@ def test_precision_of_the_files(tmp_path: Path, dtype: str, written: torch.dtype
 
 def test_overflow_is_refused(tmp_path: Path) -> None:
     bayes = bayesian()
-    bayes.sigma = 1e6
+    bayes.configure(sigma=1e6)
     with pytest.raises(ArtifactError, match=r"overflow torch.float16; choose bfloat16 or float32"):
-        bayes.export(tmp_path / "out", 2, dtype="float16")
+        tfb.export(bayes, tmp_path / "out", 2, dtype="float16")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -274,9 +275,9 @@ def test_overflow_is_refused(tmp_path: Path) -> None:
 
 def test_manifest_says_what_was_sampled(tmp_path: Path) -> None:
     bayes = bayesian()
-    artifact = bayes.save(tmp_path / "artifact")
+    artifact = tfb.save(bayes, tmp_path / "artifact")
     loaded = tfb.load(base(), artifact)
-    folder = loaded.export(tmp_path / "out", 12)
+    folder = tfb.export(loaded, tmp_path / "out", 12)
     found = manifest(folder)
     assert {p.name for p in folder.iterdir()} == {"export.json"} | {
         f"draw-{i:02d}" for i in range(12)
@@ -293,22 +294,22 @@ def test_manifest_says_what_was_sampled(tmp_path: Path) -> None:
     for draw in found["draws"]:
         assert draw["sha256"] == file_sha256(folder / draw["folder"] / WEIGHTS)
     # The same draws are the same files; another seed shares none of them.
-    again = manifest(bayes.export(tmp_path / "again", draws))
+    again = manifest(tfb.export(bayes, tmp_path / "again", draws))
     assert [d["sha256"] for d in again["draws"]] == [d["sha256"] for d in found["draws"]]
     assert again["artifact_sha256"] is None  # that model was not loaded from one
-    other = manifest(bayes.export(tmp_path / "other", Draws.antithetic(2, SIGMA, seed=6)))
+    other = manifest(tfb.export(bayes, tmp_path / "other", Draws.antithetic(2, SIGMA, seed=6)))
     assert {d["sha256"] for d in other["draws"]}.isdisjoint(d["sha256"] for d in found["draws"])
 
 
 def test_base_model_is_named(tmp_path: Path) -> None:
     base().save_pretrained(tmp_path / "base")
-    bayesian().save(tmp_path / "artifact")
+    tfb.save(bayesian(), tmp_path / "artifact")
     name = str(tmp_path / "base")
     config = tmp_path / "artifact" / CONFIG
     config.write_text(
         json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": name})
     )
-    folder = tfb.load(name, tmp_path / "artifact").export(tmp_path / "out", 2)
+    folder = tfb.export(tfb.load(name, tmp_path / "artifact"), tmp_path / "out", 2)
     assert manifest(folder)["base_model"] == name
 
 
@@ -320,19 +321,19 @@ def test_refusals_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     def refused(error: type[Exception], message: str, *draws: Any, **arguments: Any) -> None:
         with pytest.raises(error, match=message):
-            bayes.export(out, *draws, **arguments)
+            tfb.export(bayes, out, *draws, **arguments)
         assert list(tmp_path.iterdir()) == []
 
     refused(ValueError, "draws=3: antithetic draws come in pairs", 3)
     refused(ValueError, "at least one draw", 0)
     refused(ValueError, "dtype='int8': expected one of auto, stored, float16", 2, dtype="int8")
     refused(ValueError, "needs weight noise", Draws.antithetic(2, SIGMA, noise="token"))
-    bayes.sigma = None
+    bayes.configure(sigma=None)
     refused(ValueError, "sigma is not set", 2)
-    bayes.sigma = SIGMA
-    bayes.set_mode("tail", 1)
+    bayes.configure(sigma=SIGMA)
+    bayes.configure(mode="tail", tail=1)
     refused(ArtifactError, r"searched with mode='tail' \(tail=1\), noise at the last", 2)
-    bayes.set_mode("full")
+    bayes.configure(mode="full")
     usage = namedtuple("usage", "total used free")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 10**5, 10**5))
@@ -357,7 +358,7 @@ def test_a_disk_that_fills_up_leaves_nothing(
 
     monkeypatch.setattr(exporting, "save_file", save)
     with pytest.raises(OSError, match="No space left"):
-        bayesian().export(tmp_path / "out", 4)
+        tfb.export(bayesian(), tmp_path / "out", 4)
     assert len(written) == 2 and list(tmp_path.iterdir()) == []
 
 
@@ -367,9 +368,9 @@ def test_folders_that_hold_something_are_kept(tmp_path: Path) -> None:
     empty.mkdir()
     (held / "kept").write_text("mine")
     with pytest.raises(ArtifactError, match="already holds something"):
-        bayesian().export(held, 2)
+        tfb.export(bayesian(), held, 2)
     assert [p.name for p in held.iterdir()] == ["kept"]
-    assert len(draw_folders(bayesian().export(empty, 2))) == 2
+    assert len(draw_folders(tfb.export(bayesian(), empty, 2))) == 2
 
 
 # --- the command line -----------------------------------------------------------------------------
@@ -398,8 +399,9 @@ def test_command_line_round_trip(
     model = shared / "models" / "stories260K"
     adapter = shared / "adapters" / "stories260K-clinc-domain"
     bayes = tfb.bayesianize(tfb.load_adapter(tfb.load_base(model, adapter), adapter))
-    bayes.sigma, bayes.source, bayes.label_tokens = 0.012, adapter, "last"
-    bayes.save(tmp_path / "artifact")
+    bayes.configure(sigma=0.012)
+    bayes.source, bayes.label_tokens = adapter, "last"
+    tfb.save(bayes, tmp_path / "artifact")
     code, out, err = command(
         "--model", model, "--artifact", tmp_path / "artifact", "--out", tmp_path / "out",
         "--draws", 4, "--seed", 7,
@@ -435,9 +437,10 @@ def test_command_line_refuses_before_it_loads(
 ) -> None:
     model = tfb.load_adapter(tfb.load_base(digits.BASE, digits.ADAPTER), digits.ADAPTER)
     bayes = tfb.bayesianize(model)
-    bayes.sigma, bayes.source = 0.008, Path(digits.ADAPTER)
-    bayes.set_mode("tail", 1)
-    bayes.save(tmp_path / "tail")
+    bayes.configure(sigma=0.008)
+    bayes.source = Path(digits.ADAPTER)
+    bayes.configure(mode="tail", tail=1)
+    tfb.save(bayes, tmp_path / "tail")
 
     def loaded(*_: object) -> None:
         raise AssertionError("a model was loaded")

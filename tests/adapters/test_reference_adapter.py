@@ -134,8 +134,9 @@ def test_clinc150(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     model, artifact = shared / "models" / "stories260K", tmp_path / "artifact"
     adapter = shared / "adapters" / "stories260K-clinc150"
     bayes = tfb.bayesianize(tfb.load_adapter(tfb.load_base(model, adapter), adapter))
-    bayes.sigma, bayes.source = 0.01, adapter
-    bayes.save(artifact)
+    bayes.configure(sigma=0.01)
+    bayes.source = adapter
+    tfb.save(bayes, artifact)
     figures = tmp_path / "figures.json"
     command(
         monkeypatch, "evaluate", "--model", model, "--artifact", artifact, "--data", file,

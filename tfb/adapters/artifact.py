@@ -10,15 +10,11 @@ safetensors only, never pickle.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
-import os
-import shutil
-import tempfile
 import warnings
-from collections.abc import Iterator
+from dataclasses import asdict, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,12 +25,12 @@ from torch import nn
 
 from tfb.adapters.bridge import bayesianize
 from tfb.adapters.loading import class_names, load_adapter, load_base, save_adapter
-from tfb.data.encoding import check_label_tokens
+from tfb.atomic import staged_folder
 from tfb.draws import stable_layer_id
-from tfb.model import BayesianModel, check_mode
+from tfb.model import BayesianModel
 from tfb.posterior import LowRankPosterior
-from tfb.sampling.choices import check_length_normalization
-from tfb.search.fit import SigmaFit
+from tfb.sampling.config import SamplingConfig
+from tfb.search.result import SigmaFit
 from tfb_kernels import NOISE_VERSION
 
 FORMAT_VERSION = 1
@@ -50,6 +46,7 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
     "factors_sha256": str,
     "base": dict,
 }
+_CONFIG = [field.name for field in fields(SamplingConfig)]
 # Of an artifact that was written before ``label_tokens`` was.
 OLDER = (
     "does not say by which tokens choices are scored; all are, where its version left out spaces "
@@ -77,55 +74,29 @@ def check_output_folder(folder: str | Path) -> Path:
     return path
 
 
-def check_family(family: str) -> None:
-    """Raise ArtifactError for a posterior that is not TFB's own (:mod:`tfb.adapters.families`)."""
-    if family != "low_rank":
-        raise ArtifactError(
-            f"family={family!r} is for ablations and cannot be saved; bayesianize with the default "
-            "family"
-        )
-
-
-@contextlib.contextmanager
-def staged_folder(path: Path) -> Iterator[Path]:
-    """A folder beside ``path`` (absent or empty) that takes its place if the block succeeds, and
-    is removed if it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
-        yield staging
-        # Private until it is whole; then as any new file, whatever its writer made of it.
-        umask = os.umask(0)
-        os.umask(umask)
-        for entry in (staging, *staging.rglob("*")):
-            entry.chmod((0o777 if entry.is_dir() else 0o666) & ~umask)
-        if path.exists():
-            path.rmdir()  # empty: its caller checked, and rmdir refuses if that changed
-        os.replace(staging, path)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-
-
 def save(
     bayes: BayesianModel, folder: str | Path, *, fit: SigmaFit | None = None, **extra: Any
 ) -> Path:
-    """Write ``bayes`` with its sigma to a new folder; all of it or nothing appears.
+    """Write a model with its posterior and configuration to a new folder, all of it or nothing.
 
     Args:
-        folder: absent or empty. fit: the search's record. extra: JSON values kept under "extra".
+        bayes: the model; its sigma is set.
+        folder: absent or empty.
+        fit: the search's record.
+        extra: JSON values, kept under "extra".
+
+    Returns:
+        The folder.
 
     Raises:
-        ArtifactError: the folder holds something, sigma is not set, or the posterior is of another
-            family than TFB's.
+        ArtifactError: the folder holds something, or sigma is not set.
         ValueError: the model no longer carries the posterior, or carries it merged.
     """
     path = check_output_folder(folder)
     if bayes.sigma is None:
-        raise ArtifactError("sigma is not set: run tfb.fit_sigma or assign bayes.sigma first")
-    if not (math.isfinite(bayes.sigma) and bayes.sigma >= 0):
-        raise ArtifactError(f"sigma={bayes.sigma}: expected a finite number >= 0")
-    check_family(bayes.family)
+        raise ArtifactError(
+            "sigma is not set: run tfb.fit_sigma or bayes.configure(sigma=...) first"
+        )
     bayes.check_attached()
     with staged_folder(path) as staging:
         save_adapter(bayes.model, bayes.adapter, staging, source=bayes.source)
@@ -136,16 +107,11 @@ def save(
         sidecar = {
             "format_version": FORMAT_VERSION,
             "noise_version": NOISE_VERSION,
-            "sigma": bayes.sigma,
-            "seed": bayes.seed,
-            "mode": bayes.mode,
-            "tail": bayes.tail,
-            "length_normalization": bayes.length_normalization,
+            **asdict(bayes.config),
             "label_tokens": bayes.label_tokens,
             "labels": class_names(bayes.task, bayes.base.config, bayes.labels),
             "task": bayes.task,
             "layers": {name: p.scaling for name, p in bayes.posteriors.items()},
-            "layer_scales": bayes.layer_scales,
             "adapter_sha256": file_sha256(staging / ADAPTER),
             "factors_sha256": file_sha256(staging / FACTORS),
             "base": base_fingerprint(bayes.base),
@@ -211,42 +177,47 @@ def load(base_model: nn.Module | str | Path, folder: str | Path) -> BayesianMode
             raise ArtifactError(f"{folder}: {file} is missing")
         if file_sha256(folder / file) != sidecar[digest]:
             raise ArtifactError(f"{folder}: {file} has changed since the fit; fit again")
-    check_mode(sidecar["mode"], sidecar.get("tail"))
-    normalization = sidecar.get("length_normalization", "none")  # absent before choices had several
-    check_length_normalization(normalization)
+    config = SamplingConfig(**{name: sidecar[name] for name in _CONFIG if name in sidecar})
     label_tokens = sidecar.get("label_tokens", "all")
-    check_label_tokens(label_tokens)
     if not isinstance(base_model, nn.Module):
         base_model = load_base(base_model, folder)
     model = load_adapter(base_model, folder)
-    tensors = load_file(str(folder / FACTORS))
-    scalings = sidecar["layers"]
+    posteriors = _read_posteriors(folder, sidecar)
+    bayes = bayesianize(
+        model,
+        layers=posteriors.__contains__,
+        posteriors=posteriors,
+        config=config,
+        labels=sidecar.get("labels"),
+        label_tokens=label_tokens,
+        source=folder,
+    )
+    _check_fingerprint(folder, sidecar["base"], base_fingerprint(bayes.base))
+    if "label_tokens" not in sidecar and bayes.task != "SEQ_CLS":
+        warnings.warn(f"{folder}: {OLDER}", stacklevel=2)
+    return bayes
+
+
+def _read_posteriors(folder: Path, sidecar: dict[str, Any]) -> dict[str, LowRankPosterior]:
+    """The saved factors by module name."""
+    tensors, scalings = load_file(str(folder / FACTORS)), sidecar["layers"]
     missing = {f"{n}.{t}" for n in scalings for t in "ABd"} - set(tensors)
     if missing:
         raise ArtifactError(f"{folder}: {FACTORS} lacks {', '.join(sorted(missing)[:4])}")
-    posteriors = {
-        name: LowRankPosterior(
+    # Version 0.1.0 could multiply sigma by layer: noise has the scale sigma / d.
+    scales = sidecar.get("layer_scales") or {}
+    found = {}
+    for name, scaling in scalings.items():
+        d, scale = tensors[f"{name}.d"], scales.get(name, 1.0)
+        found[name] = LowRankPosterior(
             name=name,
             layer_id=stable_layer_id(name),
             A=tensors[f"{name}.A"],
             B=tensors[f"{name}.B"],
-            d=tensors[f"{name}.d"],
+            d=d / scale if scale else torch.zeros_like(d),
             scaling=scaling,
         )
-        for name, scaling in scalings.items()
-    }
-    bayes = bayesianize(
-        model, layers=posteriors.__contains__, seed=sidecar["seed"], posteriors=posteriors
-    )
-    _check_fingerprint(folder, sidecar["base"], base_fingerprint(bayes.base))
-    bayes.sigma, bayes.source = sidecar["sigma"], folder
-    bayes.set_layer_scales(sidecar.get("layer_scales") or bayes.layer_scales)
-    bayes.set_mode(sidecar["mode"], sidecar.get("tail"))
-    bayes.length_normalization, bayes.label_tokens = normalization, label_tokens
-    bayes.labels = sidecar.get("labels")
-    if "label_tokens" not in sidecar and bayes.task != "SEQ_CLS":
-        warnings.warn(f"{folder}: {OLDER}", stacklevel=2)
-    return bayes
+    return found
 
 
 def base_fingerprint(base: nn.Module) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The PEFT bridge: what tfb knows of PEFT's layers is here; adapter files are in tfb.adapters.loading.
+"""The bridge to PEFT's layers.
 
 ``bayesianize`` puts a :class:`BayesVariant` into each LoRA layer's variant slot
 (``module.lora_variant[adapter]``). PEFT consults the slot in forward, merge and unmerge, so
@@ -8,7 +8,8 @@ Layers of PEFT that do not consult it, or whose slot is taken, are refused by na
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
@@ -18,12 +19,13 @@ from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tfb.adapters.families import FAMILIES, in_family
 from tfb.adapters.loading import TASKS
 from tfb.adapters.selection import LastLayers, LayerPredicate, select_layers
 from tfb.draws import stable_layer_id
 from tfb.linear import LowRankSampler, is_plain, plain_weight
-from tfb.model import BayesianModel
+from tfb.data.encoding import check_label_tokens
+from tfb.model import BayesianModel, check_possible
+from tfb.sampling.config import SamplingConfig
 from tfb.posterior import AdapterError, LowRankPosterior
 from tfb.sampling.fan_out import ForwardPass, SamplingState, sampling_state
 
@@ -172,7 +174,100 @@ class MergingLinear(LoraLinear):
         return found
 
 
-# --- bayesianize --------------------------------------------------------------------------------
+class PeftAttachment:
+    """The posterior in the variant slots of one adapter's LoRA layers."""
+
+    def __init__(
+        self, model: PeftModel, adapter: str, samplers: Mapping[str, LowRankSampler]
+    ) -> None:
+        self.model, self.adapter, self.samplers = model, adapter, samplers
+        self._base = model.get_base_model()
+        for name, sampler in samplers.items():
+            layer: Any = self._base.get_submodule(name)
+            layer.lora_variant[adapter] = BayesVariant(self.owner, sampler)
+            if type(layer) is LoraLinear:  # others add
+                layer.__class__ = MergingLinear
+
+    @property
+    def owner(self) -> int:
+        """The key of the model's sampling state."""
+        return id(self)
+
+    def check(self) -> dict[str, Any]:
+        """Return the noisy layers by name, which carry this posterior now, unmerged.
+
+        Raises:
+            ValueError: one is not.
+        """
+        found = {}
+        for name in self.samplers:
+            layer: Any = self._base.get_submodule(name)
+            variant = getattr(layer, "lora_variant", {}).get(self.adapter)
+            if getattr(variant, "owner", None) != self.owner:
+                raise ValueError(
+                    f"{name}: does not carry this posterior any more (remove(), "
+                    "merge_and_unload(), delete_adapter(), or a copy of the model): bayesianize "
+                    "the model that is to be sampled"
+                )
+            if getattr(layer, "merged", False):
+                raise ValueError(
+                    f"{name}: the adapter is merged into the base weight; call "
+                    "bayes.model.unmerge_adapter() first"
+                )
+            found[name] = layer
+        return found
+
+    def check_sampling(self) -> dict[str, Tensor]:
+        """Refuse a model of which draws cannot be sampled now.
+
+        Returns:
+            The weight of lora_A of each noisy layer, by name.
+
+        Raises:
+            ValueError: the adapter is not active, disabled, merged, rescaled or gone.
+        """
+        active = getattr(self.model, "active_adapters", [self.adapter])
+        active = active() if callable(active) else active
+        if self.adapter not in active:
+            raise ValueError(
+                f"adapter {self.adapter!r} is not active (active: {', '.join(active)}); call "
+                f"bayes.model.set_adapter({self.adapter!r}) first"
+            )
+        weights = {}
+        for name, layer in self.check().items():
+            if layer.disable_adapters:
+                raise ValueError("the adapter is disabled (disable_adapter): nothing to sample")
+            now, sampled = layer.scaling[self.adapter], self.samplers[name].posterior.scaling
+            if now != sampled:
+                raise ValueError(
+                    f"{name}: LoRA's scaling is {now:g}, and {sampled:g} in the posterior; set "
+                    "it back (rescale_adapter_scale), or call remove() and bayesianize again"
+                )
+            weights[name] = layer.lora_A[self.adapter].weight
+        return weights
+
+    def unmergeable(self) -> list[str]:
+        """Return the noisy layers that cannot merge: a foreign forward, or no plain weight."""
+        layers: dict[str, Any] = {name: self._base.get_submodule(name) for name in self.samplers}
+        return [
+            name
+            for name, layer in layers.items()
+            if type(layer) is not MergingLinear
+            or "forward" in vars(layer)
+            or _dense(layer)[0] is None
+        ]
+
+    def detach(self) -> None:
+        """Take the posterior out of the layers again."""
+        for name in self.samplers:
+            layer: Any = self._base.get_submodule(name)
+            variants = getattr(layer, "lora_variant", {})  # an unloaded model has plain layers
+            variant = variants.get(self.adapter)
+            if isinstance(variant, BayesVariant) and variant.owner == self.owner:
+                del variants[self.adapter]
+            ours = isinstance(layer, MergingLinear)
+            if ours and not any(isinstance(v, BayesVariant) for v in variants.values()):
+                layer.__class__ = LoraLinear
 
 
 def bayesianize(
@@ -181,92 +276,85 @@ def bayesianize(
     layers: str | LayerPredicate | LastLayers | None = None,
     seed: int = 0,
     *,
-    posteriors: dict[str, LowRankPosterior] | None = None,
-    family: str = "low_rank",
+    posteriors: Mapping[str, LowRankPosterior] | None = None,
+    config: SamplingConfig | None = None,
+    labels: Sequence[str] | None = None,
+    label_tokens: str = "all",
+    source: Path | None = None,
 ) -> BayesianModel:
     """Give a PEFT LoRA model's adapter a posterior, in place (TFB, section 3).
 
-    Outside ``bayes.sampling`` the model computes what it did before, bit for bit; only mixed
-    batches (adapter_names) on a half-precision base, where PEFT rounds a plain adapter's product
-    once more than a variant's, agree to that rounding.
+    Outside ``bayes.sampling`` the model computes what it did before, bit for bit. Only mixed
+    batches (adapter_names) on a half-precision base agree to rounding: there PEFT rounds a plain
+    adapter's product once more than a variant's.
 
     Args:
         peft_model: a ``peft.PeftModel`` for CAUSAL_LM, SEQ_2_SEQ_LM or SEQ_CLS with a trained LoRA
             adapter.
         adapter: its name.
-        layers: which adapted modules get noise; see :func:`tfb.adapters.selection.select_layers`. The
-            others stay deterministic.
-        seed: default seed of the draws.
-        posteriors: saved factors by module name (an artifact's); default: computed here.
-        family: "low_rank" (TFB), or "constant" or "full_rank" for the ablation, which no artifact
-            can hold; see :mod:`tfb.adapters.families`.
+        layers: which adapted modules get noise; see :func:`tfb.adapters.selection.select_layers`.
+            The others stay deterministic.
+        seed: of the draws.
+        posteriors: factors by module name, an artifact's or a study's. Default: computed here.
+        config: how the model samples, in place of ``seed`` and the defaults.
+        labels: names of the classes, or choices of rows that bring none. Default: those of the
+            base's configuration.
+        label_tokens: the tokens of a choice that are scored, "all" or "last".
+        source: the adapter's folder, from which artifacts copy its files untouched.
 
     Returns:
-        The model's :class:`BayesianModel`; ``sigma`` is None until it is fitted or set.
+        The model's :class:`BayesianModel`. Its sigma is None until it is fitted or configured.
 
     Raises:
         AdapterError: no such adapter, not LoRA, an unsupported kind of layer or LoRA variant
             (named), an untrained, merged, damaged or already Bayesianized adapter.
-        ValueError: ``layers`` selects nothing; an unknown family.
+        ValueError: ``layers`` selects nothing, or the model cannot sample as ``config`` says.
     """
-    if family not in FAMILIES:
-        raise ValueError(f"family={family!r}: expected one of {', '.join(FAMILIES)}")
+    check_label_tokens(label_tokens)
     task = _check_adapter(peft_model, adapter)
     assert isinstance(peft_model, PeftModel)  # _check_adapter said so
-    base = peft_model.get_base_model()
-    adapted = _adapted_modules(base, adapter)
+    adapted = _adapted_modules(peft_model.get_base_model(), adapter)
     names = select_layers(list(adapted), layers)
-    problems = [p for name in names if (p := _refusal(name, adapted[name], adapter))]
+    _check_layers({name: adapted[name] for name in names}, adapter)
+    if posteriors is None:
+        posteriors = {name: _posterior(name, adapted[name], adapter) for name in names}
+    elif set(posteriors) != set(names):
+        odd = sorted(set(posteriors) ^ set(names))
+        raise AdapterError(f"saved posterior and adapter differ in modules: {', '.join(odd[:8])}")
+    samplers = {name: LowRankSampler(posteriors[name]) for name in names}
+    config = SamplingConfig(seed=seed) if config is None else config
+    check_possible(config, peft_model.get_base_model(), task)
+    return BayesianModel(
+        peft_model,
+        adapter,
+        PeftAttachment(peft_model, adapter, samplers),
+        samplers,
+        task=task,
+        config=config,
+        labels=labels,
+        label_tokens=label_tokens,
+        source=source,
+    )
+
+
+def _check_layers(layers: Mapping[str, Any], adapter: str) -> None:
+    """Refuse layers that cannot be sampled, all of them in one message."""
+    problems = [p for name, layer in layers.items() if (p := _refusal(name, layer, adapter))]
     if problems:
-        shown = "\n  ".join(problems[:8]) + (
-            f"\n  ... and {len(problems) - 8} more" if len(problems) > 8 else ""
-        )
+        more = f"\n  ... and {len(problems) - 8} more" if len(problems) > 8 else ""
+        shown = "\n  ".join(problems[:8]) + more
         raise AdapterError(
             f"adapter {adapter!r} cannot be Bayesianized:\n  {shown}\nModules that should stay "
             "deterministic can be excluded with layers="
         )
-    _check_layer_ids(names)
-    if posteriors is not None and set(posteriors) != set(names):
-        odd = sorted(set(posteriors) ^ set(names))
-        raise AdapterError(f"saved posterior and adapter differ in modules: {', '.join(odd[:8])}")
-    samplers = {
-        name: LowRankSampler(
-            in_family(
-                posteriors[name] if posteriors else _posterior(name, adapted[name], adapter), family
+    seen: dict[int, str] = {}
+    for name in layers:
+        other = seen.setdefault(stable_layer_id(name), name)
+        if other != name:
+            raise AdapterError(
+                f"modules {other!r} and {name!r} have the same 32-bit noise identity; exclude one "
+                "with layers="
             )
-        )
-        for name in names
-    }
-    bayes = BayesianModel(peft_model, adapter, samplers, task=task, seed=seed, family=family)
-    for name, sampler in samplers.items():
-        layer = adapted[name]
-        layer.lora_variant[adapter] = BayesVariant(bayes.owner, sampler)
-        if type(layer) is LoraLinear:  # others add
-            layer.__class__ = MergingLinear
-    return bayes
-
-
-def detach(bayes: BayesianModel) -> None:
-    """Take our variants out of the model again."""
-    for name in bayes.samplers:
-        layer: Any = bayes.base.get_submodule(name)
-        variants = getattr(layer, "lora_variant", {})  # an unloaded model has plain layers again
-        variant = variants.get(bayes.adapter)
-        if isinstance(variant, BayesVariant) and variant.owner == bayes.owner:
-            del variants[bayes.adapter]
-        ours = isinstance(layer, MergingLinear)
-        if ours and not any(isinstance(v, BayesVariant) for v in variants.values()):
-            layer.__class__ = LoraLinear
-
-
-def without_weights(bayes: BayesianModel) -> list[str]:
-    """Noisy layers that cannot merge: others' forward, or a base without a ``plain_weight``."""
-    layers = {name: bayes.base.get_submodule(name) for name in bayes.samplers}
-    return [
-        name
-        for name, layer in layers.items()
-        if type(layer) is not MergingLinear or "forward" in vars(layer) or _dense(layer)[0] is None
-    ]
 
 
 def _check_adapter(model: nn.Module, adapter: str) -> str:
@@ -324,17 +412,6 @@ def _refusal(name: str, module: Any, adapter: str) -> str | None:
     if module.merged:
         return f"{name}: the adapter is merged into the base; call unmerge_adapter() first"
     return None
-
-
-def _check_layer_ids(names: Sequence[str]) -> None:
-    seen: dict[int, str] = {}
-    for name in names:
-        other = seen.setdefault(stable_layer_id(name), name)
-        if other != name:
-            raise AdapterError(
-                f"modules {other!r} and {name!r} have the same 32-bit noise identity; exclude one "
-                "with layers="
-            )
 
 
 def _posterior(name: str, module: Any, adapter: str) -> LowRankPosterior:

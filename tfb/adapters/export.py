@@ -38,13 +38,12 @@ from tfb.adapters.artifact import (
     FACTORS,
     SIDECAR,
     ArtifactError,
-    check_family,
     check_output_folder,
     file_sha256,
     library_versions,
-    staged_folder,
 )
 from tfb.adapters.loading import CONFIG, WEIGHTS, lora_keys, save_adapter
+from tfb.atomic import staged_folder
 from tfb.draws import Draws
 from tfb.model import BayesianModel
 from tfb.posterior import AdapterError, LowRankPosterior
@@ -68,7 +67,7 @@ def export(
 
     Args:
         bayes: the model with its posterior. folder: absent or empty.
-        draws: a number of antithetic draws at ``bayes.sigma`` and ``bayes.seed``, or the draws
+        draws: a number of antithetic draws at the model's sigma and seed, or the draws
             themselves (weight noise). ``bayes.predict`` with the same draws gives the same
             probabilities.
         dtype: of the sampled weights. "auto": the posterior's own, float32 (float64 for a float64
@@ -87,8 +86,7 @@ def export(
     """
     path = check_output_folder(folder)
     check_dtype(dtype)
-    check_exportable(bayes.mode, bayes.tail)
-    check_family(bayes.family)
+    check_exportable(bayes.config.mode, bayes.config.tail)
     chosen = bayes.draws(draws)
     if chosen.noise != "weight":
         raise ValueError("export: needs weight noise; token noise is not a sample of weights")
@@ -155,7 +153,7 @@ def check_exportable(mode: str, tail: int | None) -> None:
         raise ArtifactError(
             f"sigma was searched with mode={mode!r} (tail={tail}), noise at the last positions "
             "only; an exported adapter has its noise at every token. Fit with mode 'full', or "
-            "accept this sigma there: bayes.set_mode('full'), on the command line --mode full"
+            "accept this sigma there: bayes.configure(mode='full')"
         )
 
 
@@ -191,7 +189,7 @@ def _sampled(
     """The sampled modules' tensors of one draw, by their names in the file."""
     found = {}
     for name, p in bayes.posteriors.items():
-        exact = p.sample_A(sigma * bayes.layer_scales[name], stream, seed)
+        exact = p.sample_A(sigma, stream, seed)
         A, B = exact.to(dtypes[name]), p.B.to(dtypes[name])
         if not bool(A.isfinite().all() and B.isfinite().all()):
             raise ArtifactError(

@@ -17,6 +17,7 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tfb.posterior import AdapterError
 
@@ -89,6 +90,40 @@ def _require(folder: Path, file: str, adapter: str | Path) -> None:
 def lora_keys(module: str) -> tuple[str, str]:
     """The names of lora_A and lora_B of a module of the base model in an adapter file."""
     return f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"
+
+
+def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a local folder or hub model, by transformers' own code.
+
+    Raises:
+        ValueError: none can be loaded.
+    """
+    try:
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(model), trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        # transformers explains itself over several lines, and not always by the model's name.
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"model={model}: no tokenizer can be loaded from it; name a local folder with one, "
+            f"or a hub model ({reason})"
+        ) from error
+    return found
+
+
+def set_padding(base: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a base model a padding token: a SEQ_CLS head finds a row's last token by it."""
+    config: Any = base.config
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+
+
+def to_device(model: nn.Module, device: str | None = None) -> None:
+    """Move a model to ``device``, by default to a GPU if there is one."""
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if next(model.parameters()).device.type != chosen.type:
+        model.to(chosen)
 
 
 def load_adapter(base_model: nn.Module, adapter: str | Path, name: str = "default") -> nn.Module:

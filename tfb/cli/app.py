@@ -114,8 +114,8 @@ def fit(
     from tfb.adapters.artifact import check_output_folder
     from tfb.adapters.bridge import bayesianize
     from tfb.adapters.loading import adapter_folder, load_adapter, load_base
-    from tfb.model import check_mode
-    from tfb.sampling.choices import check_length_normalization
+    from tfb.sampling.config import check_mode
+    from tfb.sampling.config import check_length_normalization
     from tfb.scoring.rows import compare_label_tokens, set_padding, to_device
     from tfb.search.fit import (
         SEARCH_DRAWS,
@@ -150,9 +150,13 @@ def fit(
         )
     encoded = given.encode(rows)
     AnchorSet.of(encoded).check("pseudo_nll" if compat else metric)
-    bayes = bayesianize(load_adapter(load_base(model, adapter), adapter), seed=seed)
-    bayes.source, bayes.length_normalization = source, length_normalization
-    bayes.label_tokens, bayes.labels = label_tokens, given.form.labels
+    bayes = bayesianize(
+        load_adapter(load_base(model, adapter), adapter),
+        config=SamplingConfig(seed=seed, length_normalization=length_normalization),
+        labels=given.form.labels,
+        label_tokens=label_tokens,
+        source=source,
+    )
     set_padding(bayes, given.tokenizer)
     to_device(bayes)
     extra: dict[str, Any] = {"anchors": anchors.name}
@@ -179,7 +183,7 @@ def fit(
             compat=compat,
             progress=advance,
         )
-    bayes.save(output, fit=found, **extra)
+    save(bayes, output, fit=found, **extra)
     print_fit(found)
     out.print(f"artifact: {output}", markup=False, soft_wrap=True)
 
@@ -206,7 +210,7 @@ def evaluate(
     """Accuracy, NLL, ECE and Brier of the deterministic adapter and of TFB."""
     from tfb.adapters.artifact import read_sidecar
     from tfb.evaluation.metrics import evaluate as measure
-    from tfb.model import check_mode
+    from tfb.sampling.config import check_mode
     from tfb.scoring.rows import evaluations, pad_token
 
     quiet()
@@ -229,7 +233,7 @@ def evaluate(
     encoded = given.encode(rows)
     bayes = load_artifact(model, artifact, given.tokenizer, mode, tail)
     if sigma is not None:
-        bayes.sigma = sigma
+        bayes.configure(sigma=sigma)
     with progress_bar("evaluating", 2 * len(rows)) as advance:
         found = evaluations(
             bayes, encoded, dataset=data.stem, draws=draws, batch_size=batch_size,
@@ -249,8 +253,8 @@ def evaluate(
         setting = {
             "sigma": bayes.sigma,
             "draws": averaged,
-            "mode": bayes.mode,
-            "tail": bayes.tail,
+            "mode": bayes.config.mode,
+            "tail": bayes.config.tail,
             "label_tokens": chosen,
             "truncated": encoded.rows_cut,
         }
@@ -297,7 +301,7 @@ def export(
     )
     bayes = load_artifact(model, artifact, load_tokenizer(model), mode)
     with progress_bar("writing adapters", draws) as advance:
-        bayes.export(output, chosen, dtype=dtype, progress=advance)
+        export_draws(bayes, output, chosen, dtype=dtype, progress=advance)
     rounding = json.loads((output / MANIFEST).read_text())["rounding"]
     lost = "" if rounding is None else f"; rounding {rounding:.2g} of the noise"
     out.print(

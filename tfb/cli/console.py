@@ -177,9 +177,9 @@ def load_artifact(
     bayes = tfb.load(model, artifact)
     set_padding(bayes, tokenizer)
     to_device(bayes)
-    note_mode((bayes.mode, bayes.tail), mode, tail)
+    note_mode((bayes.config.mode, bayes.config.tail), mode, tail)
     if mode is not None:
-        bayes.set_mode(mode, tail)
+        bayes.configure(mode=mode, tail=tail)
     return bayes
 
 
