@@ -1,12 +1,9 @@
 """The low-rank isotropic Gaussian posterior of one adapted layer (TFB, section 3 and Theorem 4.1).
 
-LoRA's update is dW = s B A. With the SVD B = U diag(d) V^T,
-
-    B' = U diag(d) [m, r],   A' = V^T A [r, n],   B' A' = B A exactly,
-
-and independent noise of standard deviation sigma / d_i on row i of A' makes dW Gaussian with
-covariance s^2 sigma^2 (U U^T (x) I_n): the d_i cancel. Directions that B does not span (d_i
-negligible) carry no adapter and get no noise.
+LoRA's update is dW = s B A. With the SVD B = U diag(d) V^T, let B' = U diag(d) [m, r] and
+A' = V^T A [r, n]; then B' A' = B A exactly. Independent noise of standard deviation sigma / d_i on
+row i of A' makes dW Gaussian with covariance s^2 sigma^2 (U U^T (x) I_n): the d_i cancel.
+Directions that B does not span (d_i negligible) carry no adapter and get no noise.
 """
 
 from __future__ import annotations
@@ -27,12 +24,13 @@ class AdapterError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class LowRankPosterior:
-    """Frozen SVD factors of one layer; SAVED with an artifact, since SVD signs are not portable.
+    """Frozen SVD factors of one layer; saved with an artifact, since SVD signs are not portable.
 
     Attributes:
         name: the module's qualified name in the base model, e.g. "model.layers.0.mlp.up_proj".
         layer_id: the 32-bit noise identity of the layer (:func:`tfb.draws.stable_layer_id`).
-        A: A' [r, n]. B: B' [m, r]. Both float32, or float64 for a float64 adapter.
+        A: A' [r, n], float32, or float64 for a float64 adapter.
+        B: B' [m, r], likewise.
         d: [r] float64, singular values of B, descending; 0 where B is rank-deficient.
         scaling: LoRA's scaling s (alpha / r, or alpha / sqrt(r) for rsLoRA).
     """
@@ -48,9 +46,16 @@ class LowRankPosterior:
     def from_lora(
         cls, A: Tensor, B: Tensor, scaling: float, *, name: str = "", layer_id: int = 0
     ) -> LowRankPosterior:
-        """Reparameterize LoRA's B [m, r] and A [r, n]; all SVD work is done in float64 on the CPU.
+        """Reparameterize LoRA's factors; the SVD is done in float64 on the CPU.
 
         Signs are canonical: the entry of largest magnitude in each column of U is positive.
+
+        Args:
+            A: LoRA's A [r, n].
+            B: LoRA's B [m, r].
+            scaling: LoRA's scaling.
+            name: the module's qualified name, for messages and artifacts.
+            layer_id: the layer's noise identity, unsigned 32 bits.
 
         Raises:
             AdapterError: shapes that do not chain, NaN or Inf weights, or B = 0 (untrained).
@@ -101,10 +106,12 @@ class LowRankPosterior:
 
     @property
     def in_features(self) -> int:
+        """n, the layer's inputs."""
         return self.A.shape[1]
 
     @property
     def out_features(self) -> int:
+        """m, the layer's outputs."""
         return self.B.shape[0]
 
     @property
@@ -113,36 +120,36 @@ class LowRankPosterior:
         return torch.where(self.d > 0, 1.0 / self.d, torch.zeros_like(self.d))
 
     def mean(self) -> Tensor:
-        """E[dW] = s B' A' [m, n] float64."""
+        """Compute E[dW] = s B' A' [m, n] float64."""
         return self.scaling * (self.B.double() @ self.A.double())
 
     def column_covariance(self, sigma: float) -> Tensor:
-        """s^2 sigma^2 U U^T [m, m] float64: the covariance of each column of dW (Theorem 4.1).
+        """Compute s^2 sigma^2 U U^T [m, m] float64, the covariance of each column of dW.
 
-        Columns are independent, so cov(vec dW) = column_covariance (x) I_n.
+        Columns are independent, so cov(vec dW) = column_covariance (x) I_n (Theorem 4.1).
         """
         U = self.B.double() * self.inv_d
         return (self.scaling * sigma) ** 2 * (U @ U.mT)
 
     def sample(self, sigma: float, stream: int, seed: int = 0) -> Tensor:
-        """One sampled dW [m, n] float64: exactly the draw (sigma, stream) of weight noise."""
+        """Compute one dW [m, n] float64: exactly the draw (sigma, stream) of weight noise."""
         return self.scaling * (self.B.double() @ self.sample_A(sigma, stream, seed))
 
     def sample_A(self, sigma: float, stream: int, seed: int = 0) -> Tensor:
-        """A' + (sigma / d) o E [r, n] float64: with B' and the scaling, the same draw as a LoRA."""
+        """Compute A' + (sigma / d) o E [r, n] float64; with B' it is the same draw as a LoRA."""
         draws = Draws((sigma,), (stream,), seed=seed)
         E = gaussian_noise(draws.seed, self.layer_id, draws.streams, *self.A.shape)[0].double()
         return self.A.double() + sigma * self.inv_d[:, None] * E
 
     def mean_square(self) -> float:
-        """Sum over noisy rows of (d_i A'_ij)^2, in the units of sigma squared."""
+        """Sum (d_i A'_ij)^2 over noisy rows; in units of sigma squared."""
         return float(((self.d[:, None] * self.A.double()) ** 2).sum())
 
     def kl(self, sigma: float, prior_sigma: float) -> float:
-        """KL(q || p) in nats, for the prior p: A'_ij ~ N(0, (prior_sigma / d_i)^2).
+        """Compute KL(q || p) in nats, for the prior p: A'_ij ~ N(0, (prior_sigma / d_i)^2).
 
-        The prior is the same low-rank isotropic family centred on the base model, as in BLoB and
-        Theorem 4.2. In units of sigma every noisy entry contributes
+        The prior is of the same family, centred on the base model, as in BLoB and Theorem 4.2.
+        Every noisy entry contributes
         log(sigma_p / sigma) + (sigma^2 + (d_i A'_ij)^2) / (2 sigma_p^2) - 1/2.
 
         Raises:
@@ -152,18 +159,17 @@ class LowRankPosterior:
             raise ValueError(f"KL needs sigma > 0 and prior_sigma > 0, got {sigma}, {prior_sigma}")
         entries = self.effective_rank * self.in_features
         ratio = sigma / prior_sigma
-        return entries * (ratio * ratio / 2 - 0.5 - math.log(ratio)) + self.mean_square() / (
-            2 * prior_sigma**2
-        )
+        spread = entries * (ratio * ratio / 2 - 0.5 - math.log(ratio))
+        return spread + self.mean_square() / (2 * prior_sigma**2)
 
 
 def _rank_tolerance(B: Tensor, stored: torch.dtype, d_max: float) -> float:
-    """Singular values of B [m, r] at or below this are rounding, not signal.
+    """Return the bound below which singular values of B [m, r] are rounding, not signal.
 
-    Two sources: the float64 SVD itself, max(m, r) eps d_max; and B having been stored in a lower
-    precision, a perturbation of independent entries of about eps |b_ij| whose largest singular
-    value is near eps rms(b) (sqrt(m) + sqrt(r)). The common rule max(m, r) eps(stored) d_max
-    would silence a whole bfloat16 adapter of width 4096.
+    The float64 SVD rounds by max(m, r) eps d_max. Storing B in a lower precision perturbs entries
+    independently by about eps |b_ij|, whose largest singular value is near
+    eps rms(b) (sqrt(m) + sqrt(r)). The common rule max(m, r) eps(stored) d_max would silence a
+    whole bfloat16 adapter of width 4096.
     """
     m, r = B.shape
     rms = float(B.norm()) / (m * r) ** 0.5
@@ -175,11 +181,10 @@ def _rank_tolerance(B: Tensor, stored: torch.dtype, d_max: float) -> float:
 
 
 def default_prior_sigma(posteriors: list[LowRankPosterior]) -> float:
-    """The prior_sigma under which the adapter itself is most likely: the adapter's own scale.
+    """Return the prior_sigma under which the adapter is most likely (empirical Bayes).
 
-    It minimises the summed KL as sigma goes to 0, where sum (d_i A'_ij)^2 / number of noisy entries
-    = sigma_p^2 (empirical Bayes, one number for the model). A prior of this width neither forbids
-    the adapter nor leaves it unconstrained.
+    It is the root mean square of d_i A'_ij over all noisy entries of the model, which minimises
+    the summed KL as sigma goes to 0.
     """
     entries = sum(p.effective_rank * p.in_features for p in posteriors)
     return math.sqrt(sum(p.mean_square() for p in posteriors) / entries)

@@ -1,6 +1,6 @@
 """The posterior predictive: probabilities averaged over draws, and what the draws disagree on.
 
-Probabilities are averaged, then logged; logits are never averaged (DESIGN.md).
+Logits are never averaged.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Predictive:
         total: [B], entropy of ``probs``.
         aleatoric: [B], mean over draws of each draw's entropy (expected entropy).
         agreement: [B], share of draws whose own argmax is the mean's argmax.
-        standard_error: [B, K], Monte-Carlo standard error of ``probs``: independent streams are
-            the units, so an antithetic pair counts once. NaN with a single unit (unknown).
+        standard_error: [B, K], Monte-Carlo standard error of ``probs``. An antithetic pair counts
+            once. NaN with a single stream (unknown).
         draw_probs: [S, B, K] if it was asked for, else None.
         draws: the draws behind it; with ``draw_counts``, of the rows that had the most.
         draw_counts: [B] int64, each row's number of draws where they differ (adaptive), else None.
@@ -44,7 +44,12 @@ class Predictive:
 
     @classmethod
     def from_logits(cls, logits: Tensor, draws: Draws, *, keep_draws: bool = False) -> Predictive:
-        """From logits [S, B, K] in the order of ``draws``; softmax in float32 at least.
+        """Average the softmax of each draw's logits, in float32 at least.
+
+        Args:
+            logits: [S, B, K].
+            draws: the S draws, in the order of ``logits``.
+            keep_draws: keep every draw's probabilities.
 
         Raises:
             ValueError: another number of draws than ``draws`` holds.
@@ -67,7 +72,12 @@ class Predictive:
 
     @classmethod
     def from_probs(cls, p: Tensor, draws: Draws, *, keep_draws: bool = False) -> Predictive:
-        """From each draw's probabilities [S, B, K], in the order of ``draws``.
+        """Average each draw's probabilities.
+
+        Args:
+            p: [S, B, K].
+            draws: the S draws, in the order of ``p``.
+            keep_draws: keep ``p``.
 
         Raises:
             ValueError: another number of draws than ``draws`` holds.
@@ -87,7 +97,7 @@ class Predictive:
         )
 
     def rows(self, which: Tensor) -> Predictive:
-        """Some of the rows (an index or mask [B])."""
+        """Return some of the rows (an index or mask [B])."""
         return replace(
             self,
             **{name: getattr(self, name)[which] for name in _ROW_FIELDS},
@@ -96,14 +106,14 @@ class Predictive:
 
     @classmethod
     def gather(cls, parts: Sequence[tuple[Tensor, Predictive]], rows: int) -> Predictive:
-        """One of ``rows`` rows from parts with the numbers of their rows; ``draws`` are those of
-        the last part, which has the most."""
-        first = parts[0][1]
-        whole = {n: getattr(first, n) for n in _ROW_FIELDS}
-        whole = {n: v.new_zeros((rows, *v.shape[1:])) for n, v in whole.items()}
-        for index, part in parts:
-            for name in _ROW_FIELDS:
-                whole[name][index] = getattr(part, name)
+        """Put parts together to a predictive of ``rows`` rows.
+
+        Args:
+            parts: pairs of row numbers and their predictions. The last has the most draws.
+            rows: B.
+        """
+        order = torch.cat([index for index, _ in parts]).argsort()
+        whole = {n: torch.cat([getattr(p, n) for _, p in parts])[order] for n in _ROW_FIELDS}
         return cls(**whole, draws=parts[-1][1].draws)
 
     @cached_property
@@ -118,7 +128,7 @@ class Predictive:
 
     @cached_property
     def epistemic(self) -> Tensor:
-        """[B], mutual information between label and weights: total - aleatoric, at least 0.
+        """[B], mutual information between label and weights: total - aleatoric.
 
         By Jensen it is never negative; the clamp only removes rounding.
         """
@@ -129,7 +139,7 @@ _ROW_FIELDS = ("probs", "total", "aleatoric", "agreement", "standard_error")
 
 
 def _standard_error(p: Tensor, draws: Draws) -> Tensor:
-    """[B, K] from p [S, B, K]: standard deviation of unit means / sqrt(number of units)."""
+    """[B, K] from p [S, B, K]: standard deviation of the streams' means / sqrt(their number)."""
     units = draws.unit_tensor(p.device)
     if units is None:  # unequal units: no simple unbiased estimate
         return torch.full_like(p[0], float("nan"))
