@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -20,29 +20,39 @@ NO_LABEL = -100
 """Marks an unlabelled row in `Batch.labels`; torch's losses ignore it."""
 NO_TOKEN = -1
 """Fills `label_ids` [B, K, L] where a choice has fewer than L tokens."""
+BUCKET = 1.125
+"""Lengths of a bucket of `token_batches` differ by less than this factor."""
+FIXED = 256
+"""Tokens that cost about as much as one pass more: padding that is worth saving one."""
 
 
 @dataclass(frozen=True)
 class EncodedRows:
-    """N rows as token ids, in the rows' order. Lists run over rows and are not to be changed."""
+    """N rows as token ids, in the rows' order. Lists run over rows and are not to be changed.
+
+    Attributes:
+        ids: the rows' own.
+        input_ids: what the model reads.
+        label_ids: vocabulary ids of the choices, length K_i; () for rows that are in `choice_ids`;
+            None for text rows.
+        labels: index of the right choice or class; None where a row is unlabelled.
+        choices: as text; None for text rows.
+        num_labels: classes of text rows; None for choice rows.
+        token_type_ids: segment ids, from tokenizers that yield them (BERT).
+        choice_ids: tokens of each of the K_i choices, for rows with a choice of several tokens;
+            None for any other row, or for all of them.
+        truncated: how many tokens were left out; None: none of any row.
+    """
 
     ids: list[str]
     input_ids: list[list[int]]
     label_ids: list[tuple[int, ...]] | None
-    """Per row the vocabulary ids of its choices, length K_i; () for rows that are in `choice_ids`;
-    None for text rows."""
     labels: list[int | None]
-    """Index into the row's choices, or the class; None where the row is unlabelled."""
     choices: list[tuple[str, ...]] | None
     num_labels: int | None = None
-    """Number of classes of text rows; None for choice rows."""
     token_type_ids: list[list[int]] | None = None
-    """Segment ids, for tokenizers that yield them (BERT)."""
     choice_ids: list[tuple[tuple[int, ...], ...] | None] | None = None
-    """Per row the tokens of each of its K_i choices, for rows with a choice of several tokens; None
-    for any other row, or for all of them."""
     truncated: list[int] | None = None
-    """Per row how many tokens were left out; None: none of any."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -53,7 +63,7 @@ class EncodedRows:
         return sum(cut > 0 for cut in self.truncated or ())
 
     def num_choices(self, index: int) -> int:
-        """Number of classes the row at `index` is scored over."""
+        """Return the number of choices or classes of the row at `index`."""
         if (choices := self.choice_tokens(index)) is not None:
             return len(choices)
         if self.label_ids is not None:
@@ -62,39 +72,24 @@ class EncodedRows:
         return self.num_labels
 
     def choice_tokens(self, index: int) -> tuple[tuple[int, ...], ...] | None:
-        """The row's entry of `choice_ids`."""
+        """Return the entry of `choice_ids` of the row at `index`."""
         return None if self.choice_ids is None else self.choice_ids[index]
 
     def subset(self, indices: Iterable[int]) -> EncodedRows:
-        """The rows at `indices`, in that order."""
+        """Return the rows at `indices`, in that order."""
         keep = list(indices)
-        return replace(
-            self,
-            ids=[self.ids[i] for i in keep],
-            input_ids=[self.input_ids[i] for i in keep],
-            label_ids=None if self.label_ids is None else [self.label_ids[i] for i in keep],
-            labels=[self.labels[i] for i in keep],
-            choices=None if self.choices is None else [self.choices[i] for i in keep],
-            token_type_ids=None
-            if self.token_type_ids is None
-            else [self.token_type_ids[i] for i in keep],
-            choice_ids=None if self.choice_ids is None else [self.choice_ids[i] for i in keep],
-            truncated=None if self.truncated is None else [self.truncated[i] for i in keep],
-        )
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        lists = {name: column for name, column in columns.items() if isinstance(column, list)}
+        return replace(self, **{name: [c[i] for i in keep] for name, c in lists.items()})
 
     @cached_property
     def content_hash(self) -> str:
         """SHA-256, in hex, of all that a model could see or be judged by, in the rows' order."""
         digest = hashlib.sha256(json.dumps(["tfb-rows-1", self.num_labels]).encode())
+        columns = (self.label_ids, self.labels, self.choices, self.token_type_ids)
         for i, row_id in enumerate(self.ids):
-            row: list[Any] = [
-                row_id,
-                self.input_ids[i],
-                None if self.label_ids is None else self.label_ids[i],
-                self.labels[i],
-                None if self.choices is None else self.choices[i],
-                None if self.token_type_ids is None else self.token_type_ids[i],
-            ]
+            row: list[Any] = [row_id, self.input_ids[i]]
+            row += [None if column is None else column[i] for column in columns]
             if (tokens := self.choice_tokens(i)) is not None:
                 row.append(tokens)  # for these rows alone: the hash of others stays what it was
             digest.update(json.dumps(row, separators=(",", ":")).encode() + b"\n")
@@ -103,21 +98,24 @@ class EncodedRows:
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows padded to T tokens. All tensors are int64."""
+    """B rows padded to T tokens. All tensors are int64.
+
+    Attributes:
+        input_ids: [B, T].
+        attention_mask: [B, T], 1 at tokens and 0 at padding.
+        indices: [B], positions of the rows in the `EncodedRows`; restores their order.
+        label_ids: [B, K], head columns of the choices; [B, K, L] for choices of several tokens
+            (NO_TOKEN after the end of shorter ones); None for text rows.
+        labels: [B], NO_LABEL where a row is unlabelled; None where none of the batch has a label.
+        token_type_ids: [B, T], only from tokenizers that yield them.
+    """
 
     input_ids: Tensor
-    """[B, T]"""
     attention_mask: Tensor
-    """[B, T], 1 at tokens and 0 at padding."""
     indices: Tensor
-    """[B], positions of the rows in the `EncodedRows`; restores their order."""
     label_ids: Tensor | None = None
-    """[B, K], head columns of the choices; [B, K, L] for choices of several tokens (NO_TOKEN after
-    the end of shorter ones); None for text rows."""
     labels: Tensor | None = None
-    """[B], NO_LABEL where a row is unlabelled; None where none of the batch has a label."""
     token_type_ids: Tensor | None = None
-    """[B, T], only from tokenizers that yield them."""
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -128,14 +126,14 @@ class Batch:
         return (self.attention_mask.cumsum(-1) - 1).clamp(min=0)
 
     def model_inputs(self) -> dict[str, Tensor]:
-        """What the tokenizer would have returned: input_ids, attention_mask[, token_type_ids]."""
+        """Return what a tokenizer would: input_ids, attention_mask[, token_type_ids]."""
         inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
         if self.token_type_ids is not None:
             inputs["token_type_ids"] = self.token_type_ids
         return inputs
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch with every tensor on `device`."""
+        """Return the batch with every tensor on `device`."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         moved = {name: t.to(device) for name, t in tensors.items() if t is not None}
         return replace(self, **moved)
@@ -149,35 +147,36 @@ def batches(
     padding_side: str = "left",
     sort_by_length: bool = False,
 ) -> Iterator[Batch]:
-    """Batches of at most `batch_size` rows, all with the same number of choices, and all or none of
-    them with choices of several tokens.
+    """Pad rows to batches of one kind: as many choices, and all or none of several tokens.
 
-    Groups of one kind come in the order of their first row, rows of a group in the rows' order, or,
-    with `sort_by_length`, longest first: less padding, and a batch too large for memory fails at
-    once. `Batch.indices` restores the order either way.
+    Kinds come in the order of their first row. `Batch.indices` restores the rows' order.
+
+    Args:
+        encoded: the rows.
+        batch_size: most rows of a batch.
+        pad_token_id: fills the shorter rows.
+        padding_side: "left" or "right".
+        sort_by_length: take rows of a kind longest first instead of in their order: less padding,
+            and a batch too large for memory fails at once.
 
     Raises:
-        ValueError: `batch_size` below 1, or a `padding_side` other than "left" and "right".
+        ValueError: `batch_size` below 1, or another `padding_side`.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if padding_side not in ("left", "right"):
         raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
-    return _batches(encoded, batch_size, pad_token_id, padding_side == "left", sort_by_length)
-
-
-def _batches(
-    encoded: EncodedRows, batch_size: int, pad_token_id: int, left: bool, sort_by_length: bool
-) -> Iterator[Batch]:
-    groups: dict[tuple[int, bool], list[int]] = {}
+    kinds: dict[tuple[int, bool], list[int]] = {}
     for i in range(len(encoded)):
-        kind = encoded.num_choices(i), encoded.choice_tokens(i) is None
-        groups.setdefault(kind, []).append(i)
-    for group in groups.values():
-        if sort_by_length:
-            group.sort(key=lambda i: -len(encoded.input_ids[i]))  # stable: ties keep their order
-        for start in range(0, len(group), batch_size):
-            yield _collate(encoded, group[start : start + batch_size], pad_token_id, left)
+        kinds.setdefault((encoded.num_choices(i), encoded.choice_tokens(i) is None), []).append(i)
+    if sort_by_length:
+        for rows in kinds.values():
+            rows.sort(key=lambda i: -len(encoded.input_ids[i]))  # stable: ties keep their order
+    return (
+        _collate(encoded, rows[start : start + batch_size], pad_token_id, padding_side == "left")
+        for rows in kinds.values()
+        for start in range(0, len(rows), batch_size)
+    )
 
 
 def _collate(encoded: EncodedRows, rows: list[int], pad_token_id: int, left: bool) -> Batch:
@@ -211,7 +210,76 @@ def _label_ids(encoded: EncodedRows, rows: list[int]) -> Tensor | None:
 
 
 def pad_choices(rows: Sequence[Sequence[Sequence[int]]]) -> Tensor:
-    """[B, K, L] int64: the tokens of each row's K choices, NO_TOKEN after the end of short ones."""
+    """Return [B, K, L] int64: the tokens of each row's K choices, NO_TOKEN after short ones."""
     L = max(len(tokens) for row in rows for tokens in row)
     padded = [[[*tokens, *[NO_TOKEN] * (L - len(tokens))] for tokens in row] for row in rows]
     return torch.tensor(padded, dtype=torch.int64)
+
+
+# --- batches by a budget of tokens ----------------------------------------------------------------
+
+
+def token_batches(
+    encoded: EncodedRows, budget: int, rows: Iterable[int] | None = None, *, copies: int = 1
+) -> list[list[int]]:
+    """Part rows into batches whose rows x longest row stay within a budget; longest rows first.
+
+    Rows of a batch have the same number of choices. They lie in one bucket of lengths, in which
+    they are sorted by their tokens: rows that begin alike meet in a batch, where the engine
+    computes their prefix once. Then neighbours are joined where the budget holds both and padding
+    costs less than one more batch.
+
+    Args:
+        encoded: the rows.
+        budget: most tokens of a batch; a row that is longer is a batch of its own.
+        rows: positions to be distributed, a set; None: all.
+        copies: of every row in a pass, the draws in full mode: they share what a batch costs.
+    """
+    groups: dict[tuple[int, int], list[int]] = {}
+    for i in sorted(range(len(encoded)) if rows is None else rows):
+        bucket = _bucket(len(encoded.input_ids[i]))
+        groups.setdefault((-bucket, encoded.num_choices(i)), []).append(i)
+    found: list[list[int]] = []
+    for _, group in sorted(groups.items()):
+        batch: list[int] = []
+        longest = 0
+        for i in sorted(group, key=lambda i: encoded.input_ids[i]):
+            length = len(encoded.input_ids[i])
+            if batch and max(longest, length) * (len(batch) + 1) > budget:
+                found.append(batch)
+                batch, longest = [], 0
+            batch.append(i)
+            longest = max(longest, length)
+        found.append(batch)
+    return _joined(encoded, found, budget, FIXED // copies)
+
+
+def _joined(
+    encoded: EncodedRows, found: list[list[int]], budget: int, worth: int
+) -> list[list[int]]:
+    """Join neighbouring batches where that costs at most ``worth`` tokens of padding."""
+    joined: list[list[int]] = []
+    for batch in found:
+        if joined and encoded.num_choices(joined[-1][0]) == encoded.num_choices(batch[0]):
+            both = joined[-1] + batch
+            tokens = padded_tokens(encoded, both)
+            added = tokens - padded_tokens(encoded, joined[-1]) - padded_tokens(encoded, batch)
+            if tokens <= budget and added <= worth:
+                joined[-1] = sorted(both, key=lambda i: encoded.input_ids[i])
+                continue
+        joined.append(batch)
+    return joined
+
+
+def padded_tokens(encoded: EncodedRows, batch: list[int]) -> int:
+    """Return the tokens of a batch with its padding: rows x longest row."""
+    return len(batch) * max(len(encoded.input_ids[i]) for i in batch)
+
+
+@cache
+def _bucket(length: int) -> int:
+    """Return a length's bucket; they widen by ``BUCKET``, by one token at least."""
+    bucket, end = 0, 1
+    while end < length:
+        bucket, end = bucket + 1, max(end + 1, int(end * BUCKET))
+    return bucket

@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from tfb.data.batching import Batch, EncodedRows, batches
-from tfb.data.budget import padded_tokens, token_batches
+from tfb.data.batching import Batch, EncodedRows, batches, padded_tokens, token_batches
 from tfb.data.rows import Row, RowError
 from tfb.model import BayesianModel
 from tfb.predictive import Predictive

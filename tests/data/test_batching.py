@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tfb.data.batching import EncodedRows
-from tfb.data.budget import BUCKET, FIXED, padded_tokens, token_batches
+from tfb.data.batching import BUCKET, FIXED, EncodedRows, padded_tokens, token_batches
 
 ROWS = st.lists(
     st.tuples(st.lists(st.integers(4, 6), min_size=1, max_size=40), st.integers(2, 3)), max_size=30
@@ -30,7 +29,7 @@ def encoded(rows: list[tuple[list[int], int]]) -> EncodedRows:
 def test_every_row_once_within_the_budget(rows: list[tuple[list[int], int]], budget: int) -> None:
     data = encoded(rows)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tfb.data.budget.FIXED", 0)  # joined only where nothing is padded
+        patch.setattr("tfb.data.batching.FIXED", 0)  # joined only where nothing is padded
         apart = token_batches(data, budget)
     for batch in apart:
         lengths = [len(data.input_ids[i]) for i in batch]
