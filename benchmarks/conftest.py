@@ -14,9 +14,8 @@ os.environ.pop("TRITON_INTERPRET", None)
 import pytest
 import torch
 
-from benchmarks.environment import results_folder
-from benchmarks.harness import Bench, measure_ceilings
-from benchmarks.reference_data import shared_folder
+from benchmarks.environment import results_folder, shared_folder
+from benchmarks.timing import Bench, measure_ceilings
 
 _BENCH = pytest.StashKey[Bench]()
 

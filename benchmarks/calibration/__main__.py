@@ -27,9 +27,8 @@ from benchmarks.calibration.methods import METHODS, LeftOut, Methods, Outcome
 from benchmarks.calibration.setting import Setting
 from benchmarks.calibration.tasks import GIVEN, TASKS, load_task
 from benchmarks.calibration.train import ADAPTERS, SEEDS, adapter
-from benchmarks.environment import REPOSITORY, environment
-from benchmarks.harness import Bench, Row, record
-from benchmarks.reference_data import shared_folder
+from benchmarks.environment import REPOSITORY, environment, shared_folder
+from benchmarks.timing import Bench, Row, record
 from tfb.adapters.artifact import ADAPTER, file_sha256
 
 RESULTS = REPOSITORY / "benchmarks/results"
@@ -40,9 +39,9 @@ DEFAULT_ROWS, DEFAULT_SHIFT_ROWS, DEFAULT_ANCHORS = 600, 300, 300
 REFERENCES = ("mle", "temperature")  # what every method is compared with
 # What decides a row's figures; tables and pictures do not.
 SOURCES = (
-    "tfb", "tfb_kernels", "benchmarks/questions.py", "benchmarks/minilm.py",
+    "tfb", "tfb_kernels",
     *(f"benchmarks/calibration/{name}.py" for name in (
-        "__main__", "evaluation", "laplace", "methods", "setting", "stems", "tasks",
+        "__main__", "evaluation", "laplace", "methods", "questions", "setting", "stems", "tasks",
     )),
 )  # fmt: skip
 

@@ -36,8 +36,8 @@ from torch import Tensor
 import tfb
 from benchmarks.calibration.tasks import LABEL_TOKENS, Task, load_task
 from benchmarks.calibration.train import ADAPTERS, adapter
-from benchmarks.harness import Bench, Row, record
-from benchmarks.reference_data import shared_folder
+from benchmarks.environment import shared_folder
+from benchmarks.timing import Bench, Row, record
 from tfb.adapters.families import FAMILIES
 from tfb.data.batching import EncodedRows
 from tfb.draws import Draws
@@ -176,7 +176,7 @@ class Study:
             bayes = self.model(setting.family)
             try:
                 options = DEFAULTS | setting.options
-                bayes.set_mode(*_mode(setting.tail))
+                bayes.configure(mode=_mode(setting.tail)[0], tail=_mode(setting.tail)[1])
                 self.fits[key] = tfb.fit_sigma(bayes, self.anchors(setting), **options)
             except SearchError as error:
                 self.fits[key] = str(error)
@@ -190,7 +190,7 @@ class Study:
         rounded = STEP ** round(math.log(sigma, STEP)) if sigma > 0 else 0.0
         found = self.predicted.get((family, tail, rounded), {})
         if not found or len(found["test"]) < draws:
-            self.model(family).set_mode(*_mode(tail))
+            self.model(family).configure(mode=_mode(tail)[0], tail=_mode(tail)[1])
             found = {name: self._draws(family, rounded, draws, name) for name in ("test", "oos")}
             self.predicted[family, tail, rounded] = found
         probs, total, epistemic = _summary(found["test"][:draws])
@@ -206,7 +206,7 @@ class Study:
         """Each draw's probabilities [S, N, K]; the first of many draws are those of few."""
         bayes = self.model(family)
         found = predict_rows(
-            bayes, self.encoded[rows], Draws.antithetic(draws, sigma, seed=bayes.seed),
+            bayes, self.encoded[rows], Draws.antithetic(draws, sigma, seed=bayes.config.seed),
             batch_size=BATCH, pad_token_id=pad_token(bayes, self.tokenizer), keep_draws=True,
         )  # fmt: skip
         assert found.draw_probs is not None

@@ -248,7 +248,7 @@ class Methods:
                 "search_draws": fit.draws, "kl": fit.kl, "notes": list(fit.notes),
             },
         )  # fmt: skip
-        bayes.set_mode("full")  # the model is shared, and every method's default is full
+        bayes.configure(mode="full")  # the model is shared, and every method's default is full
         return outcome, draws
 
     # --- made once ----------------------------------------------------------------------------
@@ -269,7 +269,7 @@ def prediction_passes(bayes: Any, rows: EncodedRows, draws: Draws) -> float:
     """Passes a row of ``draws``: blocks below the noise and tokens before the tail count once."""
     S = len(draws)
     if bayes.mode == "tail":
-        return passes_per_row([len(ids) for ids in rows.input_ids], S, bayes.tail)
+        return passes_per_row([len(ids) for ids in rows.input_ids], S, bayes.config.tail)
     share = len(bayes.blocks_below) / bayes.base.config.num_hidden_layers
     return share + S * (1 - share)
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks.questions import Question
+from benchmarks.calibration.questions import Question
 from tfb.data.rows import Row
 
 TOKENS = 48  # the most of a stem; longer ones lose their beginning, the question itself comes last

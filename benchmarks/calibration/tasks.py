@@ -27,9 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import minilm
+from benchmarks.calibration.questions import arc, mmlu, openbookqa, winogrande
 from benchmarks.calibration.stems import cut, stems, unseen
-from benchmarks.questions import arc, mmlu, openbookqa, winogrande
+from benchmarks.environment import minilm_folder
 from tfb.data.readers import read_rows
 from tfb.data.rows import Row
 
@@ -135,7 +135,7 @@ def _intents(name: str, shared: Path, seed: int, rows: int, anchors: int, shift_
     return Task(
         name=name,
         seed=seed,
-        base=shared / "models/stories260K" if stories else minilm.folder(),
+        base=shared / "models/stories260K" if stories else minilm_folder(),
         task_type="SEQ_CLS",
         classes=len(index),
         train=train,
@@ -264,12 +264,12 @@ def _question_task(
     """A MiniLM task, its texts cut."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(minilm.folder()))
+    tokenizer = AutoTokenizer.from_pretrained(str(minilm_folder()))
     train = cut(_shuffled(train, f"{name} train order {seed}"), tokenizer)
     return Task(
         name=name,
         seed=seed,
-        base=minilm.folder(),
+        base=minilm_folder(),
         task_type="SEQ_CLS",
         classes=classes,
         train=train,

@@ -27,10 +27,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import minilm
 from benchmarks.calibration.tasks import GIVEN, LABEL_TOKENS, TASKS, Task, load_task
-from benchmarks.environment import environment
-from benchmarks.reference_data import shared_folder
+from benchmarks.environment import MINILM, environment, shared_folder
 from tfb.data.batching import Batch, EncodedRows, batches
 from tfb.data.encoding import RowEncoder
 from tfb.data.rows import Row
@@ -180,7 +178,7 @@ def _model(task: Task, recipe: Recipe) -> tuple[Any, Any]:
     )
     wrapped = get_peft_model(model, config)
     # A name, not a folder of the machine that it was trained on.
-    name = minilm.NAME if task.base.name == "model" else task.base.name
+    name = MINILM if task.base.name == "model" else task.base.name
     wrapped.peft_config["default"].base_model_name_or_path = name
     return wrapped, transformers.AutoTokenizer.from_pretrained(base)
 

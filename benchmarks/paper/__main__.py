@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.harness import Bench
+from benchmarks.environment import results_folder
 from benchmarks.paper import run, tables, tasks
 from benchmarks.paper.prompts import FORMS
-from benchmarks.report import FOLDER
+from benchmarks.timing import Bench
 from tfb.cli.console import write_json
 
 DEFAULTS = run.Setting("", "", "mle", ())
@@ -91,8 +90,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         compat=options.compat, draws=options.draws, batch_size=options.batch_size,
         limit=options.limit,
     )  # fmt: skip
-    folder = Path(os.environ.get("TFB_BENCH_RESULTS") or FOLDER / "results")
-    bench = Bench.untimed(folder if options.record else None, toy=options.limit is not None)
+    bench = Bench.untimed(
+        results_folder() if options.record else None, toy=options.limit is not None
+    )
     found = []
     try:
         if options.json is not None and options.json.exists():

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.questions import Question
+from benchmarks.calibration.questions import Question
 from tfb.data.batching import EncodedRows
 from tfb.data.encoding import RowEncoder
 from tfb.data.rows import Row, RowError

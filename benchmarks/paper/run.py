@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 import tfb
-from benchmarks.harness import Bench, Row, record
 from benchmarks.paper import prompts, tasks
 from benchmarks.paper.blob import find_adapter, mean_adapter
+from benchmarks.timing import Bench, Row, record
 from tfb.adapters.loading import adapter_config, adapter_folder
 from tfb.data.batching import EncodedRows
 from tfb.posterior import AdapterError

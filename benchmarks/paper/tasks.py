@@ -25,9 +25,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import questions
+from benchmarks.calibration import questions
+from benchmarks.calibration.questions import Question
 from benchmarks.paper import prompts
-from benchmarks.questions import Question
 from tfb.data.rows import Row
 
 Record = Mapping[str, Any]

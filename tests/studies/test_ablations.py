@@ -19,7 +19,7 @@ from benchmarks.calibration.ablations import (
     measure,
     settings,
 )
-from benchmarks.harness import Bench, Ceilings
+from benchmarks.timing import Bench, Ceilings
 from tfb.search.fit import SEARCH_DRAWS, TOLERANCE
 
 SIZES = Sizes(rows=24, shift_rows=16, anchors=20, counts=(16,))

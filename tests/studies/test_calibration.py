@@ -265,10 +265,10 @@ def test_passes_are_counted_by_blocks_and_tokens(causal: Setting) -> None:
     rows, draws = causal.judged["test"], Draws.antithetic(10, 0.01)
     bayes = causal.model()
     assert prediction_passes(bayes, rows, draws) == 10
-    bayes.set_mode("tail", 1)
+    bayes.configure(mode="tail", tail=1)
     length = sum(map(len, rows.input_ids)) / len(rows)
     assert prediction_passes(bayes, rows, draws) == pytest.approx(1 + 9 / length)
-    bayes.set_mode("full")
+    bayes.configure(mode="full")
     import tfb
 
     last = causal.model(layers=tfb.last_layers(1))

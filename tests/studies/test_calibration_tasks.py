@@ -14,19 +14,19 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import tfb
-from benchmarks import minilm
+from benchmarks.calibration.questions import arc
 from benchmarks.calibration.stems import ending
 from benchmarks.calibration.tasks import TASKS, intents, load_task
 from benchmarks.calibration.train import RECIPES, adapter, evaluate_rows, train
-from benchmarks.questions import arc
+from benchmarks.environment import INSTALL_MINILM, minilm_folder
 from tfb.data.rows import Row
 
 try:
-    minilm.folder()
+    minilm_folder()
     HAS_MINILM = True
 except FileNotFoundError:
     HAS_MINILM = False
-needs_minilm = pytest.mark.skipif(not HAS_MINILM, reason=minilm.INSTALL)
+needs_minilm = pytest.mark.skipif(not HAS_MINILM, reason=INSTALL_MINILM)
 STORIES = ("clinc-domain", "clinc150", "clinc150-early")
 ALL = [t if t in STORIES else pytest.param(t, marks=needs_minilm) for t in TASKS]
 
@@ -88,7 +88,7 @@ def test_questions_by_their_source(shared: Path) -> None:
     assert not trained & {ending(str(r.text)) for r in task.test + task.anchors}
     easy = {q.stem for q in arc(shared / "data/arc/ARC-Easy/test.json")}
     assert all(r.text in easy for r in task.test if r.label == 1 and len(str(r.text)) < 100)
-    tokenizer = AutoTokenizer.from_pretrained(str(minilm.folder()))
+    tokenizer = AutoTokenizer.from_pretrained(str(minilm_folder()))
     rows = [*task.train, *task.test, *task.shifts["mmlu"], *task.shifts["winogrande"]]
     lengths = [len(ids) for ids in tokenizer([r.text for r in rows])["input_ids"]]
     assert max(lengths) <= 52  # 48, two special tokens, and a word cut open may split otherwise

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.environment import REPOSITORY
-from benchmarks.kernel_tables import linear_table
+from benchmarks.kernels.tables import linear_table
 
 SCRIPT = REPOSITORY / "benchmarks" / "gpu.sh"
 # In order of worth; seconds at most.
@@ -101,8 +101,8 @@ def test_all_stages_in_order_each_under_its_limit(fakes: Fakes) -> None:
     assert fakes.limits == list(PLAN.values())
     for name in PLAN:
         assert (fakes.out / f"{name}.log").read_text()
-    assert "benchmarks/test_linear.py" in (fakes.out / "smoke.log").read_text()
-    assert "-m benchmarks.sweep" in (fakes.out / "sweep.log").read_text()
+    assert "benchmarks/kernels/test_linear.py" in (fakes.out / "smoke.log").read_text()
+    assert "-m benchmarks.kernels.sweep" in (fakes.out / "sweep.log").read_text()
     assert "--record" in (fakes.out / "model.log").read_text()
 
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tfb
-from benchmarks import questions
+from benchmarks.calibration import questions
 from benchmarks.paper import blob, prompts, run, tables, tasks
 from benchmarks.paper.__main__ import main
 from tfb.data.rows import RowError

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.questions import Question, arc, mmlu, openbookqa, winogrande
+from benchmarks.calibration.questions import Question, arc, mmlu, openbookqa, winogrande
 
 Reader = Callable[[Path], list[Question]]
 FILES: dict[str, tuple[Reader, int]] = {

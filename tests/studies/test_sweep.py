@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import sweep
-from benchmarks.sweep import NEVER, ROWS, UP_TO, Job, Sizes, Step
+from benchmarks.kernels import sweep
+from benchmarks.kernels.sweep import NEVER, ROWS, UP_TO, Job, Sizes, Step
 from tfb_kernels import launch, tuning
 from tfb_kernels.launch import LaunchConfig
 

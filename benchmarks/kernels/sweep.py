@@ -39,12 +39,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import baselines, test_predictive
 from benchmarks.environment import environment, results_folder
-from benchmarks.harness import Bench, Contender, elapsed, first_line, heading, record
+from benchmarks.kernels import contenders
+from benchmarks.timing import Bench, Contender, elapsed, first_line, heading, record
 from tfb.draws import Draws
 from tfb_kernels import launch, tuning
 from tfb_kernels.launch import LaunchConfig, choose_config
+from tfb_kernels.samples import Samples
 
 RANK, STREAMS, DRAWS = 16, 5, 10
 ROWS = (8, 50, 256, 1024, 4096)  # measured at, each for the rows up to ``UP_TO``
@@ -172,11 +173,10 @@ def steps(job: Job, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> d
             found[kind] = Step(partial(generate, A, grouped, seed, 0, RANK, n, dtype))
         elif job.kernel == "merge":
             sigmas = torch.tensor([0.1, -0.1] * STREAMS, device=device)
-            found[kind] = Step(partial(
-                _merge, merge, randn(m, n), A, randn(m, RANK), torch.ones(RANK, device=device),
-                sigmas, streams, streams.repeat_interleave(2), 2, seed, 0, 1.0,
-                randn(DRAWS, m, n),
-            ))  # fmt: skip
+            factors = (A, randn(m, RANK), torch.ones(RANK, device=device))
+            drawn = (sigmas, streams, streams.repeat_interleave(2), 2, seed)
+            samples = Samples(*factors, *drawn, 0, 1.0)
+            found[kind] = Step(partial(_merge, merge, randn(m, n), samples, randn(DRAWS, m, n)))
         else:
             found[kind] = _expand_step(job, m, kind == "shared", randn, device)
     return found
@@ -330,11 +330,14 @@ def wrong(bench: Bench, sizes: Sizes) -> str:
         AssertionError: predictive_reduction is wrong.
     """
     units = torch.arange(DRAWS, device=bench.device).view(-1, 2)
-    test_predictive.check(4 * torch.randn(DRAWS, 3, sizes.vocabulary, device=bench.device), units)
+    contenders.check_reduction(
+        4 * torch.randn(DRAWS, 3, sizes.vocabulary, device=bench.device), units
+    )
     found = {
-        path: baselines.errors(path, bench.device, bench.dtype, sizes.rows) for path in launch.PATHS
+        path: contenders.errors(path, bench.device, bench.dtype, sizes.rows)
+        for path in launch.PATHS
     }
-    found["merge"] = baselines.merge_errors(bench.device, bench.dtype)
+    found["merge"] = contenders.merge_errors(bench.device, bench.dtype)
     return "; ".join(f"{path}: {fault}" for path, fault in found.items() if fault)
 
 
@@ -379,18 +382,18 @@ def measure(
 
 def threshold(bench: Bench, sizes: Sizes) -> int:
     """Rows that share a stream from which generating loses least, summed over points."""
-    draws = Draws.antithetic(DRAWS, baselines.SIGMA)
+    draws = Draws.antithetic(DRAWS, contenders.SIGMA)
     times: dict[tuple[int, str], dict[str, float]] = {}
     for rows in sizes.path_rows:
         for kind, (n, m) in (("shared", sizes.shared), ("per-draw", sizes.per_draw)):
             # Of per-draw x two draws, antithetic, share a stream.
             size = (rows,) if kind == "shared" else (DRAWS, rows // 2)
-            layer = baselines.make_layer(m, n, RANK, bench.dtype, bench.device)
+            layer = contenders.make_layer(m, n, RANK, bench.dtype, bench.device)
             x = torch.randn(*size, n, dtype=bench.dtype, device=bench.device)
             base = x.new_zeros(*size, m)
             times[rows, kind] = {
                 path: seconds(
-                    partial(baselines.op_on_path, layer, x, base, draws, path), bench.device
+                    partial(contenders.op_on_path, layer, x, base, draws, path), bench.device
                 )
                 for path in launch.PATHS
             }
@@ -424,16 +427,16 @@ def best_threshold(times: Mapping[tuple[float, str], tuple[float, float]]) -> fl
 
 def merge_factor(bench: Bench, sizes: Sizes) -> float:
     """``merge_rows``: the factor of the ratio of bytes from which merging loses least."""
-    draws, device = Draws.antithetic(DRAWS, baselines.SIGMA), bench.device
+    draws, device = Draws.antithetic(DRAWS, contenders.SIGMA), bench.device
     times: dict[tuple[float, str], tuple[float, float]] = {}
     for kind, (n, m) in (("q", sizes.shared), ("down", sizes.per_draw)):
-        layer = baselines.make_layer(m, n, RANK, bench.dtype, device)
+        layer = contenders.make_layer(m, n, RANK, bench.dtype, device)
         bytes_alone = 2 * n * m / (n + 2 * m)
         for rows in sizes.merge_rows:
             x = torch.randn(DRAWS, rows, n, dtype=bench.dtype, device=device)
             added, merged = (
                 seconds(partial(call, layer, x, draws), device)
-                for call in (baselines.ours_added, baselines.ours_merged)
+                for call in (contenders.ours_added, contenders.ours_merged)
             )
             times[round(rows / bytes_alone, 4), kind] = added, merged
             print(f"merge {rows:5} rows {kind:8}: added {1e6 * added:.1f} µs, "

@@ -23,9 +23,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 import tfb
-from benchmarks.environment import environment
-from benchmarks.harness import Bench, Row, record, target
-from benchmarks.reference_data import shared_folder
+from benchmarks.environment import environment, shared_folder
+from benchmarks.timing import Bench, Row, record, target
 
 FOLDER = Path(__file__).resolve().parent
 ROWS, DRAWS, TAIL, SIGMA = 200_000, 10, 1, 0.05
@@ -51,9 +50,9 @@ def artifact(shared: Path, folder: Path) -> Path:
     """The shared adapter at a sigma that tail sampling bears; nothing is searched here."""
     base, adapter = shared / "models/stories260K", shared / "adapters/stories260K-clinc-domain"
     bayes = tfb.bayesianize(tfb.load_adapter(tfb.load_base(base, adapter), adapter))
-    bayes.set_mode("tail", TAIL)
-    bayes.sigma = SIGMA
-    bayes.save(folder / "artifact")
+    bayes.configure(mode="tail", tail=TAIL)
+    bayes.configure(sigma=SIGMA)
+    tfb.save(bayes, folder / "artifact")
     return folder / "artifact"
 
 

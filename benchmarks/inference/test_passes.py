@@ -26,16 +26,9 @@ from typing import Any
 import pytest
 
 import tfb
-from benchmarks.harness import Bench, Row, Step, compare, target
-from benchmarks.models import (
-    CASES,
-    flipout_loop,
-    forward,
-    naive_draws,
-    naive_loop,
-    random_case,
-)
-from benchmarks.shapes import ADAPTERS, CPU, TOY, Shape, description, twin
+from benchmarks.fixtures import ADAPTERS, CASES, CPU, TOY, Shape, copy_of, description, random_case
+from benchmarks.inference.baselines import flipout_loop, forward, naive_draws, naive_loop
+from benchmarks.timing import Bench, Row, Step, compare, target
 from tfb.draws import Draws
 
 SIGMA = 0.01
@@ -60,8 +53,8 @@ def ways(shape: Shape, adapter: str, bench: Bench) -> dict[str, Step]:
     """What costs less than full mode; the models share the base's weights."""
     case, source = random_case(shape, adapter, bench)
     bayes, layers = case.bayes, tfb.last_layers(max(1, shape.layers // 4))
-    quarter = tfb.bayesianize(twin(source), layers=layers)
-    last = tfb.bayesianize(twin(source), layers=tfb.last_layers(0))
+    quarter = tfb.bayesianize(copy_of(source), layers=layers)
+    last = tfb.bayesianize(copy_of(source), layers=tfb.last_layers(0))
 
     def ours(which: Any, draws: int, **mode: Any) -> Step:
         return case.sampling(which, Draws.antithetic(draws, SIGMA), **mode)

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import elapsed
-from benchmarks.jobs import Task
-from benchmarks.models import Case, forward, lora_a
+from benchmarks.fixtures import Case
+from benchmarks.inference.baselines import forward, lora_a
+from benchmarks.scoring.jobs import Task
+from benchmarks.timing import elapsed
 from tfb.draws import Draws
 
 Noise = Callable[[str, int], Tensor]

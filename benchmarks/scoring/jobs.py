@@ -69,7 +69,7 @@ def preloaded(task: Task) -> Iterator[None]:
     class Preloaded(LocalEngine):
         def __init__(self, job: Job) -> None:
             self._job, self._bayes, self._tokenizer = job, task.bayes, task.tokenizer
-            task.bayes.set_mode(job.mode or "full", job.tail)
+            task.bayes.configure(mode=job.mode or "full", tail=job.tail)
 
     unhashed = patch("tfb.scoring.job.model_sha256", return_value="not computed")
     with unhashed, patch.dict(offline.ENGINES, local=Preloaded):
@@ -101,7 +101,7 @@ def read_probs(paths: Iterable[Path]) -> torch.Tensor:
 
 def engine_batches(task: Task, draws: int, tail: int | None = None) -> list[Batch]:
     """The batches of a job whose rows fit into one part."""
-    task.bayes.set_mode("full" if tail is None else "tail", tail)
+    task.bayes.configure(mode="full" if tail is None else "tail", tail=tail)
     encoded = encode(task.bayes, task.rows, task.tokenizer)
     pad = pad_token(task.bayes, task.tokenizer)
     return [

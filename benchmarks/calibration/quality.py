@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 import tfb
-from benchmarks.harness import Bench, Row, record
-from benchmarks.reference_data import shared_folder
+from benchmarks.environment import shared_folder
+from benchmarks.timing import Bench, Row, record
 from tfb.data.batching import EncodedRows
 from tfb.data.readers import read_rows
 from tfb.draws import Draws
@@ -72,7 +72,7 @@ def measure(shared: Path, bench: Bench) -> list[Row]:
     for family, (layers, mode, tail, make, counts) in families().items():
         bayes, anchors, rows, pad = setting(shared, layers)
         labels = torch.tensor(rows.labels)
-        bayes.set_mode(mode, tail)
+        bayes.configure(mode=mode, tail=tail)
 
         def predict(draws: Draws, bayes: Any = bayes, rows: Any = rows, pad: int = pad) -> Tensor:
             return predict_rows(bayes, rows, draws, batch_size=100, pad_token_id=pad).probs

@@ -28,11 +28,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import tfb
-from benchmarks.harness import first_line
+from benchmarks.timing import first_line
 from tfb.draws import Draws
 from tfb.linear import LowRankSampler
 from tfb_kernels import bayes_lora_linear, bayes_lora_merge
 from tfb_kernels.ops import why_not_triton
+from tfb_kernels.samples import Samples
 from tfb_kernels.testing import (
     eager_weight_samples,
     error_budget,
@@ -127,10 +128,10 @@ def op_on_path(layer: Layer, x: Tensor, base: Tensor, draws: Draws, path: str) -
 
     A, B, inv_d, *_ = layer.sampler.factors(x.device, x.dtype)
     t = draws.tensors(x.device)
-    return bayes_lora_linear_triton(
-        x, base, A, B, inv_d, t.sigmas, t.streams, t.stream_index, t.draws_per_stream, t.seed,
-        LAYER_ID, SCALING, out=base if x.dim() == 3 else None, path=path,
-    )  # fmt: skip
+    drawn = (t.sigmas, t.streams, t.stream_index, t.draws_per_stream, t.seed)
+    samples = Samples(A, B, inv_d, *drawn, LAYER_ID, SCALING)
+    out = base if x.dim() == 3 else None
+    return bayes_lora_linear_triton(x, base, samples, out=out, path=path)
 
 
 def ours_added(layer: Layer, x: Tensor, draws: Draws) -> Tensor:

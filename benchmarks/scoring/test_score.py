@@ -32,9 +32,13 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import jobs
+import tfb
 from benchmarks.environment import REPOSITORY
-from benchmarks.harness import (
+from benchmarks.fixtures import stories
+from benchmarks.scoring import jobs
+from benchmarks.scoring.jobs import Task, run_engine, run_job
+from benchmarks.scoring.scripts import best_batch_size, run_script
+from benchmarks.timing import (
     Bench,
     Row,
     compare,
@@ -44,9 +48,6 @@ from benchmarks.harness import (
     record,
     target,
 )
-from benchmarks.jobs import Task, run_engine, run_job
-from benchmarks.models import stories
-from benchmarks.scripts import best_batch_size, run_script
 from tfb.draws import Draws
 from tfb.linear import LowRankSampler
 from tfb.scoring.rows import load_tokenizer
@@ -67,9 +68,10 @@ def stories_task(bench: Bench, shared: Path, tmp_path_factory: pytest.TempPathFa
         pytest.skip("a small model: on a CPU")
     case = stories(shared, bench.device)
     model, adapter = shared / "models/stories260K", shared / "adapters/stories260K-clinc-domain"
-    case.bayes.sigma, case.bayes.source = SIGMA, adapter
+    case.bayes.configure(sigma=SIGMA)
+    case.bayes.source = adapter
     folder = tmp_path_factory.mktemp("score")
-    artifact = case.bayes.save(folder / "artifact")
+    artifact = tfb.save(case.bayes, folder / "artifact")
     tokenizer = load_tokenizer(str(model))
     return Task(str(model), case.bayes, case.twin, tokenizer, artifact, folder / "none.jsonl")
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks import baselines
-from benchmarks.harness import Bench, profile
-from benchmarks.test_linear import Point, layer_operands, pytest_generate_tests, refuse
+from benchmarks.kernels import contenders
+from benchmarks.kernels.test_linear import Point, layer_operands, pytest_generate_tests, refuse
+from benchmarks.timing import Bench, profile
 
 __all__ = ["pytest_generate_tests"]  # pytest's hook: all points
 
@@ -19,5 +19,5 @@ def test_kernels(benchmark: Any, kernels: Bench, point: Point) -> None:
     benchmark.pedantic(lambda: None)
     refuse(kernels, point, "kernels", {})
     case = layer_operands(kernels, point)
-    step = case.step(baselines.ours)
+    step = case.step(contenders.ours)
     profile(kernels, "linear", case.description, step, copies=len(case.x), graphs=True)

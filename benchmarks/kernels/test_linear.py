@@ -5,7 +5,7 @@
     down   14336 -> 4096     x of each draw's own, as above a first noisy layer
 
 each with 1, 50, 256 and 4,096 rows (a draw), rank 16, five antithetic pairs, bfloat16. Twice:
-"layer" is the base product and the update against ``baselines.RIVALS``, "update" the update alone
+"layer" is the base product and the update against ``contenders.RIVALS``, "update" the update alone
 against the bytes that it must move. CUDA graphs leave launches out; what single kernels take is in
 ``test_profile.py``. Every path is first compared with float64: what is wrong is not timed. Without
 a GPU, and with --toy, the same code runs at toy sizes in float32.
@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import baselines
-from benchmarks.baselines import SIGMA, Layer, make_layer
 from benchmarks.environment import environment
-from benchmarks.harness import LOSS, Bench, Row, Step, Work, compare, record_skip, target
+from benchmarks.kernels import contenders
+from benchmarks.kernels.contenders import SIGMA, Layer, make_layer
+from benchmarks.timing import LOSS, Bench, Row, Step, Work, compare, record_skip, target
 from tfb.draws import Draws
 from tfb_kernels import gaussian_noise
 from tfb_kernels.noise import weight_noise
@@ -73,12 +73,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="session")
 def wrong(bench: Bench) -> dict[str, str]:
     """Paths of ours that float64 refutes, and how."""
-    found = {path: baselines.errors(path, bench.device, bench.dtype) for path in baselines.PATHS}
-    found["merge"] = baselines.merge_errors(bench.device, bench.dtype)
+    found = {path: contenders.errors(path, bench.device, bench.dtype) for path in contenders.PATHS}
+    found["merge"] = contenders.merge_errors(bench.device, bench.dtype)
     return {path: error for path, error in found.items() if error is not None}
 
 
-@pytest.mark.parametrize("path", [*baselines.PATHS, "merge"])
+@pytest.mark.parametrize("path", [*contenders.PATHS, "merge"])
 def test_right(benchmark: Any, wrong: dict[str, str], path: str) -> None:
     """Every path against float64; also under --benchmark-only, before anything is timed."""
     benchmark.pedantic(lambda: None)
@@ -96,7 +96,7 @@ def test_noise_is_that_of_the_cpu(benchmark: Any, bench: Bench) -> None:
 
 def test_rivals_draw_from_the_posterior(benchmark: Any, bench: Bench) -> None:
     benchmark.pedantic(lambda: None)
-    baselines.check_rivals(bench.device)
+    contenders.check_rivals(bench.device)
 
 
 # --- operands -------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ def judge_layer(point: Point, row: Row) -> list[Row]:
     """At most 3 % behind the best rival or path; shared x also in base products and naive loops."""
     ratios = {k: v["median"] for k, v in row["ratios"].items()}
     best = min(
-        (k for k in ratios if k in baselines.RIVALS | baselines.OURS), key=ratios.__getitem__
+        (k for k in ratios if k in contenders.RIVALS | contenders.OURS), key=ratios.__getitem__
     )
     found = [target(f"ours / best ({best})", 1 / ratios[best], LOSS, at_least=False)]
     if point.shared:
@@ -230,14 +230,14 @@ def test_layer(benchmark: Any, kernels: Bench, wrong: dict[str, str], point: Poi
     """The whole layer, base product and update, against what people would do."""
     refuse(kernels, point, "layer", wrong)
     case = layer_operands(kernels, point)
-    skipped = {k: v for k, v in wrong.items() if k in baselines.OURS}
+    skipped = {k: v for k, v in wrong.items() if k in contenders.OURS}
     if point.shared:
         skipped["merge"] = "x is shared: one product serves all draws"
-    calls = {k: v for k, v in baselines.OURS.items() if k not in skipped} | baselines.RIVALS
+    calls = {k: v for k, v in contenders.OURS.items() if k not in skipped} | contenders.RIVALS
     compare(
         benchmark, kernels, "linear", "layer", case.description,
         {
-            "ours": case.step(baselines.ours),
+            "ours": case.step(contenders.ours),
             **{name: case.step(call) for name, call in calls.items()},
             "base": case.step(lambda layer, x, draws: F.linear(x, layer.W)),
         },

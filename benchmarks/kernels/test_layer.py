@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tfb
-from benchmarks import baselines
-from benchmarks.baselines import SIGMA, Layer, make_layer
-from benchmarks.harness import Bench, Step, compare
+from benchmarks.kernels import contenders
+from benchmarks.kernels.contenders import SIGMA, Layer, make_layer
+from benchmarks.timing import Bench, Step, compare
 from tfb.draws import Draws
 from tfb_kernels.testing import exact_weight_samples
 
@@ -122,7 +122,7 @@ def left_out(point: Point) -> dict[str, str]:
 
 def test_rivals_draw_from_the_posterior(benchmark: Any, bench: Bench) -> None:
     benchmark.pedantic(lambda: None)
-    baselines.check_rivals(bench.device)
+    contenders.check_rivals(bench.device)
 
 
 def test_layer(benchmark: Any, bench: Bench, point: Point) -> None:
@@ -131,7 +131,7 @@ def test_layer(benchmark: Any, bench: Bench, point: Point) -> None:
     draws = Draws.antithetic(point.S, SIGMA)
     check(module, layer, x, draws)
     skipped = left_out(point)
-    rivals = baselines.RIVALS | {k: keep(layer, draws) for k, keep in baselines.KEPT.items()}
+    rivals = contenders.RIVALS | {k: keep(layer, draws) for k, keep in contenders.KEPT.items()}
     steps: dict[str, Step] = {
         name: partial(_step, rival, layer, x, draws)
         for name, rival in rivals.items()
@@ -149,5 +149,5 @@ def test_layer(benchmark: Any, bench: Bench, point: Point) -> None:
     )  # fmt: skip
 
 
-def _step(rival: baselines.Contender, layer: Layer, x: Tensor, draws: Draws, i: int) -> object:
+def _step(rival: contenders.Contender, layer: Layer, x: Tensor, draws: Draws, i: int) -> object:
     return rival(layer, x, draws)

@@ -20,9 +20,9 @@ import pytest
 from torch import Tensor
 
 import tfb
-from benchmarks.harness import Bench, Row, Step, compare, profile, target
-from benchmarks.models import Case, forward, naive_loop, random_case
-from benchmarks.shapes import GPU, TOY, Shape, description, twin
+from benchmarks.fixtures import GPU, TOY, Case, Shape, copy_of, description, random_case
+from benchmarks.inference.baselines import forward, naive_loop
+from benchmarks.timing import Bench, Row, Step, compare, profile, target
 from tfb.draws import Draws
 
 SIGMA, DRAWS, MANY = 0.01, 10, 100
@@ -56,7 +56,7 @@ def models(bench: Bench) -> Models:
         pytest.skip("8B parameters: on a GPU")
     shape = TOY if bench.toy else GPU
     case, source = random_case(shape, ADAPTER, bench)
-    last = tfb.bayesianize(twin(source), layers=tfb.last_layers(0))
+    last = tfb.bayesianize(copy_of(source), layers=tfb.last_layers(0))
     # Unloaded, since ``disable_adapter`` itself would be part of a pass.
     return Models(shape, case, last, source.unload())
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Bench, Step, Work, compare, target
+from benchmarks.timing import Bench, Step, Work, compare, target
 from tfb.draws import Draws
 from tfb_kernels import predictive_reduction
 

@@ -25,8 +25,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.harness import Bench, Row, Step, compare, elapsed, target
-from benchmarks.models import CASES, Case, flipout_loop, forward, in_parts, naive_loop
+from benchmarks.fixtures import CASES, Case
+from benchmarks.inference.baselines import flipout_loop, forward, in_parts, naive_loop
+from benchmarks.timing import Bench, Row, Step, compare, elapsed, target
 from tfb.draws import Draws
 from tfb.linear import LowRankSampler
 

@@ -6,8 +6,8 @@
 1,000 prompts of lognormal lengths, 300 tokens on average, in words of a tokenizer made here. Tail
 and last layer score all of them; the full job and the naive script, which would take minutes, the
 first of them (``SHARES``), and their seconds are scaled by tokens. Each runs once, after a warm-up,
-and its row is kept at once. Energy is the integral of the GPU's power draw; of the machine around
-it nothing is known.
+and its row is kept at once. Energy is that of the GPU's own counter; of the machine around it nothing is
+known.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ from typing import Any
 import pytest
 
 import tfb
-from benchmarks import jobs
-from benchmarks.energy import EnergyMeter
-from benchmarks.harness import Bench, Row, elapsed, heading, record
-from benchmarks.jobs import Task
-from benchmarks.models import reparameterized
-from benchmarks.scripts import best_batch_size, run_script
-from benchmarks.shapes import ADAPTERS, GPU, TOY, random_model, twin
+from benchmarks.fixtures import GPU, TOY, copy_of, random_model, reparameterized
+from benchmarks.scoring import jobs
+from benchmarks.scoring.energy import joules
+from benchmarks.scoring.jobs import Task
+from benchmarks.scoring.scripts import best_batch_size, run_script
+from benchmarks.timing import Bench, Row, elapsed, heading, record
 from tfb.draws import Draws
 
 DRAWS, SIGMA = 10, 0.01
@@ -67,15 +66,15 @@ def prompts(count: int, mean: int, longest: int, words: int) -> list[dict[str, A
 def large_tasks(bench: Bench, folder: Path) -> tuple[Task, Task]:
     """Noise in all layers, and in the head alone; both and the scripts' twin share the weights."""
     shape = TOY if bench.toy else replace(GPU, tokens=LONGEST)
-    rank, targets = ADAPTERS[ADAPTER]
-    source = random_model(shape, rank, targets, bench)
-    plain, head_only = twin(source), twin(source)
+    source = random_model(shape, ADAPTER, bench)
+    plain, head_only = copy_of(source), copy_of(source)
 
     def saved(bayes: Any, name: str) -> Path:
-        bayes.sigma, bayes.source = SIGMA, folder / f"{name}-adapter"
+        bayes.configure(sigma=SIGMA)
+        bayes.source = folder / f"{name}-adapter"
         # PEFT would add the whole output embedding, a gigabyte.
         bayes.model.save_pretrained(str(bayes.source), save_embedding_layers=False)
-        return Path(bayes.save(folder / name))
+        return Path(tfb.save(bayes, folder / name))
 
     bayes = tfb.bayesianize(source)
     last = tfb.bayesianize(head_only, layers=tfb.last_layers(0))
@@ -90,18 +89,19 @@ def large_tasks(bench: Bench, folder: Path) -> tuple[Task, Task]:
 
 def measured(call: Callable[[int], object], rows: int, tokens: list[int], bench: Bench) -> Row:
     """One run of the first ``rows`` prompts, and what a million of all would take."""
-    with EnergyMeter() as meter:
-        seconds = elapsed(lambda: call(rows), bench.device)
+    before = joules()
+    seconds = elapsed(lambda: call(rows), bench.device)
+    after = joules()
+    used = None if before is None or after is None else after - before
     scale = MILLION * (sum(tokens) / len(tokens)) / sum(tokens[:rows])
-    joules = meter.joules
     return {
         "prompts": rows,
         "tokens": sum(tokens[:rows]),
         "seconds": seconds,
-        "joules": joules,
+        "joules": used,
         "prompts_per_second": MILLION / (seconds * scale),
         "hours_a_million": seconds * scale / 3600,
-        "kwh_a_million": None if joules is None else joules * scale / 3.6e6,
+        "kwh_a_million": None if used is None else used * scale / 3.6e6,
     }
 
 

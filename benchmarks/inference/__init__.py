@@ -1,0 +1,1 @@
+"""Whole models: prediction, and what draws cost in passes."""

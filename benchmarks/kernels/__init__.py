@@ -1,0 +1,1 @@
+"""One layer and the kernels beneath it."""
