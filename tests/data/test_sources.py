@@ -125,24 +125,17 @@ def test_patterns_folders_and_order(tmp_path: Path) -> None:
     assert names(tmp_path / "odd[1].jsonl") == ["odd[1].jsonl"]
 
 
-def saved_dataset(folder: Path, **state: Any) -> Path:
-    """What ``Dataset.save_to_disk`` writes."""
-    folder.mkdir()
-    files = [{"filename": "data-00000-of-00001.arrow"}]
-    write_stream(folder / files[0]["filename"])
-    (folder / "dataset_info.json").write_text("{}")
-    (folder / "state.json").write_text(json.dumps({"_data_files": files, "_split": None} | state))
-    return folder
-
-
 def test_a_saved_dataset(tmp_path: Path) -> None:
-    assert [r.fields for r in records(saved_dataset(tmp_path / "data"))] == ROWS
-    chosen = saved_dataset(tmp_path / "chosen", _indices_data_files=[{"filename": "i.arrow"}])
-    with pytest.raises(RowError, match=r"flatten_indices\(\) and save again"):
-        find_sources([chosen])
-    (tmp_path / "data" / "state.json").write_text('{"_data_files": 3}')
-    with pytest.raises(RowError, match=r"state\.json: is not the state of a saved dataset"):
-        find_sources([tmp_path / "data"])
+    """What ``Dataset.save_to_disk`` writes; what ``map`` leaves beside it is none of its rows."""
+    write_stream(tmp_path / "data-00000-of-00001.arrow")
+    write_stream(tmp_path / "cache-1.arrow")
+    (tmp_path / "dataset_info.json").write_text("{}")
+    state = tmp_path / "state.json"
+    state.write_text('{"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}')
+    assert [r.fields for r in records(tmp_path)] == ROWS
+    state.write_text('{"_data_files": 3}')
+    with pytest.raises(RowError, match=r"its state\.json is no saved Dataset's"):
+        find_sources([tmp_path])
 
 
 def test_what_is_not_there_is_refused(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,23 +27,21 @@ import pyarrow.parquet as pq
 from tfb.data.rows import ClassIndex, Row, RowError, RowFormat, decode_object
 
 KINDS = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "jsonl",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".parquet": "parquet",
-    ".pq": "parquet",
-    ".arrow": "arrow",
-    ".feather": "arrow",
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), "jsonl"),
+    **dict.fromkeys((".csv", ".tsv"), "csv"),
+    **dict.fromkeys((".parquet", ".pq"), "parquet"),
+    **dict.fromkeys((".arrow", ".feather"), "arrow"),
 }
 CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".lz4": "lz4"}
+TEXT = ("jsonl", "csv")  # kinds that are read line by line
 BLOCK = 1024  # rows of a table that are turned into Python objects at a time
 _MAGIC = {b"PAR1": "a Parquet file", b"ARROW1": "an Arrow file", b"\x1f\x8b": "compressed by gzip"}
 csv.field_size_limit(1 << 26)  # the default, 128 KiB, is less than a long prompt
 
-Entries = Iterator[tuple[str, Callable[[], dict[str, Any]]]]
-"""The place of each record of a text file, and what parses it or raises RowError."""
+Lines = Iterator[tuple[str, Callable[[], dict[str, Any]]]]
+"""Of each record of a text file its place, and what parses it or raises RowError."""
+Chunks = Iterator[tuple[int, Callable[[list[str]], Iterable[pa.RecordBatch]]]]
+"""Of each part of a columnar file its number of records, and what reads columns of it."""
 
 
 @dataclass(frozen=True)
@@ -132,26 +130,46 @@ def iter_rows(
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}; leave it out to read every row")
     form = RowFormat() if form is None else form
-    return _rows(islice(_items(data, form), limit), form)
+    return _rows(islice(iter_records(data, form), limit), form)
 
 
-def _rows(items: Iterator[Any], form: RowFormat) -> Iterator[Row]:
+def _rows(records: Iterable[Record | Row], form: RowFormat) -> Iterator[Row]:
+    for number, record in enumerate(records):
+        if isinstance(record, Row):
+            yield record
+        elif record.fields is None:
+            raise RowError(str(record.fault))
+        else:
+            yield form.row(record.fields, record.place, number)
+
+
+def iter_records(data: Any, form: RowFormat) -> Iterator[Record | Row]:
+    """Stream the records of anything that holds rows, before they are checked; rows as they are.
+
+    Args:
+        data: as for :func:`iter_rows`.
+        form: names of columns, and the task.
+
+    Raises:
+        RowError: a file that cannot be read, or a table without a column of its rows.
+        TypeError: data that holds no rows.
+    """
+    return _as_records(_items(data, form), form)
+
+
+def _as_records(items: Iterator[Any], form: RowFormat) -> Iterator[Record | Row]:
+    name = "prompt" if form.task not in (None, "SEQ_CLS") else "text"
     for number, item in enumerate(items):
-        source = f"row {number}"
-        if isinstance(item, Record):
-            if item.fields is None:
-                raise RowError(str(item.fault))
-            yield form.row(item.fields, item.place, number)
-        elif isinstance(item, Row):
+        place = f"row {number}"
+        if isinstance(item, Record | Row):
             yield item
         elif isinstance(item, Mapping):
-            yield form.row(item, source, number)
+            yield Record(place, dict(item))
         elif isinstance(item, str):
-            name = "prompt" if form.task not in (None, "SEQ_CLS") else "text"
-            yield form.row({form.names[name]: item}, source, number)
+            yield Record(place, {form.names[name]: item})
         else:
             raise TypeError(
-                f"{source}: expected a dict, a string or a Row, got {type(item).__name__}; "
+                f"{place}: expected a dict, a string or a Row, got {type(item).__name__}; "
                 "write [{'text': ..., 'label': ...}, ...]"
             )
 
@@ -288,7 +306,7 @@ def _named(name: str) -> list[Source]:
 
 def _source(path: Path) -> Source:
     kind, codec = _format(path)
-    if kind is None or (codec and kind not in ("jsonl", "csv")):
+    if kind is None or (codec and kind not in TEXT):
         raise RowError(
             f"{path}: the format is told by the name, and this one is not known; expected "
             f"{' '.join(KINDS)}, the text formats also with {' '.join(CODECS)}"
@@ -305,9 +323,8 @@ def _in_folder(folder: Path) -> list[Source]:
     if (folder / "dataset_dict.json").is_file():
         splits = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir()))
         raise RowError(f"{folder}: holds several splits; name the folder of one ({splits})")
-    state = folder / "state.json"
-    if state.is_file():
-        return [Source(folder / name, "arrow") for name in _datasets_files(state)]
+    if (folder / "state.json").is_file():
+        return _saved_dataset(folder)
     files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith((".", "_")))
     known = [_source(path) for path in files if _format(path)[0]]
     if not known:
@@ -315,16 +332,13 @@ def _in_folder(folder: Path) -> list[Source]:
     return known
 
 
-def _datasets_files(state: Path) -> list[str]:
-    """Read the names of the files that ``Dataset.save_to_disk`` left beside its state.json."""
+def _saved_dataset(folder: Path) -> list[Source]:
+    """List what ``Dataset.save_to_disk`` wrote; other Arrow files beside it may be caches."""
     try:
-        saved = json.loads(state.read_text(encoding="utf-8"))
-        files = [str(entry["filename"]) for entry in saved["_data_files"]]
+        files = json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]
+        return [Source(folder / file["filename"], "arrow") for file in files]
     except (ValueError, KeyError, TypeError) as error:
-        raise RowError(f"{state}: is not the state of a saved dataset; save it again") from error
-    if saved.get("_indices_data_files") or saved.get("_indices_files"):
-        raise RowError(f"{state}: rows are chosen by an index; flatten_indices() and save again")
-    return files
+        raise RowError(f"{folder}: its state.json is no saved Dataset's; save it again") from error
 
 
 # --- reading one file -----------------------------------------------------------------------------
@@ -336,16 +350,14 @@ def schema_of(source: Source) -> pa.Schema | None:
     Raises:
         RowError: a file that cannot be read, or a CSV header with an empty or repeated name.
     """
+    if source.kind == "jsonl":
+        return None
     with _readable(source):
-        if source.kind == "parquet":
-            return pq.read_schema(source.path)
-        if source.kind == "arrow":
-            with _arrow_reader(source) as reader:
-                return reader.schema
         if source.kind == "csv":
-            with _open(source) as stream:
-                return pa.schema([(name, pa.string()) for name in _csv_header(source, stream)[1]])
-    return None
+            with _csv(source) as (_, names):
+                return pa.schema([(name, pa.string()) for name in names])
+        with _table(source) as (schema, _):
+            return schema
 
 
 def count_records(source: Source) -> int:
@@ -355,12 +367,10 @@ def count_records(source: Source) -> int:
         RowError: a file that cannot be read to its end.
     """
     with _readable(source):
-        if source.kind == "parquet":
-            return int(pq.read_metadata(source.path).num_rows)
-        if source.kind == "arrow":
-            with _arrow_reader(source) as reader:
-                return sum(batch.num_rows for batch in _arrow_batches(reader))
-        return sum(1 for _ in _entries(source))
+        if source.kind in TEXT:
+            return sum(1 for _ in _lines(source))
+        with _table(source) as (_, chunks):
+            return sum(rows for rows, _ in chunks)
 
 
 def read(
@@ -377,57 +387,30 @@ def read(
         RowError: a file that cannot be read at all, or breaks off.
     """
     with _readable(source):
-        if source.kind == "parquet":
-            yield from _read_parquet(source, columns, start)
-        elif source.kind == "arrow":
-            yield from _read_arrow(source, columns, start)
-        else:
-            for place, parse in islice(_entries(source), start, None):
-                try:
-                    yield Record(place, parse())
-                except RowError as error:
-                    yield Record(place, None, str(error))
+        if source.kind not in TEXT:
+            yield from _read_table(source, columns, start)
+            return
+        for place, parse in islice(_lines(source), start, None):
+            try:
+                yield Record(place, parse())
+            except RowError as error:
+                yield Record(place, None, str(error))
 
 
-def _read_parquet(source: Source, columns: Sequence[str] | None, start: int) -> Iterator[Record]:
-    with pq.ParquetFile(source.path, memory_map=True) as file:
-        schema = file.schema_arrow
-        group, before = 0, 0
-        while group < file.num_row_groups:
-            rows = file.metadata.row_group(group).num_rows
-            if before + rows > start:
-                break
-            group, before = group + 1, before + rows
-        batches = file.iter_batches(
-            BLOCK,
-            row_groups=range(group, file.num_row_groups),
-            columns=_wanted(schema, columns),
-        )
-        yield from _records(source, schema, batches, before, start)
-
-
-def _read_arrow(source: Source, columns: Sequence[str] | None, start: int) -> Iterator[Record]:
-    with _arrow_reader(source) as reader:
-        wanted = _wanted(reader.schema, columns)
-        batches = (batch.select(wanted) for batch in _arrow_batches(reader))
-        yield from _records(source, reader.schema, batches, 0, start)
-
-
-def _records(
-    source: Source, schema: pa.Schema, batches: Iterable[pa.RecordBatch], before: int, start: int
-) -> Iterator[Record]:
-    """Stream the records from ``start`` on; the first batch begins with record ``before``."""
-    features = _features(schema)
-    for batch in batches:
-        here = batch.slice(max(0, start - before))
-        before += batch.num_rows
-        first = before - here.num_rows + 1
-        for number, fields in enumerate(_with_classes(_fields(here), features), first):
-            yield Record(f"{source}:{number}", fields)
-
-
-def _wanted(schema: pa.Schema, columns: Sequence[str] | None) -> list[str]:
-    return [name for name in schema.names if columns is None or name in columns]
+def _read_table(source: Source, columns: Sequence[str] | None, start: int) -> Iterator[Record]:
+    with _table(source) as (schema, chunks):
+        names = [name for name in schema.names if columns is None or name in columns]
+        features, number = _features(schema), 0
+        for rows, load in chunks:
+            if number + rows <= start:
+                number += rows
+                continue
+            for batch in load(names):
+                here = batch.slice(min(max(0, start - number), batch.num_rows))
+                number += batch.num_rows
+                first = number - here.num_rows + 1
+                for i, fields in enumerate(_with_classes(_fields(here), features), first):
+                    yield Record(f"{source}:{i}", fields)
 
 
 def _features(schema: pa.Schema) -> Mapping[str, Any]:
@@ -439,29 +422,35 @@ def _features(schema: pa.Schema) -> Mapping[str, Any]:
 
 
 @contextmanager
-def _arrow_reader(
-    source: Source,
-) -> Iterator[pa.RecordBatchFileReader | pa.RecordBatchStreamReader]:
-    """Open a file of either Arrow format, mapped into memory."""
+def _table(source: Source) -> Iterator[tuple[pa.Schema, Chunks]]:
+    """Open a columnar file, mapped into memory."""
+    if source.kind == "parquet":
+        with pq.ParquetFile(source.path, memory_map=True) as file:
+            groups = range(file.num_row_groups)
+            rows = [file.metadata.row_group(group).num_rows for group in groups]
+            loads = [partial(file.iter_batches, BLOCK, [group]) for group in groups]
+            yield file.schema_arrow, zip(rows, loads, strict=True)
+        return
     with pa.memory_map(str(source.path)) as file:
         magic = file.read(6)
         file.seek(0)
-        yield pa.ipc.open_file(file) if magic == b"ARROW1" else pa.ipc.open_stream(file)
+        if magic == b"ARROW1":
+            reader = pa.ipc.open_file(file)
+            batches = map(reader.get_batch, range(reader.num_record_batches))
+        else:
+            reader = batches = pa.ipc.open_stream(file)
+        yield reader.schema, ((batch.num_rows, partial(_selected, batch)) for batch in batches)
 
 
-def _arrow_batches(
-    reader: pa.RecordBatchFileReader | pa.RecordBatchStreamReader,
-) -> Iterator[pa.RecordBatch]:
-    if isinstance(reader, pa.RecordBatchFileReader):
-        return map(reader.get_batch, range(reader.num_record_batches))
-    return iter(reader)
+def _selected(batch: pa.RecordBatch, names: list[str]) -> Iterable[pa.RecordBatch]:
+    return [batch.select(names)]
 
 
-def _entries(source: Source) -> Entries:
-    return _jsonl_entries(source) if source.kind == "jsonl" else _csv_entries(source)
+def _lines(source: Source) -> Lines:
+    return _jsonl_lines(source) if source.kind == "jsonl" else _csv_lines(source)
 
 
-def _jsonl_entries(source: Source) -> Entries:
+def _jsonl_lines(source: Source) -> Lines:
     with _open(source) as stream:
         for number, line in enumerate(stream, 1):
             if number == 1:
@@ -477,7 +466,7 @@ def _jsonl_entries(source: Source) -> Entries:
                 yield place, partial(decode_object, line, place)
 
 
-def _json_list(source: Source, data: bytes) -> Entries:
+def _json_list(source: Source, data: bytes) -> Lines:
     try:
         rows = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -493,47 +482,49 @@ def _json_object(fields: Any, place: str) -> dict[str, Any]:
     return fields
 
 
-def _csv_entries(source: Source) -> Entries:
-    with _open(source) as stream:
-        reader, names = _csv_header(source, stream)
+def _csv_lines(source: Source) -> Lines:
+    with _csv(source) as (reader, names):
         while True:
             place = f"{source}:{reader.line_num + 1}"
             try:
-                values = next(reader)
-            except StopIteration:
-                return
+                values = next(reader, None)
             except csv.Error as error:
-                yield place, partial(_csv_fields, names, str(error), place)
-            else:
-                if values:
-                    yield place, partial(_csv_fields, names, values, place)
+                yield place, partial(_refuse, f"{place}: not valid CSV ({error}); quote it")
+                continue
+            if values is None:
+                return
+            if values:
+                yield place, partial(_csv_fields, names, values, place)
 
 
-def _csv_fields(names: list[str], values: list[str] | str, place: str) -> dict[str, Any]:
-    """Return the fields of a row; ``values`` as text: why there are none."""
-    if isinstance(values, str):
-        raise RowError(f"{place}: not valid CSV ({values}); quote it")
+def _refuse(fault: str) -> NoReturn:
+    raise RowError(fault)
+
+
+def _csv_fields(names: list[str], values: list[str], place: str) -> dict[str, Any]:
     if len(values) != len(names):
         fault = f"{len(values)} values, but the header names {len(names)} columns"
         raise RowError(f"{place}: {fault}; quote values with separators")
     return dict(zip(names, values, strict=True))
 
 
-def _csv_header(source: Source, stream: io.BufferedReader) -> tuple[Any, list[str]]:
-    """Return a reader of the rows, and the names of their columns."""
-    # Bytes that are not UTF-8 become half surrogates, which no row may hold.
-    text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
+@contextmanager
+def _csv(source: Source) -> Iterator[tuple[Any, list[str]]]:
+    """Open a CSV file for a reader of its rows, and the names of its columns."""
     tabs = ".tsv" in (suffix.lower() for suffix in source.path.suffixes[-2:])
-    reader = csv.reader(text, delimiter="\t" if tabs else ",")
-    try:
-        names: list[str] = next(reader, [])
-    except csv.Error as error:
-        raise RowError(f"{source}: not valid CSV ({error}); check its header") from error
-    if not names:
-        raise RowError(f"{source}: is empty; the first line must name the columns")
-    if not all(names) or len(set(names)) < len(names):
-        raise RowError(f"{source}: the first line must name every column once; it is {names}")
-    return reader, names
+    with _open(source) as stream:
+        # Bytes that are not UTF-8 become half surrogates, which no row may hold.
+        text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
+        reader = csv.reader(text, delimiter="\t" if tabs else ",")
+        try:
+            names: list[str] = next(reader, [])
+        except csv.Error as error:
+            raise RowError(f"{source}: not valid CSV ({error}); check its header") from error
+        if not names:
+            raise RowError(f"{source}: is empty; the first line must name the columns")
+        if not all(names) or len(set(names)) < len(names):
+            raise RowError(f"{source}: the first line must name every column once; it is {names}")
+        yield reader, names
 
 
 @contextmanager
