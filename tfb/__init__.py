@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tfb.adapters.bridge import bayesianize
     from tfb.adapters.export import export
     from tfb.adapters.loading import load_adapter, load_base
-    from tfb.adapters.selection import last_layers
+    from tfb.adapters.bridge import last_layers
     from tfb.draws import Draws
     from tfb.linear import BayesLoRALinear
     from tfb.model import BayesianModel
@@ -50,7 +50,7 @@ _HOMES = {
     "bayesianize": "adapters.bridge",
     "export": "adapters.export",
     "fit_sigma": "search.fit",
-    "last_layers": "adapters.selection",
+    "last_layers": "adapters.bridge",
     "load": "adapters.artifact",
     "load_adapter": "adapters.loading",
     "load_base": "adapters.loading",

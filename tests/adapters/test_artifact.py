@@ -20,6 +20,7 @@ from support.models import CASES, add_lora, causal, llama, make_batch, randomize
 import tfb
 from tfb import ArtifactError, BayesianModel, Draws
 from tfb.adapters.artifact import base_fingerprint, check_output_folder, read_sidecar
+from tfb.sampling.config import SamplingConfig
 from tfb_kernels import NOISE_VERSION
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -55,7 +56,8 @@ def artifact(tmp_path: Path) -> Path:
 def test_round_trip_gives_the_same_bits(tmp_path: Path, kind: str) -> None:
     bayes, batch = bayesian(kind), CASES[kind].batch()
     found = tfb.load(base(kind), tfb.save(bayes, tmp_path / "artifact"))
-    assert (found.sigma, found.seed, found.mode, found.task) == (0.05, 5, "full", bayes.task)
+    assert found.config == bayes.config == SamplingConfig(sigma=0.05, seed=5)
+    assert found.task == bayes.task
     assert found.source == tmp_path / "artifact"
     assert list(found.posteriors) == list(bayes.posteriors)
     for name, p in bayes.posteriors.items():

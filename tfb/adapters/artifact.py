@@ -1,11 +1,9 @@
 """The artifact: an ordinary PEFT adapter folder plus a sidecar, written atomically.
 
-    adapter_config.json, adapter_model.safetensors   the adapter, untouched: PEFT loads the folder
-    tfb.json         noise version, sigma, seed, mode, the fit, hashes, library versions
-    tfb.safetensors  A', B', d of every Bayesian layer (SVD factors are saved, since their signs
-                     and degenerate subspaces differ between machines and seeds would not carry)
-
-safetensors only, never pickle.
+adapter_config.json, adapter_model.safetensors   the adapter, untouched: PEFT loads the folder
+tfb.json         configuration, noise version, the fit's record, hashes, library versions
+tfb.safetensors  A', B', d of every Bayesian layer: signs and degenerate subspaces of an SVD
+                 differ between machines, so seeds alone would not carry
 """
 
 from __future__ import annotations
@@ -63,7 +61,7 @@ class ArtifactError(ValueError):
 
 
 def check_output_folder(folder: str | Path) -> Path:
-    """The folder as a Path if it is absent or empty.
+    """Return the folder as a Path if it is absent or empty.
 
     Raises:
         ArtifactError: it holds something already.
@@ -124,7 +122,7 @@ def save(
 
 
 def read_sidecar(folder: str | Path) -> dict[str, Any]:
-    """tfb.json of an artifact, checked for format and noise version.
+    """Read tfb.json of an artifact, and check its format and noise version.
 
     Raises:
         ArtifactError: not an artifact, damaged, or of another version.
@@ -160,11 +158,12 @@ def read_sidecar(folder: str | Path) -> dict[str, Any]:
 
 
 def load(base_model: nn.Module | str | Path, folder: str | Path) -> BayesianModel:
-    """The :class:`BayesianModel` that was saved: same factors, same noise, same bits.
+    """Load the :class:`BayesianModel` that was saved: same factors, same noise, same bits.
 
     Args:
         base_model: the transformers model that the adapter belongs to (changed in place by
-            PEFT), or its folder or hub name. folder: the artifact.
+            PEFT), or its folder or hub name.
+        folder: the artifact.
 
     Raises:
         ArtifactError: damaged, of another version, or of another base model.
@@ -199,7 +198,7 @@ def load(base_model: nn.Module | str | Path, folder: str | Path) -> BayesianMode
 
 
 def _read_posteriors(folder: Path, sidecar: dict[str, Any]) -> dict[str, LowRankPosterior]:
-    """The saved factors by module name."""
+    """Return the saved factors by module name."""
     tensors, scalings = load_file(str(folder / FACTORS)), sidecar["layers"]
     missing = {f"{n}.{t}" for n in scalings for t in "ABd"} - set(tensors)
     if missing:
@@ -221,8 +220,11 @@ def _read_posteriors(folder: Path, sidecar: dict[str, Any]) -> dict[str, LowRank
 
 
 def base_fingerprint(base: nn.Module) -> dict[str, Any]:
-    """What identifies a base model: its type, its parameters' names and shapes, and the mean
-    magnitude of a few parameters' first elements (insensitive to the dtype it is loaded in)."""
+    """Return what identifies a base model.
+
+    That is its type, its parameters' names and shapes, and the mean magnitude of a few parameters'
+    first elements, which does not depend on the dtype it is loaded in.
+    """
     shapes, samples = hashlib.sha256(), {}
     parameters = sorted(
         (name.replace(".base_layer", ""), p)
@@ -259,7 +261,7 @@ def _check_fingerprint(folder: Path, saved: dict[str, Any], found: dict[str, Any
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of what results depend on."""
+    """Return the versions of what results depend on."""
     found = {"noise": str(NOISE_VERSION), "torch": torch.__version__}
     for package in ("tfb", "transformers", "peft", "triton"):
         try:
@@ -270,7 +272,7 @@ def library_versions() -> dict[str, str]:
 
 
 def file_sha256(path: Path) -> str:
-    """Of a file's bytes, in hex."""
+    """Return the SHA-256 of a file's bytes, in hex."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

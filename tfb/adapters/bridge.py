@@ -1,273 +1,98 @@
-"""The bridge to PEFT's layers.
+"""``bayesianize``: a posterior for the LoRA adapter of a PEFT model.
 
-``bayesianize`` puts a :class:`BayesVariant` into each LoRA layer's variant slot
-(``module.lora_variant[adapter]``). PEFT consults the slot in forward, merge and unmerge, so
-disable_adapter, several adapters and merge_and_unload (which merges the mean) keep their meaning.
-Layers of PEFT that do not consult it, or whose slot is taken, are refused by name.
+Layers of PEFT that do not consult the variant slot, or whose slot is taken, are refused by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import Linear as LoraLinear
-from peft.tuners.lora.layer import LoraVariant
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import nn
 
+from tfb.adapters.layers import BayesVariant, MergingLinear, PeftAttachment
 from tfb.adapters.loading import TASKS
-from tfb.adapters.selection import LastLayers, LayerPredicate, select_layers
-from tfb.draws import stable_layer_id
-from tfb.linear import LowRankSampler, is_plain, plain_weight
 from tfb.data.encoding import check_label_tokens
+from tfb.draws import stable_layer_id
+from tfb.linear import LowRankSampler
 from tfb.model import BayesianModel, check_possible
-from tfb.sampling.config import SamplingConfig
 from tfb.posterior import AdapterError, LowRankPosterior
-from tfb.sampling.fan_out import ForwardPass, SamplingState, sampling_state
+from tfb.sampling.config import SamplingConfig
 
 # LoRA layer classes whose forward consults the variant slot (read in peft 0.18 - 0.21).
 SUPPORTED_LAYERS = frozenset(
     {"Linear", "Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear"}
 )
+LayerPredicate = Callable[[str], bool]
 
 
-class BayesVariant(LoraVariant):
-    """A LoRA layer's update, drawn from its posterior while its model is sampling."""
+@dataclass(frozen=True)
+class LastLayers:
+    """The adapted modules of the last k transformer blocks, and whatever comes after them."""
 
-    def __init__(self, owner: int, sampler: LowRankSampler) -> None:
-        self.owner = owner
-        self.sampler = sampler
+    k: int
 
-    # PEFT declares these static; an instance serves as well and can hold the sampler.
-    def forward(  # type: ignore[override]
-        self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
-    ) -> Tensor:
-        x = module.lora_dropout[active_adapter](x)
-        A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        scaling = module.scaling[active_adapter]
-        state = sampling_state(self.owner)
-        if state is None or state.mean:
-            return result + B(A(x)) * scaling  # PEFT's own arithmetic, to the bit
-        bias = None if B.bias is None else B.bias * scaling
-        return self._sample(x, result, state, bias)
-
-    def merged(self, module: Any, adapter: str, x: Tensor) -> Tensor | None:
-        """The layer's output by merged weights, base product and update in one; None where there is
-        nothing to sample, or where adding costs less."""
-        state = sampling_state(self.owner)
-        running = None if state is None else state.running
-        if state is None or running is None or not _apart(running, x):
-            return None
-        if module.disable_adapters or module.merged or not _silent(module.lora_dropout[adapter]):
-            return None
-        (weight, bias), own = _dense(module), module.lora_B[adapter].bias
-        rows = x.numel() // max(1, x.shape[-1] * running.draws)
-        if weight is None or not self.sampler.merges(x, rows, state.draws, weight, bias, own):
-            return None
-        if own is not None:
-            own = own * module.scaling[adapter]
-            bias = (own if bias is None else bias + own).to(weight.dtype)
-        y = self.sampler.merged(_by_draw(running, x), weight, bias, state.draws)
-        return _as_given(running, y, x)
-
-    def _sample(
-        self, x: Tensor, result: Tensor, state: SamplingState, bias: Tensor | None
-    ) -> Tensor:
-        draws, running = state.draws, state.running
-        S, n, m = len(draws), x.shape[-1], result.shape[-1]
-        if running is None:
-            raise RuntimeError(
-                f"{self.sampler.posterior.name}: called outside the model's forward pass while "
-                f"sampling {S} draws; call the model, or leave sampling()"
-            )
-        if running.folded or running.sharing:  # the common rows alone
-            y = self.sampler(x.reshape(-1, n), result.reshape(-1, m), draws, bias=bias)
-            return y.view(S * x.shape[0], *result.shape[1:])
-        if not _apart(running, x):
-            raise RuntimeError(
-                f"{self.sampler.posterior.name}: got an input of shape {list(x.shape)} while "
-                f"sampling {S} draws of {running.batch} rows; the model routes or reshapes rows. "
-                "Exclude the layer with layers="
-            )
-        base = _by_draw(running, result)
-        # PEFT made this tensor for us: unless autograd still needs it, it is ours to change.
-        inplace = base.is_contiguous() and not result.requires_grad
-        y = self.sampler(_by_draw(running, x), base, draws, bias=bias, inplace=inplace)
-        return _as_given(running, y, x)
-
-    def _delta(self, module: Any, active_adapter: str, like: Tensor) -> Tensor:
-        delta: Tensor = module.get_delta_weight(active_adapter)
-        return delta.to(like.dtype)
-
-    def merge_safe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
-        return orig_weight + self._delta(module, active_adapter, orig_weight)
-
-    def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> None:  # type: ignore[override]
-        # As PEFT does: added in the delta's precision, rounded to the weight's once.
-        orig_weight.data += module.get_delta_weight(active_adapter)
-
-    def unmerge(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
-        return orig_weight - self._delta(module, active_adapter, orig_weight)
+    def __post_init__(self) -> None:
+        if self.k < 0:
+            raise ValueError(f"last_layers({self.k}): expected k >= 0")
 
 
-def _apart(running: ForwardPass, x: Tensor) -> bool:
-    """Whether x holds an input of its own for each draw, in the order that a pass expects."""
-    if running.folded or running.sharing:
-        return False
-    return running.tree or (x.dim() >= 2 and x.shape[0] % running.rows == 0)
+def last_layers(k: int) -> LastLayers:
+    """Select the last ``k`` blocks that the adapter touches, and modules outside blocks (a head).
 
-
-def _by_draw(running: ForwardPass, x: Tensor) -> Tensor:
-    """[S, T, n]: draw-major rows as they are; those of a tree, [B, S * k, n], one draw after the
-    other."""
-    S, n = running.draws, x.shape[-1]
-    if running.tree:
-        x = x.reshape(x.shape[0], S, -1, n).transpose(0, 1)
-    return x.reshape(S, -1, n)
-
-
-def _as_given(running: ForwardPass, y: Tensor, x: Tensor) -> Tensor:
-    """y [S, T, m] with rows and axes as those of the layer's input x."""
-    m = y.shape[-1]
-    if running.tree:
-        y = y.view(running.draws, x.shape[0], -1, m).transpose(0, 1).reshape(*x.shape[:-1], m)
-        return y.contiguous()  # as a linear layer's output is: some models view it
-    return y.view(*x.shape[:-1], m)
-
-
-def _dense(module: Any) -> tuple[Tensor | None, Tensor | None]:
-    """(W [m, n], bias [m]) of a LoRA layer's base, W None unless it is an ordinary matrix."""
-    base = module.base_layer  # what PEFT calls: another tuner's layer is none of these
-    weight, bias = plain_weight(base, nn.Linear, Conv1D)
-    if weight is not None and isinstance(base, Conv1D):
-        weight = weight.mT
-    return weight, bias
-
-
-def _silent(dropout: nn.Module) -> bool:
-    """Whether a layer's dropout changes nothing now."""
-    idle = isinstance(dropout, nn.Identity) or not dropout.training
-    return idle and is_plain(dropout, nn.Identity, nn.Dropout)
-
-
-class MergingLinear(LoraLinear):
-    """PEFT's LoRA layer, which takes merged weights where these cost less.
-
-    A class, and no ``forward`` of an instance: copies of a module (``nn.DataParallel``) call their
-    own.
+    ``last_layers(0)`` keeps only modules outside any block: last-layer TFB. Blocks are numbered
+    by the first number in a module's qualified name ("model.layers.11.mlp.up_proj": block 11).
     """
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        active = [a for a in self.active_adapters if a in self.lora_A]
-        if not args and not kwargs and len(active) == 1:
-            variant = self.lora_variant.get(active[0])
-            if isinstance(variant, BayesVariant):
-                y = variant.merged(self, active[0], x)
-                if y is not None:
-                    return y
-        # Not super(): a hook may hold this method when ``detach`` has taken the class back.
-        found: Tensor = LoraLinear.forward(self, x, *args, **kwargs)
-        return found
+    return LastLayers(k)
 
 
-class PeftAttachment:
-    """The posterior in the variant slots of one adapter's LoRA layers."""
+def block_number(name: str) -> int | None:
+    """Return the first number in a qualified name, or None (an embedding, a head)."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
-    def __init__(
-        self, model: PeftModel, adapter: str, samplers: Mapping[str, LowRankSampler]
-    ) -> None:
-        self.model, self.adapter, self.samplers = model, adapter, samplers
-        self._base = model.get_base_model()
-        for name, sampler in samplers.items():
-            layer: Any = self._base.get_submodule(name)
-            layer.lora_variant[adapter] = BayesVariant(self.owner, sampler)
-            if type(layer) is LoraLinear:  # others add
-                layer.__class__ = MergingLinear
 
-    @property
-    def owner(self) -> int:
-        """The key of the model's sampling state."""
-        return id(self)
+def select_layers(
+    names: Sequence[str], layers: str | LayerPredicate | LastLayers | None
+) -> list[str]:
+    """Return the names that ``layers`` selects, in order.
 
-    def check(self) -> dict[str, Any]:
-        """Return the noisy layers by name, which carry this posterior now, unmerged.
+    Args:
+        names: qualified names of all adapted modules.
+        layers: None (all), a regular expression (``re.search`` on the name), a predicate of the
+            name, or :func:`last_layers`.
 
-        Raises:
-            ValueError: one is not.
-        """
-        found = {}
-        for name in self.samplers:
-            layer: Any = self._base.get_submodule(name)
-            variant = getattr(layer, "lora_variant", {}).get(self.adapter)
-            if getattr(variant, "owner", None) != self.owner:
-                raise ValueError(
-                    f"{name}: does not carry this posterior any more (remove(), "
-                    "merge_and_unload(), delete_adapter(), or a copy of the model): bayesianize "
-                    "the model that is to be sampled"
-                )
-            if getattr(layer, "merged", False):
-                raise ValueError(
-                    f"{name}: the adapter is merged into the base weight; call "
-                    "bayes.model.unmerge_adapter() first"
-                )
-            found[name] = layer
-        return found
-
-    def check_sampling(self) -> dict[str, Tensor]:
-        """Refuse a model of which draws cannot be sampled now.
-
-        Returns:
-            The weight of lora_A of each noisy layer, by name.
-
-        Raises:
-            ValueError: the adapter is not active, disabled, merged, rescaled or gone.
-        """
-        active = getattr(self.model, "active_adapters", [self.adapter])
-        active = active() if callable(active) else active
-        if self.adapter not in active:
-            raise ValueError(
-                f"adapter {self.adapter!r} is not active (active: {', '.join(active)}); call "
-                f"bayes.model.set_adapter({self.adapter!r}) first"
-            )
-        weights = {}
-        for name, layer in self.check().items():
-            if layer.disable_adapters:
-                raise ValueError("the adapter is disabled (disable_adapter): nothing to sample")
-            now, sampled = layer.scaling[self.adapter], self.samplers[name].posterior.scaling
-            if now != sampled:
-                raise ValueError(
-                    f"{name}: LoRA's scaling is {now:g}, and {sampled:g} in the posterior; set "
-                    "it back (rescale_adapter_scale), or call remove() and bayesianize again"
-                )
-            weights[name] = layer.lora_A[self.adapter].weight
-        return weights
-
-    def unmergeable(self) -> list[str]:
-        """Return the noisy layers that cannot merge: a foreign forward, or no plain weight."""
-        layers: dict[str, Any] = {name: self._base.get_submodule(name) for name in self.samplers}
-        return [
-            name
-            for name, layer in layers.items()
-            if type(layer) is not MergingLinear
-            or "forward" in vars(layer)
-            or _dense(layer)[0] is None
-        ]
-
-    def detach(self) -> None:
-        """Take the posterior out of the layers again."""
-        for name in self.samplers:
-            layer: Any = self._base.get_submodule(name)
-            variants = getattr(layer, "lora_variant", {})  # an unloaded model has plain layers
-            variant = variants.get(self.adapter)
-            if isinstance(variant, BayesVariant) and variant.owner == self.owner:
-                del variants[self.adapter]
-            ours = isinstance(layer, MergingLinear)
-            if ours and not any(isinstance(v, BayesVariant) for v in variants.values()):
-                layer.__class__ = LoraLinear
+    Raises:
+        ValueError: a broken regular expression, or nothing selected (the names are listed).
+        TypeError: anything else.
+    """
+    if layers is None:
+        chosen = list(names)
+    elif isinstance(layers, LastLayers):
+        blocks = sorted({b for b in map(block_number, names) if b is not None})
+        keep = set(blocks[-layers.k :]) if layers.k else set()
+        chosen = [n for n in names if (b := block_number(n)) is None or b in keep]
+    elif isinstance(layers, str):
+        try:
+            pattern = re.compile(layers)
+        except re.error as error:
+            raise ValueError(f"layers={layers!r} is not a regular expression: {error}") from error
+        chosen = [n for n in names if pattern.search(n)]
+    elif callable(layers):
+        chosen = [n for n in names if layers(n)]
+    else:
+        raise TypeError(
+            f"layers: expected None, a regular expression, a predicate of the module's name or "
+            f"tfb.last_layers(k), got {type(layers).__name__}"
+        )
+    if not chosen:
+        shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        raise ValueError(f"layers={layers!r} selects none of the {len(names)} modules: {shown}")
+    return chosen
 
 
 def bayesianize(
@@ -292,7 +117,7 @@ def bayesianize(
         peft_model: a ``peft.PeftModel`` for CAUSAL_LM, SEQ_2_SEQ_LM or SEQ_CLS with a trained LoRA
             adapter.
         adapter: its name.
-        layers: which adapted modules get noise; see :func:`tfb.adapters.selection.select_layers`.
+        layers: which adapted modules get noise; see :func:`select_layers`.
             The others stay deterministic.
         seed: of the draws.
         posteriors: factors by module name, an artifact's or a study's. Default: computed here.
@@ -379,7 +204,7 @@ def _check_adapter(model: nn.Module, adapter: str) -> str:
 
 
 def _adapted_modules(base: nn.Module, adapter: str) -> dict[str, Any]:
-    """Every module of ``base`` that carries weights of ``adapter``, by qualified name."""
+    """Return every module of ``base`` that carries weights of ``adapter``, by qualified name."""
     found = {}
     for name, module in base.named_modules():
         if isinstance(module, LoraLayer) and any(
@@ -393,7 +218,7 @@ def _adapted_modules(base: nn.Module, adapter: str) -> dict[str, Any]:
 
 
 def _refusal(name: str, module: Any, adapter: str) -> str | None:
-    """Why this module cannot be sampled, or None."""
+    """Return why this module cannot be sampled, or None."""
     kind = type(module).__name__
     if kind not in SUPPORTED_LAYERS and not isinstance(module, MergingLinear):
         return (

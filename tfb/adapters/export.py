@@ -1,23 +1,8 @@
 """Sampled adapters for other engines: every draw is an ordinary PEFT adapter folder.
 
-    export.json             sigma, seed and noise version; stream and sign of each draw; hashes
-    draw-00, draw-01, ...   adapter_config.json + adapter_model.safetensors; of antithetic draws
-                            00 and 01 are the first pair, +sigma and -sigma
-
-A draw of weight noise is a LoRA of the same rank and scaling,
-
-    lora_B = B',   lora_A = A' + (sigma / d) o E,
-
-so a server of many LoRA adapters can serve the posterior: one request for each draw, and their
-probabilities, never their logits, averaged. Modules without a posterior, biases and
-modules_to_save are copied as they are, and so is the configuration.
-
-Rounding. B' and A' are another factorization of the update than the adapter's own B and A, so a
-file in fewer bits rounds the adapter anew, and small noise drowns in that. "rounding" in
-export.json is the root mean square of the updates' rounding over that of their noise: at 0.1 it
-adds a hundredth to the variance. It falls as 1 / sigma. On a rank-8 adapter of a 260K-parameter
-Llama at sigma = 0.012 it is 3e-7 in float32, 0.003 in float16, 0.02 in bfloat16; at sigma = 0.0008
-it is 0.36 in bfloat16. A server that computes in fewer bits rounds what it loads in the same way.
+export.json             sigma, seed and noise version; stream and sign of each draw; hashes
+draw-00, draw-01, ...   adapter_config.json + adapter_model.safetensors; of antithetic draws
+                        00 and 01 are the first pair, +sigma and -sigma
 """
 
 from __future__ import annotations
@@ -63,16 +48,23 @@ def export(
     dtype: str = "auto",
     progress: Callable[[int], None] | None = None,
 ) -> Path:
-    """Write sampled adapters to a new folder; all of them or nothing appears.
+    """Write sampled adapters to a new folder, all of them or nothing.
+
+    A draw of weight noise is a LoRA of the same rank and scaling: lora_B = B', lora_A = A' +
+    (sigma / d) o E. So a server of many LoRA adapters serves the posterior by one request for each
+    draw, whose probabilities (never logits) are averaged. Everything else of the adapter is copied.
+
+    B' and A' are another factorization than the adapter's own, so a file in fewer bits rounds the
+    adapter anew. "rounding" in export.json is the root mean square of the updates' rounding over
+    that of their noise: at 0.1 it adds a hundredth to the variance.
 
     Args:
-        bayes: the model with its posterior. folder: absent or empty.
-        draws: a number of antithetic draws at the model's sigma and seed, or the draws
-            themselves (weight noise). ``bayes.predict`` with the same draws gives the same
-            probabilities.
-        dtype: of the sampled weights. "auto": the posterior's own, float32 (float64 for a float64
-            adapter); "stored": the adapter file's; or float16, bfloat16, float32, float64. See
-            the top of the file about rounding.
+        bayes: the model with its posterior.
+        folder: absent or empty.
+        draws: a number of antithetic draws at the model's sigma and seed, or the draws themselves
+            (weight noise). ``bayes.predict`` with the same draws gives the same probabilities.
+        dtype: of the sampled weights. "auto": the posterior's own, float32, or float64 for a
+            float64 adapter. "stored": the adapter file's. Or float16, bfloat16, float32, float64.
         progress: gets 1 after each adapter.
 
     Returns:
@@ -80,7 +72,7 @@ def export(
 
     Raises:
         ArtifactError: the folder holds something, the disk has no room, sigma belongs to tail
-            mode or to a family for ablations, or a weight overflows ``dtype``.
+            mode, or a weight overflows ``dtype``.
         ValueError: sigma not set, an odd number of draws, token noise, an unknown ``dtype``, or a
             model that no longer carries the posterior.
     """
@@ -138,13 +130,17 @@ def export(
 
 
 def check_dtype(dtype: str) -> None:
-    """Raise ValueError for an unknown name."""
+    """Refuse an unknown dtype.
+
+    Raises:
+        ValueError: it is not one of ``DTYPES``.
+    """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
 
 
 def check_exportable(mode: str, tail: int | None) -> None:
-    """A sampled adapter has its noise at every token; sigma must be meant so.
+    """Refuse a sigma of tail mode: a sampled adapter has its noise at every token.
 
     Raises:
         ArtifactError: it is not.
@@ -165,7 +161,14 @@ class Rounding:
     noise: float = 0.0
 
     def add(self, p: LowRankPosterior, exact: Tensor, A: Tensor, B: Tensor) -> None:
-        """exact: A' + noise [r, n] float64; A, B: as they are written."""
+        """Add one draw of one module.
+
+        Args:
+            p: the module's posterior.
+            exact: A' + noise [r, n] float64.
+            A: [r, n] as it is written.
+            B: [m, r] as it is written.
+        """
         A, B, B0 = A.double(), B.double(), p.B.double()
         # B A - B' exact = [B - B', B'] [A; A - exact], whose norm needs the small products only.
         left, right = torch.cat([B - B0, B0], 1), torch.cat([A, A - exact])
@@ -175,6 +178,7 @@ class Rounding:
 
     @property
     def ratio(self) -> float | None:
+        """The root of error over noise; None without noise."""
         return math.sqrt(self.error / self.noise) if self.noise else None
 
 
@@ -186,7 +190,7 @@ def _sampled(
     dtypes: dict[str, torch.dtype],
     rounding: Rounding,
 ) -> dict[str, Tensor]:
-    """The sampled modules' tensors of one draw, by their names in the file."""
+    """Return the sampled modules' tensors of one draw, by their names in the file."""
     found = {}
     for name, p in bayes.posteriors.items():
         exact = p.sample_A(sigma, stream, seed)
@@ -202,11 +206,7 @@ def _sampled(
 
 
 def _dtypes(bayes: BayesianModel, stored: dict[str, Tensor], dtype: str) -> dict[str, torch.dtype]:
-    """Each sampled module's dtype.
-
-    Raises:
-        AdapterError: the file names a module's weights in another way.
-    """
+    """Return each sampled module's dtype; refuse a file that names weights in another way."""
     found = {}
     for name, p in bayes.posteriors.items():
         for key, like in zip(lora_keys(name), (p.A, p.B), strict=True):
@@ -224,7 +224,7 @@ def _dtypes(bayes: BayesianModel, stored: dict[str, Tensor], dtype: str) -> dict
 def _check_room(
     stored: dict[str, Tensor], dtypes: dict[str, torch.dtype], count: int, parent: Path
 ) -> None:
-    """Raise ArtifactError if ``count`` adapters do not fit into the disk's free space."""
+    """Refuse what does not fit into the disk's free space."""
     sampled = {key: dtype for name, dtype in dtypes.items() for key in lora_keys(name)}
     each = _HEADER + sum(
         t.numel() * sampled.get(key, t.dtype).itemsize for key, t in stored.items()
@@ -239,7 +239,7 @@ def _check_room(
 
 
 def _artifact_hashes(source: Path | None) -> dict[str, Any] | None:
-    """SHA-256 of the artifact's own files, or None for a posterior that was not saved."""
+    """Return the SHA-256 of the artifact's own files; None for a posterior that was not saved."""
     if source is None or not (source / SIDECAR).is_file():
         return None
     return {file: file_sha256(source / file) for file in (SIDECAR, FACTORS)}

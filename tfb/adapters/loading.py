@@ -1,6 +1,7 @@
-"""Loading and saving of LoRA adapters through PEFT, strictly.
+"""Loading and saving of base models, tokenizers and LoRA adapters, strictly.
 
 PEFT loads a checkpoint whose keys it does not know as a silent no-op; here that is an error.
+safetensors only, never pickle, and never a repository's own code.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _HEADS = ("score", "classifier", "out_proj")
 
 
 def adapter_config(folder: str | Path) -> dict[str, Any]:
-    """adapter_config.json of an adapter folder or hub name, through PEFT.
+    """Read adapter_config.json of an adapter folder or hub name, through PEFT.
 
     Raises:
         AdapterError: not a configuration that PEFT understands.
@@ -48,7 +49,7 @@ def adapter_config(folder: str | Path) -> dict[str, Any]:
 
 
 def adapter_tensor_shapes(folder: Path) -> dict[str, list[int]]:
-    """Tensor names and shapes of a local adapter, without loading it.
+    """Read the tensor names and shapes of a local adapter, without loading it.
 
     Raises:
         AdapterError: the file is damaged.
@@ -63,7 +64,7 @@ def adapter_tensor_shapes(folder: Path) -> dict[str, list[int]]:
 
 
 def adapter_folder(adapter: str | Path) -> Path:
-    """The local folder of an adapter, with both of its files there.
+    """Return the local folder of an adapter, with both of its files there.
 
     Raises:
         AdapterError: no adapter there, no safetensors, a configuration that is not JSON.
@@ -88,7 +89,7 @@ def _require(folder: Path, file: str, adapter: str | Path) -> None:
 
 
 def lora_keys(module: str) -> tuple[str, str]:
-    """The names of lora_A and lora_B of a module of the base model in an adapter file."""
+    """Return the names of a base module's lora_A and lora_B in an adapter file."""
     return f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"
 
 
@@ -134,8 +135,8 @@ def load_adapter(base_model: nn.Module, adapter: str | Path, name: str = "defaul
 
     Args:
         base_model: a transformers model; changed in place by PEFT, also where this fails.
-        adapter: a local folder (its adapter_model.safetensors is read, never a pickle) or a hub
-            name. name: the adapter's name in the model.
+        adapter: a local folder or a hub name.
+        name: the adapter's name in the model.
 
     Returns:
         The ``peft.PeftModel`` in eval mode.
@@ -186,7 +187,9 @@ def load_adapter(base_model: nn.Module, adapter: str | Path, name: str = "defaul
 
 
 def load_base(name: str | Path, adapter: str | Path) -> nn.Module:
-    """The base model of an adapter, in float32 on CPU or its own dtype on a GPU, in eval mode.
+    """Load the base model of an adapter, in eval mode.
+
+    It is in float32 without a GPU, where half precision is slow, else in its own dtype.
 
     The adapter's task_type decides the class; a SEQ_CLS head gets the adapter's number of labels.
 
@@ -208,10 +211,12 @@ def load_base(name: str | Path, adapter: str | Path) -> nn.Module:
 
 
 def base_config(name: str | Path, adapter: str | Path) -> Any:
-    """The configuration that an adapter's base model will have, without loading weights.
+    """Load the configuration that an adapter's base model will have, without its weights.
 
     Raises:
-        AdapterError: as ``load_base``. OSError, ValueError: no configuration can be loaded.
+        AdapterError: as ``load_base``.
+        OSError: no configuration can be loaded.
+        ValueError: likewise.
     """
     from transformers import AutoConfig
 
@@ -225,8 +230,10 @@ def class_names(
     given: Sequence[str] | None = None,
     saved: Sequence[str] | None = None,
 ) -> tuple[str, ...] | None:
-    """The names of a classifier's classes, in order: those given, else an artifact's, else its
-    configuration's; None where nobody gave any. For other tasks those given, else the artifact's.
+    """Return the names of a classifier's classes in the head's order, or None if nobody gave any.
+
+    Those given come before an artifact's, and these before the configuration's. Other tasks have
+    no classes: theirs are choices of rows that bring none.
 
     Raises:
         ValueError: another number of names than the head has outputs, or the artifact's names in
@@ -254,7 +261,7 @@ def class_names(
 
 
 def _task(adapter: str | Path) -> tuple[Path, str]:
-    """The local folder of an adapter, and its task."""
+    """Return the local folder of an adapter, and its task."""
     folder = adapter_folder(adapter)
     task = str(adapter_config(folder).get("task_type"))
     if task not in TASKS:
@@ -263,7 +270,7 @@ def _task(adapter: str | Path) -> tuple[Path, str]:
 
 
 def _head(adapter: str | Path, folder: Path, task: str) -> dict[str, int]:
-    """The number of labels of a SEQ_CLS adapter's head, as transformers takes it."""
+    """Return the number of labels of a SEQ_CLS adapter's head, as transformers takes it."""
     if task != "SEQ_CLS":
         return {}
     heads = [
@@ -280,7 +287,7 @@ def _head(adapter: str | Path, folder: Path, task: str) -> dict[str, int]:
 
 
 def _pretrained(kind: Any, name: str | Path, **options: Any) -> nn.Module:
-    """A model by transformers' own code (it would ask at a terminal), from safetensors."""
+    """Load a model by transformers' own code (it would ask at a terminal), from safetensors."""
     options |= {"use_safetensors": True, "trust_remote_code": False}
     try:
         model: nn.Module = kind.from_pretrained(str(name), **options)
@@ -295,7 +302,7 @@ def _pretrained(kind: Any, name: str | Path, **options: Any) -> nn.Module:
 
 
 def local_folder(name: str | Path, patterns: list[str]) -> Path:
-    """A local folder as it is; a hub name through huggingface_hub's cache.
+    """Return a local folder as it is, a hub name's from huggingface_hub's cache.
 
     Raises:
         AdapterError: neither a folder nor a reachable hub repository.
@@ -322,9 +329,13 @@ def _keys(model: nn.Module, adapter: str, *, embeddings: bool) -> list[str]:
 def save_adapter(
     model: nn.Module, adapter: str, folder: Path, *, source: Path | None = None
 ) -> None:
-    """The adapter as an ordinary PEFT folder (safetensors).
+    """Write an adapter as an ordinary PEFT folder (safetensors).
 
-    With ``source``, the folder it was loaded from, its files are copied as they are.
+    Args:
+        model: the PEFT model.
+        adapter: the adapter's name.
+        folder: where to.
+        source: the folder it was loaded from, whose files are then copied as they are.
     """
     if source is not None:
         shutil.copyfile(source / CONFIG, folder / CONFIG)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import tfb
-from tfb.adapters.selection import LastLayers, block_number, last_layers, select_layers
+from tfb.adapters.bridge import LastLayers, block_number, last_layers, select_layers
 
 # Not in order: the adapter's own order is kept, and 10 comes after 9, not after 1.
 NAMES = [
