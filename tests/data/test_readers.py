@@ -1,86 +1,260 @@
-"""One reader for everything that holds rows, from Python and from the command line."""
+"""Every format gives the same rows, from files and from Python; every fault has its place."""
 
 from __future__ import annotations
 
+import bz2
+import csv
+import gzip
+import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
-from conftest import Run
-from support.models import CASES, LABELS, randomize
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from support.tables import COLUMNS, DATA, FILES, IN_MEMORY, NAMES, as_pandas, written
 
-import tfb
-from tfb.data.encoding import RowEncoder
-from tfb.data.readers import iter_rows, read_rows
+from tfb.data import readers
+from tfb.data.readers import (
+    Record,
+    Source,
+    count_records,
+    find_sources,
+    iter_rows,
+    read,
+    read_rows,
+    schema_of,
+)
 from tfb.data.rows import Row, RowError, RowFormat
-from tfb.demo import digits
-from tfb.scoring.rows import encode, load_tokenizer
 
-NAMES = ("bad", "fair", "good")
-WORDS = ["a", "b", "c", "d"]
-DATA: list[dict[str, Any]] = [
-    {"sentence": " ".join(WORDS[: 1 + i % 4]), "gold": NAMES[i % 3], "weight": i} for i in range(9)
+ROWS: list[dict[str, Any]] = [
+    {"id": f"r{i}", "prompt": f'say "{i}",\nplease — ü', "label": i % 2} for i in range(7)
 ]
-COLUMNS = {"text": "sentence", "label": "gold"}
+
+
+def records(*paths: object, columns: list[str] | None = None) -> list[Record]:
+    """The records of files; each file has as many as are counted, from any record on the same."""
+    found: list[Record] = []
+    for source in find_sources([str(p) for p in paths]):
+        here = list(read(source, columns))
+        assert count_records(source) == len(here)
+        for start in range(len(here) + 2):
+            assert list(read(source, columns, start=start)) == here[start:]
+        found += here
+    return found
+
+
+def lines(rows: list[dict[str, Any]] = ROWS) -> bytes:
+    return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+
+
+def as_csv(delimiter: str = ",") -> bytes:
+    text = io.StringIO()
+    out = csv.DictWriter(text, ROWS[0], delimiter=delimiter)
+    out.writeheader()
+    out.writerows(ROWS)
+    return text.getvalue().encode()
+
+
+def write_stream(path: Path) -> None:
+    table = pa.Table.from_pylist(ROWS)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as out:
+        out.write_table(table, max_chunksize=3)
+
+
+def compressed(codec: str, data: bytes = lines()) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        with pa.CompressedOutputStream(str(path), codec) as file:
+            file.write(data)
+
+    return write
+
+
+BOM = b"\xef\xbb\xbf"
+WRITERS: dict[str, Callable[[Path], Any]] = {
+    "a.jsonl": lambda p: p.write_bytes(BOM + lines().replace(b"\n", b"\r\n")),
+    "a.ndjson": lambda p: p.write_bytes(b"\n" + lines() + b"\n  \n"),
+    "a.json": lambda p: p.write_text(json.dumps(ROWS, indent=1)),
+    "a.jsonl.gz": lambda p: p.write_bytes(b"".join(gzip.compress(lines([r])) for r in ROWS)),
+    "a.json.bz2": lambda p: p.write_bytes(bz2.compress(lines())),
+    "a.jsonl.zst": compressed("zstd"),
+    "a.jsonl.lz4": compressed("lz4"),
+    "a.csv": lambda p: p.write_bytes(BOM + as_csv()),
+    "a.csv.zst": compressed("zstd", as_csv().replace(b"\r\nr4", b"\r\n\r\n\r\nr4")),
+    "a.tsv": lambda p: p.write_bytes(as_csv("\t").replace(b"\r\n", b"\r")),
+    "a.parquet": lambda p: pq.write_table(pa.Table.from_pylist(ROWS), p, row_group_size=2),
+    "a.feather": lambda p: pyarrow.feather.write_feather(
+        pa.Table.from_pylist(ROWS), p, chunksize=3
+    ),
+    "a.arrow": write_stream,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_all_formats_give_the_same_records(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    WRITERS[name](path)
+    found = records(path)
+    text = "sv" in name
+    assert [r.fields for r in found] == [
+        r | {"label": str(r["label"])} if text else r for r in ROWS
+    ]
+    assert len({r.place for r in found}) == len(ROWS)
+    assert all(r.place.startswith(f"{path}:") and r.fault is None for r in found)
+    schema = schema_of(find_sources([path])[0])
+    assert ("json" in name) == (schema is None)
+    assert schema is None or schema.names == ["id", "prompt", "label"]
+
+
+def test_files_without_records(tmp_path: Path) -> None:
+    empty = pa.Table.from_pylist(ROWS)[:0]
+    (tmp_path / "a.jsonl").write_bytes(b"\n")
+    (tmp_path / "b.json").write_bytes(b"[]")
+    (tmp_path / "c.csv").write_bytes(b"id,text\n")
+    pq.write_table(empty, tmp_path / "d.parquet")
+    pyarrow.feather.write_feather(empty, tmp_path / "e.feather")
+    assert records(tmp_path) == []
+
+
+def test_columnar_files_read_only_what_is_asked_for(tmp_path: Path) -> None:
+    for name in ("a.parquet", "a.arrow"):
+        WRITERS[name](tmp_path / name)
+        found = records(tmp_path / name, columns=["id", "nothing"])
+        assert [r.fields for r in found] == [{"id": r["id"]} for r in ROWS]
+
+
+def test_small_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "BLOCK", 2)
+    for name in ("a.jsonl", "b.parquet", "c.arrow", "d.csv", "e.feather"):
+        WRITERS[f"a.{name[2:]}"](tmp_path / name)
+    sources = find_sources([tmp_path])
+    assert [s.kind for s in sources] == ["jsonl", "parquet", "arrow", "csv", "arrow"]
+    assert [r.fields["id"] for r in records(tmp_path) if r.fields] == 5 * [r["id"] for r in ROWS]
+
+
+# --- finding --------------------------------------------------------------------------------------
+
+
+def test_patterns_folders_and_order(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    for name in ("b.jsonl", "a.jsonl", "c.parquet", "deep/d.jsonl", ".hidden.jsonl", "notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+
+    def names(*inputs: object) -> list[str]:
+        return [str(s.path.relative_to(tmp_path)) for s in find_sources([str(x) for x in inputs])]
+
+    assert names(tmp_path / "b.jsonl", tmp_path / "a.jsonl") == ["b.jsonl", "a.jsonl"]
+    assert names(tmp_path / "*.jsonl") == ["a.jsonl", "b.jsonl"]
+    assert names(tmp_path / "**" / "*.jsonl") == ["a.jsonl", "b.jsonl", "deep/d.jsonl"]
+    assert names(tmp_path) == ["a.jsonl", "b.jsonl", "c.parquet"]
+    (tmp_path / "odd[1].jsonl").write_bytes(b"")
+    assert names(tmp_path / "odd[1].jsonl") == ["odd[1].jsonl"]
+
+
+def test_a_saved_dataset(tmp_path: Path) -> None:
+    """What ``Dataset.save_to_disk`` writes; what ``map`` leaves beside it is none of its rows."""
+    write_stream(tmp_path / "data-00000-of-00001.arrow")
+    write_stream(tmp_path / "cache-1.arrow")
+    (tmp_path / "dataset_info.json").write_text("{}")
+    state = tmp_path / "state.json"
+    state.write_text('{"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}')
+    assert [r.fields for r in records(tmp_path)] == ROWS
+    state.write_text('{"_data_files": 3}')
+    with pytest.raises(RowError, match=r"its state\.json is no saved Dataset's"):
+        find_sources([tmp_path])
+
+
+def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
+    file, both = tmp_path / "a.jsonl", tmp_path / "both"
+    file.write_bytes(lines())
+    (tmp_path / "x.parquet.gz").write_bytes(b"")
+    (tmp_path / "x.pdf").write_bytes(b"")
+    both.mkdir()
+    (both / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    (both / "test").mkdir()
+    (both / "train").mkdir()
+    (tmp_path / "empty").mkdir()
+    for inputs, message in (
+        ([], "no input files were given"),
+        (["no.jsonl"], r"no\.jsonl: there is no such file; check the path"),
+        (["no*.jsonl"], r"no\*\.jsonl: matches no file"),
+        (["x.pdf"], r"x\.pdf: the format is told by the name.*\.jsonl"),
+        (["x.parquet.gz"], "the format is told by the name"),
+        (["a.jsonl", "*.jsonl"], r"a\.jsonl: is named twice"),
+        (["both"], r"both: holds several splits; name the folder of one \(test, train\)"),
+        (["empty"], "empty: a folder without input files"),
+    ):
+        with pytest.raises(RowError, match=message):
+            find_sources([tmp_path / name for name in inputs])
+
+
+# --- faults ---------------------------------------------------------------------------------------
+
+
+def test_a_faulty_line_is_one_record(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    good = b'{"id": 1}\n'
+    path.write_bytes(
+        good + b"{oops\n\n" + b"\xff\n" + b"[" * 99999 + b"\n3\n" + good + b'{"a":1,"a":2}'
+    )
+    found = records(path)
+    assert [r.fields for r in found] == [{"id": 1}, None, None, None, None, {"id": 1}, None]
+    assert [r.place for r in found] == [f"{path}:{n}" for n in (1, 2, *range(4, 9))]
+    for record, fault in zip(
+        found,
+        (None, "not valid JSON", "not UTF-8", "not usable JSON", "the number 3", None,
+         "stands twice"),
+        strict=True,
+    ):  # fmt: skip
+        assert record.fault is None if fault is None else fault in str(record.fault)
+        assert fault is None or str(record.fault).startswith(record.place)
+
+
+def test_a_faulty_csv_line_is_one_record(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'id,text\n1,a\n2\n3,b,c\n\n4,"x\ny"\n5,\xff\n')
+    found = records(path)
+    assert [r.fields for r in found] == [
+        {"id": "1", "text": "a"}, None, None, {"id": "4", "text": "x\ny"},
+        {"id": "5", "text": "\udcff"},
+    ]  # fmt: skip
+    assert found[1].fault == (
+        f"{path}:3: 1 values, but the header names 2 columns; quote values with separators"
+    )
+
+
+@pytest.mark.parametrize("header", [b"id,,text\n", b"id,id\n"])
+def test_a_csv_header_names_every_column_once(tmp_path: Path, header: bytes) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(header)
+    with pytest.raises(RowError, match="the first line must name every column once"):
+        schema_of(Source(path, "csv"))
+    path.write_bytes(b"")
+    with pytest.raises(RowError, match="is empty; the first line must name the columns"):
+        schema_of(Source(path, "csv"))
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.feather", "a.jsonl.gz", "a.jsonl.zst"])
+def test_broken_files_are_named(tmp_path: Path, name: str) -> None:
+    """Whole files of another kind, and files that break off."""
+    path = tmp_path / name
+    path.write_bytes(b"this is not what the name says, whatever it may be")
+    with pytest.raises(RowError, match=rf"{name}: cannot be read .*; check the file"):
+        records(path)
+    WRITERS[name](path)
+    path.write_bytes(path.read_bytes()[:-20])
+    for use in (records, lambda p: count_records(find_sources([p])[0])):
+        with pytest.raises(RowError, match=rf"{name}: cannot be read"):
+            use(path)
+
+
+# --- rows of anything -----------------------------------------------------------------------------
+
 FORM = RowFormat(COLUMNS, NAMES, "SEQ_CLS")
 EXPECTED = [(str(i), row["sentence"], i % 3) for i, row in enumerate(DATA)]
-
-
-def table() -> pa.Table:
-    return pa.Table.from_pylist(DATA)
-
-
-def jsonl(path: Path) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in DATA))
-    return path
-
-
-def written(path: Path) -> Path:
-    writers: dict[str, Callable[[], Any]] = {
-        ".jsonl": lambda: jsonl(path),
-        ".json": lambda: path.write_text(json.dumps(DATA, indent=2)),
-        ".csv": lambda: pyarrow.csv.write_csv(table(), path),
-        ".parquet": lambda: pq.write_table(table(), path),
-        ".feather": lambda: pyarrow.feather.write_feather(table(), path),
-    }
-    writers[path.suffix]()
-    return path
-
-
-def as_pandas() -> Any:
-    return pytest.importorskip("pandas", "2.2").DataFrame(DATA)
-
-
-def as_polars() -> Any:
-    return pytest.importorskip("polars").DataFrame(DATA)
-
-
-def as_dataset() -> Any:
-    return pytest.importorskip("datasets").Dataset.from_list(DATA)
-
-
-def as_stream() -> Any:
-    return as_dataset().to_iterable_dataset()
-
-
-IN_MEMORY: dict[str, Callable[[], Any]] = {
-    "list of dicts": lambda: DATA,
-    "generator of dicts": lambda: iter(DATA),
-    "pyarrow table": table,
-    "pandas": as_pandas,
-    "polars": as_polars,
-    "Dataset": as_dataset,
-    "IterableDataset": as_stream,
-}
-FILES = ("rows.jsonl", "rows.json", "rows.csv", "rows.parquet", "rows.feather")
 
 
 def told(rows: list[Row]) -> list[tuple[str, str | None, int | None]]:
@@ -153,41 +327,6 @@ def test_ids_that_stand_twice() -> None:
         read_rows([{"id": "x", "text": "a"}, {"id": "x", "text": "b"}])
 
 
-# --- with a model, from Python --------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["?", *WORDS])}, "?"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?", pad_token="?")
-
-
-@pytest.fixture
-def bayes() -> tfb.BayesianModel:
-    """A classifier of three classes."""
-    assert len(NAMES) == LABELS
-    made = tfb.bayesianize(CASES["llama_classifier"].build(), seed=3)
-    made.sigma = 0.1
-    return made
-
-
-@pytest.mark.parametrize("kind", IN_MEMORY)
-def test_encode_and_score_take_anything(
-    bayes: tfb.BayesianModel, tokenizer: Any, kind: str
-) -> None:
-    data = IN_MEMORY[kind]
-    bayes.labels = NAMES
-    encoded = encode(bayes, data(), tokenizer, columns=COLUMNS)
-    assert encoded.labels == [i % 3 for i in range(9)]
-    found = list(tfb.score(data(), bayes, tokenizer, draws=2, columns=COLUMNS))
-    assert [(r["id"], r["label"]) for r in found] == [(str(i), i % 3) for i in range(9)]
-    assert all(r["choice"] == NAMES[r["prediction"]] for r in found)
-    rows = [Row(str(i), text=row["sentence"]) for i, row in enumerate(DATA)]
-    plain = list(tfb.score(rows, bayes, tokenizer, draws=2))
-    assert [r["probs"] for r in found] == [r["probs"] for r in plain]
-
-
 def test_classes_of_a_dataset_are_mapped_by_name(tmp_path: Path) -> None:
     """Its indices count its own names, which need not stand in the model's order."""
     datasets = pytest.importorskip("datasets")
@@ -214,183 +353,3 @@ def test_tables_that_are_none() -> None:
         read_rows(mixed)
     with pytest.raises(RowError, match="the DataFrame: no column 'gld'; there are 'sentence'"):
         read_rows(as_pandas(), RowFormat({"text": "sentence", "label": "gld"}))
-
-
-def test_what_cannot_be_used_names_the_line_to_write(
-    bayes: tfb.BayesianModel, tokenizer: Any
-) -> None:
-    with pytest.raises(RowError, match=r"Row\('good'\): .* write Row\(id='1', text='\.\.\.'\)"):
-        Row("good")
-    wrong = r"write anchors = tfb\.scoring\.encode\(bayes, data, tokenizer\)"
-    for data in (DATA, "rows.jsonl", [Row("1", text="a")], as_dataset()):
-        with pytest.raises(TypeError, match=wrong):
-            tfb.fit_sigma(bayes, data)
-    with pytest.raises(
-        TypeError, match=r"got list; write batch = tokenizer\(texts, return_tensors"
-    ):
-        bayes.predict(["a text"])  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"one, such as data\['test'\]"):
-        encode(bayes, {"train": DATA, "test": DATA}, tokenizer)
-    with pytest.raises(TypeError, match=r"DatasetDict holds no rows.*such as data\['test'\]"):
-        datasets = pytest.importorskip("datasets")
-        encode(bayes, datasets.DatasetDict({"test": as_dataset()}), tokenizer)
-    with pytest.raises(RowError, match=r"row 0: no column 'text'.* there are 'sentence'"):
-        encode(bayes, DATA, tokenizer)
-    with pytest.raises(RowError, match="the label 'bad' is text; classes lack names"):
-        encode(bayes, DATA, tokenizer, columns=COLUMNS)
-    with pytest.raises(
-        RowError, match=r"row 0 .* 3 tokens, but the model takes 2; shorten the row"
-    ):
-        bayes.base.config.max_position_embeddings = 2
-        encode(bayes, ["a b c"], tokenizer)
-
-
-def test_rows_by_hand_are_checked_too() -> None:
-    for row, message in (
-        (Row("1", "x", ("0", "1"), label=2), "the label 2 is outside the 2 choices"),
-        (Row("1", "x", ("0", "1"), label=-1), "the label -1 is outside the 2 choices"),
-        (Row("1", "x", ("0",)), r"the choices are \('0',\); give a tuple of two or more"),
-        (Row("1", "x", ()), r"the choices are \(\); give a tuple"),
-    ):
-        with pytest.raises(RowError, match=message):
-            RowEncoder(load_tokenizer(str(digits.BASE)))([row])
-
-
-def test_names_of_classes_are_counted(bayes: tfb.BayesianModel, tokenizer: Any) -> None:
-    bayes.labels = NAMES[:2]
-    for use in (lambda: encode(bayes, ["a"], tokenizer), lambda: list(tfb.score("x", bayes, None))):
-        with pytest.raises(ValueError, match="labels: 2 names, but the head has 3 classes"):
-            use()
-
-
-def test_truncation_is_said_in_results(bayes: tfb.BayesianModel, tokenizer: Any) -> None:
-    bayes.base.config.max_position_embeddings = 2
-    found = list(tfb.score(["a b c", "b c"], bayes, tokenizer, draws=2, truncate="left"))
-    assert [r["truncated"] for r in found] == [1, 0] and found[0]["probs"] == found[1]["probs"]
-    encoded = encode(bayes, ["a b c"], tokenizer, truncate="right")
-    assert encoded.input_ids == [[1, 2]] and encoded.truncated == [1]
-
-
-# --- the command line -----------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def classifier(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """Folders of a base model with its tokenizer, and of a SEQ_CLS adapter with its head."""
-    folder = tmp_path_factory.mktemp("classifier")
-    case = CASES["llama_classifier"]
-    randomize(case.base(), 0).save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
-    case.build().save_pretrained(folder / "adapter")
-    return str(folder / "base"), str(folder / "adapter")
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_every_command_reads_every_file(
-    tfb_command: Run, classifier: tuple[str, str], tmp_path: Path, name: str
-) -> None:
-    """Columns and names of classes are given to fit; the artifact keeps the names."""
-    model, adapter = classifier
-    data, artifact = written(tmp_path / name), tmp_path / "artifact"
-    columns = ("--columns", "text=sentence, label=gold")
-    names = tmp_path / "names.txt" if name == "rows.csv" else "bad, fair,good"
-    (tmp_path / "names.txt").write_text("bad\nfair\n\ngood\n")
-    common = ("--model", model, "--artifact", artifact, *columns, "--draws", 2)
-    steps = {
-        "fit": ("--model", model, "--adapter", adapter, "--anchors", data, "--out", artifact,
-                *columns, "--labels", names, "--draws", 2, "--objective", "min_nll"),
-        "evaluate": (*common, "--data", data, "--json", tmp_path / "figures.json"),
-        "score": (*common, "--input", data, "--output", tmp_path / "out", "--keep", "weight"),
-        "report": (*common, "--data", data, "--output", tmp_path / "page"),
-    }  # fmt: skip
-    for command, options in steps.items():
-        code, _, err = tfb_command(command, *options)
-        assert code == 0, (command, err)
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures["metrics"]["tfb"]["rows"] == 9 and figures["truncated"] == 0
-    scored = pq.read_table(tmp_path / "out" / "part-00000.parquet").to_pylist()
-    assert [(r["id"], r["label"], int(r["weight"])) for r in scored] == [
-        (str(i), i % 3, i) for i in range(9)
-    ]
-    assert all(r["choice"] == NAMES[r["prediction"]] and r["error"] is None for r in scored)
-    hits = sum(r["prediction"] == r["label"] for r in scored)
-    assert figures["metrics"]["tfb"]["accuracy"] == pytest.approx(hits / 9)
-    told = json.loads((tmp_path / "out" / "manifest.json").read_text())["configuration"]
-    assert told["labels"] == list(NAMES) and told["truncate"] is None
-
-
-def test_what_the_options_cannot_be(
-    tfb_command: Run, classifier: tuple[str, str], tmp_path: Path
-) -> None:
-    model, adapter = classifier
-    data = written(tmp_path / "rows.csv")
-    fit = (
-        "fit",
-        "--model",
-        model,
-        "--adapter",
-        adapter,
-        "--anchors",
-        data,
-        "--out",
-        tmp_path / "o",
-    )
-    for options, message in (
-        (("--columns", "text"), "--columns 'text': expected name=column, such as text=sentence"),
-        (("--columns", "text="), "--columns 'text=': expected name=column"),
-        (("--columns", "text=a,text=b"), "--columns text=b: 'text' is named twice"),
-        (("--columns", "text=a,id=a"), "columns: 'a' is named twice"),
-        (("--columns", "prompt=sentence"), "'prompt' is none of id, text, label"),
-        ((), "rows.csv: no column 'text'"),
-        (("--columns", "text=sentence"), "no label; metric nll needs one on every row"),
-        (("--columns", "text=sentence,label=gold"), "the label 'bad' is text; classes lack names"),
-        (("--labels", "yes,no,"), "labels: a name is empty"),
-        (("--labels", "a,b"), "labels: 2 names, but the head has 3 classes"),
-        (("--labels", "a,a,b"), "'a' stands twice"),
-        (("--truncate", "top"), "truncate='top': expected one of left, right"),
-        (("--label-tokens", "first"), "label_tokens='first': expected one of all, last"),
-    ):
-        code, out, err = tfb_command(*fit, *options)
-        assert code == 1 and out == "" and message in err, (options, err)
-    assert not (tmp_path / "o").exists()
-    made = tfb.bayesianize(tfb.load_adapter(tfb.load_base(model, adapter), adapter))
-    made.sigma, made.source = 0.1, Path(adapter)
-    made.save(tmp_path / "artifact")
-    job = ("score", "--model", model, "--artifact", tmp_path / "artifact", "--input", data,
-           "--output", tmp_path / "out", "--columns", "text=sentence")  # fmt: skip
-    code, _, err = tfb_command(*job, "--labels", "a,b")
-    assert code == 1 and "labels: 2 names, but the head has 3 classes" in err
-    assert not (tmp_path / "out").exists()
-
-
-def test_truncation_is_said_by_every_command(
-    tfb_command: Run, classifier: tuple[str, str], tmp_path: Path
-) -> None:
-    """Rows that are cut are counted; a resumed run counts those of earlier parts."""
-    model, adapter = classifier
-    data, artifact = tmp_path / "rows.csv", tmp_path / "artifact"
-    rows = "".join(f"{'a b c d ' * (40 if i % 3 == 0 else 1)},{i % 3}\n" for i in range(8))
-    data.write_text("text,label\n" + rows)
-    fit = ("fit", "--model", model, "--adapter", adapter, "--anchors", data, "--out", artifact,
-           "--objective", "min_nll", "--draws", 2)  # fmt: skip
-    code, _, err = tfb_command(*fit)
-    assert code == 1 and "160 tokens, but the model takes" in err and "truncate" in err
-    limit = CASES["llama_classifier"].base().config.max_position_embeddings
-    code, _, err = tfb_command(*fit, "--truncate", "left")
-    assert code == 0 and f"note: 3 of 8 rows were cut on the left to {limit} tokens" in err
-    common = ("--model", model, "--artifact", artifact, "--truncate", "right", "--draws", 2)
-    code, _, err = tfb_command("evaluate", *common, "--data", data)
-    assert code == 0 and f"3 of 8 rows were cut on the right to {limit} tokens" in err
-    score = ("score", *common, "--input", data, "--output", tmp_path / "out", "--part-rows", 4)
-    code, out, err = tfb_command(*score)
-    assert code == 0 and "8 rows, 0 of them errors, 3 cut on the right: " in out, err
-    (tmp_path / "out" / "part-00001.parquet").unlink()
-    code, out, err = tfb_command(*score, "--resume")
-    assert code == 0 and "3 cut on the right" in out, err
-    counts = json.loads((tmp_path / "out" / "manifest.json").read_text())["counts"]
-    assert counts == {"rows": 8, "errors": 0, "truncated": 3, "parts": 2}
-    parts = sorted((tmp_path / "out").glob("part-*"))
-    cut = [r["truncated"] for p in parts for r in pq.read_table(p).to_pylist()]
-    assert cut == [160 - limit, 0, 0, 160 - limit, 0, 0, 160 - limit, 0]
-    code, _, err = tfb_command("score", *common[:4], *score[-6:], "--draws", 2, "--resume")
-    assert code == 1 and "truncate: right -> None" in err
