@@ -21,6 +21,7 @@ from tfb.draws import Draws
 from tfb.posterior import AdapterError, LowRankPosterior
 from tfb_kernels import gaussian_noise
 from tfb_kernels.ops import add_samples, like_weights, merge_samples, prepared_for
+from tfb_kernels.samples import Samples
 from tfb_kernels.tuning import merge_min_rows
 
 KEPT_STREAMS = 256  # of each layer, r x n float32 each
@@ -88,11 +89,10 @@ class LowRankSampler:
         t, p = draws.tensors(x.device), self.posterior
         if draws.noise == "token":  # there is no kernel for it
             impl = "reference"
-        arguments = (
-            x, base, A, B, inv_d, t.sigmas, t.streams, t.stream_index, t.draws_per_stream, t.seed,
-            p.layer_id, p.scaling, draws.noise, self._kept_noise(draws, x.device), bias, impl,
-        )  # fmt: skip
-        return add_samples(arguments, inplace)
+        drawn = (t.sigmas, t.streams, t.stream_index, t.draws_per_stream, t.seed)
+        samples = Samples(A, B, inv_d, *drawn, p.layer_id, p.scaling)
+        pool = self._kept_noise(draws, x.device)
+        return add_samples(x, base, samples, draws.noise, pool, bias, impl, inplace)
 
     def merges(
         self, x: Tensor, rows: int, draws: Draws, weight: Tensor, *biases: Tensor | None
@@ -123,11 +123,9 @@ class LowRankSampler:
                 index, together = t.stream_index[: end - start], min(run, end - start)
                 of = slice(start // run, -(-end // run))
                 streams, pool = streams[of], None if pool is None else pool[of]
-            arguments = (
-                weight, A, B, inv_d, t.sigmas[start:end], streams, index, together, t.seed,
-                p.layer_id, p.scaling, pool, impl,
-            )  # fmt: skip
-            return merge_samples(arguments, out)
+            drawn = (t.sigmas[start:end], streams, index, together, t.seed)
+            samples = Samples(A, B, inv_d, *drawn, p.layer_id, p.scaling)
+            return merge_samples(weight, samples, pool, impl, out)
 
         limit = MERGED_BYTES.get(x.device.type, MERGED_BYTES["cuda"])
         fit = max(1, limit // (weight.numel() * weight.itemsize))

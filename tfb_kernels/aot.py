@@ -1,14 +1,10 @@
 """Ahead-of-time compilation of every kernel, with no GPU: ``python -m tfb_kernels.aot``.
 
-Compiles each kernel in each shipped configuration for NVIDIA sm_80 and sm_90 and AMD gfx942 and
-reads the resources from the binaries: registers, shared memory, stack and spills; and what a
-normal, a block of x and an output cost in instructions. ``--write`` updates
-``data/resources.json`` (bfloat16 at rank 16 and the largest), ``--check`` fails where a kernel uses
-stack or spills.
+Compiles each kernel in each shipped configuration for NVIDIA sm_80 and sm_90 and AMD gfx942, and
+reads from the binaries: registers, shared memory, stack and spills, and what a normal, a block of
+x and an output cost in instructions. To add a kernel: a branch in ``_planned``.
 
     python -m tfb_kernels.aot [--arch sm_90 ...] [--kernel shrink ...] [--dtype bf16] [--check]
-
-To add a kernel: a case in ``cases``. Must run without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -67,6 +63,7 @@ class Case:
 
     @property
     def label(self) -> str:
+        """The case in words: kernel, dtype, rank, tile, warps and stages."""
         tile = " ".join(
             f"{'tail' if k == 'TAIL' else k.removeprefix('BLOCK_').lower()}{v}"
             for k, v in self.constants.items()
@@ -79,7 +76,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Resources:
-    """What one binary uses. Registers a thread, bytes a block; spills are spill instructions."""
+    """What one binary uses: registers a thread, bytes a block, spill instructions."""
 
     case: str
     arch: str
@@ -98,7 +95,7 @@ def cases(
     dtypes: Sequence[str] = tuple(DTYPES),
     ranks: Sequence[int] = RANKS,
 ) -> Iterator[Case]:
-    """Every kernel x configuration of ``arch`` x dtype x rank."""
+    """Yield every kernel x configuration of ``arch`` x dtype x rank."""
     for kernel in kernels:
         for dtype in dtypes:
             if dtype == "tf32" and (arch.startswith("gfx") or kernel not in PRODUCTS):
@@ -118,84 +115,82 @@ def cases(
                     yield from kernel_cases(arch, kernel, dtype, rank, config)
 
 
+# Arguments of the kernels by their type as Triton writes it; "tensor" has the dtype of the case.
+ARGUMENTS = {
+    "tensor": "a b base bias logits out weight x y z",
+    "*fp32": "entropy error exponentials largest log_normalizer probs weighted",
+    "*fp64": "inv_d sigmas",
+    "*i64": "order seed stream_index streams",
+    "*i32": "best",
+    "fp32": "scaling",
+    "i32": "B D K Q T U V layer m n n_blocks p_blocks part_size row_blocks rows run split_size"
+    " stride_base stride_om stride_os stride_wm z_row",
+    "i64": "split_stride stride_b stride_s stride_xg stride_xt",
+}
+TYPES = {name: kind for kind, names in ARGUMENTS.items() for name in names.split()}
+# Sums that are not rounded yet.
+UNROUNDED = {"shrink": {"out": "*fp32"}, "finalise": {"z": "*fp32"}}
+
+
 def kernel_cases(
     arch: str, kernel: str, dtype: str, rank: int, config: launch.LaunchConfig
 ) -> Iterator[Case]:
-    """One kernel in one configuration, as its launcher plans it for a layer 4096 -> 4096 with ten
-    draws: twice where shared and per-draw x differ."""
+    """Yield one kernel in one configuration, twice where shared and per-draw x differ.
+
+    As its launcher plans it for a layer 4096 -> 4096 with ten draws.
+    """
     stored, precision = ("fp32", "tf32") if dtype == "tf32" else (dtype, "ieee")
-    tensor, float_dtype = f"*{stored}", DTYPES[dtype]
-    noise = {"streams": "*i64", "seed": "*i64", "layer": "i32"}
-    draws = {"sigmas": "*fp64", "inv_d": "*fp64", "stream_index": "*i64", "scaling": "fp32"}
-    math: dict[str, object] = {
-        "MATH": "libm" if arch.startswith("gfx") else "cuda",
-        "UPCAST": False,
-    }
-    made: list[tuple[Any, dict[str, str], dict[str, Any]]] = []
-    if kernel == "shrink":
-        signature = {"x": tensor, "a": tensor, "out": "*fp32", **noise, "T": "i32", "n": "i32",
-                     "Q": "i32", "p_blocks": "i32", "split_size": "i32", "stride_xg": "i64",
-                     "stride_xt": "i64"}  # fmt: skip
-        for groups, streams in ((1, 5), (5, 1)):
-            plan = triton_shrink.plan(
-                groups, 4096, 4096, streams, rank, float_dtype, precision, config, WAVE
-            )
-            made.append((triton_shrink.shrink_kernel, signature, plan.constants | math))
-    elif kernel == "finalise":
-        signature = {"z": "*fp32", "out": tensor, **draws, "rows": "i32", "T": "i32", "K": "i32",
-                     "run": "i32", "z_row": "i32", "split_stride": "i64"}  # fmt: skip
-        for shared in (True, False):
-            sizes = triton_expand.finalise_constants(rank, 64)
-            made.append((triton_expand.finalise_kernel, signature, {**sizes, "SHARED": shared}))
-    elif kernel == "expand":
-        signature = {"z": tensor, "b": tensor, "base": tensor, "bias": tensor, "y": tensor,
-                     "rows": "i32", "T": "i32", "m": "i32", "row_blocks": "i32",
-                     "stride_base": "i32"}  # fmt: skip
-        shape = (10, 4096, 4096, rank, float_dtype, precision, config, WAVE)
-        for shared in (True, False):
-            expand = triton_expand.plan(*shape, shared=shared, bias=True)
-            made.append((triton_expand.expand_kernel, signature, expand.constants))
-    elif kernel == "generate":
-        signature = {"a": tensor, "out": tensor, **noise, "n": "i32", "Q": "i32", "rows": "i32"}
-        made.append((generate_kernel, signature, {
-            "R": rank, "WITH_A": 1, "BLOCK_R": config.block_p, "BLOCK_K": config.block_k,
-            "MATH": math["MATH"],
-        }))  # fmt: skip
-    elif kernel == "merge":
-        signature = {"weight": tensor, "a": tensor, "b": tensor, **draws, **noise, "out": tensor,
-                     "m": "i32", "n": "i32", "run": "i32", "n_blocks": "i32", "stride_wm": "i32",
-                     "stride_os": "i32", "stride_om": "i32"}  # fmt: skip
-        merge = triton_merge.plan(10, 2, 4096, 4096, rank, float_dtype, precision, config)
-        constants = {**merge.constants, **math, "stride_wn": 1, "stride_on": 1}
-        made.append((triton_merge.merge_kernel, signature, constants))
-    elif kernel == "statistics":
-        signature = {"logits": tensor, "largest": "*fp32", "exponentials": "*fp32",
-                     "weighted": "*fp32", "best": "*i32", "B": "i32", "V": "i32",
-                     "part_size": "i32", "stride_s": "i64", "stride_b": "i64"}  # fmt: skip
-        made.append((statistics_kernel, signature, {"BLOCK_V": config.block_k}))
-    else:
-        signature = {"logits": tensor, "log_normalizer": "*fp32", "order": "*i64",
-                     "probs": "*fp32", "error": "*fp32", "entropy": "*fp32", "B": "i32",
-                     "V": "i32", "U": "i32", "D": "i32", "stride_s": "i64",
-                     "stride_b": "i64"}  # fmt: skip
-        made.append((mean_kernel, signature, {"BLOCK_V": config.block_k}))
-    for function, types, constants in made:
+    math = {"MATH": "libm" if arch.startswith("gfx") else "cuda", "UPCAST": False}
+    for function, planned in _planned(kernel, rank, DTYPES[dtype], precision, config):
+        constants = planned | {k: v for k, v in math.items() if k in function.arg_names}
         warps: dict[str, Any] = {
             k: constants.pop(k, getattr(config, k)) for k in ("num_warps", "num_stages")
         }
         # In the order of the kernel's own arguments, which is how the compiler counts them.
-        types = {n: types.get(n, "constexpr") for n in function.arg_names}
+        types = {name: TYPES.get(name, "constexpr") for name in function.arg_names}
+        types |= UNROUNDED.get(kernel, {})
+        types = {name: f"*{stored}" if t == "tensor" else t for name, t in types.items()}
         missing = [n for n, t in types.items() if t == "constexpr" and n not in constants]
         if missing:
-            raise ValueError(f"{kernel}: aot.cases and the kernel differ in {missing}")
+            raise ValueError(f"{kernel}: ARGUMENTS and the kernel differ in {missing}")
         yield Case(kernel, function, dtype, rank, types, constants, **warps)
+
+
+def _planned(
+    kernel: str, rank: int, dtype: torch.dtype, precision: str, config: launch.LaunchConfig
+) -> list[tuple[Any, dict[str, Any]]]:
+    """Return a kernel and the constants of each of its launches."""
+    product = (rank, dtype, precision, config)
+    if kernel == "shrink":
+        groups = ((1, 5), (5, 1))  # of rows that share their streams, and streams of each
+        plans = [triton_shrink.plan(g, 4096, 4096, q, *product, WAVE) for g, q in groups]
+        return [(triton_shrink.shrink_kernel, p.constants) for p in plans]
+    if kernel == "finalise":
+        sizes = triton_expand.finalise_constants(rank, 64)
+        return [(triton_expand.finalise_kernel, sizes | {"SHARED": s}) for s in (True, False)]
+    if kernel == "expand":
+        return [
+            (
+                triton_expand.expand_kernel,
+                triton_expand.plan(10, 4096, 4096, *product, WAVE, shared=s, bias=True).constants,
+            )
+            for s in (True, False)
+        ]
+    if kernel == "generate":
+        tile = {"BLOCK_R": config.block_p, "BLOCK_K": config.block_k}
+        return [(generate_kernel, {"R": rank, "WITH_A": 1, **tile})]
+    if kernel == "merge":
+        plan = triton_merge.plan(10, 2, 4096, 4096, *product)
+        return [(triton_merge.merge_kernel, {**plan.constants, "stride_wn": 1, "stride_on": 1})]
+    function = statistics_kernel if kernel == "statistics" else mean_kernel
+    return [(function, {"BLOCK_V": config.block_k})]
 
 
 # --- compilation ----------------------------------------------------------------------------------
 
 
 def compile_case(case: Case, arch: str) -> Any:
-    """Triton's compiled kernel (``.asm`` holds its texts and binary) as for aligned tensors."""
+    """Return Triton's compiled kernel for aligned tensors; ``.asm`` holds its texts and binary."""
     wide = ("n", "m", *(k for k in case.signature if k.startswith(("stride", "split"))))
     attributes = {
         (i,): [["tt.divisibility", 16]]
@@ -210,7 +205,7 @@ def compile_case(case: Case, arch: str) -> Any:
 
 
 def target(arch: str) -> GPUTarget:
-    """Triton's name for an architecture."""
+    """Return Triton's name for an architecture."""
     if arch.startswith("sm_"):
         return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     return GPUTarget("hip", arch, 64)
@@ -227,23 +222,18 @@ def resources(case: Case, arch: str) -> Resources:
             found = re.search(rf"\.{name}:\s*(\d+)", text)
             return int(found.group(1)) if found else 0
 
-        return Resources(
-            case=case.label, arch=arch, registers=field("vgpr_count"), shared_bytes=shared,
-            stack_bytes=field("private_segment_fixed_size"),
-            spills=field("vgpr_spill_count") + field("sgpr_spill_count"),
-        )  # fmt: skip
+        registers, stack = field("vgpr_count"), field("private_segment_fixed_size")
+        spills = field("vgpr_spill_count") + field("sgpr_spill_count")
+        return Resources(case.label, arch, registers, shared, stack, spills)
     usage = _nvidia_tool("cuobjdump", "-res-usage", compiled.asm["cubin"])
     numbers = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     opcodes = [name.partition(".")[0] for name in sass(compiled.asm["cubin"])]
-    return Resources(
-        case=case.label, arch=arch, registers=numbers["REG"], shared_bytes=shared,
-        stack_bytes=numbers["STACK"] + numbers["LOCAL"],
-        spills=opcodes.count("STL") + opcodes.count("LDL"),
-    )  # fmt: skip
+    stack, spills = numbers["STACK"] + numbers["LOCAL"], opcodes.count("STL") + opcodes.count("LDL")
+    return Resources(case.label, arch, numbers["REG"], shared, stack, spills)
 
 
 def sass(cubin: bytes) -> list[str]:
-    """Opcodes of a cubin in order, predicates left out; a label is ".L_x_0:", with its colon."""
+    """List a cubin's opcodes in order, without predicates; a label is ".L_x_0:"."""
     listing = _nvidia_tool("nvdisasm", "-c", cubin)
     address = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/")
     found = []
@@ -259,7 +249,7 @@ def sass(cubin: bytes) -> list[str]:
 
 
 def loop(cubin: bytes) -> tuple[list[str], list[str]]:
-    """(all, those of its longest loop) SASS opcodes of a kernel, by their listing.
+    """List the SASS opcodes of a kernel, and those of its longest loop.
 
     Both sides of a branch count, so it is what a thread executes or a little more.
     """
@@ -280,8 +270,11 @@ def loop(cubin: bytes) -> tuple[list[str], list[str]]:
 
 
 def shrink_instructions(arch: str, dtype: str, rank: int, *, shared: bool) -> float:
-    """SASS instructions that four warps spend each in shrink's loop on 128 rows x 64 columns of x,
-    ten antithetic draws, if each block of F's rows were the most expensive one."""
+    """Count SASS instructions that four warps spend each in shrink's loop on a block of x.
+
+    The block is 128 rows x 64 columns, with ten antithetic draws; each block of F's rows counts as
+    the most expensive one.
+    """
     config = launch.choose_config("shrink", rows=4096, rank=rank, arch=arch)
     case = list(kernel_cases(arch, "shrink", dtype, rank, config))[not shared]
     _, inside = loop(compile_case(case, arch).asm["cubin"])
@@ -291,7 +284,7 @@ def shrink_instructions(arch: str, dtype: str, rank: int, *, shared: bool) -> fl
 
 
 def expand_instructions(arch: str, dtype: str, rank: int, rows: int, *, shared: bool) -> float:
-    """SASS instructions a thread spends on one element of expand's output of ``rows`` rows."""
+    """Count SASS instructions of a thread for one element of expand's output of ``rows`` rows."""
     config = launch.choose_config("expand", rows=rows, rank=rank, arch=arch)
     found = (c for c in kernel_cases(arch, "expand", dtype, rank, config))
     case = next(c for c in found if c.constants["SHARED"] == shared)
@@ -302,7 +295,7 @@ def expand_instructions(arch: str, dtype: str, rank: int, rows: int, *, shared: 
 
 
 def _nvidia_tool(name: str, flag: str, cubin: bytes) -> str:
-    """Output of a binary tool that Triton's wheel carries."""
+    """Return the output of a binary tool that Triton's wheel carries."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -313,7 +306,7 @@ def _nvidia_tool(name: str, flag: str, cubin: bytes) -> str:
 
 
 def problems(case: Case, found: Resources) -> list[str]:
-    """What the gate refuses in one result."""
+    """List what the gate refuses in one result."""
     faults = []
     if found.stack_bytes or found.spills:
         faults.append(f"stack {found.stack_bytes} B, spills {found.spills}")
@@ -338,8 +331,10 @@ def _noise_probe(out, seed, CALLS: tl.constexpr, MATH: tl.constexpr):
 
 
 def instructions_per_normal(arch: str = "sm_90") -> float:
-    """SASS instructions that one more normal costs, counted in two binaries that differ by four
-    normals a thread (the additions that consume them included)."""
+    """Count SASS instructions of one more normal, the addition that consumes it included.
+
+    Two binaries are compared that differ by four normals a thread.
+    """
     counts = []
     for calls in (1, 2):
         signature = {"out": "*fp32", "seed": "*i64", "CALLS": "constexpr", "MATH": "constexpr"}

@@ -24,8 +24,14 @@ PATHS = ("fused", "generate")
 class LaunchConfig(NamedTuple):
     """Tile sizes of one launch; each kernel's launcher says what it takes from here.
 
-    block_t: rows of x. block_m: out_features. block_p: noise rows. block_k: in_features (expand,
-    merge: rank; statistics and mean: vocabulary). block_n: in_features of merge.
+    Attributes:
+        block_t: rows of x.
+        block_m: out_features.
+        block_n: in_features of merge.
+        block_p: rows of noise.
+        block_k: in_features; of expand and merge the rank, of statistics and mean the vocabulary.
+        num_warps: of a program.
+        num_stages: of its loads.
     """
 
     block_t: int = 64
@@ -38,13 +44,13 @@ class LaunchConfig(NamedTuple):
 
 
 def architecture(device: torch.device) -> str:
-    """As ``tuning.architecture``, but "interpreter" where no kernel is compiled."""
+    """Return ``tuning.architecture``, but "interpreter" where no kernel is compiled."""
     return "interpreter" if INTERPRET else tuning.architecture(device)
 
 
 @tuning.cached
 def configurations(arch: str, kernel: str) -> tuple[tuple[int, int, LaunchConfig], ...]:
-    """(largest rows, largest rank, configuration) of one kernel, in the order they are tried."""
+    """List (largest rows, largest rank, configuration) of a kernel, in the order of trial."""
     return tuple(
         (
             c.get("max_rows") or 1 << 62,
@@ -57,7 +63,7 @@ def configurations(arch: str, kernel: str) -> tuple[tuple[int, int, LaunchConfig
 
 @tuning.cached
 def choose_config(kernel: str, *, rows: int, rank: int, arch: str) -> LaunchConfig:
-    """The configuration for ``rows`` rows of x (or logits) at ``rank``."""
+    """Return the configuration for ``rows`` rows of x (or logits) at ``rank``."""
     for max_rows, max_rank, config in configurations(arch, kernel):
         if rows <= max_rows and rank <= max_rank:
             return config
@@ -65,22 +71,22 @@ def choose_config(kernel: str, *, rows: int, rank: int, arch: str) -> LaunchConf
 
 
 def choose_path(rows: int, arch: str) -> str:
-    """ "fused" or "generate", with ``rows`` rows of x to each stream."""
+    """Return "fused" or "generate", for ``rows`` rows of x to each stream."""
     return "generate" if rows >= tuning.paths(arch).generate_min_rows else "fused"
 
 
 def math_kind() -> str:
-    """Transcendentals of the noise (see triton_noise)."""
+    """Name the transcendentals of the noise (see triton_noise)."""
     return "libm" if INTERPRET or torch.version.hip else "cuda"
 
 
 def signed_word(word: int) -> int:
-    """An unsigned 32-bit number as the signed one with the same bits."""
+    """Return the signed 32-bit number with the bits of an unsigned one."""
     return word - (1 << 32) if word >= 1 << 31 else word
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """TF32 only where torch itself was told that float32 products may use it."""
+    """Return "tf32" only where torch was told that float32 products may use it, else "ieee"."""
     # Every way to allow it sets this one; torch's older getter raises once a program has set it.
     allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
     # Of AMD's cards one alone has it.
@@ -88,15 +94,18 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 
 def operand_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of products: the interpreter's in bfloat16 are wrong (triton #11584) and get float32."""
+    """Return the dtype of a product's operands.
+
+    The interpreter's products in bfloat16 are wrong (triton #11584), and get float32.
+    """
     return torch.float32 if INTERPRET and dtype == torch.bfloat16 else dtype
 
 
 def power_of_2(size: int) -> int:
-    """The next power of two, as tl.arange takes it."""
+    """Return the next power of two, as tl.arange takes it."""
     return 1 << max(size - 1, 0).bit_length()
 
 
 def padded_rank(R: int) -> int:
-    """The rank as tl.arange and tl.dot take it: a power of two, at least 16."""
+    """Return the rank as tl.arange and tl.dot take it: a power of two, at least 16."""
     return max(16, power_of_2(R))

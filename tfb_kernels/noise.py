@@ -1,23 +1,7 @@
 """Noise contract, version 1: standard normals as a pure function of their coordinates.
 
-    weight noise   E[q, i, j]   i: rank row 0..r-1,  j: in_features column 0..n-1
-    token noise    Xi[q, t, i]  t: token 0..T-1,     i: rank row 0..r-1
-
-Both come from Philox4x32-10 (Salmon et al., SC'11) followed by Box-Muller in float32:
-
-    key     = (seed mod 2^32, seed div 2^32)
-    counter = (column group, row, stream, layer)       four separate 32-bit words
-              weight: (j div 4,        i, q, layer_id)
-              token:  (i div 4 + 2^31, t, q, layer_id)  the top bit keeps the two kinds apart
-    words   = philox(counter, key) -> w0 w1 w2 w3      columns 4g, 4g+1, 4g+2, 4g+3
-    u       = f32(w) * 2^-32 + 2^-33                   in (0, 1]; f32: rounded to nearest even
-    theta   = f32(int32(w')) * f32(pi * 2^-31)         in [-pi, pi]: where fast sine is accurate
-    (n0, n1) = sqrt(-2 log u(w0)) * (cos, sin)(theta(w1));  (n2, n3) likewise from (w2, w3)
-
-Nothing else enters: not the tile size, device, dtype, batch or number of draws. The float32
-inputs u and theta are exact and equal everywhere; this file, the oracle, evaluates log, sin and
-cos in float64 and rounds once, so a kernel's float32 transcendentals differ from it by their own
-error only (1e-6 RMS; 1e-3 at worst, where u is next to 1 and the normal next to 0).
+The contract and its formulas are in ``docs/noise-contract.md``. This file is its oracle: it
+evaluates log, sin and cos in float64 and rounds once.
 
 To change the noise is to change every saved seed's meaning: raise ``NOISE_VERSION``.
 """
@@ -43,7 +27,9 @@ _CHUNK = 1 << 15  # Philox calls at a time: the int64 temporaries stay in a core
 def philox4x32(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 on int64 tensors that hold 32-bit words.
+    """Compute Philox4x32-10 on int64 tensors that hold 32-bit words.
+
+    Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 
     Args:
         counter: four words, broadcastable against each other, values in [0, 2^32).
@@ -51,8 +37,6 @@ def philox4x32(
 
     Returns:
         Four words of the broadcast shape, values in [0, 2^32).
-
-    Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -71,7 +55,7 @@ def philox4x32(
 
 
 def _box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]:
-    """Two words to two independent standard normals (float64 holding the oracle's values)."""
+    """Turn two words into two independent standard normals, float64."""
     u = radius_word.to(torch.float32) * 2.0**-32 + 2.0**-33
     signed = (angle_word ^ 0x80000000) - 0x80000000
     theta = signed.to(torch.float32) * torch.tensor(math.pi * 2.0**-31, dtype=torch.float32)
@@ -87,7 +71,7 @@ def _key(seed: Tensor) -> tuple[Tensor, Tensor]:
 def _normals(
     seed: Tensor, layer_id: int, streams: Tensor, rows: int, columns: int, domain: int
 ) -> Tensor:
-    """[Q, rows, columns] float32 normals; the column group is offset by ``domain``."""
+    """Return [Q, rows, columns] float32 normals; the column group is offset by ``domain``."""
     device = streams.device
     key = _key(seed.to(device))
     groups = (columns + 3) // 4
@@ -111,10 +95,10 @@ def _normals(
 
 
 def weight_noise(seed: Tensor, layer_id: int, streams: Tensor, r: int, n: int) -> Tensor:
-    """E [Q, r, n] float32 on the device of ``streams`` [Q] int64; ``seed`` is int64, 0-d."""
+    """Return E [Q, r, n] float32 on the device of ``streams`` [Q] int64; ``seed`` is int64, 0-d."""
     return _normals(seed, layer_id, streams, r, n, 0)
 
 
 def token_noise(seed: Tensor, layer_id: int, streams: Tensor, tokens: int, r: int) -> Tensor:
-    """Xi [Q, T, r] float32: r normals for each token position of the flattened batch."""
+    """Return Xi [Q, T, r] float32: r normals for each token position of the flattened batch."""
     return _normals(seed, layer_id, streams, tokens, r, TOKEN_DOMAIN)

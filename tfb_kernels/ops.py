@@ -1,12 +1,10 @@
 """Public functions and their registration as torch custom operators.
 
-Arguments are checked here, once, in the language of the caller; the operators behind them
-(``tfb::gaussian_noise``, ``tfb::bayes_lora_linear`` and its in-place twin,
-``tfb::bayes_lora_merge``, ``tfb::predictive_reduction``) trust what they get. All have fake
-implementations, so ``torch.compile(fullgraph=True)`` and ``torch.export`` see through them.
-
-A new implementation is added in ``resolve_impl`` and in the operators' bodies; a new argument in
-the public function, the operator's schema and its fake. Triton is imported when it is first used.
+Arguments are checked here, once, in the language of the caller; the operators behind them trust
+what they get. All have fake implementations, so ``torch.compile(fullgraph=True)`` and
+``torch.export`` see through them. A new implementation is added in ``resolve_impl`` and in the
+operators' bodies; a new argument in the public function, the operator's schema and its fake.
+Triton is imported when it is first used.
 """
 
 from __future__ import annotations
@@ -27,6 +25,7 @@ from tfb_kernels.reference import (
     compute_dtype,
     predictive_reduction_reference,
 )
+from tfb_kernels.samples import SCHEMA, Samples
 
 IMPLEMENTATIONS = ("auto", "triton", "reference")
 NOISE_KINDS = ("weight", "token")
@@ -49,7 +48,7 @@ def _interpreted() -> bool:
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
-    """Why the Triton kernels cannot run on ``device`` for x of ``dtype``, or None if they can."""
+    """Tell why the Triton kernels cannot run on ``device`` for x of ``dtype``; None if they can."""
     if not HAS_TRITON:
         return "triton is not installed"
     if dtype == torch.float64:
@@ -63,10 +62,11 @@ def why_not_triton(device: torch.device, dtype: torch.dtype = torch.float32) -> 
 
 
 def resolve_impl(impl: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
-    """ "triton" or "reference". A name that cannot run is an error, never something else.
+    """Return "triton" or "reference"; a name that cannot run is an error, never something else.
 
     Raises:
-        ValueError: an unknown name. ImplementationUnavailableError: see above.
+        ValueError: an unknown name.
+        ImplementationUnavailableError: ``impl`` was named and cannot run on ``device``.
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl={impl!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
@@ -83,8 +83,10 @@ def resolve_impl(impl: str, device: torch.device, dtype: torch.dtype = torch.flo
 
 
 def prepared_for(device: torch.device, dtype: torch.dtype) -> tuple[str, torch.dtype]:
-    """The implementation that "auto" takes for weight noise and x of ``dtype``, and the dtype in
-    which it reads A and B without converting them at every call."""
+    """Return what "auto" takes for weight noise and x of ``dtype``, and the dtype of its factors.
+
+    In that dtype A and B need not be converted at every call.
+    """
     impl = resolve_impl("auto", device, dtype)
     return impl, dtype if impl == "triton" else compute_dtype(dtype)
 
@@ -93,7 +95,7 @@ def prepared_for(device: torch.device, dtype: torch.dtype) -> tuple[str, torch.d
 
 
 def _seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
-    """The seed as an int64 scalar on ``device``: a tensor, so that graph replay sees new ones."""
+    """Return the seed as an int64 scalar on ``device``."""
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise ValueError(f"seed: expected one int64 value, got {seed.dtype} {list(seed.shape)}")
@@ -118,8 +120,7 @@ def _stream_tensor(streams: Tensor | Sequence[int], device: torch.device) -> Ten
 
 
 def _host_numbers(streams: Tensor | Sequence[int]) -> list[int] | None:
-    """The streams as Python numbers, or None where looking would wait for a device or break a
-    compiled graph."""
+    """Return the streams as numbers; None if that would wait for a device or break a graph."""
     if not isinstance(streams, Tensor):
         return list(streams)
     if streams.device.type != "cpu" or torch.compiler.is_compiling():
@@ -133,17 +134,17 @@ def _check_layer_id(layer_id: int) -> None:
 
 
 def by_stream(streams: Sequence[int]) -> tuple[list[int], list[int], int]:
-    """The distinct streams in order of first use, each draw's number among them, the common run."""
+    """Return the distinct streams by first use, each draw's place among them, the common run."""
     order = {q: i for i, q in enumerate(dict.fromkeys(streams))}
     index = [order[q] for q in streams]
     return list(order), index, common_run(index)
 
 
 def common_run(index: Sequence[int]) -> int:
-    """How many consecutive draws share a stream, if that is the same for all of Q = 0, 1, ...
+    """Return how many consecutive draws share a stream, or 1 where that is not the same for all.
 
-    ``index`` [S]: each draw's stream, numbered by first use. [0, 0, 1, 1] has 2; an order in which
-    a stream comes back, or with unequal runs, has 1: nothing to rely on.
+    ``index`` [S] is each draw's stream, numbered by first use. [0, 0, 1, 1] has 2; an order in
+    which a stream comes back, or with unequal runs, has 1: nothing to rely on.
     """
     run = len(index) // (max(index) + 1)
     return run if all(q == s // run for s, q in enumerate(index)) else 1
@@ -178,13 +179,14 @@ def gaussian_noise(
     *,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Standard normals E [Q, r, n] of the noise contract (see :mod:`tfb_kernels.noise`).
+    """Return standard normals E [Q, r, n] of the noise contract (:mod:`tfb_kernels.noise`).
 
     Args:
         seed: 64 bits, as an int or an int64 tensor of one element.
         layer_id: unsigned 32 bits; two layers with different ids never share noise.
         streams: Q unsigned 32-bit stream numbers.
-        r: rank (rows). n: in_features (columns).
+        r: rank (rows).
+        n: in_features (columns).
         device: where E lives; default the device of ``streams`` if a tensor, else the CPU.
 
     Returns:
@@ -207,39 +209,54 @@ def gaussian_noise(
 # --- bayes_lora_linear ----------------------------------------------------------------------------
 
 
-def _apply(arguments: tuple[Any, ...], out: Tensor | None) -> Tensor:
-    operands: list[Any] = [*arguments[:-1], out]
-    x, impl = arguments[0], arguments[-1]
+def _add(
+    x: Tensor,
+    base: Tensor,
+    samples: Samples,
+    noise: str,
+    pool: Tensor | None,
+    bias: Tensor | None,
+    impl: str,
+    out: Tensor | None,
+) -> Tensor:
     if impl == "triton":
         from tfb_kernels.triton_linear import bayes_lora_linear_triton
 
         with torch.cuda.device_of(x):  # Triton launches on the current device
-            return bayes_lora_linear_triton(*operands)
+            return bayes_lora_linear_triton(x, base, samples, noise, pool, bias, out)
     if torch.is_autocast_enabled(x.device.type):  # has had its say about x
         with torch.autocast(x.device.type, enabled=False):
-            return _apply(arguments, out)
-    return bayes_lora_linear_reference(*operands)
+            return _add(x, base, samples, noise, pool, bias, impl, out)
+    return bayes_lora_linear_reference(x, base, samples, noise, pool, bias, out)
 
 
-def add_samples(arguments: tuple[Any, ...], inplace: bool) -> Tensor:
-    """``bayes_lora_linear`` for a caller that vouches for the operator's ``arguments``: numbers of
-    draws, streams and rows are contiguous."""
-    x, base, A, B = arguments[:4]
+def add_samples(
+    x: Tensor,
+    base: Tensor,
+    samples: Samples,
+    noise: str,
+    pool: Tensor | None,
+    bias: Tensor | None,
+    impl: str,
+    inplace: bool,
+) -> Tensor:
+    """Compute ``bayes_lora_linear`` for a caller that vouches for its arguments."""
     if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-        arguments = (x, *arguments[1:])
-    if _is_plain(x, base, A, B):
-        return _apply(arguments, base if inplace else None)
+    if _is_plain(x, base, samples.A, samples.B):
+        return _add(x, base, samples, noise, pool, bias, impl, base if inplace else None)
     if inplace:
-        _bayes_lora_linear_(*arguments)
+        _bayes_lora_linear_(x, base, *samples, noise, pool, bias, impl)
         return base
-    return _bayes_lora_linear(*arguments)
+    return _bayes_lora_linear(x, base, *samples, noise, pool, bias, impl)
 
 
 def _is_plain(*tensors: Tensor) -> bool:
-    """Whether the operator's registration has nothing to do here: no graph is being traced and no
-    gradient asked for. Going through it costs a tenth of a millisecond a call, in a model of a few
-    hundred layers as much as the arithmetic of a small batch."""
+    """Tell whether the operator's registration has nothing to do: no graph, no gradient.
+
+    Going through it costs a tenth of a millisecond a call, in a model of a few hundred layers as
+    much as the arithmetic of a small batch.
+    """
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         return False
     gradients = torch.is_grad_enabled()
@@ -249,32 +266,29 @@ def _is_plain(*tensors: Tensor) -> bool:
     return True
 
 
-# What both operators below say of a layer's posterior and of the draws from it.
-_DRAWS = (
-    "Tensor A, Tensor B, Tensor inv_d, Tensor sigmas, Tensor streams, Tensor stream_index, int run,"
-    " Tensor seed, int layer_id, float scaling"
-)
-_ADDED = f"Tensor x, Tensor{{}} base, {_DRAWS}, str noise, Tensor? pool, Tensor? bias, str impl"
+_ADDED = f"Tensor x, Tensor{{}} base, {SCHEMA}, str noise, Tensor? pool, Tensor? bias, str impl"
 
 
 @torch.library.custom_op(
     "tfb::bayes_lora_linear", mutates_args=(), schema=f"({_ADDED.format('')}) -> Tensor"
 )
-def _bayes_lora_linear(*arguments: Any) -> Tensor:
-    return _apply(arguments, None)
+def _bayes_lora_linear(x: Tensor, base: Tensor, *rest: Any) -> Tensor:
+    *fields, noise, pool, bias, impl = rest
+    return _add(x, base, Samples(*fields), noise, pool, bias, impl, None)
 
 
 @_bayes_lora_linear.register_fake
-def _(x: Tensor, base: Tensor, A: Tensor, B: Tensor, inv_d: Tensor, sigmas: Tensor,
-      *rest: Any) -> Tensor:  # fmt: skip
-    return base.new_empty((sigmas.shape[0], base.shape[-2], base.shape[-1]))
+def _(x: Tensor, base: Tensor, *rest: Any) -> Tensor:
+    sigmas = rest[Samples._fields.index("sigmas")]
+    return base.new_empty((sigmas.shape[0], *base.shape[-2:]))
 
 
 @torch.library.custom_op(
     "tfb::bayes_lora_linear_", mutates_args=("base",), schema=f"({_ADDED.format('(a!)')}) -> ()"
 )
-def _bayes_lora_linear_(*arguments: Any) -> None:
-    _apply(arguments, arguments[1])
+def _bayes_lora_linear_(x: Tensor, base: Tensor, *rest: Any) -> None:
+    *fields, noise, pool, bias, impl = rest
+    _add(x, base, Samples(*fields), noise, pool, bias, impl, base)
 
 
 @_bayes_lora_linear_.register_fake
@@ -302,7 +316,7 @@ def bayes_lora_linear(
     draws_per_stream: int = 1,
     pool: Tensor | None = None,
 ) -> Tensor:
-    """S posterior samples of a LoRA update, added to a base output (TFB, Theorem 4.1).
+    """Add S posterior samples of a LoRA update to a base output (TFB, Theorem 4.1).
 
         y_s = base + bias + scaling * B (A x + (sigma_s * inv_d) o (E_{q(s)} x))
 
@@ -315,12 +329,15 @@ def bayes_lora_linear(
     Args:
         x: [T, n], shared by all draws, or [S, T, n], one input for each draw.
         base: [T, m] for shared x, [S, T, m] otherwise: what the frozen layer gave for x.
-        A: [r, n], rows in the SVD basis of B (A' of the paper). B: [m, r] (B').
+        A: [r, n], rows in the SVD basis of B (A' of the paper).
+        B: [m, r] (B').
         inv_d: [r], 1 / d_i; 0 where B has no such direction.
         sigmas: [S] float. Negative values flip the noise (antithetic draws); 0 gives the mean.
         streams: the noise stream of each draw, [S]. Repeats are allowed (pairs, sigma grids);
             given as a sequence or a CPU tensor, each distinct one is generated once.
-        seed: 64 bits. layer_id: unsigned 32 bits. scaling: LoRA's alpha / r, any real number.
+        seed: 64 bits, as an int or an int64 tensor of one element.
+        layer_id: unsigned 32 bits.
+        scaling: LoRA's alpha / r, any real number.
         noise: "weight": one E for each stream, shared by all tokens. "token": independent noise
             for every token, |x_t| * Xi_t in place of E x_t (same marginals for each token; the
             token's number is its row in the flattened [T, n], so it is not batch-invariant).
@@ -353,12 +370,10 @@ def bayes_lora_linear(
     if pool is not None:
         _check_pool(pool, A, numbered[0], stream_index is not None and noise == "weight")
     _check_options(base, B, bias, inplace, x.dim() == 3)
-    arguments = (
-        x, base, A, B, inv_d.contiguous(), sigmas.contiguous(), *numbered,
-        _seed_tensor(seed, x.device), layer_id, float(scaling), noise, pool,
-        None if bias is None else bias.contiguous(), impl,
-    )  # fmt: skip
-    return add_samples(arguments, inplace)
+    of_layer = (_seed_tensor(seed, x.device), layer_id, float(scaling))
+    samples = Samples(A, B, inv_d.contiguous(), sigmas.contiguous(), *numbered, *of_layer)
+    bias = None if bias is None else bias.contiguous()
+    return add_samples(x, base, samples, noise, pool, bias, impl, inplace)
 
 
 def _numbered(
@@ -368,19 +383,21 @@ def _numbered(
     draws: int,
     device: torch.device,
 ) -> tuple[Tensor, Tensor, int]:
-    """Streams without repeats, each draw's index into them, and the common run; one number for each
-    draw where they cannot be looked at."""
+    """Return streams without repeats, each draw's index into them, and the common run.
+
+    Streams that cannot be looked at stay as they are, one for each draw.
+    """
     streams = _stream_tensor(given, device)
     if stream_index is None:
         if len(streams) != draws:
-            raise ValueError(f"streams: expected [{draws}], one for each of sigmas, got "
-                             f"{list(streams.shape)}")  # fmt: skip
+            found = list(streams.shape)
+            raise ValueError(f"streams: expected [{draws}], one for each of sigmas, got {found}")
         numbers = _host_numbers(given)
         if numbers is None:
             return streams, torch.arange(len(streams), device=device), 1
-        found, index, run = by_stream(numbers)
-        distinct = torch.tensor(found, dtype=torch.int64, device=device)
-        return distinct, torch.tensor(index, device=device), run
+        distinct, index, run = by_stream(numbers)
+        streams = torch.tensor(distinct, dtype=torch.int64, device=device)
+        return streams, torch.tensor(index, device=device), run
     if stream_index.shape != (draws,):
         raise ValueError(f"stream_index: expected [{draws}], got {list(stream_index.shape)}")
     if draws_per_stream < 1 or (draws_per_stream > 1 and len(streams) * draws_per_stream != draws):
@@ -392,7 +409,7 @@ def _numbered(
 
 
 def _impl_for(impl: str, x: Tensor, noise: str, pool: Tensor | None) -> str:
-    """As ``resolve_impl``; token noise and noise that was kept are for the reference alone."""
+    """Resolve ``impl``; token noise and noise that was kept are for the reference alone."""
     found = resolve_impl(impl, x.device, x.dtype)
     if found == "reference" or (noise == "weight" and pool is None):
         return found
@@ -457,35 +474,36 @@ def _check_options(
 # --- bayes_lora_merge -----------------------------------------------------------------------------
 
 
-def merge_samples(arguments: tuple[Any, ...], out: Tensor | None) -> Tensor:
-    """``bayes_lora_merge`` for a caller that vouches for the operator's ``arguments``."""
-    if _is_plain(*arguments[:3]):
-        return _merge(arguments, out)
-    merged = _bayes_lora_merge(*arguments)
+def merge_samples(
+    weight: Tensor, samples: Samples, pool: Tensor | None, impl: str, out: Tensor | None
+) -> Tensor:
+    """Compute ``bayes_lora_merge`` for a caller that vouches for its arguments."""
+    if _is_plain(weight, samples.A, samples.B):
+        return _merge(weight, samples, pool, impl, out)
+    merged = _bayes_lora_merge(weight, *samples, pool, impl)
     return merged if out is None else out.copy_(merged)
 
 
-def _merge(arguments: tuple[Any, ...], out: Tensor | None) -> Tensor:
-    weight, sigmas, impl = arguments[0], arguments[4], arguments[-1]
+def _merge(
+    weight: Tensor, samples: Samples, pool: Tensor | None, impl: str, out: Tensor | None
+) -> Tensor:
     if out is None:
-        out = like_weights(weight, len(sigmas))
+        out = like_weights(weight, len(samples.sigmas))
     if impl == "triton":
         from tfb_kernels.triton_merge import merge
 
-        operands: list[Any] = [*arguments[:-2], out]  # without a pool: it makes its noise
         with torch.cuda.device_of(weight):
-            merge(*operands)
+            merge(weight, samples, out)  # without a pool: it makes its noise
         return out
     if torch.is_autocast_enabled(weight.device.type):
         with torch.autocast(weight.device.type, enabled=False):
-            return _merge(arguments, out)
-    operands = [*arguments[:-1], out]
-    bayes_lora_merge_reference(*operands)
+            return _merge(weight, samples, pool, impl, out)
+    bayes_lora_merge_reference(weight, samples, pool, out)
     return out
 
 
 def like_weights(weight: Tensor, draws: int, memory: Tensor | None = None) -> Tensor:
-    """Room for ``draws`` weights [S, m, n], each laid out as ``weight`` is. memory: [S m n]."""
+    """Make room for weights [S, m, n], each laid out as ``weight`` is, in ``memory`` [S m n]."""
     turned = weight.mT.is_contiguous() and not weight.is_contiguous()
     shape = (draws, *(weight.mT if turned else weight).shape)
     room = weight.new_empty(shape) if memory is None else memory.view(shape)
@@ -495,15 +513,16 @@ def like_weights(weight: Tensor, draws: int, memory: Tensor | None = None) -> Te
 @torch.library.custom_op(
     "tfb::bayes_lora_merge",
     mutates_args=(),
-    schema=f"(Tensor weight, {_DRAWS}, Tensor? pool, str impl) -> Tensor",
+    schema=f"(Tensor weight, {SCHEMA}, Tensor? pool, str impl) -> Tensor",
 )
-def _bayes_lora_merge(*arguments: Any) -> Tensor:
-    return _merge(arguments, None)
+def _bayes_lora_merge(weight: Tensor, *rest: Any) -> Tensor:
+    *fields, pool, impl = rest
+    return _merge(weight, Samples(*fields), pool, impl, None)
 
 
 @_bayes_lora_merge.register_fake
-def _(weight: Tensor, A: Tensor, B: Tensor, inv_d: Tensor, sigmas: Tensor, *rest: Any) -> Tensor:
-    return like_weights(weight, len(sigmas))
+def _(weight: Tensor, *rest: Any) -> Tensor:
+    return like_weights(weight, len(rest[Samples._fields.index("sigmas")]))
 
 
 def bayes_lora_merge(
@@ -534,11 +553,20 @@ def bayes_lora_merge(
 
     Args:
         weight: W [m, n], of any strides: the transposed view of a [n, m] weight will do.
+        A: [r, n], as for :func:`bayes_lora_linear`, like all that is not explained here.
+        B: [m, r].
+        inv_d: [r].
+        sigmas: [S] float.
+        streams: [S], or [Q] with ``stream_index``.
+        seed: 64 bits.
+        layer_id: unsigned 32 bits.
+        scaling: LoRA's alpha / r.
+        impl: "reference", "triton" (without ``pool``), or "auto".
+        stream_index: [S] int64, or None.
+        draws_per_stream: with ``stream_index``, the length of its runs; 1 promises nothing.
         pool: [Q, r, n] float32, ``gaussian_noise`` of these streams.
         out: [S, m, n] of the dtype of ``weight``, filled and returned; None: a new tensor in which
             each weight is laid out as ``weight``.
-        A, B, inv_d, sigmas, streams, seed, layer_id, scaling, impl, stream_index,
-        draws_per_stream: see :func:`bayes_lora_linear`.
 
     Returns:
         W_s [S, m, n] in the dtype of ``weight``.
@@ -560,11 +588,9 @@ def bayes_lora_merge(
         _require(out.shape == (S, m, n), "out", out, f"[{S}, {m}, {n}]")
         if out.dtype != weight.dtype:
             raise ValueError(f"out: expected {weight.dtype}, the dtype of weight, got {out.dtype}")
-    arguments = (
-        weight, A, B, inv_d.contiguous(), sigmas.contiguous(), *numbered,
-        _seed_tensor(seed, weight.device), layer_id, float(scaling), pool, impl,
-    )  # fmt: skip
-    return merge_samples(arguments, out)
+    of_layer = (_seed_tensor(seed, weight.device), layer_id, float(scaling))
+    samples = Samples(A, B, inv_d.contiguous(), sigmas.contiguous(), *numbered, *of_layer)
+    return merge_samples(weight, samples, pool, impl, out)
 
 
 # --- predictive_reduction -------------------------------------------------------------------------
@@ -608,7 +634,7 @@ def predictive_reduction(
     label_ids: Tensor | None = None,
     impl: str = "auto",
 ) -> Reduction:
-    """What the posterior predictive needs of logits, without S B V probabilities in memory.
+    """Reduce logits to what the predictive needs, without S B V probabilities in memory.
 
     Args:
         logits: [S, B, V] of S draws.
@@ -618,13 +644,17 @@ def predictive_reduction(
         impl: "reference", "triton", or "auto".
 
     Returns:
-        probs [B, V]: mean over draws of the softmax. total [B]: its entropy, nats. expected [B]:
-        mean over draws of each draw's entropy. draw_argmax [S, B] int64. standard_error [B, V]:
-        standard deviation of the units' means / sqrt(U), NaN for U = 1. float32, or float64 for
-        float64 logits; V is K with ``label_ids``.
+        Five tensors, float32, or float64 for float64 logits; V is K with ``label_ids``.
+
+        - probs [B, V]: mean over draws of the softmax.
+        - total [B]: entropy of probs, nats.
+        - expected [B]: mean over draws of each draw's entropy, nats.
+        - draw_argmax [S, B] int64: each draw's most probable column.
+        - standard_error [B, V]: standard deviation of the units' means / sqrt(U), NaN for U = 1.
 
     Raises:
-        ValueError: shapes that do not fit. ImplementationUnavailableError: see above.
+        ValueError: shapes that do not fit.
+        ImplementationUnavailableError: ``impl`` was named and cannot run here.
     """
     if logits.dim() != 3 or logits.dtype not in FLOAT_DTYPES or 0 in logits.shape[::2]:
         raise ValueError(f"logits: expected floats [S, B, V], got {list(logits.shape)}")
@@ -642,7 +672,7 @@ def predictive_reduction(
 
 
 def select_columns(logits: Tensor, label_ids: Tensor) -> Tensor:
-    """Columns [K] or [B, K] of logits [S, B, V], which are read and nothing else.
+    """Select columns [K] or [B, K] of logits [S, B, V], reading nothing else.
 
     Raises:
         ValueError: another shape.

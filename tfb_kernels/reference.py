@@ -15,36 +15,28 @@ import torch
 from torch import Tensor
 
 from tfb_kernels.noise import token_noise, weight_noise
+from tfb_kernels.samples import Samples
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64 input, float32 for everything else."""
+    """Return float64 for float64 input, float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def bayes_lora_linear_reference(
     x: Tensor,
     base: Tensor,
-    A: Tensor,
-    B: Tensor,
-    inv_d: Tensor,
-    sigmas: Tensor,
-    streams: Tensor,
-    stream_index: Tensor,
-    run: int,
-    seed: Tensor,
-    layer_id: int,
-    scaling: float,
+    samples: Samples,
     noise: str,
     pool: Tensor | None = None,
     bias: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Shapes and meaning as in :func:`tfb_kernels.bayes_lora_linear`, whose checks came before.
+    """Compute :func:`tfb_kernels.bayes_lora_linear`, which has checked the arguments.
 
-    run: consecutive draws of one stream; 1: ``stream_index`` is arbitrary. out: [S, T, m], may
-    be ``base``.
+    ``out`` [S, T, m] may be ``base``; without it the result is a new tensor.
     """
+    A, B, inv_d, sigmas, streams, stream_index, run, seed, layer_id, scaling = samples
     dtype = compute_dtype(x.dtype)
     x_, A_, B_ = x.to(dtype), A.to(dtype), B.to(dtype)
     gain = sigmas.to(dtype)[:, None] * inv_d.to(dtype)  # [S, r]: sigma_s / d_i
@@ -69,7 +61,7 @@ def bayes_lora_linear_reference(
 def _expand(
     z: Tensor, base: Tensor, B: Tensor, scaling: float, bias: Tensor | None, out: Tensor | None
 ) -> Tensor:
-    """base [T, m] or [S, T, m] + scaling * z B^T [+ bias] for z [S, T, r], in base's dtype."""
+    """Add scaling * z B^T [+ bias], z [S, T, r], to base [T, m] or [S, T, m], in base's dtype."""
     start = base.to(z.dtype)
     if bias is not None:
         start = start + bias.to(z.dtype)
@@ -83,21 +75,10 @@ def _expand(
 
 
 def bayes_lora_merge_reference(
-    weight: Tensor,
-    A: Tensor,
-    B: Tensor,
-    inv_d: Tensor,
-    sigmas: Tensor,
-    streams: Tensor,
-    stream_index: Tensor,
-    run: int,
-    seed: Tensor,
-    layer_id: int,
-    scaling: float,
-    pool: Tensor | None,
-    out: Tensor,
+    weight: Tensor, samples: Samples, pool: Tensor | None, out: Tensor
 ) -> None:
-    """Shapes and meaning as in :func:`tfb_kernels.bayes_lora_merge`, whose checks came before."""
+    """Compute :func:`tfb_kernels.bayes_lora_merge`, which has checked the arguments."""
+    A, B, inv_d, sigmas, streams, stream_index, run, seed, layer_id, scaling = samples
     dtype = compute_dtype(weight.dtype)
     if pool is not None:
         noise = pool if len(pool) == 1 else pool[stream_index]  # one stream needs no copy
@@ -118,7 +99,7 @@ def bayes_lora_merge_reference(
 def predictive_reduction_reference(
     logits: Tensor, units: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The oracle of ``predictive_reduction``: logits [S, B, V], units [U, D]."""
+    """Compute ``predictive_reduction`` of logits [S, B, V] and units [U, D]."""
     p = logits.to(compute_dtype(logits.dtype)).softmax(-1)
     probs = p.mean(0)
     return (
@@ -131,9 +112,9 @@ def predictive_reduction_reference(
 
 
 def unit_standard_error(p: Tensor, units: Tensor) -> Tensor:
-    """Standard error over units of the mean of p [S, ...]: std of unit means / sqrt(U).
+    """Return the standard error of the mean of p [S, ...]: std of the units' means / sqrt(U).
 
-    units: [U, D] draw numbers. NaN for U = 1.
+    ``units`` are [U, D] draw numbers; with one unit alone the error is NaN.
     """
     U = len(units)
     if U == 1 or p[0].numel() == 0:

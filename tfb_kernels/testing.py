@@ -23,22 +23,21 @@ def exact_weight_samples(
     layer_id: int,
     scaling: float,
 ) -> Tensor:
-    """y [S, T, m] in float64 by the definition: materialise A' + noise, one draw after another.
+    """Return y [S, T, m] in float64 by the definition: A' + noise of one draw after another.
 
-    Written another way than the oracle, which has no loop over draws and, for shared x, never forms
-    a sampled weight.
+    The oracle is written another way: it has no loop over draws and never forms a sampled weight.
     """
+    x, base, A, B, inv_d = (t.double() for t in (x, base, A, B, inv_d))
     return eager_weight_samples(
-        x.double(), base.double(), A.double(), B.double(), inv_d.double(), sigmas, streams,
-        seed=seed, layer_id=layer_id, scaling=scaling,
-    )  # fmt: skip
+        x, base, A, B, inv_d, sigmas, streams, seed=seed, layer_id=layer_id, scaling=scaling
+    )
 
 
 def error_budget(exact: Tensor, eager: Tensor) -> float:
-    """2 x the largest error of an eager computation in the working precision.
+    """Return twice the largest error of an eager computation in the working precision.
 
     A kernel that stays inside it is no worse than twice what plain torch gives for the same work
-    (attention-gym's rule). ``exact``: float64 truth. ``eager``: the same in the low precision.
+    (attention-gym's rule). ``exact`` is the float64 truth, ``eager`` the same in low precision.
     """
     return 2.0 * float((eager.double() - exact).abs().max())
 
@@ -56,8 +55,10 @@ def eager_weight_samples(
     layer_id: int,
     scaling: float,
 ) -> Tensor:
-    """y [S, T, m] as eager PyTorch gives it in the dtype of x: the naive loop with materialised
-    noise, whose error is the yardstick of :func:`error_budget`."""
+    """Return y [S, T, m] as eager PyTorch gives it in the dtype of x: the naive loop over draws.
+
+    Its error is the yardstick of :func:`error_budget`.
+    """
     out = []
     for s, sampled in enumerate(_sampled(A, inv_d, sigmas, streams, seed, layer_id, x.dtype)):
         x_s, base_s = (x, base) if x.dim() == 2 else (x[s], base[s])
@@ -74,15 +75,17 @@ def _sampled(
     layer_id: int,
     dtype: torch.dtype,
 ) -> Iterator[Tensor]:
-    """A' + (sigma / d) o E of each draw [r, n], materialised and rounded to ``dtype``."""
+    """Yield A' + (sigma / d) o E of each draw [r, n], materialised and rounded to ``dtype``."""
     for sigma, stream in zip(sigmas.tolist(), streams.tolist(), strict=True):
         E = weight_noise(torch.tensor(seed), layer_id, torch.tensor([stream]), *A.shape)[0]
         yield (A + sigma * inv_d[:, None] * E.to(A.device)).to(dtype)
 
 
 def rounding_allowance(exact: Tensor, base: Tensor, dtype: torch.dtype) -> float:
-    """What any computation in ``dtype`` may err by, which an eager one by luck may not have: half a
-    unit of the result, and of noise (or A'), z and B in the update."""
+    """Return what any computation in ``dtype`` may err by, if not an eager one that has luck.
+
+    That is half a unit of the result, and of noise (or A'), z and B in the update.
+    """
     update = float((exact - base.to(exact)).abs().max())
     return torch.finfo(dtype).eps / 2 * (float(exact.abs().max()) + 3 * update)
 
@@ -90,7 +93,7 @@ def rounding_allowance(exact: Tensor, base: Tensor, dtype: torch.dtype) -> float
 def noise_allowance(
     x: Tensor, B: Tensor, inv_d: Tensor, sigmas: Tensor, scaling: float, rms: float = 1e-6
 ) -> float:
-    """What the noise contract allows two implementations to differ by: normals equal to ``rms``.
+    """Return what the noise contract allows implementations to differ by: normals, by ``rms``.
 
     e = E x then differs by about rms |x|, and y by scaling |B (sigma / d)| times that; eight
     standard deviations of it, for the largest token, row and draw.
@@ -113,7 +116,9 @@ def merged_weights(
     layer_id: int,
     scaling: float,
 ) -> Tensor:
-    """W + scaling B' (A' + noise) [S, m, n] in the dtype of ``weight``, as an adapter is merged:
-    the exact weights if all is float64, the yardstick of :func:`error_budget` otherwise."""
+    """Return W + scaling B' (A' + noise) [S, m, n] in the dtype of ``weight``.
+
+    These are the exact weights if all is float64, else the yardstick of :func:`error_budget`.
+    """
     found = _sampled(A, inv_d, sigmas, streams, seed, layer_id, weight.dtype)
     return torch.stack([weight + scaling * (B.to(weight.dtype) @ sampled) for sampled in found])

@@ -1,9 +1,7 @@
-"""finalise, once: zf_s = scaling (z0 + (sigma_s / d) o e_{q(s)}), rounded to the product's dtype;
-expand: y_s = base + zf_s B'^T [+ bias], a product of small depth with one write of each output.
+"""finalise and expand: from shrink's sums z to the samples y.
 
-finalise adds the partial sums of shrink's splits in order, so that nothing depends on timing.
-expand takes draws and tokens as rows (s, t) of one matrix; base is [T, m], read again for each draw
-from the L2, or [S, T, m], which y may overwrite.
+    finalise   zf_s = scaling (z0 + (sigma_s / d) o e_{q(s)}), splits added in order, rounded once
+    expand     y_s = base + zf_s B'^T [+ bias], rows (s, t) of one matrix, one write of each output
 
 Dimensions: S draws, T tokens, m out_features, R rank, K splits, slots of z as in shrink.
 """
@@ -62,7 +60,7 @@ def finalise_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """SHARED: the draws s = u run .. of one stream, for rows t. Otherwise rows (s, t) of z."""
+    """Scale and round a block of rows: t, for a stream's draws, if SHARED; else (s, t)."""
     unit = tl.program_id(1)
     row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     i = tl.arange(0, RP)
@@ -108,6 +106,7 @@ def expand_kernel(
     BLOCK_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """Add one tile of zf B'^T to base [T, m] if SHARED, read for each draw, else [S, T, m]."""
     # Blocks of rows vary fastest: all draws pass while a strip of base's columns is in the L2.
     first = (tl.program_id(0) % row_blocks) * BLOCK_T
     column = (tl.program_id(0) // row_blocks) * BLOCK_M
@@ -158,25 +157,23 @@ def finalise(
     *,
     shared: bool,
 ) -> Tensor:
-    """z [K, rows, slots, R] of shrink -> zf [S, T, R] in ``dtype``, rounded once.
+    """Return zf [S, T, R] in ``dtype`` from shrink's z [K, rows, slots, R].
 
-    shared: rows = T, slots of all streams. Otherwise rows = S T, and two slots.
+    Where ``shared``, rows are T and slots those of all streams; else rows are S T, and slots two.
     """
     S, (K, rows, slots, R) = len(sigmas), z.shape
     out = torch.empty((S, T, R), dtype=operand_dtype(dtype), device=z.device)
     run = run if shared else 1
     constants = finalise_constants(R, K)
     grid = (-(-rows // constants["BLOCK_T"]), S // run if shared else 1)
-    finalise_kernel[grid](
-        z, out, sigmas, inv_d, stream_index, scaling, rows, T, K, run, slots * R, z.stride(0),
-        SHARED=shared, **constants,
-    )  # fmt: skip
+    draws, sizes = (sigmas, inv_d, stream_index, scaling), (rows, T, K, run, slots * R, z.stride(0))
+    finalise_kernel[grid](z, out, *draws, *sizes, SHARED=shared, **constants)
     return out
 
 
 @lru_cache
 def finalise_constants(R: int, K: int) -> dict[str, int]:
-    """About 128 numbers of z a program, of as many splits at a time as registers hold."""
+    """Give a program about 128 numbers of z, of as many splits at a time as registers hold."""
     RP = power_of_2(R)
     block_t = max(1, 128 // RP)
     block_s = min(power_of_2(K), max(1, FINALISE_TILE // (block_t * RP)))
@@ -204,7 +201,7 @@ def plan(
     shared: bool,
     bias: bool,
 ) -> Plan:
-    """Tiles as in ``config`` (block_t, block_m, block_k of R), smaller where programs are few."""
+    """Plan tiles as in ``config`` (block_t, block_m, block_k of R), smaller for few programs."""
     rows, tile, depth = S * T, [config.block_t, config.block_m], config.block_k
     if dtype == torch.float32:  # whose products, where not TF32, take registers for both operands
         tile, depth = [min(tile[0], 32), min(tile[1], 64)], 16
@@ -215,16 +212,19 @@ def plan(
         ):
             tile[side] //= 2
     row_blocks = triton.cdiv(rows, tile[0])
-    return Plan(
-        (row_blocks * triton.cdiv(m, tile[1]),),
-        row_blocks,
-        {
-            "R": R, "RB": min(padded_rank(R), depth), "SHARED": shared,
-            "LONG": shared and tile[0] <= T, "HAS_BIAS": bias, "BLOCK_T": tile[0],
-            "BLOCK_M": tile[1], "PRECISION": precision, "num_warps": config.num_warps,
-            "num_stages": config.num_stages,
-        },
-    )  # fmt: skip
+    constants: dict[str, object] = {
+        "R": R,
+        "RB": min(padded_rank(R), depth),
+        "SHARED": shared,
+        "LONG": shared and tile[0] <= T,
+        "HAS_BIAS": bias,
+        "BLOCK_T": tile[0],
+        "BLOCK_M": tile[1],
+        "PRECISION": precision,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    return Plan((row_blocks * triton.cdiv(m, tile[1]),), row_blocks, constants)
 
 
 def expand(
@@ -236,7 +236,6 @@ def expand(
     """
     S, T, m = out.shape
     flat = base if base.dim() == 2 else base.reshape(S * T, m)
-    expand_kernel[launch.grid](
-        z, B, flat, flat if bias is None else bias, out, S * T, T, m, launch.row_blocks,
-        flat.stride(0), **launch.constants,
-    )  # fmt: skip
+    tensors = (z, B, flat, flat if bias is None else bias, out)
+    sizes = (S * T, T, m, launch.row_blocks, flat.stride(0))
+    expand_kernel[launch.grid](*tensors, *sizes, **launch.constants)

@@ -35,16 +35,15 @@ def generate_kernel(
     BLOCK_K: tl.constexpr,
     MATH: tl.constexpr,
 ):
-    """rows = (WITH_A + Q) * R rows of one group; program: BLOCK_R of them x BLOCK_K columns."""
+    """Fill BLOCK_R of a group's rows = (WITH_A + Q) * R rows, BLOCK_K columns of them."""
     k0, k1 = seed_words(seed)
     group = tl.program_id(2).to(tl.int64)
     p = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     slot = p // R - WITH_A
     stream = tl.load(streams + group * Q + slot, mask=(slot >= 0) & (p < rows), other=0)
-    tile = noise_tile(
-        tl.program_id(1) * BLOCK_K, (p % R).to(tl.uint32), stream.to(tl.uint32), layer_words(layer),
-        k0, k1, BLOCK_K, MATH,
-    )  # fmt: skip
+    first = tl.program_id(1) * BLOCK_K
+    row, stream, word = (p % R).to(tl.uint32), stream.to(tl.uint32), layer_words(layer)
+    tile = noise_tile(first, row, stream, word, k0, k1, BLOCK_K, MATH)
     j = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask = (p < rows)[:, None] & (j < n)[None, :]
     if WITH_A:
@@ -69,7 +68,7 @@ def generate(
     dtype: torch.dtype,
     config: LaunchConfig,
 ) -> Tensor:
-    """A [R, n] or None, streams [G, Q] -> [G, (1 or 0) + Q, R, n] in ``dtype``."""
+    """Return the stacked factors [G, (1 or 0) + Q, R, n] of A [R, n] or None, streams [G, Q]."""
     G, Q = streams.shape
     with_a = A is not None
     out = torch.empty((G, with_a + Q, R, n), dtype=dtype, device=streams.device)
@@ -77,9 +76,9 @@ def generate(
         return out
     rows = (with_a + Q) * R
     grid = (triton.cdiv(rows, config.block_p), triton.cdiv(n, config.block_k), G)
-    generate_kernel[grid](
-        out if A is None else A, out, streams, seed, signed_word(layer_id), n, Q, rows,
-        R=R, WITH_A=int(with_a), BLOCK_R=config.block_p, BLOCK_K=config.block_k,
-        MATH=math_kind(), num_warps=config.num_warps,
-    )  # fmt: skip
+    mean = out if A is None else A
+    tiles = {"BLOCK_R": config.block_p, "BLOCK_K": config.block_k, "num_warps": config.num_warps}
+    constants = {"R": R, "WITH_A": int(with_a), "MATH": math_kind(), **tiles}
+    sizes = (signed_word(layer_id), n, Q, rows)
+    generate_kernel[grid](mean, out, streams, seed, *sizes, **constants)
     return out

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tfb_kernels import launch, triton_expand, triton_shrink, tuning
 from tfb_kernels.launch import LaunchConfig, choose_config, operand_dtype
+from tfb_kernels.samples import Samples
 from tfb_kernels.triton_expand import expand, finalise
 from tfb_kernels.triton_generate import generate
 from tfb_kernels.triton_shrink import shrink
@@ -47,7 +48,7 @@ def _plan(
     shared: bool,
     bias: bool,
 ) -> Plan:
-    """G groups of ``rows`` rows of x and Q streams each; S draws of T tokens."""
+    """Plan G groups of ``rows`` rows of x and Q streams each; S draws of T tokens."""
     arch, wave = launch.architecture(device), tuning.processors(device)
     if path not in launch.PATHS:
         path = launch.choose_path(rows, arch)
@@ -55,29 +56,16 @@ def _plan(
     if path == "fused":
         config = choose_config("shrink", rows=rows, rank=R, arch=arch)
         made = triton_shrink.plan(G, rows, n, Q, R, dtype, precision, config, wave)
-    return Plan(
-        made,
-        choose_config("generate", rows=rows, rank=R, arch=arch),
-        triton_expand.plan(
-            S, T, m, R, dtype, precision, choose_config("expand", rows=S * T, rank=R, arch=arch),
-            wave, shared=shared, bias=bias,
-        ),
-    )  # fmt: skip
+    written = choose_config("generate", rows=rows, rank=R, arch=arch)
+    config = choose_config("expand", rows=S * T, rank=R, arch=arch)
+    added = triton_expand.plan(S, T, m, R, dtype, precision, config, wave, shared=shared, bias=bias)
+    return Plan(made, written, added)
 
 
 def bayes_lora_linear_triton(
     x: Tensor,
     base: Tensor,
-    A: Tensor,
-    B: Tensor,
-    inv_d: Tensor,
-    sigmas: Tensor,
-    streams: Tensor,
-    stream_index: Tensor,
-    run: int,
-    seed: Tensor,
-    layer_id: int,
-    scaling: float,
+    samples: Samples,
     noise: str = "weight",
     pool: Tensor | None = None,
     bias: Tensor | None = None,
@@ -85,15 +73,19 @@ def bayes_lora_linear_triton(
     *,
     path: str = "auto",
 ) -> Tensor:
-    """Shapes and meaning as in :func:`tfb_kernels.bayes_lora_linear`, whose checks came before.
+    """Compute :func:`tfb_kernels.bayes_lora_linear`, which has checked the arguments.
 
     Args:
-        A, B: best in the dtype of x; in another they are converted at every call.
-        run: consecutive draws that share a stream, S = Q * run; 1: ``stream_index`` is arbitrary.
-        noise, pool: "weight" and None; the implementations have one list of arguments.
+        x: [T, n] or [S, T, n].
+        base: [T, m] or [S, T, m].
+        samples: with A and B best in the dtype of x; in another they are converted at every call.
+        noise: "weight" alone; all implementations have one list of arguments.
+        pool: None alone, likewise.
+        bias: [m], or None.
         out: [S, T, m] contiguous; may be ``base``.
         path: "fused" or "generate" by name, for benchmarks and tests.
     """
+    A, B, inv_d, sigmas, streams, stream_index, run, seed, layer_id, scaling = samples
     dtype, shared = x.dtype, x.dim() == 2
     if x.stride(-1) != 1:
         x = x.contiguous()
@@ -112,10 +104,9 @@ def bayes_lora_linear_triton(
     else:
         grouped, grouped_streams = x, streams[stream_index][:, None]
     G, rows, _ = grouped.shape
-    made = _plan(
-        x.device, G, rows, n, grouped_streams.shape[1], R, S, T, m, dtype,
-        launch.dot_precision(dtype), path, shared=shared, bias=bias is not None,
-    )  # fmt: skip
+    Q, precision = grouped_streams.shape[1], launch.dot_precision(dtype)
+    size = (x.device, G, rows, n, Q, R, S, T, m)
+    made = _plan(*size, dtype, precision, path, shared=shared, bias=bias is not None)
     A = A.to(dtype).contiguous()
     B = B.to(operand_dtype(dtype)).contiguous()
     if made.shrink is not None:
@@ -130,7 +121,7 @@ def bayes_lora_linear_triton(
 
 
 def _library_product(x: Tensor, factors: Tensor) -> Tensor:
-    """x [G, T, n], factors [G, slots, R, n] -> z [1, G * T, slots, R] float32."""
+    """Multiply x [G, T, n] by factors [G, slots, R, n]: z [1, G * T, slots, R] float32."""
     G, T, _ = x.shape
     slots, R = factors.shape[1:3]
     weights = factors.flatten(1, 2).mT

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tfb_kernels import launch, tuning
 from tfb_kernels.launch import operand_dtype
+from tfb_kernels.samples import Samples
 from tfb_kernels.triton_noise import layer_words, noise_tile, seed_words
 
 # --- kernel ---------------------------------------------------------------------------------------
@@ -53,6 +54,7 @@ def merge_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
+    """Make one tile of W_s, for all draws of one stream."""
     c = (tl.program_id(0) // n_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     first = (tl.program_id(0) % n_blocks) * BLOCK_N
     j = first + tl.arange(0, BLOCK_N)
@@ -103,29 +105,46 @@ class Plan(NamedTuple):
 
 
 def plan(
-    S: int, run: int, m: int, n: int, R: int, dtype: torch.dtype, precision: str,
+    S: int,
+    run: int,
+    m: int,
+    n: int,
+    R: int,
+    dtype: torch.dtype,
+    precision: str,
     config: launch.LaunchConfig,
-) -> Plan:  # fmt: skip
-    """From ``config``: block_m, block_n, block_k (of R), num_warps, num_stages."""
+) -> Plan:
+    """Plan a launch with block_m, block_n and block_k (of R) of ``config``."""
     if dtype == torch.float32:  # whose products, where not TF32, take registers for both operands
         config = config._replace(block_m=min(config.block_m, 64), block_k=16)
         if precision == "tf32":  # of which Triton 3.6 lays out no larger tile on Hopper
             config = config._replace(block_m=32, block_n=128, num_warps=4)
     n_blocks = triton.cdiv(n, config.block_n)
     constants: dict[str, object] = {
-        "R": R, "RB": min(launch.padded_rank(R), config.block_k), "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n, "MATH": launch.math_kind(), "PRECISION": precision,
+        "R": R,
+        "RB": min(launch.padded_rank(R), config.block_k),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "MATH": launch.math_kind(),
+        "PRECISION": precision,
         "UPCAST": operand_dtype(dtype) != dtype,
-        "num_warps": config.num_warps, "num_stages": config.num_stages,
-    }  # fmt: skip
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
     return Plan((triton.cdiv(m, config.block_m) * n_blocks, S // run), n_blocks, constants)
 
 
 @tuning.cached
 def _plan(
-    device: torch.device, S: int, run: int, m: int, n: int, R: int, dtype: torch.dtype,
+    device: torch.device,
+    S: int,
+    run: int,
+    m: int,
+    n: int,
+    R: int,
+    dtype: torch.dtype,
     precision: str,
-) -> Plan:  # fmt: skip
+) -> Plan:
     arch = launch.architecture(device)
     config = launch.choose_config("merge", rows=0, rank=R, arch=arch)
     return plan(S, run, m, n, R, dtype, precision, config)
@@ -133,25 +152,16 @@ def _plan(
 
 def merge(
     weight: Tensor,
-    A: Tensor,
-    B: Tensor,
-    inv_d: Tensor,
-    sigmas: Tensor,
-    streams: Tensor,
-    stream_index: Tensor,
-    run: int,
-    seed: Tensor,
-    layer_id: int,
-    scaling: float,
+    samples: Samples,
     out: Tensor,
     *,
     config: launch.LaunchConfig | None = None,
 ) -> None:
-    """Fill out [S, m, n] from weight [m, n], both of any strides, A [R, n] and B [m, R].
+    """Fill out [S, m, n] from weight [m, n], both of any strides.
 
-    run: consecutive draws that share a stream, S = Q run; 1: ``stream_index`` is arbitrary.
-    config: tiles other than those of ``data/launch.json``, for the sweep and tests.
+    ``config`` takes the place of the tiles of ``data/launch.json``, for the sweep and tests.
     """
+    A, B, inv_d, sigmas, streams, stream_index, run, seed, layer_id, scaling = samples
     (S, m, n), R, dtype = out.shape, A.shape[0], weight.dtype
     if out.numel() == 0:
         return
@@ -160,8 +170,8 @@ def merge(
         made = _plan(weight.device, S, run, m, n, R, dtype, precision)
     else:
         made = plan(S, run, m, n, R, dtype, precision, config)
-    merge_kernel[made.grid](
-        weight, A.to(dtype).contiguous(), B.to(dtype).contiguous(), inv_d, sigmas, streams,
-        stream_index, seed, out, launch.signed_word(layer_id), m, n, run, made.n_blocks, scaling,
-        weight.stride(0), weight.stride(1), *out.stride(), **made.constants,
-    )  # fmt: skip
+    factors = (A.to(dtype).contiguous(), B.to(dtype).contiguous(), inv_d)
+    noise = (sigmas, streams, stream_index, seed)
+    sizes = (launch.signed_word(layer_id), m, n, run, made.n_blocks, scaling)
+    strides = (*weight.stride(), *out.stride())
+    merge_kernel[made.grid](weight, *factors, *noise, out, *sizes, *strides, **made.constants)

@@ -3,7 +3,7 @@
     normals4(group, row, stream, layer, key) -> columns 4g, 4g+1, 4g+2, 4g+3 of one row
     noise_tile(first column, rows, streams, layer, key) -> [rows, columns] of E
 
-MATH picks the transcendentals, the dominant cost of a normal (DESIGN.md):
+MATH picks the transcendentals, the dominant cost of a normal:
 
     "cuda"  libdevice's fast_logf, fast_sinf, fast_cosf: a few MUFU instructions each
     "libm"  tl.log, tl.sin, tl.cos: AMD GPUs and the interpreter, which have no libdevice
@@ -29,21 +29,23 @@ ANGLE = tl.constexpr(1.4629180792671596e-09)
 
 @triton.jit
 def seed_words(seed_pointer):
-    """(low, high) words of the seed, an int64 in memory: graph replay reads a new one."""
+    """Load the seed's (low, high) words, an int64 in memory: graph replay reads a new one."""
     seed = tl.load(seed_pointer).to(tl.uint64)
     return (seed & 0xFFFFFFFF).to(tl.uint32), (seed >> 32).to(tl.uint32)
 
 
 @triton.jit
 def layer_words(layer):
-    """The layer id as a uint32 block [1, 1]; it comes as a signed 32-bit argument, so that one
-    compiled kernel serves every layer."""
+    """Return the layer id as a uint32 block [1, 1].
+
+    It comes as a signed 32-bit argument, so that one compiled kernel serves every layer.
+    """
     return tl.full((1, 1), layer, tl.int32).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
 def philox4x32(c0, c1, c2, c3, k0, k1):
-    """Philox4x32-10 on uint32 blocks that broadcast against each other."""
+    """Compute Philox4x32-10 on uint32 blocks that broadcast against each other."""
     for _ in tl.static_range(ROUNDS):
         # One 32 x 32 -> 64 product gives both halves (IMAD.WIDE.U32).
         p0 = c0.to(tl.uint64) * M0
@@ -59,7 +61,7 @@ def philox4x32(c0, c1, c2, c3, k0, k1):
 
 @triton.jit
 def box_muller(radius_word, angle_word, MATH: tl.constexpr):
-    """Two uint32 words -> two standard normals, float32."""
+    """Turn two uint32 words into two standard normals, float32."""
     u = radius_word.to(tl.float32) * TWO_NEG_32 + TWO_NEG_33
     theta = angle_word.to(tl.int32, bitcast=True).to(tl.float32) * ANGLE
     if MATH == "cuda":
@@ -73,7 +75,7 @@ def box_muller(radius_word, angle_word, MATH: tl.constexpr):
 
 @triton.jit
 def normals4(group, row, stream, layer, k0, k1, MATH: tl.constexpr):
-    """Four normals for each broadcast element of (group, row, stream, layer), uint32."""
+    """Return four normals for each broadcast element of (group, row, stream, layer), uint32."""
     w0, w1, w2, w3 = philox4x32(group, row, stream, layer, k0, k1)
     n0, n1 = box_muller(w0, w1, MATH)
     n2, n3 = box_muller(w2, w3, MATH)
@@ -82,7 +84,7 @@ def normals4(group, row, stream, layer, k0, k1, MATH: tl.constexpr):
 
 @triton.jit
 def noise_tile(column, row, stream, layer, k0, k1, BLOCK_K: tl.constexpr, MATH: tl.constexpr):
-    """E [rows, BLOCK_K] from ``column`` on, a multiple of 4; row and stream are uint32 [rows]."""
+    """Return E [rows, BLOCK_K] from ``column``, a multiple of 4; row, stream: uint32 [rows]."""
     group = (column // 4 + tl.arange(0, BLOCK_K // 4)).to(tl.uint32)
     n0, n1, n2, n3 = normals4(group[None, :], row[:, None], stream[:, None], layer, k0, k1, MATH)
     # join appends an axis: [..., low, high] runs over n0 n1 n2 n3, in the thread's own registers.

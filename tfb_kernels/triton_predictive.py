@@ -38,7 +38,7 @@ def statistics_kernel(
     stride_b,
     BLOCK_V: tl.constexpr,
 ):
-    """One program for a part of V of one draw's row; parts are combined by the launcher."""
+    """Read a part of V of one draw's row; the launcher combines the parts."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     source = logits + (row // B) * stride_s + (row % B) * stride_b
@@ -89,6 +89,7 @@ def mean_kernel(
     stride_b,
     BLOCK_V: tl.constexpr,
 ):
+    """Average a block of V of one row over draws; ``order`` lists the draws unit by unit."""
     b = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     v = block * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -121,7 +122,7 @@ def mean_kernel(
 def predictive_reduction_triton(
     logits: Tensor, units: Tensor, statistics: LaunchConfig, mean: LaunchConfig
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """logits [S, B, V] of unit stride in V, units [U, D] draw numbers. See the public function."""
+    """Compute ``predictive_reduction`` of logits [S, B, V], contiguous in V, and units [U, D]."""
     S, B, V = logits.shape
     U, D = units.shape
     device, real = logits.device, torch.float32
@@ -131,10 +132,9 @@ def predictive_reduction_triton(
     parts = triton.cdiv(V, part_size)
     high, total, moment = torch.empty((3, S, B, parts), dtype=real, device=device).unbind()
     best = torch.empty((S, B, parts), dtype=torch.int32, device=device)
-    statistics_kernel[(S * B, parts)](
-        logits, high, total, moment, best, B, V, part_size, logits.stride(0), logits.stride(1),
-        BLOCK_V=statistics.block_k, num_warps=statistics.num_warps,
-    )  # fmt: skip
+    found, strides = (high, total, moment, best), logits.stride()[:2]
+    tiles = {"BLOCK_V": statistics.block_k, "num_warps": statistics.num_warps}
+    statistics_kernel[(S * B, parts)](logits, *found, B, V, part_size, *strides, **tiles)
     top, part = high.max(-1, keepdim=True)
     # A part of nothing but -inf weighs nothing; its shift would be NaN.
     shift = torch.where(high.isneginf(), 0.0, high - top)
@@ -149,8 +149,7 @@ def predictive_reduction_triton(
     probs = torch.empty((B, V), dtype=real, device=device)
     error = torch.empty_like(probs)
     entropy = torch.empty((B, blocks), dtype=real, device=device)
-    mean_kernel[(B, blocks)](
-        logits, log_normalizer, units.contiguous(), probs, error, entropy, B, V, U, D,
-        logits.stride(0), logits.stride(1), BLOCK_V=mean.block_k, num_warps=mean.num_warps,
-    )  # fmt: skip
+    given, averaged = (logits, log_normalizer, units.contiguous()), (probs, error, entropy)
+    tiles = {"BLOCK_V": mean.block_k, "num_warps": mean.num_warps}
+    mean_kernel[(B, blocks)](*given, *averaged, B, V, U, D, *strides, **tiles)
     return probs, entropy.sum(-1), draw_entropy.mean(0), argmax, error

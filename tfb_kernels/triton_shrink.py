@@ -59,7 +59,10 @@ def _tile(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Rows ``first`` .. of F; ``MEAN``: those below R are A'. Pointers are those of the group."""
+    """Multiply F's rows from ``first`` on, those below R being A' if MEAN, by a tile of x^T.
+
+    Pointers are those of the group.
+    """
     p = first + tl.arange(0, BLOCK_P)
     i = p % R
     slot = p // R
@@ -116,6 +119,7 @@ def shrink_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
+    """Compute one tile of one group's z, over one split of n."""
     # Blocks of F's rows vary fastest: the programs that read one x tile run side by side.
     t = tl.program_id(0) // p_blocks * BLOCK_T + tl.arange(0, BLOCK_T)
     block = tl.program_id(0) % p_blocks
@@ -130,15 +134,13 @@ def shrink_kernel(
     out += (split * tl.num_programs(1) + group) * T * ((1 + Q) * R)
     first = block * BLOCK_P
     # ``plan`` says which kinds of block there are: with the mean, between, and a smaller last one.
+    place = (x, a, out, streams, t, first, start, stop, T, n, Q, stride_xt, word, k0, k1)
     if first < R or not (MIDDLE or TAIL):
-        _tile(x, a, out, streams, t, first, start, stop, T, n, Q, stride_xt, word, k0, k1,
-              R, EVEN, True, BLOCK_P, BLOCK_K, MATH, PRECISION, UPCAST)  # fmt: skip
+        _tile(*place, R, EVEN, True, BLOCK_P, BLOCK_K, MATH, PRECISION, UPCAST)
     elif MIDDLE and (TAIL == 0 or block < p_blocks - 1):
-        _tile(x, a, out, streams, t, first, start, stop, T, n, Q, stride_xt, word, k0, k1,
-              R, EVEN, False, BLOCK_P, BLOCK_K, MATH, PRECISION, UPCAST)  # fmt: skip
+        _tile(*place, R, EVEN, False, BLOCK_P, BLOCK_K, MATH, PRECISION, UPCAST)
     elif TAIL:
-        _tile(x, a, out, streams, t, first, start, stop, T, n, Q, stride_xt, word, k0, k1,
-              R, EVEN, False, TAIL, BLOCK_K, MATH, PRECISION, UPCAST)  # fmt: skip
+        _tile(*place, R, EVEN, False, TAIL, BLOCK_K, MATH, PRECISION, UPCAST)
 
 
 # --- launcher -------------------------------------------------------------------------------------
@@ -164,9 +166,9 @@ def plan(
     config: LaunchConfig,
     wave: int,
 ) -> Plan:
-    """Tiles and splits such that there are ``wave`` programs or more, wherever n allows.
+    """Plan tiles and splits such that there are ``wave`` programs or more, wherever n allows.
 
-    From ``config``: block_t, block_p (at most), block_k, num_warps, num_stages.
+    Tiles are block_t, block_p (at most) and block_k of ``config``.
     """
     block_t, block_k, largest = config.block_t, config.block_k, config.block_p
     if dtype == torch.float32:  # whose products, where not TF32, take registers for both operands
@@ -183,31 +185,42 @@ def plan(
         tail = 0
     splits = triton.cdiv(wave, x_blocks * p_blocks)
     split_size = max(1, steps // splits) * block_k
-    return Plan(
-        (triton.cdiv(T, block_t) * p_blocks, G, triton.cdiv(n, split_size)),
-        p_blocks,
-        split_size,
-        {
-            "R": R, "EVEN": n % block_k == 0, "MIDDLE": p_blocks - with_mean - (tail > 0) > 0,
-            "TAIL": tail, "BLOCK_T": block_t, "BLOCK_P": block_p, "BLOCK_K": block_k,
-            "MATH": math_kind(), "PRECISION": precision,
-            "UPCAST": operand_dtype(dtype) != dtype,
-            "num_warps": config.num_warps, "num_stages": config.num_stages,
-        },
-    )  # fmt: skip
+    constants: dict[str, object] = {
+        "R": R,
+        "EVEN": n % block_k == 0,
+        "MIDDLE": p_blocks - with_mean - (tail > 0) > 0,
+        "TAIL": tail,
+        "BLOCK_T": block_t,
+        "BLOCK_P": block_p,
+        "BLOCK_K": block_k,
+        "MATH": math_kind(),
+        "PRECISION": precision,
+        "UPCAST": operand_dtype(dtype) != dtype,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    grid = (triton.cdiv(T, block_t) * p_blocks, G, triton.cdiv(n, split_size))
+    return Plan(grid, p_blocks, split_size, constants)
 
 
 def shrink(
     x: Tensor, A: Tensor, streams: Tensor, seed: Tensor, layer_id: int, launch: Plan
 ) -> Tensor:
-    """x [G, T, n] of unit stride in n, A [R, n] contiguous in x's dtype, streams [G, Q]
-    -> z [K, G * T, 1 + Q, R] float32."""
+    """Return z [K, G * T, 1 + Q, R] float32.
+
+    Args:
+        x: [G, T, n] of unit stride in n.
+        A: [R, n] contiguous, in the dtype of x.
+        streams: [G, Q] int64.
+        seed: int64 scalar.
+        layer_id: unsigned 32 bits.
+        launch: what ``plan`` gave for these shapes.
+    """
     G, T, n = x.shape
     Q = streams.shape[1]
     shape = (launch.grid[2], G * T, 1 + Q, A.shape[0])
     out = torch.empty(shape, dtype=torch.float32, device=x.device)
-    shrink_kernel[launch.grid](
-        x, A, out, streams, seed, signed_word(layer_id), T, n, Q, launch.p_blocks,
-        launch.split_size, x.stride(0), x.stride(1), **launch.constants,
-    )  # fmt: skip
+    noise, sizes = (streams, seed, signed_word(layer_id)), (T, n, Q)
+    cut = (launch.p_blocks, launch.split_size, x.stride(0), x.stride(1))
+    shrink_kernel[launch.grid](x, A, out, *noise, *sizes, *cut, **launch.constants)
     return out

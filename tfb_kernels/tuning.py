@@ -46,12 +46,12 @@ def reload() -> None:
 
 
 def architecture(device: torch.device) -> str:
-    """ "sm_90", "gfx942", ... of this very device; "cpu" for what is no GPU."""
+    """Return "sm_90", "gfx942", ... of this very device; "cpu" for what is no GPU."""
     return _gpu(_index(device))[0] if device.type == "cuda" else "cpu"
 
 
 def processors(device: torch.device) -> int:
-    """Multiprocessors (compute units) of this very device."""
+    """Return how many multiprocessors (compute units) this very device has."""
     return _gpu(_index(device))[1] if device.type == "cuda" else PROCESSORS_OF_A_CPU
 
 
@@ -74,13 +74,13 @@ def _gpu(index: int) -> tuple[str, int]:
 
 @cached
 def table() -> dict[str, Any]:
-    """The data file, by architecture."""
+    """Read the data file, by architecture."""
     data: dict[str, Any] = json.loads(LAUNCH_FILE.read_text())["architectures"]
     return data
 
 
 def entry(arch: str) -> dict[str, Any]:
-    """An architecture's own settings, those it does not name from "default"."""
+    """Return an architecture's own settings, those it does not name from "default"."""
     default, own = table()["default"], table().get(arch, {})
     return {part: default[part] | own.get(part, {}) for part in ("kernels", "paths")}
 
@@ -89,9 +89,10 @@ def entry(arch: str) -> dict[str, Any]:
 class Paths:
     """Where one way of computing the same begins to beat another.
 
-    generate_min_rows: rows that share a stream from which noise is written once and multiplied by
-    the vendor's library; below, registers make it again for each block of rows. merge_rows: see
-    ``merge_min_rows``.
+    Attributes:
+        generate_min_rows: rows that share a stream from which noise is written once and multiplied
+            by the vendor's library; below, registers make it again for each block of rows.
+        merge_rows: see ``merge_min_rows``.
     """
 
     generate_min_rows: int
@@ -100,12 +101,12 @@ class Paths:
 
 @cached
 def paths(arch: str) -> Paths:
-    """The thresholds of an architecture."""
+    """Return the thresholds of an architecture."""
     return Paths(**entry(arch)["paths"])
 
 
 def merge_min_rows(m: int, n: int, device: torch.device) -> float:
-    """Rows of a draw from which merging its update into the weight [m, n] beats adding it.
+    """Return the rows of a draw from which merging its update into W [m, n] beats adding it.
 
     Merging reads and writes the weight, 2 n m numbers; adding reads x and the base output and
     writes the result, n + 2 m a row. ``merge_rows`` is what was measured of that ratio.

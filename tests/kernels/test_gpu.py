@@ -46,10 +46,8 @@ def operands(dtype: torch.dtype, *, shared: bool) -> dict[str, Any]:
 
 
 def layer(p: dict[str, Any], seed: Tensor, streams: Tensor, index: Tensor) -> Tensor:
-    return bayes_lora_linear(
-        *p.values(), streams, stream_index=index, draws_per_stream=2, seed=seed, layer_id=7,
-        scaling=2.0, impl="triton",
-    )  # fmt: skip
+    given: dict[str, Any] = {"stream_index": index, "draws_per_stream": 2, "seed": seed}
+    return bayes_lora_linear(*p.values(), streams, **given, layer_id=7, scaling=2.0, impl="triton")
 
 
 def device_streams() -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from tfb_kernels import launch, triton_expand, triton_linear, triton_merge, triton_shrink, tuning
+from tfb_kernels.samples import Samples
 
 PROCESSORS = 132  # of an H100 or H200
 # out_features, in_features of Llama 3.1 8B
@@ -33,10 +34,8 @@ def two_cards(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: cards[i][0])
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties",
-        lambda i: SimpleNamespace(multi_processor_count=cards[i][1]),
-    )  # fmt: skip
+    properties = [SimpleNamespace(multi_processor_count=card[1]) for card in cards]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: properties[i])
     tuning.reload()
     yield
     tuning.reload()
@@ -163,22 +162,21 @@ class Launches:
 def test_a_call_costs_few_calls_of_python(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once a shape is known, the way to three launches is at most 60 calls of functions."""
     kernels = Launches()
-    for module, name in (
-        (triton_shrink, "shrink_kernel"), (triton_expand, "finalise_kernel"),
-        (triton_expand, "expand_kernel"),
-    ):  # fmt: skip
-        monkeypatch.setattr(module, name, kernels)
+    monkeypatch.setattr(triton_shrink, "shrink_kernel", kernels)
+    monkeypatch.setattr(triton_expand, "finalise_kernel", kernels)
+    monkeypatch.setattr(triton_expand, "expand_kernel", kernels)
     rows = (16,) if shared else (10, 16)
     x, base, A, B = (
         torch.zeros(*size, dtype=BF16) for size in ((*rows, 64), (*rows, 48), (16, 64), (48, 16))
     )
     if launch.INTERPRET:
         B = B.float()  # the dtype of products there
-    tensors = (x, base, A, B, torch.zeros(16), torch.zeros(10), torch.arange(5))
-    options = (torch.arange(5).repeat_interleave(2), 2, torch.tensor(0), 7, 2.0)
+    numbered = (torch.arange(5), torch.arange(5).repeat_interleave(2), 2)
+    of_layer = (torch.tensor(0), 7, 2.0)
 
     def call() -> None:
-        triton_linear.bayes_lora_linear_triton(*tensors, *options, path="fused")
+        samples = Samples(A, B, torch.zeros(16), torch.zeros(10), *numbered, *of_layer)
+        triton_linear.bayes_lora_linear_triton(x, base, samples, path="fused")
 
     call()
     assert kernels.count == 3

@@ -10,14 +10,21 @@ from typing import Any
 
 import pytest
 import torch
-from test_ops import LOW, SIGMAS, STREAMS, compiled_once, indexed, problem, within
+from support.operators import (
+    LOW,
+    SIGMAS,
+    STREAMS,
+    Problem,
+    compiled_once,
+    indexed,
+    problem,
+    within,
+)
 from torch import Tensor
 
 from tfb_kernels import bayes_lora_linear, bayes_lora_merge, gaussian_noise
 from tfb_kernels.noise import weight_noise
 from tfb_kernels.reference import compute_dtype
-
-Problem = dict[str, Any]
 
 
 def merging(dtype: torch.dtype = torch.float64, turned: bool = False) -> Problem:

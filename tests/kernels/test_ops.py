@@ -16,8 +16,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.operators import (
+    LOW,
+    STREAMS,
+    Problem,
+    compiled_once,
+    indexed,
+    problem,
+    within,
+)
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from tfb_kernels import (
     ImplementationUnavailableError,
@@ -31,46 +39,7 @@ from tfb_kernels.noise import token_noise, weight_noise
 from tfb_kernels.reference import compute_dtype
 from tfb_kernels.testing import error_budget, exact_weight_samples
 
-Problem = dict[str, Any]
 NOISE = ("weight", "token")
-SIGMAS = (0.5, -0.5, 0.02, -2.0, 0.0, 0.5)
-STREAMS = (4, 4, 2**32 - 1, 0, 4, 0)
-LOW = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def problem(
-    *,
-    shared: bool,
-    T: int = 5,
-    n: int = 24,
-    m: int = 20,
-    r: int = 4,
-    sigmas: tuple[float, ...] = SIGMAS,
-    streams: tuple[int, ...] = STREAMS,
-    dtype: torch.dtype = torch.float64,
-    factors: torch.dtype | None = None,
-    seed: int = -7,
-) -> Problem:
-    """Arguments of bayes_lora_linear; numbers near 1, so that noise, mean and base all count."""
-    g = torch.Generator().manual_seed(T * 1000 + n * 100 + m * 10 + r)
-    lead = (T,) if shared else (len(sigmas), T)
-
-    def randn(*size: int) -> Tensor:
-        return torch.randn(*size, generator=g, dtype=torch.float64)
-
-    factors = factors or dtype
-    return {
-        "x": randn(*lead, n).to(dtype),
-        "base": randn(*lead, m).to(dtype),
-        "A": (randn(r, n) / n**0.5).to(factors),
-        "B": randn(m, r).to(factors),
-        "inv_d": torch.linspace(0.2, 1.0, r, dtype=torch.float64),
-        "sigmas": torch.tensor(sigmas, dtype=torch.float64),
-        "streams": torch.tensor(streams),
-        "seed": seed,
-        "layer_id": 2**32 - 5,
-        "scaling": -1.75,
-    }
 
 
 def definition(p: Problem, noise: str, *, absolute: bool = False) -> Tensor:
@@ -110,11 +79,6 @@ def bound(p: Problem, noise: str) -> Tensor:
 
 def run(p: Problem, noise: str = "weight", **changes: Any) -> Tensor:
     return bayes_lora_linear(**{**p, "impl": "reference", **changes}, noise=noise)
-
-
-def within(error: Tensor, limit: Tensor) -> None:
-    assert error.shape == limit.shape
-    assert bool((error.abs() <= limit).all()), f"{float((error.abs() / limit).max())} x the bound"
 
 
 # --- values -------------------------------------------------------------------------------------
@@ -193,14 +157,6 @@ def test_any_sizes_and_dtypes(data: st.DataObject) -> None:
     noise = draw(st.sampled_from(NOISE), label="noise")
     exact = exact_weight_samples(**p) if noise == "weight" else definition(p, noise)
     within(run(p, noise).double() - exact, bound(p, noise))
-
-
-def indexed(order: list[int], streams: tuple[int, ...]) -> Problem:
-    """The streams once each, in ``order``, and each draw's index into them."""
-    return {
-        "streams": torch.tensor(order),
-        "stream_index": torch.tensor([order.index(q) for q in streams]),
-    }
 
 
 @pytest.mark.parametrize("noise", NOISE)
@@ -464,19 +420,6 @@ def test_opcheck_predictive_reduction(dtype: torch.dtype) -> None:
     torch.library.opcheck(torch.ops.tfb.predictive_reduction.default, args)
 
 
-def compiled_once(function: Callable[[Tensor], Tensor]) -> None:
-    """fullgraph, the eager bits, and a new seed that gives new noise from the same graph."""
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(function, fullgraph=True, backend=counter)
-    results = [compiled(torch.tensor(seed)) for seed in (1, 2, -1)]
-    for seed, result in zip((1, 2, -1), results, strict=True):
-        assert torch.equal(result, function(torch.tensor(seed)))
-    assert not torch.equal(results[0], results[1])
-    assert counter.frame_count == 1
-    torch._dynamo.reset()
-
-
 def test_compile_gaussian_noise() -> None:
     compiled_once(lambda seed: gaussian_noise(seed, 3, [0, 9], 4, 6) * 2)
 
@@ -683,11 +626,9 @@ def test_streams_in_a_tensor_are_checked_too(bad: int) -> None:
 @pytest.mark.parametrize("size", [(0, 3), (2, 0)])
 def test_an_adapter_without_rank_or_features_is_refused(size: tuple[int, int], impl: str) -> None:
     (r, n), m = size, 4
+    tensors = [torch.zeros(size) for size in ((5, n), (5, m), (r, n), (m, r), (r,), (2,))]
     with pytest.raises(ValueError, match="r and n at least 1"):
-        bayes_lora_linear(
-            torch.zeros(5, n), torch.zeros(5, m), torch.zeros(r, n), torch.zeros(m, r),
-            torch.zeros(r), torch.ones(2), [0, 0], seed=0, layer_id=0, scaling=1.0, impl=impl,
-        )  # fmt: skip
+        bayes_lora_linear(*tensors, [0, 0], seed=0, layer_id=0, scaling=1.0, impl=impl)
 
 
 def test_predictive_reduction_of_no_rows() -> None:

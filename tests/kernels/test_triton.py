@@ -26,6 +26,7 @@ from tfb_kernels import (
 from tfb_kernels.launch import INTERPRET, LaunchConfig, choose_config, dot_precision
 from tfb_kernels.noise import weight_noise
 from tfb_kernels.ops import why_not_triton
+from tfb_kernels.samples import Samples
 from tfb_kernels.testing import (
     eager_weight_samples,
     error_budget,
@@ -108,18 +109,12 @@ def by_path(p: Problem, path: str, *, run: int = 1, **options: Any) -> Tensor:
     """One of the paths by name, into a poisoned output."""
     order = list(dict.fromkeys(p.streams.tolist()))
     index = torch.tensor([order.index(q) for q in p.streams.tolist()], device=DEVICE)
-    return bayes_lora_linear_triton(
-        *p.tensors[:6],
-        torch.tensor(order, device=DEVICE),
-        index,
-        run,
-        torch.tensor(SEED, device=DEVICE),
-        LAYER_ID,
-        p.scaling,
-        out=options.pop("out", poisoned(p)),
-        path=path,
-        **options,
-    )
+    x, base, *factors = p.tensors[:6]
+    numbered = (torch.tensor(order, device=DEVICE), index, run)
+    of_layer = (torch.tensor(SEED, device=DEVICE), LAYER_ID, p.scaling)
+    samples = Samples(*factors, *numbered, *of_layer)
+    out = options.pop("out", poisoned(p))
+    return bayes_lora_linear_triton(x, base, samples, out=out, path=path, **options)
 
 
 def check(p: Problem, y: Tensor) -> None:
@@ -323,11 +318,8 @@ def test_draws_equal_single_runs_to_the_bit() -> None:
     p = problem(20, 60, 24, 4, [5, 5, 6, 8], shared=False, dtype=torch.float16)
     together = by_path(p, "fused")
     for s in range(4):
-        alone = replace(
-            p, x=p.x[s : s + 1], base=p.base[s : s + 1], sigmas=p.sigmas[s : s + 1],
-            streams=p.streams[s : s + 1],
-        )  # fmt: skip
-        assert by_path(alone, "fused").equal(together[s : s + 1])
+        one = {k: getattr(p, k)[s : s + 1] for k in ("x", "base", "sigmas", "streams")}
+        assert by_path(replace(p, **one), "fused").equal(together[s : s + 1])
 
 
 def test_bitwise_equal_run_to_run() -> None:
@@ -338,9 +330,15 @@ def test_bitwise_equal_run_to_run() -> None:
 
 
 def planned(
-    G: int, T: int, n: int, Q: int, R: int, dtype: torch.dtype, config: LaunchConfig | None = None,
+    G: int,
+    T: int,
+    n: int,
+    Q: int,
+    R: int,
+    dtype: torch.dtype,
+    config: LaunchConfig | None = None,
     wave: int = 4,
-) -> triton_shrink.Plan:  # fmt: skip
+) -> triton_shrink.Plan:
     """shrink's plan, by default that of the table for the interpreter."""
     arch = launch.architecture(DEVICE)
     config = config or choose_config("shrink", rows=T, rank=R, arch=arch)

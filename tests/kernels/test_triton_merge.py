@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tfb_kernels.launch import LaunchConfig
+from tfb_kernels.samples import Samples
 from tfb_kernels.testing import (
     error_budget,
     merged_weights,
@@ -48,11 +49,10 @@ def merged(p: list[Tensor], streams: list[int], run: int, config: LaunchConfig |
     out = torch.full((len(streams), *(weight.mT if turned else weight).shape), float("nan"))
     out = out.to(weight)
     out = out.mT if turned else out
-    merge(
-        weight, *rest, torch.tensor(order, device=DEVICE), index, run,
-        torch.tensor(OPTIONS["seed"], device=DEVICE), OPTIONS["layer_id"], OPTIONS["scaling"], out,
-        config=config,
-    )  # fmt: skip
+    numbered = (torch.tensor(order, device=DEVICE), index, run)
+    seed = torch.tensor(OPTIONS["seed"], device=DEVICE)
+    samples = Samples(*rest, *numbered, seed, OPTIONS["layer_id"], OPTIONS["scaling"])
+    merge(weight, samples, out, config=config)
     return out
 
 
