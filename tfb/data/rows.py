@@ -3,10 +3,8 @@
     {"id": "q1", "prompt": "... Answer:", "choices": ["A", "B"], "label": 1}     choice row
     {"id": "t1", "text": "book me a table", "label": 3}                          text row
 
-``messages`` (role and content of each, for a chat template) may stand in place of ``prompt``.
-``id`` is optional: the row's number, counted from 0. ``label`` is optional: an index, or the text
-of a choice or class. Other columns are ignored. Every fault is a `RowError` that names the place,
-the fault and the remedy.
+A chat row has ``messages`` in place of ``prompt``. ``label``, an index or the text of a choice or
+class, and ``id`` may be left out. Every fault names the place, the fault and the remedy.
 """
 
 from __future__ import annotations
@@ -31,6 +29,15 @@ class RowError(ValueError):
 class Row:
     """One task row: a choice row has `choices` and `prompt` or `messages`, a text row has `text`.
 
+    Attributes:
+        id: its name in results.
+        prompt: what the choices continue.
+        choices: two or more answers.
+        text: what a classification head reads.
+        label: position of the right choice or class, from 0; None where it is not known.
+        source: where the row was read, "file.jsonl:12"; used in error messages only.
+        messages: of a chat: role, content and what else the template reads of each.
+
     Raises:
         RowError: another combination, or a label that is no index.
     """
@@ -41,9 +48,7 @@ class Row:
     text: str | None = None
     label: int | None = None
     source: str = "row"
-    """Where the row was read, "file.jsonl:12"; used in error messages only."""
     messages: tuple[Mapping[str, Any], ...] | None = None
-    """Of a chat: role, content and what else the template reads of each."""
 
     def __post_init__(self) -> None:
         asked = (self.prompt is not None) + (self.messages is not None)
@@ -63,7 +68,7 @@ class Row:
 
     @property
     def characters(self) -> int:
-        """Of what the model reads before the choices."""
+        """The length of what the model reads before the choices."""
         said = (message["content"] for message in self.messages or ())
         return sum(map(len, (self.text or self.prompt or "", *said)))
 
@@ -73,9 +78,9 @@ class RowFormat:
     """How fields become rows.
 
     Attributes:
-        columns: for our names those of the data, where they differ: {"text": "sentence"}.
-        labels: names of the classes, in the order of the head's outputs; for choice rows the
-            choices of rows that bring none.
+        columns: the data's name for each of ours that it calls otherwise: {"text": "sentence"}.
+        labels: names of the classes, in the order of the head's outputs; the choices of choice
+            rows that bring none.
         task: "SEQ_CLS" reads text rows, "CAUSAL_LM" and "SEQ_2_SEQ_LM" choice rows; None: each row
             as what it is.
 
@@ -118,8 +123,8 @@ class RowFormat:
 
     @cached_property
     def names(self) -> dict[str, str]:
-        """For every column of a row its name in the data; a name that stands for another of our
-        columns is not also its own."""
+        """The data's name for every column of ours."""
+        # A name that stands for another of our columns is not also its own.
         taken = {theirs for ours, theirs in self.columns.items() if ours != theirs}
         own = {name: name for name in self.ours if name not in taken}
         return own | dict(self.columns)
@@ -140,7 +145,12 @@ class RowFormat:
             self._shape(there, present, source)
 
     def row(self, fields: Mapping[str, Any], source: str = "row", number: int = 0) -> Row:
-        """Check the fields of one row. ``number`` is the id of a row without one.
+        """Check the fields of one row.
+
+        Args:
+            fields: values by the data's names.
+            source: where they were read, for error messages.
+            number: the id of a row without one.
 
         Raises:
             RowError: a missing field, a wrong type or an impossible value.
@@ -164,7 +174,7 @@ class RowFormat:
         return Row(name, prompt, choices, None, label, source, messages)
 
     def row_id(self, fields: Mapping[str, Any], source: str, number: int) -> str:
-        """The id as text; the row's number where there is none.
+        """Return the id as text; the row's number where there is none.
 
         Raises:
             RowError: neither a string with text in it nor an integer.
@@ -179,7 +189,7 @@ class RowFormat:
         return _string(value, "'id'", source)
 
     def _shape(self, there: set[str], present: Sequence[str], source: str) -> str:
-        """ "text" or "choice", by the columns that are there, which suffice for it."""
+        """Tell "text" from "choice" by the columns that are there, which suffice for it."""
         asked = there & {"prompt", "messages"}
         if "text" in there and (asked or "choices" in there):
             _fail(
@@ -218,14 +228,14 @@ class ClassIndex(int):
 
     name: str
 
-    def __new__(cls, index: int, name: str) -> ClassIndex:
+    def __new__(cls, index: int, name: str) -> ClassIndex:  # noqa: D102
         found = super().__new__(cls, index)
         found.name = name
         return found
 
 
 def decode_object(line: str | bytes, source: str) -> dict[str, Any]:
-    """The JSON object on a line, whatever its columns.
+    """Return the JSON object on a line, whatever its columns.
 
     Raises:
         RowError: not UTF-8, not JSON, not an object, or a key that stands twice.
@@ -254,7 +264,7 @@ def decode_object(line: str | bytes, source: str) -> dict[str, Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]], source: str) -> dict[str, Any]:
-    """An object from its pairs; JSON would silently keep the last of two equal keys."""
+    """Make an object of its pairs; JSON would silently keep the last of two equal keys."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
@@ -264,7 +274,7 @@ def _unique(pairs: list[tuple[str, Any]], source: str) -> dict[str, Any]:
 
 
 def _choices(value: Any, source: str) -> tuple[str, ...]:
-    """A list of choices, or a text with a JSON list or with choices parted by "|"."""
+    """Read a list of choices, a text with a JSON list, or one with choices parted by "|"."""
     if isinstance(value, str):
         parsed = _json_list(value)
         if parsed is None and value.lstrip().startswith("["):
@@ -283,7 +293,7 @@ def _choices(value: Any, source: str) -> tuple[str, ...]:
 
 
 def _messages(value: Any, source: str) -> tuple[dict[str, Any], ...]:
-    """A list of messages, or a text with one as JSON."""
+    """Read a list of messages, or a text with one as JSON."""
     if isinstance(value, str):
         value = _json_list(value)
     if not isinstance(value, list | tuple) or not value:
@@ -301,7 +311,7 @@ def _messages(value: Any, source: str) -> tuple[dict[str, Any], ...]:
 
 
 def _json_list(text: str) -> Any:
-    """The JSON list that a text holds, None if it holds none."""
+    """Return the JSON list that a text holds, None if it holds none."""
     try:
         return json.loads(text) if text.lstrip().startswith("[") else None
     except (ValueError, RecursionError):
@@ -309,8 +319,7 @@ def _json_list(text: str) -> Any:
 
 
 def _label(value: Any, names: Sequence[str] | None, what: str, source: str) -> int | None:
-    """The index of a label: an index, or a name, or, where no name is a number, an index as text.
-    Blank and NaN are none."""
+    """Return a label's index; blank and NaN are none."""
     if value is None or value != value or (isinstance(value, str) and not value.strip()):
         return None
     if isinstance(value, ClassIndex) and names is not None and what == "classes":
@@ -318,30 +327,36 @@ def _label(value: Any, names: Sequence[str] | None, what: str, source: str) -> i
     if isinstance(value, float) and value.is_integer():  # a column with nulls, by way of pandas
         value = int(value)
     if isinstance(value, str):
-        same = [i for i, name in enumerate(names or ()) if name == value]
-        same = same or [i for i, n in enumerate(names or ()) if n.strip() == value.strip()]
-        if len(same) == 1:
-            return same[0]
-        # An index as text, where it cannot be taken for a name.
-        if not _is_index(value) or any(map(_is_index, names or ())):
-            why, remedy = f"is text; {what} lack names", "use its index, or name them by labels"
-            if names:
-                more = f" and {len(names) - MOST_SHOWN} more" if len(names) > MOST_SHOWN else ""
-                why = f"is none of the {what} {list(names[:MOST_SHOWN])}{more}"
-                remedy = "use one of these"
-            _fail(source, f"the label {value!r} {why}", remedy)
-        value = int(value)
+        return _index_of(value, names or (), what, source)
     if not isinstance(value, int) or isinstance(value, bool):
         _fail(source, f"'label' is {_described(value)}", "use an integer index, counted from 0")
     if value < 0:
         _fail(source, f"the label {value} is negative", "count from 0, or leave 'label' out")
-    if names is not None and value >= len(names):
-        _fail(
-            source,
-            f"the label {value} is outside the {len(names)} {what}",
-            f"use an index from 0 to {len(names) - 1}",
-        )
+    _check_range(value, names, what, source)
     return int(value)
+
+
+def _index_of(label: str, names: Sequence[str], what: str, source: str) -> int:
+    """Return the position of a name, or the index that a text holds where no name is a number."""
+    same = [i for i, name in enumerate(names) if name == label]
+    same = same or [i for i, name in enumerate(names) if name.strip() == label.strip()]
+    if len(same) == 1:
+        return same[0]
+    if _is_index(label) and not any(map(_is_index, names)):
+        _check_range(int(label), names or None, what, source)
+        return int(label)
+    if not names:
+        fault = f"the label {label!r} is text; {what} lack names"
+        _fail(source, fault, "use its index, or name them by labels")
+    more = f" and {len(names) - MOST_SHOWN} more" if len(names) > MOST_SHOWN else ""
+    fault = f"the label {label!r} is none of the {what} {list(names[:MOST_SHOWN])}{more}"
+    _fail(source, fault, "use one of these")
+
+
+def _check_range(index: int, names: Sequence[str] | None, what: str, source: str) -> None:
+    if names is not None and index >= len(names):
+        fault = f"the label {index} is outside the {len(names)} {what}"
+        _fail(source, fault, f"use an index from 0 to {len(names) - 1}")
 
 
 def _is_absent(value: Any) -> bool:
@@ -368,7 +383,7 @@ def _is_index(text: str) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """A value of numpy, torch or pandas as Python's own."""
+    """Turn a value of numpy, torch or pandas into Python's own."""
     if type(value).__name__ == "NAType":
         return None
     return value.tolist() if hasattr(value, "tolist") else value
