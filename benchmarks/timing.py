@@ -1,11 +1,10 @@
 """Side-by-side timing: all contenders of a point interleaved in one run, one JSON line a point.
 
 Each round times every contender once, in an order that rotates, and ours last by pytest-benchmark
-itself; ratios are taken within rounds, so that what disturbs a whole round cancels. "ours_again"
-is ours once more among the contenders: its ratio shows what the method cannot tell apart.
-
-A timed call is ``repeats`` steps over ``copies`` sets of buffers, together larger than the last
-cache of a GPU, and lasts at least ``MIN_TIME``.
+itself. Ratios are taken within rounds, so that what disturbs a whole round cancels. "ours_again"
+is ours once more among the contenders: its ratio shows what the method cannot tell apart. A timed
+call is ``repeats`` steps over ``copies`` sets of buffers, together larger than the last cache of a
+GPU, and lasts at least ``MIN_TIME``.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ MAX_COPIES = 64
 LOSS = 1.03  # a contender faster than ours by more than this is flagged
 MAX_REPEATS = 1000
 KERNELS = 8  # of a profile
+QUANTILES = {"median": 0.5, "q10": 0.1, "q25": 0.25, "q75": 0.75, "q90": 0.9}
 
 Step = Callable[[int], object]
 """One operation on buffer set i; what it returns is dropped."""
@@ -39,8 +39,12 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Measured here: copy bandwidth in bytes/s (read and written bytes both count) and matrix
-    product throughput in FLOP/s of one dtype."""
+    """What the device can do, measured here.
+
+    Attributes:
+        copy: Bytes/s of a copy; read and written bytes both count.
+        matmul: FLOP/s of a matrix product in one dtype.
+    """
 
     copy: float
     matmul: float
@@ -58,8 +62,14 @@ class Work:
 class Bench:
     """What the points of a session share; made once by conftest.
 
-    seconds: time for one point's rounds; the number of rounds follows from it.
-    results: folder of the JSON lines, None to write nothing.
+    Attributes:
+        device: Where everything runs.
+        dtype: Of weights and activations.
+        toy: Whether sizes are tiny and rows no results.
+        seconds: Time for one point's rounds; the number of rounds follows from it.
+        results: Folder of the JSON lines; None to write nothing.
+        ceilings: Of the device.
+        rows: What was measured so far.
     """
 
     device: torch.device
@@ -72,7 +82,7 @@ class Bench:
 
     @classmethod
     def untimed(cls, results: Path | None, *, toy: bool = False) -> Bench:
-        """On a CPU in float32, for figures that no clock decides."""
+        """Return a session on a CPU in float32, for figures that no clock decides."""
         return cls(torch.device("cpu"), torch.float32, toy, 0.0, results, Ceilings(1.0, 1.0))
 
     @property
@@ -80,11 +90,11 @@ class Bench:
         return str(self.dtype).removeprefix("torch.")
 
     def for_kernels(self) -> Bench:
-        """The same session for suites whose sizes only a GPU can run; a CPU gets toy sizes."""
+        """Return the session for suites whose sizes only a GPU can run: toy sizes on a CPU."""
         return self if self.device.type == "cuda" else replace(self, toy=True)
 
     def copies(self, nbytes: int) -> int:
-        """Buffer sets of ``nbytes`` that exceed twice the last cache, bounded by memory."""
+        """Return how many buffer sets exceed twice the last cache, as far as memory allows."""
         if self.device.type != "cuda":
             return 2
         wanted = math.ceil(2 * l2_bytes() / nbytes)
@@ -101,7 +111,10 @@ def synchronize(device: torch.device) -> None:
 
 
 def elapsed(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, from an idle device to an idle device; pytest-benchmark's clock."""
+    """Return the seconds of a call, from an idle device to an idle device.
+
+    The clock is pytest-benchmark's.
+    """
     synchronize(device)
     start = time.perf_counter()
     call()
@@ -110,7 +123,7 @@ def elapsed(call: Callable[[], object], device: torch.device) -> float:
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """The best of several copies of a large tensor and products of large square matrices."""
+    """Take the best of several copies of a large tensor, and products of large matrices."""
     large = device.type == "cuda"
     nbytes, size = 64 << 20, 1024
     if large:
@@ -133,12 +146,14 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 
 
 class Contender:
-    """A step repeated over rotating buffer sets: called, or replayed as one CUDA graph."""
+    """A step repeated over rotating buffer sets: called, or replayed as one CUDA graph.
+
+    It is warmed up on every buffer set, then ``repeats`` says how many steps a timed call needs.
+    """
 
     def __init__(self, step: Step, copies: int, device: torch.device) -> None:
-        """Warms up on every buffer set, then finds how many steps a timed call needs."""
         self.step, self.copies, self.device = step, copies, device
-        self.graph: Any = None
+        self.graph: torch.cuda.CUDAGraph | None = None
         self.repeats = copies
         self.peak_bytes: int | None = None  # of device memory, all tensors alive included
         if device.type == "cuda":
@@ -149,7 +164,7 @@ class Contender:
         self._repeat(once)
 
     def _repeat(self, once: float) -> None:
-        """As many steps a call as last ``MIN_TIME``; ``once``: seconds of a step, warm or not."""
+        """Set ``repeats`` so that a call lasts ``MIN_TIME``; ``once``: seconds of a step, or 0."""
         if once < SLOW:
             once = min(elapsed(self.run, self.device) for _ in range(2)) / self.repeats
         self.repeats = max(self.copies, min(math.ceil(MIN_TIME / once), MAX_REPEATS))
@@ -183,7 +198,7 @@ class Contender:
         del earlier
 
     def kernels(self) -> dict[str, float]:
-        """Seconds of a step in each kernel (on a CPU: operator), the longest ``KERNELS`` of them.
+        """Return the seconds of a step in each of its longest kernels (on a CPU: operators).
 
         torch.profiler stays attached to the process and slows what is launched later: nothing is
         to be timed after this.
@@ -222,139 +237,69 @@ def compare(
     rounds: tuple[int, int] = (15, 40),
     details: Mapping[str, Any] | None = None,
 ) -> Row:
-    """Time ``steps`` ("ours" among them) side by side, keep the row, record it if asked to.
+    """Time steps side by side, keep the row, and record it if asked to.
 
     Args:
-        suite: the results file. measure: what of the point is timed. point: its configuration.
-        graphs: on a GPU all are replayed as CUDA graphs, which leaves launches out.
-        unit: a step in whose time the others are expressed as well, paired like the ratios.
-        parts: steps that are part of the work and no rivals, so never a loss.
-        skipped: contenders that are left out, and why.
-        judge: from the finished row to targets {name, value, bound, met}.
-        rounds: the fewest and the most; between them ``bench.seconds`` decides.
+        benchmark: pytest-benchmark's fixture.
+        bench: The session.
+        suite: Name of the results file.
+        measure: What of the point is timed.
+        point: Its configuration.
+        steps: The contenders, "ours" among them. What runs out of GPU memory is skipped.
+        copies: Sets of buffers that steps take turns with.
+        graphs: Replay all as CUDA graphs on a GPU, which leaves launches out.
+        unit: A step in whose time the others are expressed as well, paired like the ratios.
+        parts: Steps that are part of the work and no rivals, so never a loss.
+        skipped: Contenders that are left out, and why.
+        work: The least that ours must move and compute.
+        judge: From the finished row to its targets (see :func:`target`).
+        rounds: The fewest and the most; between them ``bench.seconds`` decides.
+        details: Further fields of the row.
 
     Returns:
-        The row. Contenders that run out of GPU memory are skipped with that reason.
+        The row.
     """
     left_out = dict(skipped or {})
     contenders = _start(bench, steps, copies, graphs, left_out)
-    mine = contenders.pop("ours")
-    total = mine.seconds + sum(c.seconds for c in contenders.values())
-    fewest, most = (3, 3) if bench.toy else rounds
-    count = max(fewest, min(most, int(bench.seconds / total)))
-    names = list(contenders)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    turn = 0
-
-    def others() -> None:
-        nonlocal turn
-        for i in range(len(names)):
-            name = names[(i + turn) % len(names)]
-            seconds[name].append(elapsed(contenders[name].run, bench.device))
-        turn += 1
-        synchronize(bench.device)
-
-    def timed() -> None:
-        mine.run()
-        synchronize(bench.device)
-
-    benchmark.pedantic(timed, setup=others, rounds=count, iterations=1)
-    # Disabled (--benchmark-disable), pytest-benchmark runs once and keeps no time.
-    own = [elapsed(timed, bench.device)] if benchmark.disabled else benchmark.stats.stats.data
-    seconds = {"ours": list(own), **seconds}
-    contenders = {"ours": mine, **contenders}
-    each = {k: np.array(v) / contenders[k].repeats for k, v in seconds.items()}
+    times = _times(benchmark, bench, contenders, rounds)
+    medians = {
+        k: quantiles(v)
+        | {
+            "rounds": len(v),
+            "repeats": contenders[k].repeats,
+            "peak_bytes": contenders[k].peak_bytes,
+        }
+        for k, v in times.items()
+    }
     row: Row = {
         **heading(bench, suite, measure, point),
-        "contenders": {
-            k: {
-                **quantiles(v),
-                "rounds": len(v),
-                "repeats": contenders[k].repeats,
-                "peak_bytes": contenders[k].peak_bytes,
-            }
-            for k, v in each.items()
-        },
-        "ratios": {k: quartiles(v / each["ours"]) for k, v in each.items() if k != "ours"},
+        "contenders": medians,
+        "ratios": _ratios(times, "ours"),
         "skipped": left_out,
         "graphs": graphs and bench.device.type == "cuda",
         **(details or {}),
     }
     if unit is not None:
-        units = {k: quartiles(v / each[unit]) for k, v in each.items() if k != unit}
-        row["in_units_of"] = {"name": unit, "ratios": units}
+        row["in_units_of"] = {"name": unit, "ratios": _ratios(times, unit)}
     if work is not None:
-        row["floor"] = _floor(work, bench.ceilings, row["contenders"])
-    exempt = {"ours_again", unit, *parts}
+        row["floor"] = _floor(work, bench.ceilings, medians["ours"]["median"])
     row["losses"] = [
         f"{k} is {1 / r['median']:.2f}x faster"
         for k, r in row["ratios"].items()
-        if r["median"] < 1 / LOSS and k not in exempt
+        if r["median"] < 1 / LOSS and k not in {"ours_again", unit, *parts}
     ]
     row["targets"] = judge(row) if judge else []
-    benchmark.extra_info.update(seconds={k: row["contenders"][k]["median"] for k in names})
     return record(bench, row)
-
-
-def profile(
-    bench: Bench,
-    suite: str,
-    point: Mapping[str, Any],
-    step: Step,
-    *,
-    copies: int = 1,
-    graphs: bool = False,
-) -> Row:
-    """A row of the time that a step spends in each kernel; the last thing that a process does."""
-    made = Contender(step, copies, bench.device)
-    if graphs and bench.device.type == "cuda":
-        made.capture()
-    return record(bench, heading(bench, suite, "kernels", point) | {"kernels": made.kernels()})
-
-
-def record_skip(bench: Bench, suite: str, measure: str, point: Mapping[str, Any], why: str) -> None:
-    """A row that says why a point has no measurement."""
-    record(bench, heading(bench, suite, measure, point) | {"skipped_point": why})
-
-
-def heading(bench: Bench, suite: str, measure: str, point: Mapping[str, Any]) -> Row:
-    """What every row begins with; nothing compared yet."""
-    return {
-        "suite": suite,
-        "measure": measure,
-        "point": dict(point),
-        "device": bench.device.type,
-        "toy": bench.toy,
-        "ratios": {},
-        "losses": [],
-        "targets": [],
-    }
-
-
-def first_line(error: Exception) -> str:
-    """What went wrong, in a line of a row."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:160]
-
-
-def record(bench: Bench, row: Row) -> Row:
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    row |= {"environment": environment(), "date": now}
-    bench.rows.append(row)
-    if bench.results is not None:
-        bench.results.mkdir(parents=True, exist_ok=True)
-        with (bench.results / f"{row['suite']}.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
-    return row
 
 
 def _start(
     bench: Bench, steps: Mapping[str, Step], copies: int, graphs: bool, left_out: dict[str, str]
 ) -> dict[str, Contender]:
-    """The contenders, warmed up; what does not fit in memory goes to ``left_out``."""
+    """Warm the contenders up, ours first; what does not fit in memory goes to ``left_out``."""
     found: dict[str, Contender] = {}
     # One pool for all graphs: what a step puts out is dropped, so the next may write over it.
     pool = torch.cuda.graph_pool_handle() if graphs and bench.device.type == "cuda" else None
-    for name, step in {**steps, "ours_again": steps["ours"]}.items():
+    for name, step in {"ours": steps["ours"], **steps, "ours_again": steps["ours"]}.items():
         try:
             made = Contender(step, copies, bench.device)
             if pool is not None:
@@ -372,24 +317,110 @@ def _start(
     return found
 
 
+def _times(
+    benchmark: Any, bench: Bench, contenders: Mapping[str, Contender], rounds: tuple[int, int]
+) -> dict[str, np.ndarray]:
+    """Return each contender's seconds of a step, a value a round."""
+    mine = contenders["ours"]
+    fewest, most = (3, 3) if bench.toy else rounds
+    total = sum(c.seconds for c in contenders.values())
+    count = max(fewest, min(most, int(bench.seconds / total)))
+    names = [name for name in contenders if name != "ours"]
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    turn = 0
+
+    def others() -> None:
+        nonlocal turn
+        for i in range(len(names)):
+            name = names[(i + turn) % len(names)]
+            seconds[name].append(elapsed(contenders[name].run, bench.device))
+        turn += 1
+        synchronize(bench.device)
+
+    def timed() -> None:
+        mine.run()
+        synchronize(bench.device)
+
+    benchmark.pedantic(timed, setup=others, rounds=count, iterations=1)
+    # Disabled (--benchmark-disable), pytest-benchmark runs once and keeps no time.
+    own = [elapsed(timed, bench.device)] if benchmark.disabled else benchmark.stats.stats.data
+    seconds["ours"] = list(own)
+    return {k: np.array(v) / contenders[k].repeats for k, v in seconds.items()}
+
+
+def profile(
+    bench: Bench,
+    suite: str,
+    point: Mapping[str, Any],
+    step: Step,
+    *,
+    copies: int = 1,
+    graphs: bool = False,
+) -> Row:
+    """Record the time that a step spends in each kernel; the last thing that a process does."""
+    made = Contender(step, copies, bench.device)
+    if graphs and bench.device.type == "cuda":
+        made.capture()
+    return record(bench, heading(bench, suite, "kernels", point) | {"kernels": made.kernels()})
+
+
+def record_skip(bench: Bench, suite: str, measure: str, point: Mapping[str, Any], why: str) -> None:
+    """Record why a point has no measurement."""
+    record(bench, heading(bench, suite, measure, point) | {"skipped_point": why})
+
+
+def heading(bench: Bench, suite: str, measure: str, point: Mapping[str, Any]) -> Row:
+    """Return what every row begins with; nothing is compared yet."""
+    return {
+        "suite": suite,
+        "measure": measure,
+        "point": dict(point),
+        "device": bench.device.type,
+        "toy": bench.toy,
+        "ratios": {},
+        "losses": [],
+        "targets": [],
+    }
+
+
+def record(bench: Bench, row: Row) -> Row:
+    """Add where and when to a row, keep it, and append it to its suite's file if there is one."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    row |= {"environment": environment(), "date": now}
+    bench.rows.append(row)
+    if bench.results is not None:
+        bench.results.mkdir(parents=True, exist_ok=True)
+        with (bench.results / f"{row['suite']}.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+    return row
+
+
+def first_line(error: Exception) -> str:
+    """Return what went wrong, in a line of a row."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:160]
+
+
 # --- summaries ------------------------------------------------------------------------------------
 
 
 def quantiles(values: np.ndarray) -> dict[str, float]:
-    names = {"median": 0.5, "q10": 0.1, "q25": 0.25, "q75": 0.75, "q90": 0.9}
-    return {k: float(np.quantile(values, q)) for k, q in names.items()}
+    return {k: float(np.quantile(values, q)) for k, q in QUANTILES.items()}
 
 
 def quartiles(values: np.ndarray) -> dict[str, float]:
     return {k: v for k, v in quantiles(values).items() if k in ("median", "q25", "q75")}
 
 
-def _floor(work: Work, ceilings: Ceilings, contenders: Mapping[str, Any]) -> dict[str, float]:
-    """The time that the measured ceilings allow, and the share of it in ours."""
+def _ratios(times: Mapping[str, np.ndarray], unit: str) -> dict[str, dict[str, float]]:
+    return {k: quartiles(v / times[unit]) for k, v in times.items() if k != unit}
+
+
+def _floor(work: Work, ceilings: Ceilings, ours: float) -> dict[str, float]:
+    """Return the time that the measured ceilings allow, and the share of it in ours."""
     seconds = max(work.bytes / ceilings.copy, work.flops / ceilings.matmul)
     return {
         "seconds": seconds,
-        "fraction": seconds / contenders["ours"]["median"],
+        "fraction": seconds / ours,
         "bytes": work.bytes,
         "flops": work.flops,
         "copy_bytes_per_second": ceilings.copy,
@@ -398,6 +429,6 @@ def _floor(work: Work, ceilings: Ceilings, contenders: Mapping[str, Any]) -> dic
 
 
 def target(name: str, value: float, bound: float, *, at_least: bool) -> Row:
-    """A target's value and bound, and whether it is met."""
+    """Return a target's value and bound, and whether it is met."""
     met = value >= bound if at_least else value <= bound
     return {"name": name, "value": value, "bound": bound, "at_least": at_least, "met": met}

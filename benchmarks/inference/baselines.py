@@ -18,7 +18,7 @@ Statistics = tuple[Tensor, Tensor, Tensor]
 
 
 def forward(case: Case, model: Any) -> Tensor:
-    """Probabilities [B, K] of one plain pass, asked for as cheaply as ours asks."""
+    """Return the probabilities [B, K] of one plain pass, asked for as cheaply as ours asks."""
     inputs: dict[str, Any] = dict(case.batch)
     if case.label_ids is None:
         return model(**inputs).logits.softmax(-1)
@@ -29,12 +29,12 @@ def forward(case: Case, model: Any) -> Tensor:
 
 
 def in_parts(parts: Sequence[Case]) -> Callable[[Case, Any], Tensor]:
-    """``forward`` of a case, batch by batch."""
+    """Return ``forward`` of a case, batch by batch."""
     return lambda case, model: torch.cat([forward(part, model) for part in parts])
 
 
 def summarize(p: Tensor) -> Statistics:
-    """Mean [B, K] and the two entropies [B] of p [S, B, K]."""
+    """Return the mean [B, K] and the two entropies [B] of p [S, B, K]."""
     probs = p.mean(0)
     return probs, torch.special.entr(probs).sum(-1), torch.special.entr(p).sum(-1).mean(0)
 
@@ -42,8 +42,7 @@ def summarize(p: Tensor) -> Statistics:
 def naive_draws(
     case: Case, draws: int, sigma: float, call: Callable[[Case, Any], Tensor]
 ) -> Iterator[Tensor]:
-    """``call(case, model)`` ``draws`` times, each with A' + sigma / d o E written into lora_A and
-    taken back."""
+    """Yield ``call(case, twin)`` for each draw: A' + sigma / d o E in lora_A, then taken back."""
     layers = lora_a(case.bayes, case.twin).values()
     means = [(weight, weight.clone(), sigma * inv_d) for weight, inv_d in layers]
     for _ in range(draws):
@@ -57,14 +56,14 @@ def naive_draws(
 def naive_loop(
     case: Case, draws: int, sigma: float, call: Callable[[Case, Any], Tensor] = forward
 ) -> Statistics:
-    """Statistics of ``draws`` PEFT forwards (``call``) with materialised noise."""
+    """Return the statistics of PEFT forwards (``call``) with materialised noise."""
     return summarize(torch.stack(list(naive_draws(case, draws, sigma, call))))
 
 
 def flipout_loop(
     case: Case, draws: int, sigma: float, call: Callable[[Case, Any], Tensor] = forward
 ) -> Statistics:
-    """``draws`` PEFT forwards (``call``) with Flipout noise added after lora_A.
+    """Return the statistics of PEFT forwards (``call``) with Flipout noise added after lora_A.
 
     The authors' scripts apply B to the mean and to the noise apart; here once to their sum, which
     is in the contender's favour.
@@ -97,7 +96,7 @@ def _flipout(case: Case, sigma: float) -> Iterator[None]:
 
 
 def lora_a(bayes: BayesianModel, twin: Any) -> dict[str, tuple[Tensor, Tensor]]:
-    """By name each sampled layer's lora_A weight [r, n] of the twin, and 1 / d [r, 1]."""
+    """Return each sampled layer's lora_A weight [r, n] of the twin, and 1 / d [r, 1], by name."""
     base = twin.get_base_model()
     weights = {
         name: (base.get_submodule(name).lora_A["default"].weight.data, p)

@@ -1,9 +1,5 @@
 """Whole-model sampling at Llama-3.1-8B's shape on a GPU, random weights, r = 16 on every linear.
 
-    mean    one pass of the deterministic adapter: the unit     base   one pass without any adapter
-    full    ten draws through the whole model, against ten PEFT forwards with materialised noise
-    tail    noise at the last prompt position only (k = 1)      last   noise in the head alone
-
 50 prompts of 300 tokens, no prefix in common. Each way is a row of its own, kept as soon as its
 three rounds are done, with the most memory in use. The longest kernels of each come last, since a
 profiler slows what is timed after it. Without a GPU, and with --toy, the same code runs at toy
@@ -14,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -103,10 +100,9 @@ def point_of(models: Models, way: str, bench: Bench) -> dict[str, Any]:
 @pytest.mark.parametrize("way", WAYS)
 def test_model(benchmark: Any, bench: Bench, models: Models, way: str) -> None:
     steps = WAYS[way](models) | {"mean": models.mean, "base": models.base}
-    compare(
-        benchmark, bench, "model", "predict", point_of(models, way, bench), steps, unit="mean",
-        parts=("base", f"last_{MANY}"), judge=lambda row: judge(way, row), rounds=(3, 3),
-    )  # fmt: skip
+    point, parts = point_of(models, way, bench), ("base", f"last_{MANY}")
+    how: dict[str, Any] = {"unit": "mean", "judge": partial(judge, way), "rounds": (3, 3)}
+    compare(benchmark, bench, "model", "predict", point, steps, parts=parts, **how)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -1,20 +1,9 @@
-"""What S draws cost in passes: full, last layers, last layer and tail, in one run.
+"""What S draws cost in passes on a CPU; 8B parameters on a GPU: ``test_model.py``.
 
-    mean        one pass of the deterministic adapter: the unit
-    base        one pass without any adapter
-    naive       10 PEFT forwards with materialised noise;  flipout   the same with Flipout noise
-    full_S      every draw through the whole model
-    quarter_10  noise in the last quarter of the blocks
-    last_S      noise in the head alone (last-layer TFB)
-    tail_S      noise at the last prompt position only (k = 1)
-
-A random Llama of 8 layers, MiniLM (which has neither tails nor an adapted head), and what a decoded
-token costs, on a CPU; 8B parameters on a GPU: ``test_model.py``. Times do not depend on the values
-of weights.
-
-"ours" is full mode with 10 draws; in rows of cheaper ways ("ways") it is the tail. On the Llama ten
-full draws take seconds, and a round has five contenders that do: they have a row of their own, of
-the adapter on all linears alone, with none but the loops and single passes beside them.
+A random Llama of 8 layers, MiniLM (which has neither tails nor an adapted head), and a decoded
+token. "ours" is full mode with 10 draws; in rows of cheaper ways ("ways") it is the tail. On the
+Llama ten full draws take seconds, and a round has five contenders that do: they have a row of their
+own, of the adapter on all linears alone.
 """
 
 from __future__ import annotations
@@ -37,7 +26,7 @@ PROMPT, NEW_TOKENS = 32, 16  # of what is decoded
 
 
 def full(shape: Shape, adapter: str, bench: Bench) -> dict[str, Step]:
-    """Full mode, single passes and the loops."""
+    """Return full mode, single passes (the unit is "mean") and the loops."""
     case, source = random_case(shape, adapter, bench)
     unadapted = source.unload()  # ``disable_adapter`` itself would be part of a pass
     return {
@@ -50,7 +39,10 @@ def full(shape: Shape, adapter: str, bench: Bench) -> dict[str, Step]:
 
 
 def ways(shape: Shape, adapter: str, bench: Bench) -> dict[str, Step]:
-    """What costs less than full mode; the models share the base's weights."""
+    """Return what costs less than full mode: noise in fewer layers, or at fewer positions.
+
+    The models share the base's weights.
+    """
     case, source = random_case(shape, adapter, bench)
     bayes, layers = case.bayes, tfb.last_layers(max(1, shape.layers // 4))
     quarter = tfb.bayesianize(copy_of(source), layers=layers)
@@ -70,7 +62,7 @@ def ways(shape: Shape, adapter: str, bench: Bench) -> dict[str, Step]:
 
 
 def judge_full(row: Row) -> list[Row]:
-    """Ten draws in passes of the un-adapted base, and against the loops that they replace."""
+    """Judge ten draws in passes of the un-adapted base, and by the loops that they replace."""
     units = {k: r["median"] for k, r in row["in_units_of"]["ratios"].items()}
     full = units["ours"]
     return [
@@ -81,7 +73,7 @@ def judge_full(row: Row) -> list[Row]:
 
 
 def judge_ways(row: Row) -> list[Row]:
-    """In passes of the deterministic adapter."""
+    """Judge passes of the deterministic adapter."""
     units = {k: r["median"] for k, r in row["in_units_of"]["ratios"].items()}
     return [
         target("tail S=10", units["ours"], 1.15, at_least=False),
@@ -99,20 +91,17 @@ def shape_of(bench: Bench) -> Shape:
 
 def test_full(benchmark: Any, bench: Bench) -> None:
     shape, adapter = shape_of(bench), "r16-all"
-    compare(
-        benchmark, bench, "passes", "predict", description(shape, adapter, bench),
-        full(shape, adapter, bench), unit="mean", parts=("base",), judge=judge_full, rounds=ROUNDS,
-    )  # fmt: skip
+    point, steps = description(shape, adapter, bench), full(shape, adapter, bench)
+    how: dict[str, Any] = {"unit": "mean", "judge": judge_full, "rounds": ROUNDS}
+    compare(benchmark, bench, "passes", "predict", point, steps, parts=("base",), **how)
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_ways(benchmark: Any, bench: Bench, adapter: str) -> None:
     shape = shape_of(bench)
-    made = ways(shape, adapter, bench)
-    compare(
-        benchmark, bench, "passes", "ways", description(shape, adapter, bench), made,
-        unit="mean", parts=tuple(made), judge=judge_ways, rounds=ROUNDS,
-    )  # fmt: skip
+    point, steps = description(shape, adapter, bench), ways(shape, adapter, bench)
+    how: dict[str, Any] = {"unit": "mean", "judge": judge_ways, "rounds": ROUNDS}
+    compare(benchmark, bench, "passes", "ways", point, steps, parts=tuple(steps), **how)
 
 
 def test_passes_of_an_encoder(benchmark: Any, bench: Bench, shared: Path) -> None:
@@ -137,16 +126,16 @@ def test_passes_of_an_encoder(benchmark: Any, bench: Bench, shared: Path) -> Non
         "full_4": ours(case.bayes, 4),
         "quarter_10": ours(quarter, 10),
     }
-    point = case.description(10) | {"adapter": "r8-q,v"}
-    compare(
-        benchmark, bench, "passes", "predict", point, made, unit="mean",
-        parts=("full_2", "full_4", "quarter_10"), rounds=ROUNDS,
-    )  # fmt: skip
+    point, parts = case.description(10) | {"adapter": "r8-q,v"}, ("full_2", "full_4", "quarter_10")
+    how: dict[str, Any] = {"unit": "mean", "rounds": ROUNDS}
+    compare(benchmark, bench, "passes", "predict", point, made, parts=parts, **how)
 
 
 def test_decoding(benchmark: Any, bench: Bench) -> None:
-    """Prompts continued by ``NEW_TOKENS`` tokens: ours with 10 draws, one plain generation (the
-    unit), and 10 plain generations with materialised noise, which average nothing."""
+    """Prompts continued by ``NEW_TOKENS`` tokens, ours with 10 draws; a plain one is the unit.
+
+    Ten plain generations with materialised noise average nothing.
+    """
     shape = shape_of(bench)
     shape = replace(shape, tokens=min(shape.tokens, PROMPT))
     case, _ = random_case(shape, "r8-q,v,head", bench)
@@ -165,6 +154,4 @@ def test_decoding(benchmark: Any, bench: Bench) -> None:
         ),
     }
     point = description(shape, "r8-q,v,head", bench) | {"new_tokens": NEW_TOKENS, "draws": 10}
-    compare(
-        benchmark, bench, "passes", "decode", point, made, unit="mean", rounds=ROUNDS
-    )  # fmt: skip
+    compare(benchmark, bench, "passes", "decode", point, made, unit="mean", rounds=ROUNDS)

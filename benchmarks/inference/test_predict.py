@@ -1,17 +1,9 @@
 """``bayes.predict`` with 10 antithetic draws against loops of 10 PEFT forwards, on real models.
 
-    ours          predict, with its fastest batches and draws a pass
-    ours_default  all rows in one batch, as many draws a pass as predict chooses
-    naive         A' + sigma / d o E written into lora_A, forward, restore        (fresh noise)
-    flipout       forward hooks with fresh signs for every token                  (fresh noise)
-    mean          one plain pass of the adapter, all rows in one batch: the unit of "cost in passes"
-    noise         generating all layers' noise once, which predict does for new draws and then keeps
-
 Ours and both loops have the fastest of several batch sizes, rows sorted by length, and ours of
-several draws a pass; a few calls of each way decide before the rounds, and the row says which.
-
-On a CPU predict keeps the noise of fixed draws from call to call, as a scoring run does; its first
-call costs "noise" more.
+several draws a pass; a few calls of each way decide before the rounds, and the row says which. The
+loops' noise is fresh. On a CPU predict keeps the noise of fixed draws from call to call, as a
+scoring run does; its first call costs "noise" more.
 """
 
 from __future__ import annotations
@@ -30,6 +22,7 @@ from benchmarks.inference.baselines import flipout_loop, forward, in_parts, naiv
 from benchmarks.timing import Bench, Row, Step, compare, elapsed, target
 from tfb.draws import Draws
 from tfb.linear import LowRankSampler
+from tfb.predictive import Predictive
 
 DRAWS, SIGMA = 10, 0.01
 BATCHES, TOY_BATCHES = (1, 2, 5, 10), (1, 2)  # into which the rows may be cut
@@ -40,18 +33,18 @@ TARGETS = {"MiniLM q,v": 1.03, "MiniLM q,k,v,dense": 1.08, "stories260K": 1.05} 
 
 @dataclass(frozen=True)
 class Way:
-    """rows: most in a batch. draws_per_pass: of ours; see ``PER_PASS``."""
+    """At most ``rows`` in a batch, and ours' draws a pass (see ``PER_PASS``)."""
 
     rows: int
     draws_per_pass: int | None = None
 
 
 def check(case: Case) -> None:
-    """The contenders compute what we compute: passes without noise give our mean, batches what one
-    batch gives, and the naive loop's average over 40 draws is within eight of our standard errors
-    (six of the difference's).
+    """Check that the contenders compute what we compute.
 
-    Flipout's noise is no weight sample, so its averages differ; without noise it is checked.
+    Passes without noise give our mean, batches what one batch gives, and the naive loop's average
+    over 40 draws is within eight of our standard errors (six of the difference's). Flipout's noise
+    is no weight sample, so its averages differ; without noise it is checked.
     """
     exact = case.bayes.predict(case.batch, Draws.mean(), label_ids=case.label_ids).probs
     plain = [forward(case, case.bayes.model), forward(case, case.twin)]
@@ -61,10 +54,7 @@ def check(case: Case) -> None:
     assert float((in_parts(parts)(case, case.twin) - exact[case.by_length]).abs().max()) <= 1e-4
     draws = Draws.antithetic(4, SIGMA)
     whole = case.bayes.predict(case.batch, draws, label_ids=case.label_ids).probs
-    split = torch.cat([
-        part.bayes.predict(part.batch, draws, label_ids=part.label_ids, draws_per_pass=1).probs
-        for part in parts
-    ])  # fmt: skip
+    split = torch.cat([p.probs for p in _predict(parts, draws, 1, 0)])
     assert float((split - whole[case.by_length]).abs().max()) <= 1e-4
     few = case.small(4)
     ours = few.bayes.predict(few.batch, Draws.iid(40, SIGMA), label_ids=few.label_ids)
@@ -73,7 +63,7 @@ def check(case: Case) -> None:
 
 
 def ways(case: Case, draws: Draws, toy: bool) -> dict[str, dict[Way, Step]]:
-    """By contender each way that it may take."""
+    """Return, by contender, each way that it may take."""
     found: dict[str, dict[Way, Step]] = {"ours": {}, "naive": {}, "flipout": {}}
     rows = len(case.batch["input_ids"])
     for batches in TOY_BATCHES if toy else BATCHES:
@@ -90,7 +80,9 @@ def _loop(loop: Callable[..., Any], case: Case, parts: list[Case], i: int) -> An
     return loop(case, DRAWS, SIGMA, in_parts(parts))
 
 
-def _predict(parts: list[Case], draws: Draws, draws_per_pass: int | None, i: int) -> Any:
+def _predict(
+    parts: list[Case], draws: Draws, draws_per_pass: int | None, i: int
+) -> list[Predictive]:
     return [
         part.bayes.predict(
             part.batch, draws, label_ids=part.label_ids, draws_per_pass=draws_per_pass
@@ -100,7 +92,7 @@ def _predict(parts: list[Case], draws: Draws, draws_per_pass: int | None, i: int
 
 
 def fastest(steps: Mapping[Way, Step], calls: int, device: torch.device) -> Way:
-    """The way of the shortest of several calls; all ways take turns."""
+    """Return the way of the shortest of several calls; all ways take turns."""
     seconds = dict.fromkeys(steps, float("inf"))
     for _ in range(calls):
         for way, step in steps.items():
@@ -109,7 +101,7 @@ def fastest(steps: Mapping[Way, Step], calls: int, device: torch.device) -> Way:
 
 
 def judge(name: str, row: Row) -> list[Row]:
-    """Sampling must beat the loop that it replaces."""
+    """Judge sampling by the loop that it replaces."""
     ratio = row["ratios"]["naive"]["median"]
     return [target("naive / ours", ratio, TARGETS[name], at_least=True)]
 
@@ -132,13 +124,20 @@ def test_predict(benchmark: Any, bench: Bench, shared: Any, name: str) -> None:
     calls = 1 if bench.toy else CALLS
     chosen = {k: fastest(steps, calls, bench.device) for k, steps in possible.items()}
     compare(
-        benchmark, bench, "predict", "predict", case.description(DRAWS),
+        benchmark,
+        bench,
+        "predict",
+        "predict",
+        case.description(DRAWS),
         {
             **{k: possible[k][way] for k, way in chosen.items()},
-            "ours_default": case.sampling(bayes, draws),
+            "ours_default": case.sampling(bayes, draws),  # all rows in one batch
             "mean": lambda i: forward(case, bayes.model),
-            "noise": noise,
+            "noise": noise,  # which predict generates for new draws and then keeps
         },
-        unit="mean", parts=("ours_default", "noise"), judge=partial(judge, case.name),
-        rounds=(15, 30), details={"chosen": {k: asdict(way) for k, way in chosen.items()}},
-    )  # fmt: skip
+        unit="mean",
+        parts=("ours_default", "noise"),
+        judge=partial(judge, case.name),
+        rounds=(15, 30),
+        details={"chosen": {k: asdict(way) for k, way in chosen.items()}},
+    )

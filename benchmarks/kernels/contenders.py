@@ -1,15 +1,8 @@
-"""One LoRA layer, our sampling of it by each path, and what people would do instead.
+"""One LoRA layer, our sampling of it by each path (``OURS``), and what people would do instead.
 
-    fused      noise in registers while x is read        generate   noise written once, the vendor's
-                                                                    product, then our expand
-    merge      each draw merged into the weight, then one product for each
-    naive      S eager forwards, each with A' + (sigma / d) o E materialised
-    baddbmm    all draws at once: noise by torch.randn, all products the vendor's
-    merged     the sampled Delta-W added to the base weight, then one product for each draw
-
-What people would do makes its noise with ``torch.randn`` (``KEPT``: once for all calls) and so only
-agree in distribution; ``check_rivals`` compares their moments, ``errors`` ours with float64. Each
-returns the S outputs [T, m], as a list or as [S, T, m]: nothing is spent on stacking them.
+Rivals make their noise with ``torch.randn`` (``KEPT``: once for all calls) and so agree in
+distribution alone: ``check_rivals`` compares moments, ``errors`` ours with float64. Each returns
+the S outputs [T, m], as a list or as [S, T, m]: nothing is spent on stacking them.
 
 Dimensions: S draws, T tokens, n in_features, m out_features, r rank.
 """
@@ -50,8 +43,11 @@ Outputs = Tensor | list[Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A frozen weight W [m, n] with a low-rank posterior. Factors of the contenders are A' [r, n],
-    B' [m, r] and std = sigma / d [r, 1], in the dtype of W; ours keeps its own in float32."""
+    """A frozen weight W [m, n] with a low-rank posterior.
+
+    Factors of the contenders are A' [r, n], B' [m, r] and std = sigma / d [r, 1], in the dtype of
+    W; ours keeps its own in float32.
+    """
 
     W: Tensor
     posterior: tfb.LowRankPosterior
@@ -79,7 +75,7 @@ def _posterior(m: int, n: int, r: int) -> tfb.LowRankPosterior:
 
 
 def make_layer(m: int, n: int, r: int, dtype: torch.dtype, device: torch.device) -> Layer:
-    """A layer with tensors of its own; layers of one shape have equal adapters."""
+    """Return a layer with tensors of its own; layers of one shape have equal adapters."""
     W = torch.randn(m, n, dtype=dtype, device=device) / math.sqrt(n)
     posterior = _posterior(m, n, r)
     return Layer(W, posterior, LowRankSampler(posterior))
@@ -92,78 +88,78 @@ Contender = Callable[[Layer, Tensor, Draws], Outputs]
 
 
 def ours(layer: Layer, x: Tensor, draws: Draws) -> Tensor:
-    """As the PEFT bridge runs it: merged where that costs less."""
+    """Run the layer as the PEFT bridge does: merged where that costs less."""
     if x.dim() == 3 and layer.sampler.merges(x, x.shape[1], draws, layer.W):
         return ours_merged(layer, x, draws)
     return ours_added(layer, x, draws)
 
 
 def on_path(layer: Layer, x: Tensor, draws: Draws, path: str) -> Tensor:
-    """The whole layer by one of the Triton paths."""
+    """Run the whole layer by one of the Triton paths."""
     return op_on_path(layer, x, F.linear(x, layer.W), draws, path)
 
 
 def op(layer: Layer, x: Tensor, base: Tensor, draws: Draws, **options: Any) -> Tensor:
-    """The operation alone, "auto"."""
-    return bayes_lora_linear(x, base, **_samples(layer, draws, x), **options)
+    """Run the operation alone, as the public operator chooses."""
+    return bayes_lora_linear(x, base, **_arguments(layer, draws, x), **options)
 
 
-def _samples(layer: Layer, draws: Draws, like: Tensor) -> dict[str, Any]:
-    """What the public operators are told of a layer's posterior and of draws from it."""
+def _samples(layer: Layer, draws: Draws, like: Tensor) -> Samples:
     A, B, inv_d, *_ = layer.sampler.factors(like.device, like.dtype)
     t = draws.tensors(like.device)
-    return {
-        "A": A, "B": B, "inv_d": inv_d, "sigmas": t.sigmas, "streams": t.streams,
-        "stream_index": t.stream_index, "draws_per_stream": t.draws_per_stream, "seed": t.seed,
-        "layer_id": LAYER_ID, "scaling": SCALING,
-    }  # fmt: skip
+    drawn = (t.sigmas, t.streams, t.stream_index, t.draws_per_stream, t.seed)
+    return Samples(A, B, inv_d, *drawn, LAYER_ID, SCALING)
+
+
+def _arguments(layer: Layer, draws: Draws, like: Tensor) -> dict[str, Any]:
+    """Return the same by the names of the public operators."""
+    found = _samples(layer, draws, like)._asdict()
+    return found | {"draws_per_stream": found.pop("run")}
 
 
 def op_on_path(layer: Layer, x: Tensor, base: Tensor, draws: Draws, path: str) -> Tensor:
-    """The operation alone by one of the Triton paths, "fused" or "generate"; where no kernel can
-    run both are the reference, noise generated in the call."""
+    """Run the operation alone by one of the Triton paths, "fused" or "generate".
+
+    Where no kernel can run both are the reference, which generates its noise in the call.
+    """
     if why_not_triton(x.device, x.dtype) is not None:
         return op(layer, x, base, draws, inplace=x.dim() == 3)
     from tfb_kernels.triton_linear import bayes_lora_linear_triton
 
-    A, B, inv_d, *_ = layer.sampler.factors(x.device, x.dtype)
-    t = draws.tensors(x.device)
-    drawn = (t.sigmas, t.streams, t.stream_index, t.draws_per_stream, t.seed)
-    samples = Samples(A, B, inv_d, *drawn, LAYER_ID, SCALING)
     out = base if x.dim() == 3 else None
-    return bayes_lora_linear_triton(x, base, samples, out=out, path=path)
+    return bayes_lora_linear_triton(x, base, _samples(layer, draws, x), out=out, path=path)
 
 
 def ours_added(layer: Layer, x: Tensor, draws: Draws) -> Tensor:
-    """The whole layer, base product and update added."""
+    """Run the whole layer, base product and update added."""
     return layer.sampler(x, F.linear(x, layer.W), draws, inplace=x.dim() == 3)
 
 
 def ours_merged(layer: Layer, x: Tensor, draws: Draws) -> Tensor:
-    """The same by products with the weights that draws are merged into."""
+    """Run it by products with the weights that draws are merged into."""
     return layer.sampler.merged(x, layer.W, None, draws)
 
 
 def merged_by_us(layer: Layer, draws: Draws) -> Tensor:
-    """W_s [S, m, n]."""
-    return bayes_lora_merge(layer.W, **_samples(layer, draws, layer.W))
+    """Return W_s [S, m, n]."""
+    return bayes_lora_merge(layer.W, **_arguments(layer, draws, layer.W))
 
 
 # --- what people would do instead -----------------------------------------------------------------
 
 
 def forward(x: Tensor, W: Tensor, sampled: Tensor, B: Tensor) -> Tensor:
-    """x [T, n] -> [T, m]: one forward with a sampled A."""
+    """Map x [T, n] to [T, m] with a sampled A."""
     return F.linear(x, W) + F.linear(F.linear(x, sampled), B) * SCALING
 
 
 def one_draw(x: Tensor, W: Tensor, A: Tensor, B: Tensor, std: Tensor) -> Tensor:
-    """x [T, n] -> [T, m]: one forward with its sampled A materialised."""
+    """Map x [T, n] to [T, m] with a sampled A that is materialised."""
     return forward(x, W, A + std * torch.randn_like(A), B)
 
 
 def one_merged_draw(x: Tensor, W: Tensor, A: Tensor, B: Tensor, std: Tensor) -> Tensor:
-    """x [T, n] -> [T, m]: one product with W + Delta-W."""
+    """Map x [T, n] to [T, m] by one product with W + Delta-W."""
     sampled = A + std * torch.randn_like(A)
     return F.linear(x, torch.addmm(W, B, sampled, alpha=SCALING))
 
@@ -182,15 +178,23 @@ def merged(layer: Layer, x: Tensor, draws: Draws) -> Outputs:
 
 
 def stream_noise(layer: Layer, draws: Draws) -> Tensor:
-    """sigma / d o E [Q, r, n], fresh."""
+    """Return fresh noise sigma / d o E [Q, r, n]."""
     A = layer.A
     E = torch.randn(len(draws.distinct_streams), *A.shape, dtype=A.dtype, device=A.device)
     return layer.std * E
 
 
 def baddbmm(layer: Layer, x: Tensor, draws: Draws, noise: Tensor | None = None) -> Outputs:
-    """Without a kernel of ours: every product is the vendor's, each stream's noise is made once;
-    like ours in place where the base output is a draw's own. noise: ``stream_noise``, or fresh."""
+    """Run the layer without a kernel of ours: every product is the vendor's.
+
+    Each stream's noise is made once; like ours in place where the base output is a draw's own.
+
+    Args:
+        layer: Weight and posterior.
+        x: [T, n] or [S, T, n].
+        draws: S antithetic or independent draws.
+        noise: That of :func:`stream_noise`; None: fresh.
+    """
     t, R = draws.tensors(x.device), len(layer.A)
     base, B = F.linear(x, layer.W), layer.B.mT.expand(len(draws), -1, -1)
     noise = stream_noise(layer, draws) if noise is None else noise
@@ -204,7 +208,7 @@ def baddbmm(layer: Layer, x: Tensor, draws: Draws, noise: Tensor | None = None) 
 
 
 def naive_kept(layer: Layer, draws: Draws) -> Contender:
-    """The loop over sampled A that are made here, once, and not in a call; shared x."""
+    """Return the loop over sampled A that are made here, once, and not in a call; shared x."""
     t, A = draws.tensors(layer.A.device), layer.A
     signs = t.sigmas.sign().to(A)[:, None, None]
     sampled = A + signs * stream_noise(layer, draws)[t.stream_index]
@@ -212,19 +216,19 @@ def naive_kept(layer: Layer, draws: Draws) -> Contender:
 
 
 def baddbmm_kept(layer: Layer, draws: Draws) -> Contender:
-    """``baddbmm`` with noise that is made here, once."""
+    """Return ``baddbmm`` with noise that is made here, once."""
     return partial(baddbmm, noise=stream_noise(layer, draws))
 
 
-# The paths of adding, and merging, for x of each draw's own.
 OURS: dict[str, Contender] = {
-    **{path: partial(on_path, path=path) for path in ("fused", "generate")},
-    "merge": ours_merged,
+    "fused": partial(on_path, path="fused"),  # noise in registers while x is read
+    "generate": partial(on_path, path="generate"),  # noise written once, the vendor's product
+    "merge": ours_merged,  # for x of each draw's own
 }
 RIVALS: dict[str, Contender] = {
-    "baddbmm": baddbmm,
-    "merged": merged,
-    "naive": naive,
+    "baddbmm": baddbmm,  # all draws at once
+    "merged": merged,  # Delta-W added to the weight, then one product for each draw
+    "naive": naive,  # S eager forwards, each with A' + (sigma / d) o E materialised
 }
 # With the noise of fixed draws kept from call to call, as ours keeps it on a CPU.
 KEPT: dict[str, Callable[[Layer, Draws], Contender]] = {
@@ -251,10 +255,10 @@ PATHS: dict[str, Call] = {
 def errors(
     path: str, device: torch.device, dtype: torch.dtype, tokens: Sequence[int] = (16, 80)
 ) -> str | None:
-    """What is wrong with one of ``PATHS``, or None.
+    """Return what is wrong with one of ``PATHS``, or None.
 
-    Against float64 on the CPU, with few and with many tokens (which have tiles of their own),
-    shared and per-draw x: at most twice the error of eager torch in ``dtype``.
+    It is compared with float64 on the CPU, with few and with many tokens (which have tiles of their
+    own), shared and per-draw x: at most twice the error of eager torch in ``dtype``.
     """
     layer = make_layer(192, 256, 16, dtype, device)
     draws = Draws.antithetic(4, VISIBLE)
@@ -279,7 +283,7 @@ def errors(
 def _exact_and_eager(
     path: str, layer: Layer, x: Tensor, base: Tensor, draws: Draws
 ) -> tuple[Tensor, Tensor]:
-    """The float64 truth on a CPU, and the same in the dtype of x."""
+    """Return the float64 truth on a CPU, and the same in the dtype of x."""
     if path == "token":  # no weight sample: the reference itself, in float64
         how: dict[str, Any] = {"noise": "token", "impl": "reference"}
         return op(layer, x.double(), base.double(), draws, **how), op(layer, x, base, draws, **how)
@@ -290,12 +294,9 @@ def _exact_and_eager(
     return exact_weight_samples(*operands, **options), eager_weight_samples(*operands, **options)
 
 
-MOMENTS = Draws.iid(2000, SIGMA)  # of ``check_rivals``
-
-
 @torch.no_grad()
 def merge_errors(device: torch.device, dtype: torch.dtype) -> str | None:
-    """What is wrong with ``merge``, or None: as ``errors``, with an ordinary merging as eager."""
+    """Return what is wrong with ``merge``, as ``errors`` does; eager is an ordinary merging."""
     layer, draws = make_layer(192, 256, 16, dtype, device), Draws.antithetic(4, VISIBLE)
     p, W = layer.posterior, layer.W.cpu()
     rest = (p.inv_d, torch.tensor(draws.sigmas), torch.tensor(draws.streams))
@@ -311,12 +312,18 @@ def merge_errors(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if found <= allowed else f"error {found:.3g} over the budget of {allowed:.3g}"
 
 
+MOMENTS = Draws.iid(2000, SIGMA)  # of ``check_rivals``
+
+
 @torch.no_grad()
 def check_rivals(device: torch.device) -> None:
-    """Raise AssertionError where a rival's draws are not those of the posterior, in float32.
+    """Check in float32 that the rivals' draws are those of the posterior, by their moments.
 
-    By their moments over ``MOMENTS``: the mean within six standard errors, and the variance within
-    5 % of s^2 sigma^2 |x|^2 (U U^T)_ii summed over outputs (its sampling error is below 1 %).
+    The mean is within six standard errors, and the variance within 5 % of s^2 sigma^2 |x|^2
+    (U U^T)_ii summed over outputs (its sampling error is below 1 %).
+
+    Raises:
+        AssertionError: A rival's are not.
     """
     layer = make_layer(192, 256, 8, torch.float32, device)
     for shared in (True, False):

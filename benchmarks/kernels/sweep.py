@@ -1,22 +1,10 @@
-"""Measure tile configurations and thresholds between paths: ``python -m benchmarks.sweep``.
+"""Measure tile configurations and thresholds between paths: ``python -m benchmarks.kernels.sweep``.
 
-Every kernel is timed with each of about 30 configurations at five numbers of rows, in CUDA graphs,
-at rank 16 in bfloat16: shared x through a layer 4096 -> 4096 with ten antithetic draws, and x of
-each draw's own through 14336 -> 4096. The configuration of least time (the geometric mean over
-both) becomes that of its rows and of ranks up to 32; larger ranks keep theirs. With the new
-table both paths are timed whole, and ``generate_min_rows`` is where the slower one changes; then
-base product and update are timed against ``merge`` and one product for each draw, for
-``merge_rows``.
-
-The answer, with device, date, commit and medians, is a launch.json beside the rows, which hold
-every median and why a configuration did not run. It grows kernel by kernel; when all is measured
-and float64 has confirmed it, it replaces ``tfb_kernels/data/launch.json``. Afterwards
-``python -m tfb_kernels.aot --write`` says what the new configurations use. Inputs stay in the L2
-where they fit, as they do in a model, where the layer before has just written them.
-
-Without a GPU only ``merge_rows`` of a CPU is measured, in float32, 512 -> 512 and 2816 -> 1024.
---toy: tiny sizes, a few configurations, also in Triton's interpreter; leaves launch.json
-alone.
+Every kernel is timed with about 30 configurations at up to five numbers of rows, then the paths
+with the best of them. The answer is a launch.json beside the rows; once float64 has confirmed it,
+it replaces ``tfb_kernels/data/launch.json``. Then ``python -m tfb_kernels.aot --write`` says what
+the new configurations use. Without a GPU only ``merge_rows`` of a CPU is measured, in float32.
+--toy: tiny sizes, a few configurations, also in Triton's interpreter; leaves launch.json alone.
 """
 
 from __future__ import annotations
@@ -40,8 +28,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.environment import environment, results_folder
-from benchmarks.kernels import contenders
+from benchmarks.kernels import contenders, test_predictive
 from benchmarks.timing import Bench, Contender, elapsed, first_line, heading, record
+from tfb import atomic
 from tfb.draws import Draws
 from tfb_kernels import launch, tuning
 from tfb_kernels.launch import LaunchConfig, choose_config
@@ -89,33 +78,49 @@ class Job:
 
 
 def candidates(kernel: str, rows: int) -> Iterator[LaunchConfig]:
-    """Tiles worth trying: as few rows of a tile idle as a number of rows allows."""
+    """Yield tiles worth trying: as few rows of a tile idle as a number of rows allows."""
     tiles = [16] if rows <= 16 else [16, 32, 64] if rows <= 64 else [32, 64, 128]
     if kernel == "shrink":
-        for t, p, k, w, stages in product(tiles, (32, 64, 128), (64, 128), (4, 8), (2, 3, 4)):
-            # Enough work a step for 8 warps, and no more than registers hold of 4.
-            if (w == 8) == (t * p >= 8192) and t * p <= 16384 and (k == 64 or stages == 2):
-                yield LaunchConfig(block_t=t, block_p=p, block_k=k, num_warps=w, num_stages=stages)
-    elif kernel == "merge":
-        for m, n, k, w in product((32, 64, 128), (64, 128, 256), (16, 32), (4, 8)):
-            if 16 <= m * n // (32 * w) <= 64:
-                yield LaunchConfig(block_m=m, block_n=n, block_k=k, num_warps=w)
-    elif kernel == "expand":
-        for t, m, w, stages in product(tiles, (64, 128, 256, 512), (2, 4, 8), (2, 3)):
-            if 16 <= t * m // (32 * w) <= (64 if t > 16 else 128):
-                yield LaunchConfig(block_t=t, block_m=m, block_k=32, num_warps=w, num_stages=stages)
-    elif kernel == "generate":
-        for p, k, w in product((8, 16, 32, 64), (128, 256, 512, 1024), (2, 4, 8)):
-            if 4 <= p * k // (32 * w) <= 64:
-                yield LaunchConfig(block_p=p, block_k=k, num_warps=w)
-    else:
-        for k, w in product((256, 512, 1024, 2048, 4096, 8192), (2, 4, 8, 16)):
-            if 4 <= k // (32 * w) <= 64:
-                yield LaunchConfig(block_k=k, num_warps=w)
+        sizes = {"block_t": tiles, "block_p": (32, 64, 128), "block_k": (64, 128)}
+        found = _grid(**sizes, num_warps=(4, 8), num_stages=(2, 3, 4))
+        return filter(_fits_shrink, found)
+    if kernel == "merge":
+        sizes = {"block_m": (32, 64, 128), "block_n": (64, 128, 256), "block_k": (16, 32)}
+        found = _grid(**sizes, num_warps=(4, 8))
+        return (c for c in found if 16 <= _each(c, c.block_m * c.block_n) <= 64)
+    if kernel == "expand":
+        sizes = {"block_t": tiles, "block_m": (64, 128, 256, 512), "block_k": (32,)}
+        found = _grid(**sizes, num_warps=(2, 4, 8), num_stages=(2, 3))
+        most = {16: 128}  # elements a thread
+        return (
+            c for c in found if 16 <= _each(c, c.block_t * c.block_m) <= most.get(c.block_t, 64)
+        )
+    if kernel == "generate":
+        found = _grid(block_p=(8, 16, 32, 64), block_k=(128, 256, 512, 1024), num_warps=(2, 4, 8))
+        return (c for c in found if 4 <= _each(c, c.block_p * c.block_k) <= 64)
+    found = _grid(block_k=(256, 512, 1024, 2048, 4096, 8192), num_warps=(2, 4, 8, 16))
+    return (c for c in found if 4 <= _each(c, c.block_k) <= 64)
+
+
+def _grid(**sizes: Sequence[int]) -> Iterator[LaunchConfig]:
+    for values in product(*sizes.values()):
+        yield LaunchConfig(**dict(zip(sizes, values, strict=True)))
+
+
+def _each(config: LaunchConfig, elements: int) -> int:
+    """Return the elements of a tile that one thread holds."""
+    return elements // (32 * config.num_warps)
+
+
+def _fits_shrink(c: LaunchConfig) -> bool:
+    """Whether there is enough work a step for 8 warps, and no more than registers hold of 4."""
+    tile = c.block_t * c.block_p
+    fits = (c.num_warps == 8) == (tile >= 8192) and tile <= 16384
+    return fits and (c.block_k == 64 or c.num_stages == 2)
 
 
 def jobs(sizes: Sizes, toy: bool) -> Iterator[Job]:
-    """All kernels that have configurations."""
+    """Yield all kernels that have configurations."""
     few = slice(None, None, 20) if toy else slice(None)
     for kernel in ("shrink", "expand"):
         for rows, bound in zip(sizes.rows, sizes.up_to, strict=True):
@@ -140,7 +145,7 @@ class Step:
 
 
 def steps(job: Job, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> dict[str, Step]:
-    """By the way x comes: a launch of the job's kernel with a configuration."""
+    """Return, by the way x comes, a launch of the job's kernel with a configuration."""
     from tfb_kernels.triton_generate import generate
     from tfb_kernels.triton_merge import merge
     from tfb_kernels.triton_predictive import predictive_reduction_triton
@@ -202,7 +207,7 @@ def _shrink_step(x: Tensor, A: Tensor, streams: Tensor, seed: Tensor) -> Step:
 def _expand_step(
     job: Job, m: int, shared: bool, randn: Callable[..., Tensor], device: torch.device
 ) -> Step:
-    """expand into outputs of a draw for shared x, else in place; ``job.rows`` are rows of it."""
+    """Expand into outputs of a draw for shared x, else in place; ``job.rows`` are rows of it."""
     from tfb_kernels import triton_expand
 
     draws = DRAWS if shared else 2
@@ -220,8 +225,11 @@ def _expand_step(
 
 
 def distinct(candidates: Iterable[LaunchConfig], made: Mapping[str, Step]) -> list[LaunchConfig]:
-    """The first of all candidates that come to the same launches: launchers shrink tiles where
-    programs are few, and a larger one that was never launched must not be chosen."""
+    """Return the first of all candidates that come to the same launches.
+
+    Launchers shrink tiles where programs are few, and a larger one that was never launched must not
+    be chosen.
+    """
     found: dict[str, LaunchConfig] = {}
     for config in candidates:
         found.setdefault(str([step.plan(config) for step in made.values()]), config)
@@ -229,7 +237,7 @@ def distinct(candidates: Iterable[LaunchConfig], made: Mapping[str, Step]) -> li
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Median time of a call, on a GPU without launches."""
+    """Return the median time of a call, on a GPU without launches."""
     made = Contender(lambda i: call(), 1, device)
     if device.type == "cuda":
         made.capture()
@@ -260,7 +268,7 @@ def compile_ahead(
 
 
 def refused(kernel: str, config: LaunchConfig) -> list[str]:
-    """What the gate says of a configuration, on architectures that it knows."""
+    """Return what the gate says of a configuration, on architectures that it knows."""
     from tfb_kernels import aot
 
     arch = launch.architecture(torch.device("cuda"))
@@ -279,10 +287,14 @@ def refused(kernel: str, config: LaunchConfig) -> list[str]:
 
 
 def sweep(bench: Bench, sizes: Sizes, workers: int) -> None:
-    """All kernels, the entry of ``tuning.LAUNCH_FILE`` written after each, then the thresholds.
+    """Measure all kernels, then the thresholds; write ``tuning.LAUNCH_FILE`` after each kernel.
+
+    The configuration of least time (the geometric mean over shared and per-draw x) becomes that of
+    its rows and of ranks up to ``SHARED_RANK``; larger ranks keep theirs. Inputs stay in the L2
+    where they fit, as they do in a model, where the layer before has just written them.
 
     Raises:
-        RuntimeError: a kernel of which nothing runs, or a chosen configuration that is wrong.
+        RuntimeError: A kernel of which nothing runs, or a chosen configuration that is wrong.
     """
     arch = launch.architecture(bench.device)
     data = json.loads(tuning.LAUNCH_FILE.read_text())
@@ -309,14 +321,15 @@ def sweep(bench: Bench, sizes: Sizes, workers: int) -> None:
     if faults := wrong(bench, sizes):
         raise RuntimeError("the new configurations are wrong, none was taken: " + faults)
     entry["paths"] = {
-        "generate_min_rows": threshold(bench, sizes), "merge_rows": merge_factor(bench, sizes),
-    }  # fmt: skip
+        "generate_min_rows": threshold(bench, sizes),
+        "merge_rows": merge_factor(bench, sizes),
+    }
     write(data, tuning.LAUNCH_FILE)
 
 
 @torch.no_grad()
 def sweep_cpu(bench: Bench) -> None:
-    """The one number that a CPU has in ``launch.json``: from where on it merges."""
+    """Measure the one number that a CPU has in ``launch.json``: from where on it merges."""
     found = merge_factor(bench, CPU)
     data = json.loads(tuning.LAUNCH_FILE.read_text())
     data["architectures"]["cpu"] = {"paths": {"merge_rows": found}, "measured": about()}
@@ -324,15 +337,13 @@ def sweep_cpu(bench: Bench) -> None:
 
 
 def wrong(bench: Bench, sizes: Sizes) -> str:
-    """What float64 says against the table as it is now, at every number of rows; else "".
+    """Return what float64 says against the table as it is now, at every number of rows; else "".
 
     Raises:
         AssertionError: predictive_reduction is wrong.
     """
     units = torch.arange(DRAWS, device=bench.device).view(-1, 2)
-    contenders.check_reduction(
-        4 * torch.randn(DRAWS, 3, sizes.vocabulary, device=bench.device), units
-    )
+    test_predictive.check(4 * torch.randn(DRAWS, 3, sizes.vocabulary, device=bench.device), units)
     found = {
         path: contenders.errors(path, bench.device, bench.dtype, sizes.rows)
         for path in launch.PATHS
@@ -347,7 +358,7 @@ def measure(
     """Time a job's configurations, record the row, return the fastest and its microseconds.
 
     Raises:
-        RuntimeError: none of them runs.
+        RuntimeError: None of them runs.
     """
     times: dict[LaunchConfig, dict[str, float]] = {}
     failed: list[dict[str, Any]] = []
@@ -381,7 +392,7 @@ def measure(
 
 
 def threshold(bench: Bench, sizes: Sizes) -> int:
-    """Rows that share a stream from which generating loses least, summed over points."""
+    """Return the rows that share a stream from which generating loses least, over all points."""
     draws = Draws.antithetic(DRAWS, contenders.SIGMA)
     times: dict[tuple[int, str], dict[str, float]] = {}
     for rows in sizes.path_rows:
@@ -412,8 +423,14 @@ def threshold(bench: Bench, sizes: Sizes) -> int:
 
 
 def best_threshold(times: Mapping[tuple[float, str], tuple[float, float]]) -> float:
-    """From (size, kind) -> seconds (below, from): the bound of least summed excess over the faster
-    way; ``NEVER`` where that is to take the first always."""
+    """Return the size from which on the second way loses least, summed over points.
+
+    Args:
+        times: By size and kind of a point, the seconds of both ways.
+
+    Returns:
+        The bound; ``NEVER`` where the first way is to be taken always.
+    """
     bounds = [*sorted({size for size, _ in times}), NEVER]
 
     def excess(bound: float) -> float:
@@ -426,7 +443,7 @@ def best_threshold(times: Mapping[tuple[float, str], tuple[float, float]]) -> fl
 
 
 def merge_factor(bench: Bench, sizes: Sizes) -> float:
-    """``merge_rows``: the factor of the ratio of bytes from which merging loses least."""
+    """Return ``merge_rows``: the factor of the ratio of bytes from which merging loses least."""
     draws, device = Draws.antithetic(DRAWS, contenders.SIGMA), bench.device
     times: dict[tuple[float, str], tuple[float, float]] = {}
     for kind, (n, m) in (("q", sizes.shared), ("down", sizes.per_draw)):
@@ -439,8 +456,8 @@ def merge_factor(bench: Bench, sizes: Sizes) -> float:
                 for call in (contenders.ours_added, contenders.ours_merged)
             )
             times[round(rows / bytes_alone, 4), kind] = added, merged
-            print(f"merge {rows:5} rows {kind:8}: added {1e6 * added:.1f} µs, "
-                  f"merged {1e6 * merged:.1f} µs")  # fmt: skip
+            microseconds = f"added {1e6 * added:.1f} µs, merged {1e6 * merged:.1f} µs"
+            print(f"merge {rows:5} rows {kind:8}: {microseconds}")
     found = best_threshold(times)
     row = heading(bench, "sweep", "merge", {"r": RANK, "S": DRAWS, "dtype": bench.dtype_name}) | {
         "medians": [
@@ -458,7 +475,7 @@ def merge_factor(bench: Bench, sizes: Sizes) -> float:
 
 
 def about() -> dict[str, Any]:
-    """What an entry's "measured" says."""
+    """Return what an entry's "measured" says."""
     e = environment()
     return {
         "device": (e["gpu"] or {}).get("name") or e["cpu"]["model"],
@@ -482,7 +499,7 @@ USED = {
 
 
 def add(listed: list[dict[str, Any]], job: Job, best: LaunchConfig) -> None:
-    """One line of a kernel's list."""
+    """Append one line to a kernel's list."""
     line: dict[str, Any] = {} if job.max_rows is None else {"max_rows": job.max_rows}
     if job.kernel in ("shrink", "expand", "merge"):
         line["max_rank"] = SHARED_RANK
@@ -491,20 +508,18 @@ def add(listed: list[dict[str, Any]], job: Job, best: LaunchConfig) -> None:
 
 
 def finish(kernels: dict[str, Any], kernel: str, before: list[dict[str, Any]]) -> None:
-    """Ranks that were not measured keep the lines that they had."""
+    """Keep the lines of ranks that were not measured."""
     if "max_rank" in kernels[kernel][-1]:
         kernels[kernel] += [c for c in before if c.get("max_rank", 1 << 30) > SHARED_RANK]
 
 
 def write(data: dict[str, Any], file: Path) -> None:
-    """A configuration a line; the old file stays whole until the new one is."""
-    unfinished = file.with_suffix(".partial")
-    unfinished.write_text(formatted(data) + "\n", encoding="utf-8")
-    os.replace(unfinished, file)
+    """Write a configuration a line; the old file stays whole until the new one is."""
+    atomic.write(file, f"{formatted(data)}\n".encode())
 
 
 def formatted(value: Any, indent: str = "") -> str:
-    """JSON in which an object of plain values takes one line."""
+    """Return JSON in which an object of plain values takes one line."""
     inner = indent + "  "
     if isinstance(value, dict) and any(isinstance(v, dict | list) for v in value.values()):
         lines = [f"{inner}{json.dumps(str(k))}: {formatted(v, inner)}" for k, v in value.items()]
@@ -518,7 +533,7 @@ def formatted(value: Any, indent: str = "") -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels.sweep", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--toy", action="store_true", help="tiny sizes, a few configurations")
     parser.add_argument("--workers", type=int, help="processes that compile (default: up to 16)")

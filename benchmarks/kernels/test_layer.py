@@ -1,27 +1,14 @@
-"""``tfb.BayesLoRALinear`` on a CPU: S samples of one layer for one read of x.
-
-    ours          the layer called with x [T, n] and S fixed draws, its base product included
-    naive         S eager forwards, each with A' + (sigma / d) o E materialised      (fresh noise)
-    naive_kept    the same with its S sampled A made beforehand
-    baddbmm       one base product, all draws in batched products of torch           (fresh noise)
-    baddbmm_kept  the same with its noise made beforehand
-    merged        S products with W + Delta-W                                         (fresh noise)
-    base          the base product: the unit
+"""``tfb.BayesLoRALinear`` on a CPU: S samples of one layer for one read of x [T, n], in float32.
 
 On a CPU ours keeps the noise of fixed draws from call to call; so do the contenders "kept", which
-are therefore the rivals to beat. float32, antithetic draws as ``predict`` makes them.
-
-The loops cost S base products each, 15 s or more a call at the largest point. So that the suite
-ends within 25 minutes on two cores, points above ``MOST`` multiply-adds have rank ``RANK`` alone,
-and those above ``MOST_OF_LOOPS`` no loop but ``naive``. ``merged``, which also writes a matrix as
-large as W for each draw, whatever the rank, runs at rank ``RANK`` and the fewest draws alone. What
-is left out is in the row, with the reason. ``test_linear.py`` measures a GPU.
+are therefore the rivals to beat. The loops cost S base products each, 15 s or more a call at the
+largest point: so that the suite ends within 25 minutes on two cores, ``points`` and ``left_out``
+leave some out, the row says which. ``test_linear.py`` measures a GPU.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -40,7 +27,9 @@ LAYERS, TOY_LAYERS = ((2048, 2048), (4096, 14336)), ((64, 96),)  # in_features, 
 RANKS, RANK = (8, 16, 64), 16
 ROWS, TOY_ROWS = (1, 16, 256, 1024), (1, 16)
 DRAWS = (10, 32)
-MOST, MOST_OF_LOOPS = 2e11, 5e10  # multiply-adds of S base products: 2 s and 0.5 s a loop
+# Multiply-adds of S base products, 2 s and 0.5 s a loop: larger points have rank ``RANK`` alone,
+# and no loop but ``naive``.
+MOST, MOST_OF_LOOPS = 2e11, 5e10
 SECONDS = 10.0  # of a point's rounds, once it has had the fewest
 ROUNDS = (15, 40)
 EXACT = 1e-2  # of the draws' standard deviation, by which ours may differ from float64
@@ -66,7 +55,7 @@ class Point:
 
 
 def points(toy: bool) -> list[Point]:
-    """The cheapest first, so that a short run has most of them."""
+    """List the cheapest first, so that a short run has most of them."""
     found = [
         Point(n, m, r, T, S)
         for n, m in (TOY_LAYERS if toy else LAYERS)
@@ -89,7 +78,7 @@ def _on_a_cpu(bench: Bench) -> None:
 
 
 def bayesian(layer: Layer) -> tfb.BayesLoRALinear:
-    """What users call, on the contenders' own weight and adapter."""
+    """Return what users call, on the contenders' own weight and adapter."""
     m, n = layer.W.shape
     base = nn.Linear(n, m, bias=False, device="meta")
     base.weight = nn.Parameter(layer.W, requires_grad=False)
@@ -97,21 +86,26 @@ def bayesian(layer: Layer) -> tfb.BayesLoRALinear:
 
 
 def check(module: tfb.BayesLoRALinear, layer: Layer, x: Tensor, draws: Draws) -> None:
-    """Ours at this very point against float64, at its first and last rows; noise that is wrong, or
-    another draw's, is off by a hundred times what is allowed."""
+    """Compare ours at this very point with float64, at its first and last rows.
+
+    Noise that is wrong, or another draw's, is off by a hundred times what is allowed.
+    """
     p, some = layer.posterior, [0, len(x) - 1]
     few = x[some].double()
-    exact = exact_weight_samples(
-        few, F.linear(few, layer.W.double()), p.A, p.B, p.inv_d, torch.tensor(draws.sigmas),
-        torch.tensor(draws.streams), seed=draws.seed, layer_id=p.layer_id, scaling=p.scaling,
-    )  # fmt: skip
+    base = F.linear(few, layer.W.double())
+    drawn = (torch.tensor(draws.sigmas), torch.tensor(draws.streams))
+    how: dict[str, Any] = {"seed": draws.seed, "layer_id": p.layer_id, "scaling": p.scaling}
+    exact = exact_weight_samples(few, base, p.A, p.B, p.inv_d, *drawn, **how)
     error = float((module(x, draws)[:, some] - exact).abs().max())
     allowed = EXACT * float(exact.std(0).mean())
     assert error <= allowed, f"ours is off by {error:.3g}, allowed are {allowed:.3g}"
 
 
 def left_out(point: Point) -> dict[str, str]:
-    """Contenders that this point goes without, and why."""
+    """Return the contenders that this point goes without, and why.
+
+    ``merged`` writes a matrix as large as W for each draw, whatever the rank.
+    """
     found = {}
     if point.work > MOST_OF_LOOPS:
         found["naive_kept"] = "as slow as naive, which is here"
@@ -132,22 +126,23 @@ def test_layer(benchmark: Any, bench: Bench, point: Point) -> None:
     check(module, layer, x, draws)
     skipped = left_out(point)
     rivals = contenders.RIVALS | {k: keep(layer, draws) for k, keep in contenders.KEPT.items()}
+
+    def step(rival: contenders.Contender) -> Step:
+        return lambda i: rival(layer, x, draws)
+
     steps: dict[str, Step] = {
-        name: partial(_step, rival, layer, x, draws)
-        for name, rival in rivals.items()
-        if name not in skipped
+        "ours": lambda i: module(x, draws),
+        **{k: step(rival) for k, rival in rivals.items() if k not in skipped},
+        "base": lambda i: F.linear(x, layer.W),
     }
     compare(
-        benchmark, replace(bench, seconds=min(bench.seconds, SECONDS)), "layer", "layer",
+        benchmark,
+        replace(bench, seconds=min(bench.seconds, SECONDS)),
+        "layer",
+        "layer",
         asdict(point) | {"streams": len(draws.distinct_streams), "dtype": bench.dtype_name},
-        {
-            "ours": lambda i: module(x, draws),
-            **steps,
-            "base": lambda i: F.linear(x, layer.W),
-        },
-        unit="base", skipped=skipped, rounds=ROUNDS,
-    )  # fmt: skip
-
-
-def _step(rival: contenders.Contender, layer: Layer, x: Tensor, draws: Draws, i: int) -> object:
-    return rival(layer, x, draws)
+        steps,
+        unit="base",
+        skipped=skipped,
+        rounds=ROUNDS,
+    )

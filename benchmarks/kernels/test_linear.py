@@ -1,19 +1,14 @@
-"""One layer of Llama-3.1-8B with ten draws: 12 points, the smallest first.
+"""One layer of Llama-3.1-8B with ten draws, rank 16, bfloat16: 12 points, the smallest first.
 
-    q      4096 -> 4096      shared x, as in the first noisy layer
-    head   4096 -> 128256    shared x, as in last-layer TFB
-    down   14336 -> 4096     x of each draw's own, as above a first noisy layer
-
-each with 1, 50, 256 and 4,096 rows (a draw), rank 16, five antithetic pairs, bfloat16. Twice:
-"layer" is the base product and the update against ``contenders.RIVALS``, "update" the update alone
-against the bytes that it must move. CUDA graphs leave launches out; what single kernels take is in
-``test_profile.py``. Every path is first compared with float64: what is wrong is not timed. Without
-a GPU, and with --toy, the same code runs at toy sizes in float32.
+Twice: "layer" is the base product and the update against ``contenders.RIVALS``, "update" the update
+alone against the bytes that it must move. CUDA graphs leave launches out; what single kernels take
+is in ``test_profile.py``. Every path is first compared with float64: what is wrong is not timed.
+Without a GPU, and with --toy, the same code runs at toy sizes in float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -32,8 +27,11 @@ from tfb_kernels import gaussian_noise
 from tfb_kernels.noise import weight_noise
 
 S, RANK = 10, 16
-# out_features, in_features of Llama-3.1-8B's projections.
-LAYERS = {"q": (4096, 4096), "down": (4096, 14336), "head": (128256, 4096)}
+LAYERS = {  # out_features, in_features of Llama-3.1-8B's projections
+    "q": (4096, 4096),  # shared x, as in the first noisy layer
+    "down": (4096, 14336),  # x of each draw's own, as above a first noisy layer
+    "head": (128256, 4096),  # shared x, as in last-layer TFB
+}
 TOY = (256, 256)
 ROWS, TOY_ROWS = (1, 50, 256, 4096), (1, 16)
 LARGE = 64 << 20  # bytes from which on an operation is bandwidth and no longer latency
@@ -44,7 +42,7 @@ LANES = 128  # instructions of single threads that an NVIDIA multiprocessor issu
 
 @dataclass(frozen=True)
 class Point:
-    """layer: a key of LAYERS. T: rows of a draw. shared: x [T, n], else [S, T, n]."""
+    """A key of ``LAYERS``, T rows a draw, and whether x is [T, n] or [S, T, n]."""
 
     layer: str
     T: int
@@ -54,11 +52,10 @@ class Point:
         return f"{self.layer}-T{self.T}-{'shared' if self.shared else 'per-draw'}"
 
 
-def points(toy: bool) -> Iterator[Point]:
-    """By rows, so that what a short run does not reach is the largest."""
-    for T in TOY_ROWS if toy else ROWS:
-        for layer in LAYERS:
-            yield Point(layer, T, shared=layer != "down")
+def points(toy: bool) -> list[Point]:
+    """List points by rows, so that what a short run does not reach is the largest."""
+    rows = TOY_ROWS if toy else ROWS
+    return [Point(layer, T, shared=layer != "down") for T in rows for layer in LAYERS]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -72,7 +69,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def wrong(bench: Bench) -> dict[str, str]:
-    """Paths of ours that float64 refutes, and how."""
+    """Return the paths of ours that float64 refutes, and how."""
     found = {path: contenders.errors(path, bench.device, bench.dtype) for path in contenders.PATHS}
     found["merge"] = contenders.merge_errors(bench.device, bench.dtype)
     return {path: error for path, error in found.items() if error is not None}
@@ -141,7 +138,7 @@ def sizes(bench: Bench, point: Point) -> Bytes:
 
 
 def operands(bench: Bench, point: Point, copies: int, layers: int) -> Operands:
-    """``copies`` inputs, and ``layers`` weights that take turns."""
+    """Make ``copies`` inputs, and ``layers`` weights that take turns."""
     m, n = shape(bench, point)
     rows = (point.T,) if point.shared else (S, point.T)
     draws = Draws.antithetic(S, SIGMA)
@@ -150,15 +147,19 @@ def operands(bench: Bench, point: Point, copies: int, layers: int) -> Operands:
         x=[torch.randn(*rows, n, dtype=bench.dtype, device=bench.device) for _ in range(copies)],
         draws=draws,
         description={
-            **asdict(point), "r": RANK, "S": S, "m": m, "n": n,
+            **asdict(point),
+            "r": RANK,
+            "S": S,
+            "m": m,
+            "n": n,
             "streams": len(draws.distinct_streams),
             "dtype": bench.dtype_name,
         },
-    )  # fmt: skip
+    )
 
 
 def layer_operands(bench: Bench, point: Point) -> Operands:
-    """Weights and inputs in turn: what the whole layer reads."""
+    """Make weights and inputs that take turns: the whole layer reads both."""
     nbytes = sizes(bench, point)
     copies = bench.copies(nbytes.weight + nbytes.x)
     return operands(bench, point, copies, copies)
@@ -181,11 +182,10 @@ def refuse(bench: Bench, point: Point, measure: str, wrong: dict[str, str]) -> N
 
 
 def judge_layer(point: Point, row: Row) -> list[Row]:
-    """At most 3 % behind the best rival or path; shared x also in base products and naive loops."""
+    """Judge ours by the best rival or path; shared x also by base products and naive loops."""
     ratios = {k: v["median"] for k, v in row["ratios"].items()}
-    best = min(
-        (k for k in ratios if k in contenders.RIVALS | contenders.OURS), key=ratios.__getitem__
-    )
+    known = [k for k in ratios if k in contenders.RIVALS | contenders.OURS]
+    best = min(known, key=ratios.__getitem__)
     found = [target(f"ours / best ({best})", 1 / ratios[best], LOSS, at_least=False)]
     if point.shared:
         bound = 1.15 if point.T >= 256 else 1.5
@@ -196,7 +196,7 @@ def judge_layer(point: Point, row: Row) -> list[Row]:
 
 
 def judge_update(bench: Bench, point: Point, row: Row) -> list[Row]:
-    """Large updates of per-draw x against their bytes, large expands against their floor."""
+    """Judge large updates of per-draw x by their bytes, large expands by their floor."""
     nbytes, found = sizes(bench, point), []
     if not point.shared and nbytes.update >= LARGE:
         value = 1 / row["floor"]["fraction"]
@@ -208,7 +208,7 @@ def judge_update(bench: Bench, point: Point, row: Row) -> list[Row]:
 
 
 def expand_floor(bench: Bench, point: Point) -> float:
-    """Seconds that expand's bytes, or its instructions if they are more, take at the ceilings."""
+    """Return the seconds that expand's bytes or instructions take at the ceilings."""
     nbytes = sizes(bench, point)
     by_bytes = (nbytes.base + nbytes.outputs) / bench.ceilings.copy
     gpu = environment()["gpu"] or {}
@@ -235,16 +235,23 @@ def test_layer(benchmark: Any, kernels: Bench, wrong: dict[str, str], point: Poi
         skipped["merge"] = "x is shared: one product serves all draws"
     calls = {k: v for k, v in contenders.OURS.items() if k not in skipped} | contenders.RIVALS
     compare(
-        benchmark, kernels, "linear", "layer", case.description,
+        benchmark,
+        kernels,
+        "linear",
+        "layer",
+        case.description,
         {
             "ours": case.step(contenders.ours),
             **{name: case.step(call) for name, call in calls.items()},
             "base": case.step(lambda layer, x, draws: F.linear(x, layer.W)),
         },
-        copies=len(case.x), graphs=True, unit="base",
+        copies=len(case.x),
+        graphs=True,
+        unit="base",
         skipped=skipped,
-        judge=partial(judge_layer, point), rounds=(20, 20),
-    )  # fmt: skip
+        judge=partial(judge_layer, point),
+        rounds=(20, 20),
+    )
 
 
 def test_update(benchmark: Any, kernels: Bench, wrong: dict[str, str], point: Point) -> None:
@@ -268,15 +275,25 @@ def test_update(benchmark: Any, kernels: Bench, wrong: dict[str, str], point: Po
     else:
         skipped["expand"] = "a Triton kernel; no GPU here"
     compare(
-        benchmark, kernels, "linear", "update", case.description, steps,
-        copies=copies, graphs=True, unit="base", parts=("expand",), skipped=skipped,
+        benchmark,
+        kernels,
+        "linear",
+        "update",
+        case.description,
+        steps,
+        copies=copies,
+        graphs=True,
+        unit="base",
+        parts=("expand",),
+        skipped=skipped,
         work=Work(nbytes.update, flops=0.0),
-        judge=partial(judge_update, kernels, point), rounds=(20, 20),
-    )  # fmt: skip
+        judge=partial(judge_update, kernels, point),
+        rounds=(20, 20),
+    )
 
 
 def expand_step(case: Operands, base: list[Tensor]) -> Step:
-    """expand alone on z [S, T, r], finalised."""
+    """Return expand alone on z [S, T, r], finalised."""
     from tfb_kernels import launch, triton_expand, tuning
 
     x, (T, m) = case.x[0], base[0].shape[-2:]
@@ -284,10 +301,9 @@ def expand_step(case: Operands, base: list[Tensor]) -> Step:
     R, shared = B.shape[1], x.dim() == 2
     z = torch.randn((S, T, R), dtype=x.dtype, device=x.device)
     config = launch.choose_config("expand", rows=S * T, rank=R, arch=launch.architecture(x.device))
-    plan = triton_expand.plan(
-        S, T, m, R, x.dtype, launch.dot_precision(x.dtype), config, tuning.processors(x.device),
-        shared=shared, bias=False,
-    )  # fmt: skip
+    problem = (S, T, m, R, x.dtype, launch.dot_precision(x.dtype))
+    wave = tuning.processors(x.device)
+    plan = triton_expand.plan(*problem, config, wave, shared=shared, bias=False)
     outputs = base[0].new_empty((S, T, m)) if shared else None
 
     def step(i: int) -> None:

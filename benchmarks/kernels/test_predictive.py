@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.timing import Bench, Step, Work, compare, target
+from benchmarks.timing import Bench, Row, Step, Work, compare, target
 from tfb.draws import Draws
 from tfb_kernels import predictive_reduction
 
@@ -28,7 +28,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def torch_three(logits: Tensor, units: Tensor) -> tuple[Tensor, ...]:
-    """What one writes down: [S, B, V] probabilities, their mean and two entropies."""
+    """Compute what one writes down: [S, B, V] probabilities, their mean and two entropies."""
     p = logits.float().softmax(-1)
     probs = p.mean(0)
     entropy = torch.special.entr(p).sum(-1).mean(0)
@@ -38,7 +38,7 @@ def torch_three(logits: Tensor, units: Tensor) -> tuple[Tensor, ...]:
 def torch_all(
     logits: Tensor, units: Tensor, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, ...]:
-    """The same with each draw's argmax and the standard error over antithetic pairs."""
+    """Add each draw's argmax and the standard error over antithetic pairs."""
     p = logits.to(dtype).softmax(-1)
     probs = p.mean(0)
     entropy = torch.special.entr(p).sum(-1).mean(0)
@@ -47,14 +47,14 @@ def torch_all(
 
 
 def check(logits: Tensor, units: Tensor) -> None:
-    """Ours within 1e-4 of torch in float64 (absolute, entropies in nats), the argmax equal."""
+    """Compare ours with torch in float64: within 1e-4 (entropies in nats), the argmax equal."""
     expected = torch_all(logits, units, torch.float64)
     for mine, theirs in zip(predictive_reduction(logits, units), expected, strict=True):
         assert float((mine.double() - theirs.double()).abs().max()) <= 1e-4
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """Largest allocation of a call on the GPU above what was there before it."""
+    """Return the largest allocation of a call on the GPU above what was there before it."""
     call()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -89,13 +89,20 @@ def test_predictive_reduction(benchmark: Any, kernels: Bench, B: int, V: int) ->
     def step(call: Callable[[Tensor, Tensor], object]) -> Step:
         return lambda i: call(logits[i], units)
 
+    def judge(row: Row) -> list[Row]:
+        return [target("torch / ours", row["ratios"]["torch"]["median"], 1.0, at_least=True)]
+
     compare(
-        benchmark, kernels, "predictive", "reduction",
+        benchmark,
+        kernels,
+        "predictive",
+        "reduction",
         {"S": S, "B": B, "V": V, "dtype": kernels.dtype_name},
         {k: step(call) for k, call in calls.items()},
-        copies=copies, graphs=True, skipped=skipped, details=details,
+        copies=copies,
+        graphs=True,
+        skipped=skipped,
+        details=details,
         work=Work(bytes=S * B * V * dtype.itemsize + 8 * B * V, flops=0.0),
-        judge=lambda row: [
-            target("torch / ours", row["ratios"]["torch"]["median"], 1.0, at_least=True)
-        ],
-    )  # fmt: skip
+        judge=judge,
+    )

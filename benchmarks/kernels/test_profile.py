@@ -1,6 +1,6 @@
 """Time in each kernel of one layer, at the points of ``test_linear.py``, by torch.profiler.
 
-In a file of its own, to be run last: the profiler stays attached to the process and slows what is
+A file of its own, to be run last: the profiler stays attached to the process and slows what is
 launched after it.
 """
 
