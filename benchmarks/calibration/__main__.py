@@ -41,7 +41,8 @@ REFERENCES = ("mle", "temperature")  # what every method is compared with
 SOURCES = (
     "tfb", "tfb_kernels",
     *(f"benchmarks/calibration/{name}.py" for name in (
-        "__main__", "evaluation", "laplace", "methods", "questions", "setting", "stems", "tasks",
+        "__main__", "evaluation", "families", "laplace", "layer_scale", "methods", "questions",
+        "reference_rule", "setting", "stems", "tasks",
     )),
 )  # fmt: skip
 

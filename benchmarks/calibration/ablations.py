@@ -3,7 +3,7 @@
 One thing is varied at a time, from the paper's rule (metric nll, objective max_variance, tolerance
 0.3 %, 4 draws) on held-out anchors, with 10 draws in prediction:
 
-    family       low_rank (TFB), constant, full_rank (tfb/families.py), two objectives
+    family       low_rank (TFB), constant, full_rank (families.py), two objectives
     metric       every metric of fit_sigma, max_variance
     objective    max_variance, min_nll, gvi; held-out and training anchors
     tolerance    0.1 % to 30 %, held-out and training anchors
@@ -34,18 +34,18 @@ import torch
 from torch import Tensor
 
 import tfb
+from benchmarks.calibration.families import FAMILIES, with_family
 from benchmarks.calibration.tasks import LABEL_TOKENS, Task, load_task
 from benchmarks.calibration.train import ADAPTERS, adapter
 from benchmarks.environment import shared_folder
 from benchmarks.timing import Bench, Row, record
-from tfb.adapters.families import FAMILIES
 from tfb.data.batching import EncodedRows
 from tfb.draws import Draws
 from tfb.evaluation.metrics import auroc, evaluate
 from tfb.model import BayesianModel
-from tfb.scoring.rows import encode, load_tokenizer, pad_token, predict_rows
-from tfb.search.cost import passes_per_row
-from tfb.search.loss import METRICS
+from tfb.adapters.loading import load_tokenizer
+from tfb.scoring.evaluate import encode, predict_rows
+from tfb.search.loss import METRICS, passes_per_row
 from tfb.search.result import SearchError, SigmaFit
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -151,8 +151,8 @@ class Study:
         if family not in self.models:
             base = tfb.load_base(self.task.base, self.folder)
             model = tfb.load_adapter(base, self.folder)
-            self.models[family] = tfb.bayesianize(model, family=family)
-            self.models[family].label_tokens = LABEL_TOKENS
+            bayes = tfb.bayesianize(model, label_tokens=LABEL_TOKENS)
+            self.models[family] = with_family(bayes, family)
         return self.models[family]
 
     @cached_property
@@ -176,8 +176,9 @@ class Study:
             bayes = self.model(setting.family)
             try:
                 options = DEFAULTS | setting.options
-                bayes.configure(mode=_mode(setting.tail)[0], tail=_mode(setting.tail)[1])
-                self.fits[key] = tfb.fit_sigma(bayes, self.anchors(setting), **options)
+                self.fits[key] = tfb.fit_sigma(
+                    bayes, self.anchors(setting), **_mode(setting.tail), **options
+                )
             except SearchError as error:
                 self.fits[key] = str(error)
         return self.fits[key]
@@ -190,7 +191,7 @@ class Study:
         rounded = STEP ** round(math.log(sigma, STEP)) if sigma > 0 else 0.0
         found = self.predicted.get((family, tail, rounded), {})
         if not found or len(found["test"]) < draws:
-            self.model(family).configure(mode=_mode(tail)[0], tail=_mode(tail)[1])
+            self.model(family).configure(**_mode(tail))
             found = {name: self._draws(family, rounded, draws, name) for name in ("test", "oos")}
             self.predicted[family, tail, rounded] = found
         probs, total, epistemic = _summary(found["test"][:draws])
@@ -207,15 +208,15 @@ class Study:
         bayes = self.model(family)
         found = predict_rows(
             bayes, self.encoded[rows], Draws.antithetic(draws, sigma, seed=bayes.config.seed),
-            batch_size=BATCH, pad_token_id=pad_token(bayes, self.tokenizer), keep_draws=True,
+            batch_size=BATCH, keep_draws=True,
         )  # fmt: skip
         assert found.draw_probs is not None
         return found.draw_probs
 
 
-def _mode(tail: int | None) -> tuple[str, int | None]:
-    """Arguments of ``set_mode``."""
-    return ("full", None) if tail is None else ("tail", tail)
+def _mode(tail: int | None) -> dict[str, Any]:
+    """How draws reach the model: arguments of ``fit_sigma`` and ``configure``."""
+    return {"mode": "full" if tail is None else "tail", "tail": tail}
 
 
 def _summary(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -29,6 +29,8 @@ import torch
 
 import tfb
 from benchmarks.calibration.laplace import SAMPLES, fit_laplace, sample_laplace, tune_laplace
+from benchmarks.calibration.layer_scale import scale_layers
+from benchmarks.calibration.reference_rule import fit_reference
 from benchmarks.calibration.setting import (
     GIVEN_DROPOUT,
     Predicted,
@@ -43,7 +45,8 @@ from tfb.data.batching import EncodedRows
 from tfb.draws import Draws
 from tfb.evaluation.metrics import apply_temperature, fit_temperature
 from tfb.sampling.tail import why_no_tail
-from tfb.search.cost import passes_per_row
+from tfb.search.loss import passes_per_row
+from tfb.search.result import SigmaFit
 
 TAIL = 1
 SENSITIVITY_SIGMA = 0.01  # at which modules are measured where min_nll finds no noise good
@@ -189,7 +192,7 @@ class Methods:
     # --- TFB ----------------------------------------------------------------------------------
 
     def authors_rule(self) -> Outcome:
-        return self._tfb(self.setting.anchors, compat="reference")[0]
+        return self._tfb(self.setting.anchors, search=fit_reference)[0]
 
     def tfb(self) -> Outcome:
         return self._tfb(self.setting.anchors, objective="max_variance")[0]
@@ -215,14 +218,11 @@ class Methods:
         return self._tfb(self.setting.anchors, bayes=bayes, objective="min_nll")[0]
 
     def tfb_layers(self) -> Outcome:
-        s, bayes = self.setting, self.setting.model()
-        before = bayes.layer_scales
+        s = self.setting
         sigma = float(self._min_nll[0].details["sigma"]) or SENSITIVITY_SIGMA
-        try:
-            scales = tfb.fit_layer_scales(bayes, s.anchors, sigma=sigma)
-            outcome, _ = self._tfb(s.anchors, objective="min_nll")
-        finally:
-            bayes.set_layer_scales(before)  # the model is shared
+        own = s.model(layers=lambda name: True)  # its posteriors are replaced
+        bayes, scales = scale_layers(own, s.anchors, sigma=sigma)
+        outcome, _ = self._tfb(s.anchors, bayes=bayes, objective="min_nll")
         m = scales.multipliers.values()
         return replace(
             outcome,
@@ -231,12 +231,17 @@ class Methods:
         )
 
     def _tfb(
-        self, anchors: EncodedRows, *, bayes: Any = None, mode: str = "full", **search: Any
+        self,
+        anchors: EncodedRows,
+        *,
+        bayes: Any = None,
+        search: Callable[..., SigmaFit] = tfb.fit_sigma,
+        **options: Any,
     ) -> tuple[Outcome, Draws]:
         """Search sigma, predict with antithetic draws."""
         s = self.setting
         bayes = s.model() if bayes is None else bayes
-        fit = tfb.fit_sigma(bayes, anchors, mode=mode, **search)
+        fit = search(bayes, anchors, **options)
         draws = bayes.draws(s.draws) if fit.sigma > 0 else Draws.mean()
         passes = prediction_passes(bayes, s.judged["test"], draws)
         outcome = Outcome(
@@ -268,7 +273,7 @@ class Methods:
 def prediction_passes(bayes: Any, rows: EncodedRows, draws: Draws) -> float:
     """Passes a row of ``draws``: blocks below the noise and tokens before the tail count once."""
     S = len(draws)
-    if bayes.mode == "tail":
+    if bayes.config.mode == "tail":
         return passes_per_row([len(ids) for ids in rows.input_ids], S, bayes.config.tail)
     share = len(bayes.blocks_below) / bayes.base.config.num_hidden_layers
     return share + S * (1 - share)

@@ -30,15 +30,15 @@ from tfb.data.batching import EncodedRows
 from tfb.data.readers import read_rows
 from tfb.draws import Draws
 from tfb.evaluation.metrics import evaluate
-from tfb.scoring.rows import encode, pad_token, predict_rows
+from tfb.scoring.evaluate import encode, predict_rows
 
 FOLDER = Path(__file__).resolve().parent
 ROWS, ANCHORS, REFERENCE, REPLICATES = 250, 150, 512, 3
 FAR = 1 << 20  # streams of the reference and of replicates do not meet
 
 
-def setting(shared: Path, layers: Any) -> tuple[Any, EncodedRows, EncodedRows, int]:
-    """The Bayesian model, anchors, rows to judge by, and the padding token."""
+def setting(shared: Path, layers: Any) -> tuple[Any, EncodedRows, EncodedRows]:
+    """The Bayesian model, anchors, and rows to judge by."""
     from transformers import AutoTokenizer
 
     base, adapter = shared / "models/stories260K", shared / "adapters/stories260K-clinc-domain"
@@ -48,8 +48,7 @@ def setting(shared: Path, layers: Any) -> tuple[Any, EncodedRows, EncodedRows, i
     # The file is sorted by label: take rows from all over it, anchors and rows in turn.
     rows = read_rows(shared / "data/clinc-domain/validation.jsonl")
     judged, held = rows[::12][:ROWS], rows[5::20][:ANCHORS]
-    encoded = (encode(bayes, held, tokenizer), encode(bayes, judged, tokenizer))
-    return bayes, *encoded, pad_token(bayes, tokenizer)
+    return bayes, encode(bayes, held, tokenizer), encode(bayes, judged, tokenizer)
 
 
 def families() -> dict[str, tuple[Any, str, int | None, Callable[..., Draws], tuple[int, ...]]]:
@@ -70,12 +69,12 @@ def measure(shared: Path, bench: Bench) -> list[Row]:
     found: list[Row] = []
     sigmas: dict[tuple[Any, ...], tuple[float, Tensor]] = {}
     for family, (layers, mode, tail, make, counts) in families().items():
-        bayes, anchors, rows, pad = setting(shared, layers)
+        bayes, anchors, rows = setting(shared, layers)
         labels = torch.tensor(rows.labels)
         bayes.configure(mode=mode, tail=tail)
 
-        def predict(draws: Draws, bayes: Any = bayes, rows: Any = rows, pad: int = pad) -> Tensor:
-            return predict_rows(bayes, rows, draws, batch_size=100, pad_token_id=pad).probs
+        def predict(draws: Draws, bayes: Any = bayes, rows: Any = rows) -> Tensor:
+            return predict_rows(bayes, rows, draws, batch_size=100).probs
 
         key = (str(layers), mode, tail)
         if key not in sigmas:

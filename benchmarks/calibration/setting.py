@@ -18,7 +18,8 @@ from tfb.data.rows import Row
 from tfb.draws import Draws
 from tfb.model import BayesianModel
 from tfb.predictive import Predictive
-from tfb.scoring.rows import encode, load_tokenizer, pad_token, predict_rows
+from tfb.adapters.loading import load_tokenizer
+from tfb.scoring.evaluate import encode, predict_rows
 
 BATCH_SIZE = 50
 GIVEN_DROPOUT = 0.1  # of the LoRA input, for adapters that were trained without dropout
@@ -79,15 +80,16 @@ class Setting:
             return self._models[kind, seed]
         folder = self.adapters(kind, seed)
         model = tfb.load_adapter(tfb.load_base(self.task.base, folder), folder)
-        bayes = tfb.bayesianize(model, layers=layers, seed=self.task.seed)
-        bayes.label_tokens = LABEL_TOKENS
+        bayes = tfb.bayesianize(
+            model, layers=layers, seed=self.task.seed, label_tokens=LABEL_TOKENS
+        )
         if layers is None:
             self._models[kind, seed] = bayes
         return bayes
 
     @cached_property
     def pad(self) -> int:
-        return pad_token(self.model())
+        return self.model().pad_token_id
 
     @cached_property
     def anchors(self) -> EncodedRows:
@@ -133,9 +135,7 @@ def labels_of(rows: EncodedRows) -> Tensor:
 
 def sampled(bayes: BayesianModel, rows: EncodedRows, draws: Draws) -> Predicted:
     """The posterior predictive; ``Draws.mean()`` is the deterministic adapter."""
-    found = predict_rows(
-        bayes, rows, draws, batch_size=BATCH_SIZE, pad_token_id=int(pad_token(bayes))
-    )
+    found = predict_rows(bayes, rows, draws, batch_size=BATCH_SIZE)
     if len(draws) == 1:
         return Predicted.of_probs(found.probs)
     return Predicted(found.probs.double(), found.total.double(), found.epistemic.double())
@@ -255,6 +255,6 @@ def head_module(bayes: BayesianModel) -> Any:
 def _batches(bayes: BayesianModel, rows: EncodedRows) -> Any:
     side = "left" if bayes.task == "CAUSAL_LM" else "right"
     return batches(
-        rows, batch_size=BATCH_SIZE, pad_token_id=pad_token(bayes), padding_side=side,
+        rows, batch_size=BATCH_SIZE, pad_token_id=bayes.pad_token_id, padding_side=side,
         sort_by_length=True,
     )  # fmt: skip

@@ -15,15 +15,18 @@ from typing import Any
 import torch
 
 import tfb
+from benchmarks.calibration.reference_rule import fit_reference
 from benchmarks.paper import prompts, tasks
 from benchmarks.paper.blob import find_adapter, mean_adapter
 from benchmarks.timing import Bench, Row, record
 from tfb.adapters.loading import adapter_config, adapter_folder
 from tfb.data.batching import EncodedRows
 from tfb.posterior import AdapterError
-from tfb.scoring.rows import evaluations, load_tokenizer, pad_token, set_padding, to_device
-from tfb.search.fit import SEARCH_DRAWS, SearchError, check_arguments, fit_sigma
+from tfb.adapters.loading import load_tokenizer, set_padding, to_device
+from tfb.scoring.evaluate import evaluations
+from tfb.search.fit import SEARCH_DRAWS, check_arguments, fit_sigma
 from tfb.search.loss import AnchorSet
+from tfb.search.result import SearchError
 
 KINDS = ("mle", "map", "blob-mean")
 CHECKPOINTS = ("peft", "published")
@@ -40,7 +43,8 @@ class Setting:
         checkpoint: "published" adapters go through :mod:`benchmarks.paper.blob`.
         data: folder of the tasks' files, None: the hub. split: "validation" or "test".
         form: of the prompts. anchors: "train" or "held-out". anchor_rows: how many.
-        objective, tolerance, compat: of ``fit_sigma``. draws: of the evaluation.
+        objective, tolerance: of ``fit_sigma``. compat: "reference" searches as the authors' scripts
+            do. draws: of the evaluation.
         limit: first rows of each evaluated split; such figures are toys.
     """
 
@@ -83,9 +87,7 @@ class Setting:
                 raise ValueError(f"{name} {value}: expected at least 1")
         if self.draws < 2 or self.draws % 2:
             raise ValueError(f"--draws {self.draws}: expected a positive even number")
-        check_arguments(
-            "nll", self.tolerance, "grid", self.objective, SEARCH_DRAWS, compat=self.compat
-        )
+        check_arguments("nll", self.tolerance, "grid", self.objective, SEARCH_DRAWS)
         if self.data is not None and not self.data.is_dir():
             raise ValueError(f"--data {self.data}: there is no such folder")
 
@@ -219,19 +221,19 @@ def _measure(
     """Search sigma on the anchors, then evaluate both methods on every set of rows."""
     model = tfb.load_adapter(tfb.load_base(setting.base, folder), folder)
     bayes = tfb.bayesianize(model, seed=seed)
-    set_padding(bayes, tokenizer)
-    to_device(bayes)
+    set_padding(bayes.base, tokenizer)
+    to_device(bayes.model)
     try:
-        fit = fit_sigma(
-            bayes, encoded.anchors, "nll", setting.tolerance, objective=setting.objective,
-            batch_size=setting.batch_size, compat=setting.compat,
-        )  # fmt: skip
+        how: dict[str, Any] = {"tolerance": setting.tolerance, "batch_size": setting.batch_size}
+        if setting.compat:
+            fit = fit_reference(bayes, encoded.anchors, **how)
+        else:
+            fit = fit_sigma(bayes, encoded.anchors, objective=setting.objective, **how)
     except SearchError as error:
         raise SearchError(f"{task}, seed {seed}: {error}") from error
     for on, rows in encoded.rows.items():
         found = evaluations(
             bayes, rows, dataset=on, draws=setting.draws, batch_size=setting.batch_size,
-            pad=pad_token(bayes, tokenizer),
         )  # fmt: skip
         for evaluation in found:
             point = {

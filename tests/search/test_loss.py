@@ -14,8 +14,16 @@ import tfb
 from tfb import Draws
 from tfb.data.batching import NO_LABEL, EncodedRows
 from tfb.data.rows import Row
+from tfb.sampling.config import SamplingConfig
 from tfb.search import loss as anchor
-from tfb.search.loss import METRICS, AnchorLoss, AnchorSet
+from tfb.search.loss import (
+    METRICS,
+    AnchorLoss,
+    AnchorSet,
+    PassCounter,
+    jackknife_error,
+    passes_per_row,
+)
 
 # The same float64 sums in another order, through two blocks of width 16: some hundred roundings
 # of 1.1e-16, amplified by norms and softmax. A single float32 rounding (6e-8) would show.
@@ -58,8 +66,9 @@ def loss_of(
     bayes: tfb.BayesianModel, anchors: Any = MIXED, metric: str = "nll", n: int = 6, **kwargs: Any
 ) -> AnchorLoss:
     batch_size = kwargs.pop("batch_size", 3)
+    kwargs.setdefault("config", SamplingConfig(seed=5))
     return AnchorLoss(
-        bayes, AnchorSet.of(anchors, batch_size=batch_size), metric, draws=n, seed=5, **kwargs
+        bayes, AnchorSet.of(anchors, batch_size=batch_size), metric, draws=n, **kwargs
     )
 
 
@@ -130,7 +139,7 @@ def test_lists_are_tensors_and_rows_are_named() -> None:
     assert found.content_hash == AnchorSet.of(
         [lists | {"labels": torch.tensor([0, 1]), "label_ids": torch.tensor([5, 6])}]
     ).content_hash  # fmt: skip
-    with pytest.raises(TypeError, match=r"got Row; write anchors = tfb\.scoring\.encode"):
+    with pytest.raises(TypeError, match=r"got Row; write anchors = encode\(bayes, data"):
         AnchorSet.of([Row("a", text="b")])  # type: ignore[list-item]
 
 
@@ -209,16 +218,6 @@ def test_row_losses_are_those_of_predict_on_the_same_draws(
         assert float((table.rows - loss.baseline).abs().min()) > 1e3 * EXACT  # noise has an effect
 
 
-def test_iid_streams_can_start_anywhere_and_noise_can_be_per_token(
-    bayes: tfb.BayesianModel,
-) -> None:
-    loss = loss_of(bayes, metric="pseudo_nll", n=5, noise="token")
-    table = loss([0.1], antithetic=False, first_stream=40)
-    draws = Draws.iid(5, 0.1, seed=5, noise="token", first_stream=40)
-    wanted = torch.cat([explicit(bayes, b, draws, "pseudo_nll") for b in loss.anchors.batches])
-    torch.testing.assert_close(table.rows[0], wanted, rtol=EXACT, atol=EXACT)
-
-
 def test_classification_head() -> None:
     bayes = build("llama_classifier")
     text = EncodedRows(
@@ -238,17 +237,14 @@ def test_unlabelled_anchors_have_the_unsupervised_losses(bayes: tfb.BayesianMode
         assert torch.equal(labelled, unlabelled)
 
 
-def test_probability_floors(bayes: tfb.BayesianModel) -> None:
-    """By default -log max(p, 1e-12); with additive_floor -log(p + 1e-12), as in the scripts."""
+def test_probability_floor(bayes: tfb.BayesianModel) -> None:
+    """-log max(p, 1e-12)."""
     loss = loss_of(bayes, rows())
     sure = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64)
     loss._mean = sure.expand(7, 3)
     assert loss.baseline.tolist() == [
         pytest.approx(0.0 if y == 0 else 27.631021115928547) for y in loss.anchors.labels.tolist()
     ]
-    added = loss_of(bayes, rows(), additive_floor=True)
-    p = (-loss_of(bayes, rows()).baseline).exp()
-    torch.testing.assert_close(added.baseline, -(p + 1e-12).log(), rtol=0, atol=1e-14)
 
 
 # --- passes, batches and chunks -----------------------------------------------------------------
@@ -264,7 +260,10 @@ def test_sigmas_together_are_each_alone(
         alone = loss([sigma])
         torch.testing.assert_close(alone.rows[0], together.rows[g], rtol=EXACT, atol=EXACT)
         torch.testing.assert_close(
-            alone.draw_standard_error[0], together.draw_standard_error[g], rtol=1e-6, atol=EXACT
+            jackknife_error(alone.left_out)[0],
+            jackknife_error(together.left_out)[g],
+            rtol=1e-6,
+            atol=EXACT,
         )
     monkeypatch.setattr(anchor, "ROWS_PER_PASS", 36)  # two sigmas of 6 draws on 3 rows
     chunked = loss(SIGMAS)
@@ -278,7 +277,7 @@ def test_batch_size_does_not_matter(bayes: tfb.BayesianModel) -> None:
         table = loss_of(bayes, batch_size=batch_size)(SIGMAS)
         torch.testing.assert_close(table.rows, whole.rows, rtol=EXACT, atol=EXACT)
         torch.testing.assert_close(
-            table.draw_standard_error, whole.draw_standard_error, rtol=1e-6, atol=EXACT
+            jackknife_error(table.left_out), jackknife_error(whole.left_out), rtol=1e-6, atol=EXACT
         )
 
 
@@ -300,24 +299,43 @@ def test_passes_and_progress_are_counted(bayes: tfb.BayesianModel) -> None:
     assert loss.baseline.shape == (7,) and loss.passes == 1
     loss(SIGMAS)
     assert loss.passes == 1 + 3 * 6 and sum(seen) == 3 * 6 * 7
-    loss([0.1], antithetic=False)
-    assert loss.passes == 1 + 4 * 6 and sum(seen) == 4 * 6 * 7
+
+
+PROMPTS = [3, 7, 20]
+
+
+@pytest.mark.parametrize(
+    ("draws", "tail", "passes"),
+    [
+        (1, None, 1.0),
+        (10, None, 10.0),
+        (1, 5, 1.0),
+        (10, 5, 1 + 9 * (3 + 5 + 5) / 30),
+        (10, 1, 1 + 9 * 3 / 30),
+        (10, 20, 10.0),
+    ],
+)
+def test_passes_per_row(draws: int, tail: int | None, passes: float) -> None:
+    """1 + (S - 1) k / T, k at most the row's length; as the search counts a sweep."""
+    assert passes_per_row(PROMPTS, draws, tail) == pytest.approx(passes, rel=1e-14)
+    mask = torch.arange(20) < torch.tensor(PROMPTS)[:, None]
+    counter = PassCounter([{"input_ids": mask.long(), "attention_mask": mask.long()}], tail)
+    counter.spend(torch.arange(3), draws)
+    assert counter.passes == pytest.approx(passes, rel=1e-14)
 
 
 # --- the standard error over draws --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("antithetic", [True, False])
 @pytest.mark.parametrize("metric", METRICS)
 def test_draw_standard_error_is_the_jackknife_over_streams(
-    bayes: tfb.BayesianModel, metric: str, antithetic: bool
+    bayes: tfb.BayesianModel, metric: str
 ) -> None:
-    """Leave out one stream (a pair, if antithetic), average the rest, take the loss."""
+    """Leave out one stream (a pair), average the rest, take the loss."""
     loss = loss_of(bayes, metric=metric)
-    error = loss([0.1, 0.3], antithetic=antithetic).draw_standard_error
-    make = Draws.antithetic if antithetic else Draws.iid
+    error = jackknife_error(loss([0.1, 0.3]).left_out)
     for g, sigma in enumerate((0.1, 0.3)):
-        draws = make(6, sigma, seed=5)
+        draws = Draws.antithetic(6, sigma, seed=5)
         left_out = []
         for unit in draws.units:
             keep = [s for s in range(6) if s not in unit]
@@ -333,7 +351,7 @@ def test_draw_standard_error_is_the_jackknife_over_streams(
 
 
 def test_draw_standard_error_of_one_stream_is_unknown(bayes: tfb.BayesianModel) -> None:
-    assert bool(loss_of(bayes, n=2)(SIGMAS).draw_standard_error.isnan().all())
+    assert bool(jackknife_error(loss_of(bayes, n=2)(SIGMAS).left_out).isnan().all())
 
 
 # --- refusals -----------------------------------------------------------------------------------

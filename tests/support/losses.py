@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from support.models import make_batch
 import tfb
 from tfb import SearchError, SigmaFit
 from tfb.posterior import LowRankPosterior
+from tfb.sampling.config import SamplingConfig
 from tfb.search import fit as search
 from tfb.search.loss import AnchorSet, LossTable
 
@@ -28,7 +30,8 @@ class FakeLoss:
     def __init__(
         self, curve: Curve, spread: float, anchors: AnchorSet, n: int, seed: int, cost: float = 1.0
     ) -> None:
-        self.curve, self.anchors, self.n, self.seed = curve, anchors, n, seed
+        self.curve, self.anchors, self.n = curve, anchors, n
+        self.config = SamplingConfig(seed=seed)
         self.N = len(anchors)
         self.sign = spread * torch.tensor([1.0, -1.0] * (self.N // 2), dtype=torch.float64)
         self.passes = 1.0
@@ -44,14 +47,7 @@ class FakeLoss:
     def baseline_of(self, rows: torch.Tensor) -> torch.Tensor:
         return self.baseline[rows]
 
-    def __call__(
-        self,
-        sigmas: Sequence[float],
-        *,
-        antithetic: bool = True,
-        first_stream: int = 0,
-        rows: torch.Tensor | None = None,
-    ) -> LossTable:
+    def __call__(self, sigmas: Sequence[float], *, rows: torch.Tensor | None = None) -> LossTable:
         rows = torch.arange(self.N) if rows is None else rows
         self.asked += sigmas
         # One sweep: what is common to all draws, and the draws.
@@ -80,6 +76,19 @@ def anchor_set(rows: int = N) -> AnchorSet:
     return AnchorSet.of([batch])
 
 
+class FakeModel:
+    """What ``fit_sigma`` asks of a model beside its losses."""
+
+    posteriors = POSTERIORS
+    pad_token_id = 0
+
+    def __init__(self) -> None:
+        self.config = SamplingConfig(seed=11)
+
+    def configure(self, **changes: Any) -> None:
+        self.config = replace(self.config, **changes)
+
+
 def find(
     curve: Curve,
     *,
@@ -92,15 +101,10 @@ def find(
     """fit_sigma with AnchorLoss replaced; the fit, the fake loss, the fake model. The objective is
     max_variance unless another is given."""
     options.setdefault("objective", "max_variance")
-    bayes = SimpleNamespace(
-        base=SimpleNamespace(config=SimpleNamespace(pad_token_id=0)),
-        posteriors=POSTERIORS, layer_scales=dict.fromkeys(POSTERIORS, 1.0), family="low_rank",
-        seed=11, mode="full", tail=None, sigma=None,
-    )  # fmt: skip
-    made: list[Any] = []
+    bayes, made = FakeModel(), []
 
-    def fake(_: Any, anchors: AnchorSet, metric: str, *, draws: int, seed: int, **__: Any) -> Any:
-        made.append(make(curve, spread, anchors, draws, seed, cost))
+    def fake(_: Any, anchors: AnchorSet, __: str, *, draws: int, config: Any, **___: Any) -> Any:
+        made.append(make(curve, spread, anchors, draws, config.seed, cost))
         return made[-1]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -108,9 +112,9 @@ def find(
         try:
             fit = tfb.fit_sigma(bayes, anchor_set(rows), **options)  # type: ignore[arg-type]
         except SearchError:
-            assert bayes.sigma is None  # a failed search leaves the model as it was
+            assert bayes.config == SamplingConfig(seed=11)  # as it was
             raise
-    assert bayes.sigma == fit.sigma
+    assert replace(fit.config, seed=11) == bayes.config
     return fit, made[0], bayes
 
 

@@ -1,12 +1,9 @@
 """The loss as a function of sigma, measured progressively.
 
-Anchors are taken in an order of their own (a seeded permutation: files are often sorted by label),
-in blocks that grow: 1/16, 1/8, 1/4, 1/2 and all of them. ``decide`` lets a sigma go as soon as its
-paired difference to sigma = 0 is above or below the tolerance by its own confidence interval;
-``measure`` goes to the end. A sigma keeps what was measured, so that nothing is measured twice.
-
-What a part of the anchors says of sigma is corrected by what is known of that part: sigmas measured
-on all anchors show by how much it differs from the whole (a control variate, linear in sigma^2).
+Anchors are taken in a seeded order (files are often sorted by label), in blocks that grow. A sigma
+is let go when its paired difference to sigma = 0 tells accepted from violating. What part of the
+anchors says is corrected by the sigmas measured on all of them, which show by how much that part
+differs from the whole (a control variate, linear in sigma^2). Nothing is measured twice.
 """
 
 from __future__ import annotations
@@ -35,8 +32,13 @@ DECIDED = 0.001  # two-sided level at which a part of the anchors decides
 
 @dataclass
 class Point:
-    """One sigma: losses of the first ``count`` anchors of the order, [N] with NaN elsewhere, and
-    the mean loss on them without each stream, [U]."""
+    """One measured sigma.
+
+    Attributes:
+        rows: [N] losses of the first ``count`` anchors of the order, NaN elsewhere.
+        left_out: [U] the mean loss on them without each stream.
+        count: anchors measured.
+    """
 
     rows: Tensor
     left_out: Tensor
@@ -45,10 +47,15 @@ class Point:
 
 @dataclass
 class LossCurve:
-    """The measured curve and what the tolerance says of it; grows, measures nothing twice.
+    """The measured curve and what the tolerance says of it.
 
     Attributes:
-        points: by sigma; ``curve`` is what to report.
+        loss: of the anchors.
+        metric: the loss's.
+        tolerance: accepted degradation.
+        relative: whether to l(0), or absolute.
+        two_sided: whether an improvement counts as change too.
+        points: what was measured, by sigma.
     """
 
     loss: AnchorLoss
@@ -60,7 +67,7 @@ class LossCurve:
 
     def __post_init__(self) -> None:
         self.N = len(self.loss.anchors)
-        generator = torch.Generator().manual_seed(self.loss.seed)
+        generator = torch.Generator().manual_seed(self.loss.config.seed)
         self.order = torch.randperm(self.N, generator=generator)
         sizes = [min(self.N, max(math.ceil(self.N * s), FEWEST)) for s in SHARES]
         self.blocks = list(dict.fromkeys(sizes))  # cumulative counts
@@ -68,18 +75,16 @@ class LossCurve:
     # --- measuring ------------------------------------------------------------------------------
 
     def measure(self, sigmas: Sequence[float], share: float = 1.0) -> None:
-        """Losses at these sigmas on all anchors, or on a ``share`` of them (at least the first
-        block)."""
-        most = max(self.blocks[0], math.ceil(share * self.N))
-        self._reach(sigmas, max(b for b in self.blocks if b <= most))
+        """Measure sigmas on all anchors, or on a ``share`` of them (at least the first block)."""
+        self._reach(sigmas, self._up_to(share)[-1])
 
     def measure_further(self, sigmas: Sequence[float]) -> None:
-        """Losses at these sigmas on the next block for the least known of them."""
+        """Measure sigmas on the next block for the least known of them."""
         known = min(self._count(s) for s in sigmas)
         self._reach(sigmas, min(b for b in self.blocks if b > known))
 
     def _reach(self, sigmas: Sequence[float], target: int) -> None:
-        """Losses at these sigmas on the first ``target`` anchors of the order."""
+        """Measure sigmas on the first ``target`` anchors of the order."""
         wanted = [s for s in dict.fromkeys(sigmas) if self._count(s) < target]
         # Sigmas begun on the same part go on together, the least known first: in tail mode that
         # sweep finds the losses at sigma = 0 for the others.
@@ -87,13 +92,15 @@ class LossCurve:
             self._extend([s for s in wanted if self._count(s) == count], count, target)
 
     def decide(self, sigmas: Sequence[float], share: float = 1.0) -> None:
-        """Losses at these sigmas on as many anchors as their decision takes, at most a ``share``
-        of them (and at least the first block)."""
-        most = max(self.blocks[0], math.ceil(share * self.N))
-        for count in [b for b in self.blocks if b <= most]:
+        """Measure sigmas on as many anchors as their decision takes, at most a ``share``."""
+        for count in self._up_to(share):
             open_ = [s for s in dict.fromkeys(sigmas) if not self._settled(s, count)]
             for known in sorted({self._count(s) for s in open_}):
                 self._extend([s for s in open_ if self._count(s) == known], known, count)
+
+    def _up_to(self, share: float) -> list[int]:
+        """The blocks within a share of the anchors, at least the first."""
+        return [b for b in self.blocks if b <= max(self.blocks[0], math.ceil(share * self.N))]
 
     def _settled(self, sigma: float, count: int) -> bool:
         known = self._count(sigma)
@@ -139,18 +146,23 @@ class LossCurve:
         return self.tolerance * (1.0 - baseline if self.metric == "accuracy" else baseline)
 
     def complete(self, sigma: float) -> bool:
-        """Whether it was measured on all anchors (sigma = 0 always is, in the end)."""
+        """Whether sigma was measured on all anchors (sigma = 0 always is, in the end)."""
         return self._count(sigma) == self.N
 
+    @property
+    def whole(self) -> list[float]:
+        """The sigmas known on all anchors, ascending, 0 first."""
+        return [0.0, *(s for s in sorted(self.points) if self.complete(s))]
+
     def differences(self, sigma: float, count: int | None = None) -> Tensor:
-        """Paired differences to sigma = 0 of the first ``count`` anchors of the order."""
+        """Return paired differences to sigma = 0 of the first ``count`` anchors of the order."""
         rows = self.order[: self._count(sigma) if count is None else count]
         if sigma == 0.0:
             return torch.zeros(len(rows), dtype=torch.float64)
         return self.points[sigma].rows[rows] - self.loss.baseline_of(rows)
 
     def change(self, sigma: float) -> float:
-        """l(sigma) - l(0), corrected where it was measured on part of the anchors."""
+        """Return l(sigma) - l(0), corrected where it was measured on part of the anchors."""
         if sigma == 0.0:
             return 0.0
         count = self._count(sigma)
@@ -160,9 +172,11 @@ class LossCurve:
         )
 
     def _neighbours(self, sigma: float) -> list[tuple[float, float]]:
-        """(sigma, weight) known on all anchors, from which ``sigma`` on a part is corrected: linear
-        in sigma^2 between two, and from 0 beyond the last, but not far."""
-        known = [s for s in sorted(self.points) if self.complete(s)]
+        """(sigma, weight) known on all anchors, from which ``sigma`` on a part is corrected.
+
+        Linear in sigma^2 between two, and from 0 beyond the last, but not far.
+        """
+        known = self.whole[1:]
         if self.complete(sigma) or not known:
             return []
         x = sigma * sigma
@@ -174,7 +188,7 @@ class LossCurve:
         return [(above, share), *([(below, 1 - share)] if below else [])]
 
     def part_error(self, sigma: float) -> float:
-        """Standard error that is left where a part of the anchors stands for all; else 0."""
+        """Return the standard error that is left where a part of the anchors stands for all."""
         count = self._count(sigma)
         if count == self.N:
             return 0.0
@@ -184,12 +198,12 @@ class LossCurve:
         return float(left.std()) * math.sqrt((1 - count / self.N) / count) if count > 1 else 0.0
 
     def excess(self, sigma: float) -> float:
-        """Degradation beyond what is allowed; <= 0 is accepted."""
+        """Return the degradation beyond what is allowed; <= 0 is accepted."""
         change = self.change(sigma)
         return (abs(change) if self.two_sided else change) - self.allowed
 
     def excess_rows(self, sigma: float) -> Tensor:
-        """Each measured anchor's part in the excess: the allowance varies with l(0) too."""
+        """Return each measured anchor's part in the excess; the allowance varies with l(0) too."""
         count = self._count(sigma)
         change = self.differences(sigma) * self.sign(sigma)
         baseline = self.loss.baseline_of(self.order[:count])
@@ -206,12 +220,15 @@ class LossCurve:
         return abs(self.excess(sigma)) > SURE * self.part_error(sigma)
 
     def sign(self, sigma: float) -> float:
-        """Which direction of the change at ``sigma`` is degradation."""
+        """Return the direction of the change at ``sigma`` that is degradation."""
         return -1.0 if self.two_sided and self.change(sigma) < 0 else 1.0
 
     def decided(self, sigma: float) -> bool:
-        """Whether the anchors measured so far tell accepted from violating: the confidence
-        interval of the mean excess leaves 0 out. Sampled without replacement from N anchors."""
+        """Whether the anchors measured so far tell accepted from violating.
+
+        The confidence interval of the mean excess leaves 0 out. Anchors are sampled without
+        replacement from N.
+        """
         rows = self.excess_rows(sigma)
         n = len(rows)
         if n == self.N:
@@ -225,12 +242,12 @@ class LossCurve:
         return abs(float(rows.mean())) > margin
 
     def crossing(self) -> tuple[float, float | None]:
-        """(largest accepted sigma connected to 0, next measured sigma: a violation, or None).
+        """Return the largest accepted sigma connected to 0, and the violation next to it or None.
 
         A sigma known on part of the anchors is passed over where others, known on all, stand close
-        on both sides, unless the part is sure of a violation."""
-        whole = [s for s in sorted(self.points) if self.complete(s)]
-        hidden = [(a, b) for a, b in pairwise(whole) if b <= a * HIDING]
+        on both sides, unless the part is sure of a violation.
+        """
+        hidden = [(a, b) for a, b in pairwise(self.whole[1:]) if b <= a * HIDING]
         accepted = 0.0
         for sigma in sorted(self.points):
             violates = self.excess(sigma) > 0
@@ -247,31 +264,29 @@ class LossCurve:
         return self.loss.n // 2
 
     def left_out(self, sigma: float) -> Tensor:
-        """[U] mean loss without each stream, on the anchors measured."""
+        """Return the mean loss without each stream, [U], on the anchors measured."""
         if sigma == 0.0:
             return torch.full((self.streams,), self.baseline, dtype=torch.float64)
         return self.points[sigma].left_out
 
     def draw_standard_error(self, sigma: float) -> float:
-        """Jackknife over streams of the mean loss; NaN: one stream only."""
+        """Return the jackknife error over streams of the mean loss; NaN: one stream only."""
         return float(jackknife_error(self.left_out(sigma)))
 
     def reported(self) -> tuple[CurvePoint, ...]:
-        """The curve, sigma = 0 first."""
-        base = self.baseline
-        curve = [CurvePoint(0.0, base, 0.0, 0.0, self.N)]
-        for sigma in sorted(self.points):
-            differences = self.differences(sigma)
-            n = len(differences)
-            curve.append(
-                CurvePoint(
-                    sigma,
-                    float(self.points[sigma].rows.mean())
-                    if self.complete(sigma)
-                    else base + self.change(sigma),
-                    float(differences.std()) / n**0.5 if n > 1 else math.nan,
-                    self.draw_standard_error(sigma),
-                    n,
-                )
-            )
-        return tuple(curve)
+        """Return the curve, sigma = 0 first."""
+        return (
+            CurvePoint(0.0, self.baseline, 0.0, 0.0, self.N),
+            *(self._reported(s) for s in sorted(self.points)),
+        )
+
+    def _reported(self, sigma: float) -> CurvePoint:
+        rows, differences = self.points[sigma].rows, self.differences(sigma)
+        n = len(differences)
+        return CurvePoint(
+            sigma,
+            float(rows.mean()) if n == self.N else self.baseline + self.change(sigma),
+            float(differences.std()) / n**0.5 if n > 1 else math.nan,
+            self.draw_standard_error(sigma),
+            n,
+        )

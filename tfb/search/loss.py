@@ -1,16 +1,7 @@
-"""Anchor sets: the labelled (or unlabelled) rows on which a loss is traced as sigma grows.
+"""The loss that is traced as sigma grows: anchor sets, their losses, and what these cost.
 
-``AnchorLoss`` evaluates many sigmas at once on common antithetic streams, and keeps per-row
-losses, so that every difference to sigma = 0 is a paired one.
-
-    nll             -log of the averaged probability of the label
-    accuracy        error rate of the averaged prediction
-    expected_nll    the draws' mean of -log probability of the label (the likelihood of an ELBO)
-    pseudo_nll      nll with the deterministic prediction as label
-    embedding_norm  norm of the last hidden state, no labels and no head
-
-When to use which: :func:`tfb.search.fit.fit_sigma`. To add one: a branch in ``_outputs`` or
-``_losses``.
+:class:`AnchorLoss` evaluates many sigmas at once on common antithetic streams, and keeps the loss
+of every row, so that each difference to sigma = 0 is a paired one.
 """
 
 from __future__ import annotations
@@ -19,22 +10,60 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from tfb.data.batching import NO_LABEL, EncodedRows, batches
 from tfb.draws import Draws
-from tfb.model import BayesianModel
-from tfb.search.cost import PassCounter
+from tfb.evaluation.metrics import nll_of_rows
+from tfb.posterior import LowRankPosterior
+from tfb.sampling.config import SamplingConfig
 from tfb.search.result import SearchError
 
 METRICS = ("nll", "accuracy", "pseudo_nll", "embedding_norm", "expected_nll")
 SUPERVISED = ("nll", "accuracy", "expected_nll")
 PER_ROW = ("expected_nll", "embedding_norm")  # a draw's output is the row's loss already
-PROBABILITY_FLOOR = 1e-12  # as in the authors' scripts; keeps log finite
 ROWS_PER_PASS = 1024  # rows x draws in one forward pass
+
+Batch = Mapping[str, Any]
+
+
+class SearchedModel(Protocol):
+    """What the search asks of a :class:`tfb.BayesianModel`."""
+
+    @property
+    def config(self) -> SamplingConfig:
+        """How the model samples."""
+
+    @property
+    def posteriors(self) -> Mapping[str, LowRankPosterior]:
+        """The posteriors by module."""
+
+    @property
+    def pad_token_id(self) -> int:
+        """The token that pads rows."""
+
+    def configure(self, **changes: Any) -> Any:
+        """Replace fields of ``config``."""
+
+    def logits(
+        self,
+        batch: Batch,
+        draws: Draws,
+        label_ids: Tensor | None = None,
+        *,
+        mode: str | None = None,
+        tail: int | None = None,
+    ) -> Tensor:
+        """Return logits [S, B, K] of the scored position."""
+
+    def hidden_norms(self, batch: Batch, draws: Draws) -> Tensor:
+        """Return norms [S, B] of the last hidden state, in full mode."""
+
+
+# --- anchors ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -47,26 +76,32 @@ class AnchorSet:
         content_hash: SHA-256 of the content, kept in the artifact.
     """
 
-    batches: tuple[Mapping[str, Any], ...]
+    batches: tuple[Batch, ...]
     content_hash: str
 
     @classmethod
     def of(
         cls,
-        anchors: AnchorSet | EncodedRows | Iterable[Mapping[str, Any]],
+        anchors: AnchorSet | EncodedRows | Iterable[Batch],
         *,
         pad_token_id: int = 0,
         batch_size: int = 50,
     ) -> AnchorSet:
-        """From encoded rows, or from an iterable of batches.
+        """Take encoded rows, or batches.
+
+        Args:
+            anchors: the rows, or an iterable of batches as in ``AnchorSet.batches``.
+            pad_token_id: pads encoded rows.
+            batch_size: of encoded rows.
 
         Raises:
-            ValueError: no anchors at all. TypeError: neither batches nor encoded rows.
+            ValueError: no anchors at all.
+            TypeError: neither batches nor encoded rows.
         """
         if isinstance(anchors, AnchorSet):
             return anchors
+        made: list[Batch] = []
         if isinstance(anchors, EncodedRows):
-            made: list[Mapping[str, Any]] = []
             for b in batches(
                 anchors, batch_size=batch_size, pad_token_id=pad_token_id, sort_by_length=True
             ):
@@ -75,14 +110,7 @@ class AnchorSet:
             digest = anchors.content_hash
         else:
             made = [_with_tensors(batch) for batch in anchors]
-            sha = hashlib.sha256()
-            for batch in made:
-                for key in sorted(batch):
-                    if isinstance(value := batch[key], Tensor):
-                        # Shape and type too: the same bytes as other rows are other content.
-                        sha.update(f"{key} {list(value.shape)} {value.dtype} ".encode())
-                        sha.update(value.cpu().flatten().view(torch.uint8).numpy().tobytes())
-            digest = sha.hexdigest()
+            digest = _hash(made)
         if not made:
             raise ValueError("anchors: empty; a search needs rows to measure a loss on")
         return cls(tuple(made), digest)
@@ -101,6 +129,9 @@ class AnchorSet:
 
     def check(self, metric: str) -> None:
         """Refuse what cannot be searched on, before any forward pass.
+
+        Args:
+            metric: the metric of the search.
 
         Raises:
             ValueError: an unknown metric, missing labels, one class only.
@@ -124,6 +155,86 @@ class AnchorSet:
             )
 
 
+def _with_tensors(batch: Batch) -> Batch:
+    """Accept labels and choices that are lists."""
+    if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
+        raise TypeError(
+            "anchors: expected encoded rows, or batches (dicts with input_ids and other tensors), "
+            f"got {type(batch).__name__}; write anchors = encode(bayes, data, tokenizer) for "
+            "files, DataFrames, Datasets and lists of rows"
+        )
+    names = [n for n in ("labels", "label_ids") if isinstance(batch.get(n), list)]
+    return {**batch, **{n: torch.tensor(batch[n]) for n in names}} if names else batch
+
+
+def _hash(made: Sequence[Batch]) -> str:
+    """SHA-256 of all tensors; shape and type too, since equal bytes may be other content."""
+    sha = hashlib.sha256()
+    for batch in made:
+        for key in sorted(batch):
+            if isinstance(value := batch[key], Tensor):
+                sha.update(f"{key} {list(value.shape)} {value.dtype} ".encode())
+                sha.update(value.cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+# --- cost ---------------------------------------------------------------------------------------
+
+
+class PassCounter:
+    """What a search spends, in deterministic passes over all anchors, counted in tokens.
+
+    In full mode every draw is a pass, also where draws share blocks or prefixes, which costs less.
+    In tail mode a sweep runs the first T - k tokens of a row once, and the last k tokens once for
+    each draw: 1 + (S - 1) k / T passes for S draws.
+    """
+
+    def __init__(self, batches: Sequence[Batch], tail: int | None) -> None:
+        self._tokens = torch.cat([_lengths(b) for b in batches])  # [N]
+        self._drawn = self._tokens if tail is None else self._tokens.clamp_max(tail)
+        self._common = self._tokens - self._drawn
+        self._total = int(self._tokens.sum())
+        self._spent = 0
+
+    @property
+    def passes(self) -> float:
+        """Passes spent so far."""
+        return self._spent / self._total
+
+    def spend(self, rows: Tensor, draws: int) -> None:
+        """Count a sweep of ``draws`` draws over ``rows``."""
+        self._spent += int((self._common[rows] + draws * self._drawn[rows]).sum())
+
+    @property
+    def draw_cost(self) -> float:
+        """One more draw in a sweep over all rows, in passes: 1, or about k / T in tail mode."""
+        return int(self._drawn.sum()) / self._total
+
+
+def passes_per_row(lengths: Sequence[int], draws: int, tail: int | None = None) -> float:
+    """Return what draws of prompts cost, in deterministic passes, as :class:`PassCounter` counts.
+
+    Args:
+        lengths: tokens of each prompt; those of choices are left out.
+        draws: S.
+        tail: positions with noise in tail mode.
+    """
+    total = sum(lengths)
+    drawn = total if tail is None else sum(min(n, tail) for n in lengths)
+    return (total - drawn + draws * drawn) / total
+
+
+def _lengths(batch: Batch) -> Tensor:
+    """[B] tokens of each row."""
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    if mask is None:
+        return torch.full((ids.shape[0],), int(ids.shape[1]))
+    return mask.sum(1).long().cpu()
+
+
+# --- losses -------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class LossTable:
     """Losses of N anchors at G sigmas.
@@ -136,15 +247,13 @@ class LossTable:
     rows: Tensor
     left_out: Tensor
 
-    @property
-    def draw_standard_error(self) -> Tensor:
-        """[G] float64, jackknife over streams of the mean loss; NaN if there is one only."""
-        return jackknife_error(self.left_out)
-
 
 def jackknife_error(left_out: Tensor) -> Tensor:
-    """[...] standard error of a mean over U units, from its values without each, [..., U]; NaN for
-    one unit."""
+    """Return the standard error of means over U units; NaN for one unit.
+
+    Args:
+        left_out: [..., U] their values without each unit.
+    """
     U = left_out.shape[-1]
     if U == 1:
         return torch.full(left_out.shape[:-1], float("nan"), dtype=left_out.dtype)
@@ -152,38 +261,48 @@ def jackknife_error(left_out: Tensor) -> Tensor:
 
 
 class AnchorLoss:
-    """The anchors' loss as a function of sigma; counts the passes it spends."""
+    """The anchors' loss as a function of sigma; counts the passes it spends.
+
+    The metrics: "nll" is -log of the averaged probability of the label, "pseudo_nll" the same of
+    the deterministic prediction. "accuracy" is the error rate of the averaged prediction.
+    "expected_nll" is the draws' mean of -log probability of the label, the likelihood of an ELBO.
+    "embedding_norm" is the norm of the last hidden state. To add one: a branch in ``_outputs`` or
+    ``_losses``.
+    """
 
     def __init__(
         self,
-        bayes: BayesianModel,
+        bayes: SearchedModel,
         anchors: AnchorSet,
         metric: str,
         *,
         draws: int,
-        seed: int,
-        noise: str = "weight",
+        config: SamplingConfig | None = None,
         progress: Callable[[int], None] | None = None,
-        additive_floor: bool = False,
     ) -> None:
-        """``progress`` is called with the rows finished (rows x draws) after each pass.
+        """Check the anchors; in full mode measure them at sigma = 0.
 
-        ``additive_floor``: the loss is -log(p + floor), as in the authors' scripts, where
-        -log(max(p, floor)) is the default.
+        Args:
+            bayes: the model.
+            anchors: N rows.
+            metric: one of ``METRICS``.
+            draws: antithetic draws at each sigma.
+            config: its mode, tail and seed count. None: the model's.
+            progress: called with the rows finished (rows x draws) after each pass.
         """
         anchors.check(metric)
         self.bayes, self.anchors, self.metric = bayes, anchors, metric
-        self.n, self.seed, self.noise = draws, seed, noise
-        self.progress, self.additive_floor = progress, additive_floor
-        self.cost = PassCounter(anchors.batches, bayes.tail)
+        self.n, self.progress = draws, progress
+        self.config = bayes.config if config is None else config
+        self.cost = PassCounter(anchors.batches, self.config.tail)
         self._mean: Tensor | None = None  # [N, K] probabilities (widest K), or [N] losses
         self._known = torch.zeros(len(anchors), dtype=torch.bool)
-        if bayes.mode == "full":
+        if self.config.mode == "full":
             self._measure_baseline()
 
     @property
     def passes(self) -> float:
-        """Deterministic passes spent so far; see :mod:`tfb.search.cost`."""
+        """Deterministic passes spent so far."""
         return self.cost.passes
 
     @property
@@ -193,7 +312,7 @@ class AnchorLoss:
         return self.baseline_of(torch.arange(len(self.anchors)))
 
     def baseline_of(self, rows: Tensor) -> Tensor:
-        """Losses at sigma = 0 of rows that have been measured at some sigma."""
+        """Return the losses at sigma = 0 of rows that have been measured at some sigma."""
         assert self._mean is not None
         return self._losses(self._mean[rows], rows)
 
@@ -207,47 +326,20 @@ class AnchorLoss:
         """[N, K] probabilities at sigma = 0, None for metrics without."""
         return None if self.metric in PER_ROW else self._mean
 
-    def __call__(
-        self,
-        sigmas: Sequence[float],
-        *,
-        antithetic: bool = True,
-        first_stream: int = 0,
-        rows: Tensor | None = None,
-    ) -> LossTable:
-        """Losses at ``sigmas`` (> 0), all on the same streams.
+    def __call__(self, sigmas: Sequence[float], *, rows: Tensor | None = None) -> LossTable:
+        """Return the losses at sigmas > 0, all on the same streams.
 
         Args:
+            sigmas: G of them.
             rows: which anchors, ascending [N'] int64; None: all. Where their loss at sigma = 0 is
                 not known (tail mode), sigma = 0 joins the sweep.
         """
-        k = 2 if antithetic else 1
-        units = self.n // k
-        G = len(sigmas)
-        found, left_out = [], torch.zeros(G, units, dtype=torch.float64)
         rows = torch.arange(len(self.anchors)) if rows is None else rows
+        units = self.n // 2
+        found, left_out = [], torch.zeros(len(sigmas), units, dtype=torch.float64)
         for batch, at in self._pieces(rows):
             first = [] if bool(self._known[at].all()) else [0.0]
-            wanted = [*first, *sigmas]
-            per_pass = len(wanted)
-            if self.bayes.mode == "full":  # in tail mode each part would run the prompt again
-                per_pass = max(1, ROWS_PER_PASS // (self.n * len(at)))
-            parts = []
-            for g in range(0, len(wanted), per_pass):
-                draws = Draws.grid(
-                    wanted[g : g + per_pass],
-                    self.n,
-                    antithetic=antithetic,
-                    seed=self.seed,
-                    noise=self.noise,
-                    first_stream=first_stream,
-                )
-                out = self._outputs(batch, draws, at)  # [units * g * k, B, ...]
-                parts.append(out.unflatten(0, (units, -1, k)).mean(2))
-                if self.progress is not None:
-                    self.progress(len(draws) * len(at))
-            self.cost.spend(at, len(wanted) * self.n)
-            per_unit = torch.cat(parts, dim=1)  # [units, G, B, ...]
+            per_unit = self._sweep(batch, at, [*first, *sigmas])
             if first:
                 self._remember(at, per_unit[0, 0])
                 per_unit = per_unit[:, 1:]
@@ -258,7 +350,21 @@ class AnchorLoss:
                 left_out[:, u] += self._losses(without, at).sum(-1)
         return LossTable(torch.cat(found, dim=1), left_out / len(rows))
 
-    def _pieces(self, rows: Tensor) -> Iterator[tuple[Mapping[str, Any], Tensor]]:
+    def _sweep(self, batch: Batch, at: Tensor, sigmas: Sequence[float]) -> Tensor:
+        """[U, G, B, ...] outputs of the rows ``at``, averaged over each antithetic pair."""
+        units, per_pass, parts = self.n // 2, len(sigmas), []
+        if self.config.mode == "full":  # in tail mode each part would run the prompt again
+            per_pass = max(1, ROWS_PER_PASS // (self.n * len(at)))
+        for g in range(0, len(sigmas), per_pass):
+            draws = Draws.grid(sigmas[g : g + per_pass], self.n, seed=self.config.seed)
+            out = self._outputs(batch, draws, at)
+            parts.append(out.unflatten(0, (units, -1, 2)).mean(2))
+            if self.progress is not None:
+                self.progress(len(draws) * len(at))
+        self.cost.spend(at, len(sigmas) * self.n)
+        return torch.cat(parts, dim=1)
+
+    def _pieces(self, rows: Tensor) -> Iterator[tuple[Batch, Tensor]]:
         """Each batch's share of ``rows``, and their places among all anchors."""
         start = 0
         for batch in self.anchors.batches:
@@ -286,13 +392,19 @@ class AnchorLoss:
         self._mean[at] = out
         self._known[at] = True
 
-    def _outputs(self, batch: Mapping[str, Any], draws: Draws, at: Tensor) -> Tensor:
-        """Each draw's probabilities [S, B, K], or losses [S, B], in float64 on CPU."""
+    def _outputs(self, batch: Batch, draws: Draws, at: Tensor) -> Tensor:
+        """Each draw's probabilities [S, B, K], or losses [S, B], in float64 on the CPU."""
         inputs = {k: v for k, v in batch.items() if k not in ("labels", "label_ids")}
         if self.metric == "embedding_norm":
             out = self.bayes.hidden_norms(inputs, draws).double().cpu()
         else:
-            logits = self.bayes.logits(inputs, draws, batch.get("label_ids"))
+            logits = self.bayes.logits(
+                inputs,
+                draws,
+                batch.get("label_ids"),
+                mode=self.config.mode,
+                tail=self.config.tail,
+            )
             out = logits.double().softmax(-1).cpu()
         _check_finite(out, draws)
         return self._label_loss(out, at) if self.metric == "expected_nll" else out
@@ -314,35 +426,15 @@ class AnchorLoss:
                 raise ValueError(f"anchors: a label lies outside the {out.shape[-1]} choices")
         if self.metric == "accuracy":
             return (out.argmax(-1) != target).double()
-        index = target.expand(out.shape[:-1])[..., None]
-        p = out.gather(-1, index)[..., 0]
-        if self.additive_floor:
-            return -(p + PROBABILITY_FLOOR).log()
-        return -p.clamp_min(PROBABILITY_FLOOR).log()
-
-
-def _with_tensors(batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Labels and choices may come as lists.
-
-    Raises:
-        TypeError: not a batch.
-    """
-    if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
-        raise TypeError(
-            "anchors: expected encoded rows, or batches (dicts with input_ids and other tensors), "
-            f"got {type(batch).__name__}; write anchors = tfb.scoring.rows.encode(bayes, data, "
-            "tokenizer) for files, DataFrames, Datasets and lists of rows"
-        )
-    names = [n for n in ("labels", "label_ids") if isinstance(batch.get(n), list)]
-    return {**batch, **{n: torch.tensor(batch[n]) for n in names}} if names else batch
+        shape = out.shape[:-1]
+        rows = nll_of_rows(out.flatten(0, -2), target.expand(shape).flatten())
+        return rows.unflatten(0, shape)
 
 
 def _check_finite(out: Tensor, draws: Draws) -> None:
-    """Refuse NaN and Inf in each draw's outputs [S, ...]; sigma = 0 is always seen first, so what
-    fails with noise alone is the noise's doing.
+    """Refuse NaN and Inf in each draw's outputs [S, ...].
 
-    Raises:
-        ValueError: at sigma = 0. SearchError: at a larger sigma.
+    Sigma = 0 is always seen first, so what fails with noise alone is the noise's doing.
     """
     broken = ~out.isfinite().flatten(1).all(1)
     if not bool(broken.any()):
@@ -358,12 +450,12 @@ def _check_finite(out: Tensor, draws: Draws) -> None:
     )
 
 
-def _take(batch: Mapping[str, Any], rows: Tensor, B: int) -> dict[str, Any]:
+def _take(batch: Batch, rows: Tensor, B: int) -> dict[str, Any]:
     """Some of a batch's B rows; label_ids [K] hold for all rows."""
-    return {
-        name: value[rows.to(value.device)]
-        if isinstance(value, Tensor) and value.dim() and len(value) == B
-        and not (name == "label_ids" and value.dim() == 1)
-        else value
-        for name, value in batch.items()
-    }  # fmt: skip
+
+    def by_row(name: str, value: Any) -> bool:
+        if not isinstance(value, Tensor) or not value.dim() or len(value) != B:
+            return False
+        return name != "label_ids" or value.dim() > 1
+
+    return {n: v[rows.to(v.device)] if by_row(n, v) else v for n, v in batch.items()}

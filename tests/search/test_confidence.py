@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,10 @@ from transformers import AutoTokenizer
 import tfb
 from tfb.data.batching import EncodedRows
 from tfb.data.readers import read_rows
-from tfb.scoring.rows import encode
+from tfb.scoring.evaluate import encode
+from tfb.search.confidence import crossing_interval, doubts
 from tfb.search.curve import LossCurve
-from tfb.search.doubts import doubts, label_nll
 from tfb.search.fit import SEARCHES
-from tfb.search.interval import crossing_interval, point_margin
 from tfb.search.loss import AnchorLoss, AnchorSet
 
 TRAINED = "look like rows that the adapter was trained on"
@@ -219,7 +217,7 @@ def test_real_training_rows_in_few_passes(shared: Path, mode: tuple[str, int | N
     assert fit.passes <= {"full": 20, "tail": 4}[mode[0]]
     assert any(TRAINED in note for note in fit.notes)
     assert fit.interval is not None and fit.interval[0] < fit.sigma
-    loss = AnchorLoss(bayes, AnchorSet.of(rows), "nll", draws=fit.draws, seed=fit.seed)
+    loss = AnchorLoss(bayes, AnchorSet.of(rows), "nll", draws=fit.draws)
     table = loss([fit.sigma, fit.sigma * 1.01])
     assert fit.limit is not None
     # Float32 sums of other batches: 1e-6 of the loss, a thousandth of the tolerance.
@@ -246,21 +244,3 @@ def test_held_out_rows_need_labels(shared: Path) -> None:
     for anchors, held_out in ((rows, bare), (bare, rows)):
         with pytest.raises(ValueError, match="needs a label on every anchor"):
             tfb.fit_sigma(bayes, anchors, "pseudo_nll", held_out=held_out)
-
-
-def test_nll_of_labels() -> None:
-    probs = torch.tensor([[0.25, 0.75], [1.0, 0.0]], dtype=torch.float64)
-    found = label_nll(probs, torch.tensor([0, 0]))
-    assert found.tolist() == [pytest.approx(math.log(4)), 0.0]
-
-
-def test_margin_of_a_point() -> None:
-    """One source alone: t with its own degrees of freedom. Both: no less than either."""
-    over_anchors = point_margin(0.01, 500, 0.0, 2)
-    assert over_anchors == pytest.approx(stats.t.ppf(0.975, 499) * 0.01, rel=1e-12)
-    over_draws = point_margin(0.0, 500, 0.01, 2)
-    assert over_draws == pytest.approx(stats.t.ppf(0.975, 1) * 0.01, rel=1e-12)
-    assert point_margin(0.01, 500, 0.01, 5) > point_margin(0.01, 500, 0.0, 5)
-    # One stream leaves the error over draws unknown.
-    assert point_margin(0.01, 500, math.nan, 1) == over_anchors == point_margin(0.01, 500, 9.0, 1)
-    assert point_margin(0.0, 500, math.nan, 2) == 0.0

@@ -10,25 +10,24 @@ so that every entry costs the same, and the mean of log m_l over entries is 0: s
 meaning, and the volume that it had. The loss is pseudo_nll, how far predictions move from the
 adapter's own: it needs no labels, and does not turn negative where variance helps calibration.
 
-Off by default: a posterior with multipliers is not the paper's, and of five over-confident
-adapters it gave one a lower NLL than one sigma for all, and four a higher one
-(benchmarks/calibration). KL is to the same isotropic prior as without.
-
-    fit_layer_scales(bayes, anchors, sigma=0.01); fit = fit_sigma(bayes, anchors)
+A study: a posterior with multipliers is not the paper's, and of five over-confident adapters it
+gave one a lower NLL than one sigma for all, and four a higher one. Noise is sigma / d, so a module's
+multiplier divides its d.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-from tfb.adapters.selection import block_number
+from benchmarks.calibration.families import with_posteriors
+from tfb.adapters.bridge import block_number
+from tfb.data.batching import EncodedRows
 from tfb.model import BayesianModel
-from tfb.scoring.rows import pad_token
-from tfb.search.curve import LossCurve
+from tfb.search.curve import FEWEST, SHARES
 from tfb.search.loss import AnchorLoss, AnchorSet
 
 WIDEST = 4.0  # multipliers lie within 1 / WIDEST and WIDEST: a sensitivity is itself uncertain
@@ -38,75 +37,75 @@ WIDEST = 4.0  # multipliers lie within 1 / WIDEST and WIDEST: a sensitivity is i
 class LayerScales:
     """Multipliers m_l and sensitivities a_l (nats per sigma^2) by module name.
 
-    passes: deterministic-pass equivalents over the anchors, see :mod:`tfb.search.cost`.
+    passes: deterministic-pass equivalents over the anchors.
     """
 
     multipliers: dict[str, float]
     sensitivities: dict[str, float]
-    sigma: float
     passes: float
 
 
-def fit_layer_scales(
+def scale_layers(
     bayes: BayesianModel,
-    anchors: Any,
+    anchors: EncodedRows,
     *,
-    sigma: float | None = None,
+    sigma: float,
     group: str = "module",
     draws: int = 4,
-    seed: int | None = None,
     batch_size: int = 50,
-) -> LayerScales:
-    """Measure sensitivities and set ``bayes.layer_scales``; search sigma after that.
+) -> tuple[BayesianModel, LayerScales]:
+    """Measure sensitivities; return the model with multiplied noise, in the place of ``bayes``.
 
     Args:
-        anchors: as in :func:`tfb.fit_sigma`; labels are not used. The first block of their seeded
-            permutation is measured.
-        sigma: at which each group alone is measured; default ``bayes.sigma``.
-        group: "module", or "block" for one multiplier for all modules of a block: fewer passes.
-            Each group costs ``draws`` passes over a sixteenth of the anchors.
+        bayes: the model, which is removed.
+        anchors: as many as the first block of a search, in a seeded order, are measured.
+        sigma: at which each group alone is measured.
+        group: "module", or "block" for one multiplier for all modules of a block. Each costs
+            1 + ``draws`` passes over those anchors.
+        draws: antithetic draws of each measurement.
+        batch_size: of the anchors.
 
     Raises:
-        ValueError: no sigma, an unknown group.
+        ValueError: no positive sigma, an unknown group.
     """
     if group not in ("module", "block"):
         raise ValueError(f"group={group!r}: expected module or block")
-    sigma = bayes.sigma if sigma is None else sigma
-    if sigma is None or not 0 < sigma < math.inf:
+    if not 0 < sigma < math.inf:
         raise ValueError(f"sigma={sigma}: sensitivities are measured at a positive sigma")
-    pad = pad_token(bayes)
-    loss = AnchorLoss(
-        bayes, AnchorSet.of(anchors, pad_token_id=pad, batch_size=batch_size), "pseudo_nll",
-        draws=draws, seed=bayes.seed if seed is None else seed,
-    )  # fmt: skip
-    curve = LossCurve(loss, "pseudo_nll", 1.0, True, False)
-    rows = curve.order[: curve.blocks[0]].sort().values
+    N = len(anchors)
+    count = min(N, max(math.ceil(N * SHARES[0]), FEWEST))
+    drawn = sorted(random.Random(bayes.config.seed).sample(range(N), count))
+    part = AnchorSet.of(
+        anchors.subset(drawn), pad_token_id=bayes.pad_token_id, batch_size=batch_size
+    )
+    posteriors, passes = bayes.posteriors, 0.0
     members: dict[Any, list[str]] = {}
-    for name in bayes.samplers:
+    for name in posteriors:
         block = block_number(name)
         members.setdefault(name if group == "module" or block is None else block, []).append(name)
     sensitivities, entries = {}, {}
     for key, names in members.items():
-        with _only(bayes, names):
-            table = loss([sigma], rows=rows)
-        change = table.rows[0] - loss.baseline_of(rows)
+        bayes = with_posteriors(bayes, {n: posteriors[n] for n in names})
+        loss = AnchorLoss(bayes, part, "pseudo_nll", draws=draws)
+        change = loss([sigma]).rows[0] - loss.baseline
+        passes += loss.passes * count / N
         sensitivities[key] = float(change.mean()) / sigma**2
-        posteriors = [bayes.samplers[n].posterior for n in names]
-        entries[key] = sum(p.effective_rank * p.in_features for p in posteriors)
+        entries[key] = sum(posteriors[n].effective_rank * posteriors[n].in_features for n in names)
     by_group = multipliers(sensitivities, entries)
     found = LayerScales(
         {n: by_group[key] for key, names in members.items() for n in names},
         {n: sensitivities[key] for key, names in members.items() for n in names},
-        sigma,
-        loss.passes,
+        passes,
     )
-    bayes.set_layer_scales(found.multipliers)
-    return found
+    scaled = {n: replace(p, d=p.d / found.multipliers[n]) for n, p in posteriors.items()}
+    return with_posteriors(bayes, scaled), found
 
 
 def multipliers(sensitivities: Mapping[Any, float], entries: Mapping[Any, int]) -> dict[Any, float]:
-    """m = sqrt(n / a), of geometric mean 1 over entries; a sensitivity of 0 or less is as good as
-    the smallest that the limits allow."""
+    """Return m = sqrt(n / a), of geometric mean 1 over entries.
+
+    A sensitivity of 0 or less is as good as the smallest that the limits allow.
+    """
     raw = {k: math.sqrt(entries[k] / a) if a > 0 else math.inf for k, a in sensitivities.items()}
     finite = [k for k in raw if raw[k] < math.inf]
     if not finite:
@@ -120,14 +119,3 @@ def multipliers(sensitivities: Mapping[Any, float], entries: Mapping[Any, int]) 
 def _log_mean(values: Mapping[Any, float], entries: Mapping[Any, int]) -> float:
     total = sum(entries[k] for k in values)
     return math.exp(sum(entries[k] * math.log(m) for k, m in values.items()) / total)
-
-
-@contextmanager
-def _only(bayes: BayesianModel, names: list[str]) -> Iterator[None]:
-    """Noise in these modules alone, as the model has it without multipliers."""
-    before = bayes.layer_scales
-    bayes.set_layer_scales({n: float(n in names) for n in bayes.samplers})
-    try:
-        yield
-    finally:
-        bayes.set_layer_scales(before)
