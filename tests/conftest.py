@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 # Set before anything imports huggingface_hub, which reads it once.
@@ -13,6 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from support.command import Run
 
 # The models here are tiny: a second thread costs more than it brings, tenfold on a busy machine.
 torch.set_num_threads(1)
@@ -47,9 +47,6 @@ def shared() -> Path:
         return shared_folder()
     except FileNotFoundError as error:
         pytest.skip(str(error))
-
-
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ def state():
 
 before = state()
 import tfb, tfb_kernels
-import tfb.draws, tfb.linear, tfb.posterior, tfb.predictive, tfb.adapters.selection
+import tfb.draws, tfb.linear, tfb.posterior, tfb.predictive
 after = state()
 print(json.dumps({
     "changed": [k for k in before if before[k] != after[k]],
@@ -114,14 +114,107 @@ def test_kernels_know_tensors_only(file: Path) -> None:
     assert not imported(file) & {"tfb", "transformers", "peft"}
 
 
-@pytest.mark.parametrize("file", TFB, ids=lambda p: p.name)
-def test_tfb_reaches_peft_in_its_bridge_and_triton_nowhere(file: Path) -> None:
-    """adapters.py and convert.py are the bridge; artifact.py writes down triton's version."""
-    packages = imported(file)
+# Lowest first: a module imports from its own package and from lower layers, never from higher ones.
+LAYERS = (
+    ("tfb.atomic", "tfb.draws"),
+    ("tfb.posterior", "tfb.predictive"),
+    ("tfb.linear",),
+    ("tfb.data",),
+    ("tfb.demo",),
+    ("tfb.evaluation",),
+    ("tfb.sampling",),
+    ("tfb.model",),
+    ("tfb.search",),
+    ("tfb.adapters",),
+    ("tfb.scoring",),
+    ("tfb.cli", "tfb.lm_eval"),
+    ("tfb.__main__",),
+)
+LAZY = ("tfb.cli",)  # commands import what they need, so that --help is quick
+
+
+def module_of(file: Path) -> str:
+    """The dotted name of a source file."""
+    parts = file.relative_to(REPOSITORY).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def unit_of(module: str) -> str:
+    """What the layers are made of: ``tfb.data`` of ``tfb.data.rows``."""
+    return ".".join(module.split(".")[:2])
+
+
+MODULES = {module_of(file): file for file in TFB}
+
+
+def dependencies(file: Path) -> Iterator[tuple[str, ast.stmt]]:
+    """The modules of tfb that a file imports, anywhere in it, and where."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name in MODULES else str(node.module) for name in inner]
+        for name in names:
+            if name.split(".")[0] == "tfb":
+                assert isinstance(node, ast.Import | ast.ImportFrom)
+                yield name, node
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m != "tfb"])
+def test_imports_point_downwards(module: str) -> None:
+    level = {unit: i for i, layer in enumerate(LAYERS) for unit in layer}
+    own = unit_of(module)
+    for name, _ in dependencies(MODULES[module]):
+        if name == "tfb":
+            assert own in LAZY, f"{module}: the package itself is for users"
+        elif unit_of(name) != own:
+            assert level[unit_of(name)] < level[own], f"{module} imports {name}, which is above"
+
+
+def test_no_circles() -> None:
+    """Each module can be imported after all that it imports."""
+    waiting = {m: {name for name, _ in dependencies(f)} - {m} for m, f in MODULES.items()}
+    waiting["tfb"] = set()  # its names are resolved on first use
+    while waiting:
+        ready = {m for m, needs in waiting.items() if not needs & waiting.keys()}
+        assert ready, f"a circle among {sorted(waiting)}"
+        waiting = {m: needs for m, needs in waiting.items() if m not in ready}
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m != "tfb"])
+def test_imports_of_ours_stand_at_the_top(module: str) -> None:
+    """Inside functions are optional packages alone, and what commands load when they run."""
+    if unit_of(module) in LAZY:
+        return
+    inner = [n for n, node in dependencies(MODULES[module]) if node.col_offset > 0]
+    typing = "if TYPE_CHECKING" in MODULES[module].read_text(encoding="utf-8")
+    assert not inner or typing, f"{module}: {inner}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_private_names_stay_at_home(module: str) -> None:
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    modules = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("tfb"):
+            names = {alias.name for alias in node.names}
+            assert not [n for n in names if n.startswith("_") and n != "__version__"], module
+            modules |= {n for n in names if f"{node.module}.{n}" in MODULES}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            assert not (node.value.id in modules and node.attr.startswith("_")), module
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_tfb_reaches_peft_in_its_adapters_and_triton_nowhere(module: str) -> None:
+    """artifact.py alone says triton, whose version it writes down."""
+    packages = imported(MODULES[module])
     assert "triton" not in packages
-    assert "peft" not in packages or file.name in ("adapters.py", "convert.py")
-    if file.name != "artifact.py":
-        assert "triton" not in file.read_text(encoding="utf-8").lower()
+    assert "peft" not in packages or unit_of(module) == "tfb.adapters"
+    if module != "tfb.adapters.artifact":
+        assert "triton" not in MODULES[module].read_text(encoding="utf-8").lower()
 
 
 def test_sources_were_found() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import Run
+from support.command import Run
 from support.models import CASES, randomize
 from support.tables import FILES, NAMES, tokenizer, written
 

@@ -1,7 +1,6 @@
 """The command line: ``tfb demo | fit | evaluate | score | report | export``, or ``python -m tfb``.
 
-Each command checks its inputs and its output folder before any long work. To add a command: a
-function below, its work in a module of its own.
+Each command checks its inputs and its output folder before any long work.
 """
 
 from __future__ import annotations
@@ -19,23 +18,29 @@ from rich.markup import escape
 
 from tfb.cli.console import (
     LABEL_TOKENS_HELP,
+    Artifact,
+    BatchSize,
     Columns,
+    Draws,
     Input,
     Labels,
+    Limit,
+    Mode,
+    Model,
+    Tail,
     Truncate,
-    check_batch_size,
-    check_draws,
+    as_flags,
     check_labels,
-    choose_label_tokens,
     load_artifact,
-    out,
     print_fit,
     print_label_tokens,
     print_metrics,
     progress_bar,
     quiet,
+    say,
     write_json,
 )
+from tfb.cli.demo import demo
 from tfb.cli.report import report
 from tfb.cli.score import score
 
@@ -46,16 +51,9 @@ app = typer.Typer(
     add_completion=False,
 )
 
-Model = Annotated[str, typer.Option("--model", help="base model: folder or hub name")]
-Draws = Annotated[int, typer.Option(help="posterior draws (antithetic pairs: an even number)")]
-Mode = Annotated[str | None, typer.Option(help="full or tail; default: as sigma was searched")]
-Tail = Annotated[int | None, typer.Option(help="positions with noise in --mode tail")]
-BatchSize = Annotated[int, typer.Option(help="rows in a batch")]
-Limit = Annotated[int | None, typer.Option(help="use only the first rows")]
-
 
 def main() -> NoReturn:
-    """Entry point: a user's mistake ends in one clear line and exit code 1, not a traceback."""
+    """Run the command line: a user's mistake ends in one clear line and exit code 1."""
     # PEFT imports it, and it warns of kernels that it could not fetch, whether or not they matter.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
@@ -63,11 +61,19 @@ def main() -> NoReturn:
     except (ValueError, OSError, ImportError, NotImplementedError) as error:
         if os.environ.get("TFB_TRACEBACK"):
             raise
+        message = as_flags(str(error), _flags(sys.argv[1:2]))
         # Escaped: a message may hold brackets ("tfb[report]", a file's name) that rich would eat.
-        message = f"[bold red]error[/]: {escape(str(error))}"
+        message = f"[bold red]error[/]: {escape(message)}"
         Console(stderr=True).print(message, highlight=False, soft_wrap=True)
         sys.exit(1)
     sys.exit(0)
+
+
+def _flags(command: list[str]) -> dict[str, str]:
+    """Return the options of a command by the names of their parameters."""
+    commands: Any = typer.main.get_command(app)
+    found = [commands.commands[name] for name in command if name in commands.commands]
+    return {p.name: p.opts[0] for c in found for p in c.params}
 
 
 @app.command()
@@ -95,70 +101,67 @@ def fit(
         typer.Option(help="degradation that max_variance accepts, relative; default 0.003"),
     ] = None,
     absolute: Annotated[bool, typer.Option(help="tolerance in the loss's own units")] = False,
-    search: Annotated[str, typer.Option(help="grid, root or bisection")] = "grid",
-    compat: Annotated[str | None, typer.Option(help="reference: the authors' rule")] = None,
+    search: Annotated[str, typer.Option(help="grid or bisection")] = "grid",
     mode: Annotated[str, typer.Option(help="how draws reach the model: full or tail")] = "full",
     tail: Tail = None,
     length_normalization: Annotated[
         str,
         typer.Option(help="choices of several tokens: none (sum of log-probs) or tokens (mean)"),
     ] = "none",
-    draws: Annotated[
-        int | None, typer.Option(help="antithetic draws at each sigma; default 4 (compat: 10)")
-    ] = None,
+    draws: Annotated[int, typer.Option(help="antithetic draws at each sigma")] = 4,
     limit: Limit = None,
     seed: Annotated[int, typer.Option(help="seed of the noise")] = 0,
     batch_size: BatchSize = 50,
 ) -> None:
     """Search sigma on anchor rows and write the artifact."""
-    from tfb.adapters.artifact import check_output_folder
+    from tfb.adapters.artifact import check_output_folder, save
     from tfb.adapters.bridge import bayesianize
-    from tfb.adapters.loading import adapter_folder, load_adapter, load_base
-    from tfb.sampling.config import check_mode
-    from tfb.sampling.config import check_length_normalization
-    from tfb.scoring.rows import compare_label_tokens, set_padding, to_device
-    from tfb.search.fit import (
-        SEARCH_DRAWS,
-        TOLERANCE,
-        check_arguments,
-        default_objective,
-        fit_sigma,
+    from tfb.adapters.loading import (
+        adapter_folder,
+        load_adapter,
+        load_base,
+        set_padding,
+        to_device,
     )
+    from tfb.sampling.config import SamplingConfig
+    from tfb.scoring.evaluate import compare_label_tokens
+    from tfb.search.fit import TOLERANCE, check_arguments, default_objective, fit_sigma
     from tfb.search.loss import SUPERVISED, AnchorSet
 
     quiet()
     check_output_folder(output)
-    check_mode(mode, tail)
-    check_length_normalization(length_normalization)
-    if draws is not None:
-        check_draws(draws)
-    check_batch_size(batch_size)
+    config = SamplingConfig(
+        mode=mode, tail=tail, length_normalization=length_normalization, seed=seed
+    )
     if absolute and tolerance is None:
         raise ValueError("--absolute says how --tolerance is meant: give --tolerance as well")
-    objective = default_objective(objective, metric, tolerance, search, compat)
-    tolerance = TOLERANCE if tolerance is None else tolerance
-    check_arguments(metric, tolerance, search, objective, draws or SEARCH_DRAWS, compat=compat)
+    objective = default_objective(objective, metric, tolerance, search)
+    check_arguments(metric, tolerance or TOLERANCE, search, objective, draws)
     source = adapter_folder(adapter)
     given = Input.of(
-        model, source, columns, labels, truncate,
-        label_tokens=label_tokens, length_normalization=length_normalization,
-    )  # fmt: skip
+        model,
+        source,
+        columns,
+        labels,
+        truncate,
+        label_tokens=label_tokens,
+        length_normalization=length_normalization,
+    )
     rows = given.read(anchors, limit)
-    if not compat and metric in SUPERVISED:
-        check_labels(
-            rows, f"metric {metric} needs one on every row of --anchors (embedding_norm needs none)"
-        )
+    if metric in SUPERVISED:
+        needed = f"metric {metric} needs one on every row of --anchors (embedding_norm needs none)"
+        check_labels(rows, needed)
     encoded = given.encode(rows)
-    AnchorSet.of(encoded).check("pseudo_nll" if compat else metric)
+    AnchorSet.of(encoded).check(metric)
     bayes = bayesianize(
         load_adapter(load_base(model, adapter), adapter),
-        config=SamplingConfig(seed=seed, length_normalization=length_normalization),
+        config=config,
         labels=given.form.labels,
         label_tokens=label_tokens,
         source=source,
     )
-    set_padding(bayes, given.tokenizer)
-    to_device(bayes)
+    set_padding(bayes.base, given.tokenizer)
+    to_device(bayes.model)
     extra: dict[str, Any] = {"anchors": anchors.name}
     if bayes.task != "SEQ_CLS" and all(row.label is not None for row in rows):
         figures = compare_label_tokens(
@@ -178,20 +181,17 @@ def fit(
             relative=not absolute,
             draws=draws,
             batch_size=batch_size,
-            mode=mode,
-            tail=tail,
-            compat=compat,
             progress=advance,
         )
     save(bayes, output, fit=found, **extra)
     print_fit(found)
-    out.print(f"artifact: {output}", markup=False, soft_wrap=True)
+    say(f"artifact: {output}")
 
 
 @app.command()
 def evaluate(
     model: Model,
-    artifact: Annotated[Path, typer.Option(help="folder written by tfb fit")],
+    artifact: Artifact,
     data: Annotated[Path, typer.Option(help="labelled rows: JSONL, CSV, Parquet, Arrow")],
     columns: Columns = None,
     labels: Labels = None,
@@ -207,27 +207,18 @@ def evaluate(
     batch_size: BatchSize = 50,
     json_out: Annotated[Path | None, typer.Option("--json", help="also write the figures")] = None,
 ) -> None:
-    """Accuracy, NLL, ECE and Brier of the deterministic adapter and of TFB."""
-    from tfb.adapters.artifact import read_sidecar
+    """Measure accuracy, NLL, ECE and Brier of the deterministic adapter and of TFB."""
+    from tfb.draws import check_even
     from tfb.evaluation.metrics import evaluate as measure
-    from tfb.sampling.config import check_mode
-    from tfb.scoring.rows import evaluations, pad_token
+    from tfb.sampling.config import SamplingConfig
+    from tfb.scoring.evaluate import evaluations
 
     quiet()
-    check_mode(mode or "full", tail)
-    check_draws(draws)
-    check_batch_size(batch_size)
-    if sigma is not None and not 0 <= sigma < float("inf"):
-        raise ValueError(f"--sigma {sigma}: expected a finite number >= 0")
+    check_even(draws)
+    SamplingConfig(sigma=sigma, mode=mode or "full", tail=tail)  # refuses what cannot be
     if json_out is not None and json_out.exists():
         raise ValueError(f"--json {json_out} exists already; choose another name")
-    sidecar = read_sidecar(artifact)
-    chosen = choose_label_tokens(artifact, sidecar, label_tokens)
-    given = Input.of(
-        model, artifact, columns, labels, truncate, label_tokens=chosen,
-        length_normalization=sidecar.get("length_normalization", "none"),
-        saved=sidecar.get("labels"),
-    )  # fmt: skip
+    given = Input.of_artifact(model, artifact, columns, labels, truncate, label_tokens)
     rows = given.read(data, limit)
     check_labels(rows, "evaluate needs one on every row")
     encoded = given.encode(rows)
@@ -236,41 +227,42 @@ def evaluate(
         bayes.configure(sigma=sigma)
     with progress_bar("evaluating", 2 * len(rows)) as advance:
         found = evaluations(
-            bayes, encoded, dataset=data.stem, draws=draws, batch_size=batch_size,
-            pad=pad_token(bayes, given.tokenizer), progress=advance,
-        )  # fmt: skip
+            bayes,
+            encoded,
+            dataset=data.stem,
+            draws=draws,
+            batch_size=batch_size,
+            progress=advance,
+        )
     print_metrics(found)
     if bayes.sigma == 0.0:
-        out.print("sigma = 0: no noise, so tfb is the deterministic adapter")
-    if json_out is not None:
-        reference, truth = found[0].probs.argmax(-1), found[0].labels
-        assert truth is not None
-        figures = {
-            e.name: measure(e.probs, truth, reference_predictions=reference).to_dict()
-            for e in found
-        }
-        averaged = found[-1].draws  # one where sigma is 0
-        setting = {
-            "sigma": bayes.sigma,
-            "draws": averaged,
-            "mode": bayes.config.mode,
-            "tail": bayes.config.tail,
-            "label_tokens": chosen,
-            "truncated": encoded.rows_cut,
-        }
-        write_json(json_out, {"data": str(data.name), **setting, "metrics": figures})
+        say("sigma = 0: no noise, so tfb is the deterministic adapter")
+    if json_out is None:
+        return
+    reference, truth = found[0].probs.argmax(-1), found[0].labels
+    assert truth is not None
+    figures = {
+        e.name: measure(e.probs, truth, reference_predictions=reference).to_dict() for e in found
+    }
+    setting = {
+        "sigma": bayes.sigma,
+        "draws": found[-1].draws,  # one where sigma is 0
+        "mode": bayes.config.mode,
+        "tail": bayes.config.tail,
+        "label_tokens": given.encoder.label_tokens,
+        "truncated": encoded.rows_cut,
+    }
+    write_json(json_out, {"data": str(data.name), **setting, "metrics": figures})
 
 
 app.command()(score)
-
-
 app.command()(report)
 
 
 @app.command()
 def export(
     model: Model,
-    artifact: Annotated[Path, typer.Option(help="folder written by tfb fit")],
+    artifact: Artifact,
     output: Annotated[Path, typer.Option("--out", help="new folder for the sampled adapters")],
     draws: Draws = 10,
     seed: Annotated[int | None, typer.Option(help="seed of the noise; default: as fitted")] = None,
@@ -279,15 +271,15 @@ def export(
     ] = "auto",
     mode: Annotated[str | None, typer.Option(help="full: accept a sigma of mode tail")] = None,
 ) -> None:
-    """Sampled adapters as PEFT folders, for servers of many LoRA adapters."""
+    """Write sampled adapters as PEFT folders, for servers of many LoRA adapters."""
     from tfb.adapters.artifact import check_output_folder, read_sidecar
     from tfb.adapters.export import MANIFEST, check_dtype, check_exportable
+    from tfb.adapters.export import export as write_adapters
+    from tfb.adapters.loading import load_tokenizer
     from tfb.draws import Draws as PosteriorDraws
-    from tfb.scoring.rows import load_tokenizer
 
     quiet()
     check_output_folder(output)
-    check_draws(draws)
     check_dtype(dtype)
     sidecar = read_sidecar(artifact)
     check_exportable(mode or sidecar["mode"], sidecar.get("tail"))
@@ -301,23 +293,10 @@ def export(
     )
     bayes = load_artifact(model, artifact, load_tokenizer(model), mode)
     with progress_bar("writing adapters", draws) as advance:
-        export_draws(bayes, output, chosen, dtype=dtype, progress=advance)
+        write_adapters(bayes, output, chosen, dtype=dtype, progress=advance)
     rounding = json.loads((output / MANIFEST).read_text())["rounding"]
     lost = "" if rounding is None else f"; rounding {rounding:.2g} of the noise"
-    out.print(
-        f"{draws} adapters, sigma = {sidecar['sigma']:.6g}{lost}: {output}", markup=False,
-        soft_wrap=True,
-    )  # fmt: skip
+    say(f"{draws} adapters, sigma = {sidecar['sigma']:.6g}{lost}: {output}")
 
 
-@app.command()
-def demo(
-    output: Annotated[Path | None, typer.Option(help="folder for pictures and page")] = None,
-    draws: Draws = 10,
-) -> None:
-    """The whole way on an embedded model: fit sigma, compare, draw the pictures."""
-    from tfb.demo.run import run
-
-    quiet()
-    check_draws(draws)
-    run(output, draws=draws)
+app.command()(demo)

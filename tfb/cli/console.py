@@ -1,9 +1,9 @@
-"""What the commands have in common: checks, loading, and what is printed."""
+"""What the commands have in common: options, loading, and what is printed."""
 
 from __future__ import annotations
 
 import json
-import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,46 +17,29 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from tfb import atomic
+
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from tfb.data.batching import EncodedRows
     from tfb.data.encoding import RowEncoder
     from tfb.data.rows import Row, RowFormat
+    from tfb.evaluation.metrics import Evaluation
+    from tfb.model import BayesianModel
+    from tfb.search.result import SigmaFit
 
 out = Console(width=None if sys.stdout.isatty() else 120)
 
+# --- options --------------------------------------------------------------------------------------
 
-def quiet() -> None:
-    """One message each from us; the libraries' own progress and advice stay out of the way."""
-    import transformers
-
-    # PEFT asks transformers for an old name whenever it wraps a model; users can do nothing.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-    # Said by ``choose_label_tokens``.
-    warnings.filterwarnings("ignore", message=".* does not say by which tokens choices are scored")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
-def check_draws(draws: int) -> None:
-    if draws < 2 or draws % 2:
-        raise ValueError(f"--draws {draws}: expected a positive even number (antithetic pairs)")
-
-
-def check_batch_size(batch_size: int) -> None:
-    if batch_size < 1:
-        raise ValueError(f"--batch-size {batch_size}: expected at least 1")
-
-
-def check_labels(rows: Sequence[Any], needed: str) -> None:
-    """Refuse the first row without a label, by file and line; ``needed``: by what."""
-    if bare := [row.source for row in rows if row.label is None]:
-        raise ValueError(
-            f"{bare[0]}: no label; {needed}; if its column has another name: --columns label=NAME"
-        )
-
-
-# --- how rows are read ----------------------------------------------------------------------------
-
+Model = Annotated[str, typer.Option("--model", help="base model: folder or hub name")]
+Artifact = Annotated[Path, typer.Option(help="folder written by tfb fit")]
+Draws = Annotated[int, typer.Option(help="posterior draws (antithetic pairs: an even number)")]
+Mode = Annotated[str | None, typer.Option(help="full or tail; default: as sigma was searched")]
+Tail = Annotated[int | None, typer.Option(help="positions with noise in --mode tail", min=1)]
+BatchSize = Annotated[int, typer.Option(help="rows in a batch", min=1)]
+Limit = Annotated[int | None, typer.Option(help="use only the first rows", min=1)]
 Columns = Annotated[
     list[str] | None,
     typer.Option("--columns", help="ours=yours: text=sentence,label=gold; repeatable"),
@@ -74,8 +57,53 @@ Truncate = Annotated[
 LABEL_TOKENS_HELP = "by which tokens choices are scored: all, or the last one (authors' scripts)"
 
 
+def as_flags(message: str, flags: Mapping[str, str]) -> str:
+    """Say a message of the library, which names parameters, in the command's own words.
+
+    Args:
+        message: such as "draws=3: expected an even number" or "continue it with resume=True".
+        flags: the command's options by the names of their parameters.
+
+    Returns:
+        "--draws 3: expected an even number", "continue it with --resume".
+    """
+    names = "|".join(map(re.escape, flags))
+    # Not within a word, a path or a flag's own value.
+    pattern = rf"""(?<![\w./'"-])({names})=(?:(True)\b|'([^']*)'|([^\s,;:)]+))"""
+
+    def flag(found: re.Match[str]) -> str:
+        name, true, quoted, bare = found.groups()
+        value = quoted if quoted is not None else bare
+        return flags[name] if true else f"{flags[name]} {value}"
+
+    return re.sub(pattern, flag, message) if flags else message
+
+
+def quiet() -> None:
+    """Keep the libraries' own progress and advice out of the way of our messages."""
+    import transformers
+
+    # PEFT asks transformers for an old name whenever it wraps a model; users can do nothing.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+    # Said by ``choose_label_tokens``.
+    warnings.filterwarnings("ignore", message=".* does not say by which tokens choices are scored")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def check_labels(rows: Sequence[Row], needed: str) -> None:
+    """Refuse the first row without a label, by file and line; ``needed`` says by what."""
+    if bare := [row.source for row in rows if row.label is None]:
+        raise ValueError(
+            f"{bare[0]}: no label; {needed}; if its column has another name: --columns label=NAME"
+        )
+
+
+# --- how rows are read ----------------------------------------------------------------------------
+
+
 def parse_columns(options: Sequence[str] | None) -> dict[str, str]:
-    """ "prompt=question,choices=options" as {"prompt": "question", "choices": "options"}.
+    """Parse "prompt=question,choices=options" as {"prompt": "question", "choices": "options"}.
 
     Raises:
         ValueError: not of that form, or a name on the left twice.
@@ -92,7 +120,7 @@ def parse_columns(options: Sequence[str] | None) -> dict[str, str]:
 
 
 def parse_labels(option: str | None) -> tuple[str, ...] | None:
-    """ "a,b,c", or the lines of a file of that name, as ("a", "b", "c")."""
+    """Parse "a,b,c", or the lines of a file of that name, as ("a", "b", "c")."""
     if option is None:
         return None
     file = Path(option)
@@ -106,10 +134,12 @@ class Input:
     """Rows of files as a command reads them: for an adapter or artifact, before its weights are.
 
     Attributes:
-        tokenizer: of the base model. form: how fields become rows. encoder: makes tokens of them.
+        tokenizer: of the base model.
+        form: how fields become rows.
+        encoder: makes tokens of them.
     """
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     form: RowFormat
     encoder: RowEncoder
 
@@ -126,15 +156,24 @@ class Input:
         length_normalization: str,
         saved: Sequence[str] | None = None,
     ) -> Input:
-        """Read configurations and the tokenizer; ``saved``: the labels of an artifact.
+        """Read configurations and the tokenizer.
+
+        Args:
+            model: the base model.
+            adapter: an adapter's folder, or an artifact's.
+            columns: see ``--columns``.
+            labels: see ``--labels``.
+            truncate: see ``--truncate``.
+            label_tokens: the tokens of a choice that are scored.
+            length_normalization: how choices of several tokens are scored.
+            saved: labels of an artifact.
 
         Raises:
             ValueError: options that cannot work, another number of labels than the head has.
         """
-        from tfb.adapters.loading import adapter_config, base_config, class_names
+        from tfb.adapters.loading import adapter_config, base_config, class_names, load_tokenizer
         from tfb.data.encoding import RowEncoder
         from tfb.data.rows import RowFormat
-        from tfb.scoring.rows import load_tokenizer
 
         given, named = parse_columns(columns), parse_labels(labels)
         tokenizer = load_tokenizer(model)
@@ -151,14 +190,39 @@ class Input:
         form = RowFormat(given, class_names(task, config, named, saved), task)
         return cls(tokenizer, form, encoder)
 
+    @classmethod
+    def of_artifact(
+        cls,
+        model: str,
+        artifact: Path,
+        columns: Sequence[str] | None,
+        labels: str | None,
+        truncate: str | None,
+        label_tokens: str | None = None,
+    ) -> Input:
+        """Read rows as an artifact's were; ``label_tokens`` takes the place of its own."""
+        from tfb.adapters.artifact import read_sidecar
+
+        sidecar = read_sidecar(artifact)
+        return cls.of(
+            model,
+            artifact,
+            columns,
+            labels,
+            truncate,
+            label_tokens=choose_label_tokens(artifact, sidecar, label_tokens),
+            length_normalization=sidecar.get("length_normalization", "none"),
+            saved=sidecar.get("labels"),
+        )
+
     def read(self, path: Path, limit: int | None) -> list[Row]:
-        """The rows of a file, folder or pattern."""
+        """Read the rows of a file, folder or pattern."""
         from tfb.data.readers import read_rows
 
         return read_rows(path, self.form, limit=limit)
 
     def encode(self, rows: Sequence[Row]) -> EncodedRows:
-        """The rows as tokens; says so if some were cut."""
+        """Encode rows; say so if some were cut."""
         encoded = self.encoder(rows)
         if cut := encoded.rows_cut:
             note(
@@ -169,14 +233,19 @@ class Input:
 
 
 def load_artifact(
-    model: str, artifact: Path, tokenizer: Any, mode: str | None = None, tail: int | None = None
-) -> Any:
-    import tfb
-    from tfb.scoring.rows import set_padding, to_device
+    model: str,
+    artifact: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    mode: str | None = None,
+    tail: int | None = None,
+) -> BayesianModel:
+    """Load an artifact onto the device, in ``mode`` if one is given."""
+    from tfb.adapters.artifact import load
+    from tfb.adapters.loading import set_padding, to_device
 
-    bayes = tfb.load(model, artifact)
-    set_padding(bayes, tokenizer)
-    to_device(bayes)
+    bayes = load(model, artifact)
+    set_padding(bayes.base, tokenizer)
+    to_device(bayes.model)
     note_mode((bayes.config.mode, bayes.config.tail), mode, tail)
     if mode is not None:
         bayes.configure(mode=mode, tail=tail)
@@ -195,8 +264,10 @@ def note_mode(searched: tuple[str, int | None], mode: str | None, tail: int | No
 def choose_label_tokens(
     artifact: str | Path, sidecar: Mapping[str, Any], given: str | None = None
 ) -> str:
-    """The convention by which choices are scored: ``given``, or an artifact's. Says so if it is not
-    the one that the adapter was trained for."""
+    """Return the convention by which choices are scored: ``given``, or an artifact's.
+
+    Say so if it is not the one that the adapter was trained for.
+    """
     from tfb.adapters.artifact import OLDER
 
     chosen = given or str(sidecar.get("label_tokens", "all"))
@@ -208,54 +279,66 @@ def choose_label_tokens(
     return chosen
 
 
-def note(text: str) -> None:
-    """A remark on stderr."""
-    Console(stderr=True).print(f"note: {text}", soft_wrap=True, markup=False, highlight=False)
-
-
 # --- what is printed and written ------------------------------------------------------------------
+
+
+def note(text: str) -> None:
+    """Print a remark on stderr."""
+    Console(stderr=True).print(f"note: {text}", soft_wrap=True, markup=False, highlight=False)
 
 
 @contextmanager
 def progress_bar(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr, so that stdout stays clean; yields ``advance(n)``."""
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    """Show a bar on stderr, so that stdout stays clean; yield ``advance(n)``."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    with bar:
         task = bar.add_task(label, total=total)
         yield lambda n: bar.advance(task, n)
 
 
-def print_fit(found: Any) -> None:
-    """The curve and the answer."""
+def print_fit(found: SigmaFit) -> None:
+    """Print the curve and the answer."""
     table = Table(title=f"{found.metric} on {found.anchors} anchors")
     for heading in ("sigma", "loss", "change", "± anchors", "± draws", "anchors"):
         table.add_column(heading, justify="right")
     for p in found.curve:
         change = p.loss - found.baseline
         table.add_row(
-            f"{p.sigma:.5g}", f"{p.loss:.4f}", f"{change:+.4f}", f"{p.standard_error:.4f}",
-            f"{p.draw_standard_error:.4f}", str(p.anchors or found.anchors),
-        )  # fmt: skip
+            f"{p.sigma:.5g}",
+            f"{p.loss:.4f}",
+            f"{change:+.4f}",
+            f"{p.standard_error:.4f}",
+            f"{p.draw_standard_error:.4f}",
+            str(p.anchors or found.anchors),
+        )
     out.print(table)
     kl = "" if found.kl is None else f", KL {found.kl:.4g} nats"
     lam = "" if found.implied_lambda is None else f", implied lambda {found.implied_lambda:.3g}"
-    out.print(
-        f"sigma = {found.sigma:.6g} ({found.objective}; {found.stopped}; "
-        f"{found.passes:.4g} passes{kl}{lam})", markup=False, soft_wrap=True
-    )  # fmt: skip
+    cost = f"{found.passes:.4g} passes{kl}{lam}"
+    say(f"sigma = {found.sigma:.6g} ({found.objective}; {found.stopped}; {cost})")
     if found.interval is not None:
         low, high = found.interval
         end = "beyond what was measured" if high is None else f"{high:.4g}"
-        out.print(f"95 % interval over anchors and draws: {low:.4g} to {end}", soft_wrap=True)
-    for note in found.notes:
-        out.print(f"note: {note}", markup=False, soft_wrap=True)
+        say(f"95 % interval over anchors and draws: {low:.4g} to {end}")
+    for remark in found.notes:
+        say(f"note: {remark}")
+
+
+def say(text: str) -> None:
+    """Print a line on stdout as it is."""
+    out.print(text, markup=False, soft_wrap=True)
 
 
 def print_label_tokens(figures: Mapping[str, float], chosen: str) -> None:
-    """By which tokens of the choices the adapter was trained, as its NLL on the anchors tells."""
-    out.print(f"label_tokens: {_trained_for(figures)}", markup=False, soft_wrap=True)
+    """Print by which tokens of the choices the adapter was trained, as its NLL tells."""
+    say(f"label_tokens: {_trained_for(figures)}")
     if (trained := _least(figures)) != chosen:
         note(
             f"the search goes on with {chosen!r}, where the adapter's figures are wrong; stop it "
@@ -272,27 +355,33 @@ def _least(figures: Mapping[str, float]) -> str:
     return min(figures, key=figures.__getitem__)
 
 
-def print_metrics(found: list[Any]) -> None:
-    """One table: a row for each evaluation."""
-    from tfb.evaluation.metrics import evaluate as measure
+def print_metrics(found: Sequence[Evaluation]) -> None:
+    """Print one table, a row for each evaluation."""
+    from tfb.evaluation.metrics import evaluate
 
     table = Table()
-    for heading in ("data", "method", "accuracy %", "NLL", "ECE %", "Brier", "conf-acc %",
-                    "flipped %"):  # fmt: skip
-        table.add_column(heading, justify="left" if heading in ("data", "method") else "right")
+    for heading in ("data", "method"):
+        table.add_column(heading)
+    for heading in ("accuracy %", "NLL", "ECE %", "Brier", "conf-acc %", "flipped %"):
+        table.add_column(heading, justify="right")
     for e in found:
+        assert e.labels is not None
         reference = next(f for f in found if f.dataset == e.dataset).probs.argmax(-1)
-        m = measure(e.probs, e.labels, reference_predictions=reference)
+        m = evaluate(e.probs, e.labels, reference_predictions=reference)
         table.add_row(
-            e.dataset, e.name, f"{100 * m.accuracy:.2f}", f"{m.nll:.4f}", f"{100 * m.ece:.2f}",
-            f"{m.brier:.4f}", f"{100 * m.miscalibration:+.2f}", f"{100 * (m.flip_ratio or 0):.2f}",
-        )  # fmt: skip
+            e.dataset,
+            e.name,
+            f"{100 * m.accuracy:.2f}",
+            f"{m.nll:.4f}",
+            f"{100 * m.ece:.2f}",
+            f"{m.brier:.4f}",
+            f"{100 * m.miscalibration:+.2f}",
+            f"{100 * (m.flip_ratio or 0):.2f}",
+        )
     out.print(table)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Atomically, in a folder that is made if need be."""
+    """Write a file whole or not at all, in a folder that is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
+    atomic.write(path, (json.dumps(value, indent=2) + "\n").encode())

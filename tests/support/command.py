@@ -1,0 +1,8 @@
+"""The command line as tests call it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+# Exit status, stdout and stderr of ``tfb`` with these arguments; the fixture is ``tfb_command``.
+Run = Callable[..., tuple[int, str, str]]
