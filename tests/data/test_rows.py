@@ -28,6 +28,7 @@ def write(path: Path, *rows: Any) -> Path:
 
 
 def parse_row(line: str | bytes, source: str = "row") -> Row:
+    line = line if isinstance(line, bytes) else line.encode("utf-8", "surrogatepass")
     return RowFormat().row(decode_object(line, source), source)
 
 
@@ -79,8 +80,8 @@ def test_streams(tmp_path: Path) -> None:
 
 BAD_LINES = [
     ('{"id": 1', "not valid JSON .* at column", "one complete JSON object"),
-    ("[" * 100_000, "not usable JSON", "plain JSON object"),
-    ('{"id": %s, "text": "x"}' % ("9" * 5000), "not usable JSON", "plain JSON object"),
+    ("[" * 100_000, "not valid JSON", "one complete JSON object"),
+    ('{"id": %s, "text": "x"}' % ("9" * 5000), "not valid JSON", "one complete JSON object"),
     (b'{"id": 1, "text": "\xff"}', "not UTF-8", "save the file as UTF-8"),
     ("[1]", "expected a JSON object, found a list", "write {"),
     ("3", "expected a JSON object, found the number 3", "write {"),
@@ -88,13 +89,11 @@ BAD_LINES = [
     ({"id": 1}, "no column 'text'; there are 'id'", "such as text=YOURS"),
     ({"id": 1, "choices": ["A", "B"]}, "no column 'prompt'", "such as prompt=YOURS"),
     ({"id": 1, "prompt": "x"}, "no column 'choices'", "all rows the same by labels"),
-    ({**TEXT, "prompt": "x"}, "'text' together with", "keep 'text'"),
     ({**CHOICE, "messages": "[]"}, "'prompt' together with 'messages'", "keep one"),
     ({"messages": "say", "choices": "A|B"}, "'messages' is no list", "write [{"),
     ({"messages": [], "choices": "A|B"}, "'messages' is no list", "write [{"),
     ({"messages": ["x"], "choices": "A|B"}, "a message is a string", "write {"),
     ({"messages": [{"role": "user"}], "choices": "A|B"}, "'content' of a message is null", "make"),
-    ('{"id": 1, "id": 2, "text": "x"}', "'id' stands twice in one object", "keep one"),
     ({**TEXT, "id": 1.5}, "'id' is the number 1.5", "a string or an integer"),
     ({**TEXT, "id": True}, "'id' is a boolean", "a string or an integer"),
     ({**TEXT, "id": " "}, "'id' is empty", "write some text"),

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tfb.data.rows import ClassIndex, Row, RowError, RowFormat, decode_object
+from tfb.data.rows import ClassIndex, Row, RowError, RowFormat, decode_object, json_object
 
 KINDS = {
     **dict.fromkeys((".jsonl", ".ndjson", ".json"), "jsonl"),
@@ -473,13 +473,7 @@ def _json_list(source: Source, data: bytes) -> Lines:
         raise RowError(f"{source}: not a JSON list ({error}); write one object a line") from error
     for number, fields in enumerate(rows, 1):
         place = f"{source}:{number}"
-        yield place, partial(_json_object, fields, place)
-
-
-def _json_object(fields: Any, place: str) -> dict[str, Any]:
-    if not isinstance(fields, dict):
-        raise RowError(f"{place}: expected a JSON object")
-    return fields
+        yield place, partial(json_object, fields, place)
 
 
 def _csv_lines(source: Source) -> Lines:

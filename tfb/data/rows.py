@@ -16,8 +16,7 @@ from functools import cached_property
 from typing import Any, NoReturn
 
 CHOICE_COLUMNS = ("id", "prompt", "messages", "choices", "label")
-TEXT_COLUMNS = ("id", "text", "label")
-COLUMNS = (*CHOICE_COLUMNS, "text")
+COLUMNS = {"SEQ_CLS": ("id", "text", "label"), None: (*CHOICE_COLUMNS, "text")}
 MOST_SHOWN = 12  # names in a message
 
 
@@ -93,13 +92,11 @@ class RowFormat:
     task: str | None = None
 
     def __post_init__(self) -> None:
-        known = self.ours
         for ours, theirs in self.columns.items():
-            if ours not in known:
+            if ours not in self.ours:
                 what = "" if self.task is None else f" that rows of task {self.task} have"
-                raise ValueError(
-                    f"columns: {ours!r} is none of {', '.join(known)}{what}; write ours=yours"
-                )
+                known = ", ".join(self.ours)
+                raise ValueError(f"columns: {ours!r} is none of {known}{what}; write ours=yours")
             if list(self.columns.values()).count(theirs) > 1:
                 raise ValueError(f"columns: {theirs!r} is named twice")
         names = self.labels
@@ -117,9 +114,7 @@ class RowFormat:
     @property
     def ours(self) -> tuple[str, ...]:
         """Our names of the columns."""
-        if self.task is None:
-            return COLUMNS
-        return TEXT_COLUMNS if self.task == "SEQ_CLS" else CHOICE_COLUMNS
+        return COLUMNS.get(self.task, CHOICE_COLUMNS)
 
     @cached_property
     def names(self) -> dict[str, str]:
@@ -142,7 +137,7 @@ class RowFormat:
         if "prompt" in there:
             there.discard("messages")  # each row may have one of them
         if self.task is not None:
-            self._shape(there, present, source)
+            self._check_columns(there, present, source)
 
     def row(self, fields: Mapping[str, Any], source: str = "row", number: int = 0) -> Row:
         """Check the fields of one row.
@@ -157,12 +152,13 @@ class RowFormat:
         """
         values = {name: _plain(fields.get(theirs)) for name, theirs in self.names.items()}
         there = {name for name, value in values.items() if not _is_absent(value)}
-        name = self.row_id(fields, source, number)
-        if self._shape(there, list(fields), source) == "text":
+        self._check_columns(there, list(fields), source)
+        name, given = self.row_id(fields, source, number), values.get("label")
+        if self._is_text(there):
             text = _string(values["text"], "'text'", source)
-            label = _label(values.get("label"), self.labels, "classes", source)
-            return Row(id=name, text=text, label=label, source=source)
-        choices = None if self.labels is None else tuple(self.labels)
+            label = _label(given, self.labels, "classes", source)
+            return Row(name, text=text, label=label, source=source)
+        choices = tuple(self.labels or ())
         if "choices" in there:
             choices = _choices(values["choices"], source)
         messages = prompt = None
@@ -170,8 +166,8 @@ class RowFormat:
             messages = _messages(values["messages"], source)
         else:
             prompt = _string(values["prompt"], "'prompt'", source)
-        label = _label(values.get("label"), choices, "choices", source)
-        return Row(name, prompt, choices, None, label, source, messages)
+        label = _label(given, choices, "choices", source)
+        return Row(name, prompt, choices, label=label, source=source, messages=messages)
 
     def row_id(self, fields: Mapping[str, Any], source: str, number: int) -> str:
         """Return the id as text; the row's number where there is none.
@@ -188,26 +184,22 @@ class RowFormat:
             _fail(source, f"'id' is {_described(value)}", "make it a string or an integer")
         return _string(value, "'id'", source)
 
-    def _shape(self, there: set[str], present: Sequence[str], source: str) -> str:
-        """Tell "text" from "choice" by the columns that are there, which suffice for it."""
-        asked = there & {"prompt", "messages"}
-        if "text" in there and (asked or "choices" in there):
-            _fail(
-                source,
-                "the row has 'text' together with 'prompt', 'messages' or 'choices'",
-                "keep 'text' for a classification head, or the others for a language model",
-            )
-        if self.task == "SEQ_CLS" or "text" in there:
+    def _is_text(self, there: set[str]) -> bool:
+        return self.task == "SEQ_CLS" or (self.task is None and "text" in there)
+
+    def _check_columns(self, there: set[str], present: Sequence[str], source: str) -> None:
+        """Refuse columns of ours that do not suffice for a row, or are too many."""
+        if self._is_text(there):
             if "text" not in there:
                 self._missing("text", present, source)
-            return "text"
+            return
+        asked = there & {"prompt", "messages"}
         if not asked:
             self._missing("prompt" if self.task or "choices" in there else "text", present, source)
         if len(asked) > 1:
             _fail(source, "the row has 'prompt' together with 'messages'", "keep one of them")
         if "choices" not in there and self.labels is None:
             self._missing("choices", present, source)
-        return "choice"
 
     def _missing(self, ours: str, present: Sequence[str], source: str) -> NoReturn:
         more = ", or give all rows the same by labels" if ours == "choices" else ""
@@ -234,43 +226,33 @@ class ClassIndex(int):
         return found
 
 
-def decode_object(line: str | bytes, source: str) -> dict[str, Any]:
+def decode_object(line: bytes, source: str) -> dict[str, Any]:
     """Return the JSON object on a line, whatever its columns.
 
     Raises:
-        RowError: not UTF-8, not JSON, not an object, or a key that stands twice.
+        RowError: not UTF-8, not JSON, or not an object.
     """
     try:
-        text = line.decode("utf-8") if isinstance(line, bytes) else line
+        value = json.loads(line.decode())
     except UnicodeDecodeError as error:
-        _fail(source, f"the line is not UTF-8 ({error.reason})", "save the file as UTF-8", error)
-    try:
-        fields = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, source))
-    except RowError:
-        raise
-    except json.JSONDecodeError as error:
-        fault = f"not valid JSON ({error.msg} at column {error.colno})"
-        _fail(source, fault, "write one complete JSON object a line", error)
+        _fail(source, f"the line is not UTF-8 ({error.reason})", "save the file as UTF-8")
     except (ValueError, RecursionError) as error:
-        # An integer of more digits, or brackets of more depth, than Python is willing to read.
-        _fail(source, f"not usable JSON ({error})", "write one plain JSON object a line", error)
-    if not isinstance(fields, dict):
-        _fail(
-            source,
-            f"expected a JSON object, found {_described(fields)}",
-            'write {"prompt": ..., "choices": [...]} or {"text": ...}',
-        )
-    return fields
+        place = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+        fault = f"not valid JSON ({getattr(error, 'msg', error)}{place})"
+        _fail(source, fault, "write one complete JSON object a line")
+    return json_object(value, source)
 
 
-def _unique(pairs: list[tuple[str, Any]], source: str) -> dict[str, Any]:
-    """Make an object of its pairs; JSON would silently keep the last of two equal keys."""
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        _fail(source, f"{', '.join(map(repr, twice))} stands twice in one object", "keep one")
-    return fields
+def json_object(value: Any, source: str) -> dict[str, Any]:
+    """Return a value that is a JSON object.
+
+    Raises:
+        RowError: it is none.
+    """
+    if not isinstance(value, dict):
+        fault = f"expected a JSON object, found {_described(value)}"
+        _fail(source, fault, 'write {"prompt": ..., "choices": [...]} or {"text": ...}')
+    return value
 
 
 def _choices(value: Any, source: str) -> tuple[str, ...]:
@@ -371,9 +353,9 @@ def _string(value: Any, name: str, source: str) -> str:
         _fail(source, f"{name} is empty", "write some text into it, or remove the row")
     try:
         value.encode()
-    except UnicodeEncodeError as error:
+    except UnicodeEncodeError:
         fault = f"{name} holds bytes that are not UTF-8, or half of a surrogate pair"
-        _fail(source, fault, "save it as UTF-8", error)
+        _fail(source, fault, "save it as UTF-8")
     return value
 
 
@@ -396,5 +378,5 @@ def _described(value: Any) -> str:
     return "null" if value is None else names.get(type(value), f"of type {type(value).__name__}")
 
 
-def _fail(source: str, fault: str, remedy: str, cause: Exception | None = None) -> NoReturn:
-    raise RowError(f"{source}: {fault}; {remedy}") from cause
+def _fail(source: str, fault: str, remedy: str) -> NoReturn:
+    raise RowError(f"{source}: {fault}; {remedy}")
