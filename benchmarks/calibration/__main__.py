@@ -22,7 +22,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 
 import tfb
-from benchmarks.calibration.evaluation import Bootstrap, figures
+from benchmarks.calibration.evaluation import differences, figures
 from benchmarks.calibration.methods import METHODS, LeftOut, Methods, Outcome
 from benchmarks.calibration.setting import Setting
 from benchmarks.calibration.tasks import GIVEN, TASKS, load_task
@@ -65,9 +65,8 @@ def run(setting: Setting, adapters: Hashes, point: Row, bench: Bench) -> list[Ro
         except (LeftOut, tfb.SearchError) as error:
             outcomes[name] = str(error)
         print(f"{point['task']} {point['seed']} {name}: {_line(outcomes[name])}", flush=True)
-    bootstrap = Bootstrap(setting.labels)
     rows = [
-        describe(outcomes, name, setting, bootstrap) | {"adapters": dict(hashes)}
+        describe(outcomes, name, setting) | {"adapters": dict(hashes)}
         for name, hashes in adapters.items()
     ]
     return [
@@ -79,10 +78,8 @@ def run(setting: Setting, adapters: Hashes, point: Row, bench: Bench) -> list[Ro
     ]  # fmt: skip
 
 
-def describe(
-    outcomes: dict[str, Outcome | str], name: str, setting: Setting, bootstrap: Bootstrap
-) -> Row:
-    """Figures, cost, details, and differences to the references."""
+def describe(outcomes: dict[str, Outcome | str], name: str, setting: Setting) -> Row:
+    """Return figures, cost, details, and differences to the references."""
     outcome = outcomes[name]
     if isinstance(outcome, str):
         return {"left_out": outcome}
@@ -90,8 +87,8 @@ def describe(
     for reference in REFERENCES:
         other = outcomes[reference]
         if reference != name and isinstance(other, Outcome):
-            against[reference] = bootstrap.compare(
-                outcome.predicted["test"].probs, other.predicted["test"].probs
+            against[reference] = differences(
+                outcome.predicted["test"].probs, other.predicted["test"].probs, setting.labels
             )
     return {
         **figures(outcome.predicted, setting.labels),

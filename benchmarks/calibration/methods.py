@@ -44,7 +44,8 @@ from benchmarks.calibration.setting import (
 from tfb.data.batching import EncodedRows
 from tfb.draws import Draws
 from tfb.evaluation.metrics import apply_temperature, fit_temperature
-from tfb.sampling.tail import why_no_tail
+from tfb.sampling.kv_cache import why_no_tail
+from tfb.search.fit import fit_sigma
 from tfb.search.loss import passes_per_row
 from tfb.search.result import SigmaFit
 
@@ -235,7 +236,7 @@ class Methods:
         anchors: EncodedRows,
         *,
         bayes: Any = None,
-        search: Callable[..., SigmaFit] = tfb.fit_sigma,
+        search: Callable[..., SigmaFit] = fit_sigma,
         **options: Any,
     ) -> tuple[Outcome, Draws]:
         """Search sigma, predict with antithetic draws."""

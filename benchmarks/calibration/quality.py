@@ -1,10 +1,10 @@
-"""What draws buy beside what they cost, on a real adapter: ``python -m benchmarks.quality``.
+"""What draws buy beside what they cost, on a real adapter.
 
-stories260K with the clinc-domain adapter. sigma is searched for each mode on 150 held-out rows
-(objective min_nll), the figures are on 250 others: NLL, ECE, accuracy, the mean squared error of
-averaged probabilities against 512 antithetic draws of the same predictive (other streams), and the
-cost, timed in this run, in passes of the deterministic adapter. Errors of few draws are averaged
-over replicates on streams of their own.
+    python -m benchmarks.calibration.quality --record
+
+Sigma is searched for each mode on held-out rows (objective min_nll), the figures are on others, and
+the cost is timed in this run, in passes of the deterministic adapter. Errors are those of averaged
+probabilities to 512 antithetic draws of the same predictive, averaged over replicates.
 """
 
 from __future__ import annotations
@@ -13,120 +13,126 @@ import argparse
 import os
 import time
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
 import tfb
-from benchmarks.environment import shared_folder
-from benchmarks.timing import Bench, Row, record
-from tfb.data.batching import EncodedRows
+from benchmarks.environment import results_folder, shared_folder
+from benchmarks.fixtures import STORIES, stories_model
+from benchmarks.timing import Bench, record
 from tfb.data.readers import read_rows
 from tfb.draws import Draws
 from tfb.evaluation.metrics import evaluate
+from tfb.model import BayesianModel
 from tfb.scoring.evaluate import encode, predict_rows
 
-FOLDER = Path(__file__).resolve().parent
 ROWS, ANCHORS, REFERENCE, REPLICATES = 250, 150, 512, 3
 FAR = 1 << 20  # streams of the reference and of replicates do not meet
+FEW = (2, 4, 10, 20)
 
 
-def setting(shared: Path, layers: Any) -> tuple[Any, EncodedRows, EncodedRows]:
-    """The Bayesian model, anchors, and rows to judge by."""
-    from transformers import AutoTokenizer
+@dataclass(frozen=True)
+class Family:
+    """A way to draw, at several numbers of draws."""
 
-    base, adapter = shared / "models/stories260K", shared / "adapters/stories260K-clinc-domain"
-    bayes = tfb.bayesianize(tfb.load_adapter(tfb.load_base(base, adapter), adapter), layers=layers)
-    bayes.label_tokens = "last"  # as the adapter was trained
-    tokenizer = AutoTokenizer.from_pretrained(str(base))
+    mode: str = "full"
+    tail: int | None = None
+    layers: Any = None
+    draws: Callable[..., Draws] = Draws.antithetic
+    counts: tuple[int, ...] = FEW
+
+    def model(self, shared: Path) -> BayesianModel:
+        bayes = tfb.bayesianize(stories_model(shared), layers=self.layers, label_tokens="last")
+        bayes.configure(mode=self.mode, tail=self.tail)
+        return bayes
+
+
+FAMILIES = {
+    "full, iid": Family(draws=Draws.iid),
+    "full, antithetic": Family(),
+    "tail k=1": Family("tail", 1),
+    "tail k=4": Family("tail", 4, counts=(4, 10)),
+    "tail k=16": Family("tail", 16, counts=(4, 10)),
+    "last block": Family(layers=tfb.last_layers(1)),
+}
+
+
+def measure(shared: Path, bench: Bench) -> None:
+    """Record every family at every number of draws, and the deterministic adapter first."""
+    tokenizer = AutoTokenizer.from_pretrained(str(shared / STORIES))
     # The file is sorted by label: take rows from all over it, anchors and rows in turn.
     rows = read_rows(shared / "data/clinc-domain/validation.jsonl")
     judged, held = rows[::12][:ROWS], rows[5::20][:ANCHORS]
-    return bayes, encode(bayes, held, tokenizer), encode(bayes, judged, tokenizer)
+    for name, family in FAMILIES.items():
+        bayes = family.model(shared)
+        anchors, encoded = (encode(bayes, part, tokenizer) for part in (held, judged))
+        labels = torch.tensor(encoded.labels)
+        fit = tfb.fit_sigma(bayes, anchors, objective="min_nll", draws=4)
 
+        def predict(draws: Draws, bayes: Any = bayes, rows: Any = encoded) -> tuple[float, Tensor]:
+            start = time.perf_counter()
+            probs = predict_rows(bayes, rows, draws, batch_size=100).probs
+            return time.perf_counter() - start, probs
 
-def families() -> dict[str, tuple[Any, str, int | None, Callable[..., Draws], tuple[int, ...]]]:
-    """name: (layers, mode, tail, constructor, numbers of draws)."""
-    few = (2, 4, 10, 20)
-    return {
-        "full, iid": (None, "full", None, Draws.iid, few),
-        "full, antithetic": (None, "full", None, Draws.antithetic, few),
-        "tail k=1": (None, "tail", 1, Draws.antithetic, few),
-        "tail k=4": (None, "tail", 4, Draws.antithetic, (4, 10)),
-        "tail k=16": (None, "tail", 16, Draws.antithetic, (4, 10)),
-        "last block": (tfb.last_layers(1), "full", None, Draws.antithetic, few),
-    }
-
-
-def measure(shared: Path, bench: Bench) -> list[Row]:
-    """All rows of the table."""
-    found: list[Row] = []
-    sigmas: dict[tuple[Any, ...], tuple[float, Tensor]] = {}
-    for family, (layers, mode, tail, make, counts) in families().items():
-        bayes, anchors, rows = setting(shared, layers)
-        labels = torch.tensor(rows.labels)
-        bayes.configure(mode=mode, tail=tail)
-
-        def predict(draws: Draws, bayes: Any = bayes, rows: Any = rows) -> Tensor:
-            return predict_rows(bayes, rows, draws, batch_size=100).probs
-
-        key = (str(layers), mode, tail)
-        if key not in sigmas:
-            sigma = tfb.fit_sigma(bayes, anchors, objective="min_nll", draws=4).sigma
-            exact = predict(Draws.antithetic(REFERENCE, sigma, first_stream=FAR))
-            sigmas[key] = sigma, exact
-        sigma, exact = sigmas[key]
-        if not found:
-            mean = predict(Draws.mean())
-            found.append(row("deterministic", "deterministic", 1.0, mean, labels, None, 0.0, bench))
-        for S in counts:
-            cost, errors, probs = [], [], None
+        if name == next(iter(FAMILIES)):
+            keep(bench, ("deterministic", "deterministic"), 0.0, labels, predict(Draws.mean())[1])
+        exact = predict(Draws.antithetic(REFERENCE, fit.sigma, first_stream=FAR))[1]
+        for S in family.counts:
+            costs, found = [], []
             for i in range(REPLICATES):
-                unit = clock(partial(predict, Draws.mean()))[0]
-                draws = make(S, sigma, first_stream=FAR * (2 + i))
-                taken, p = clock(partial(predict, draws))
-                cost.append(taken / unit)
-                errors.append(float((p - exact).square().mean()))
-                probs = p if probs is None else probs
-            assert probs is not None
-            error = sum(errors) / len(errors)
-            found.append(
-                row(family, f"{family}, S={S}", median(cost), probs, labels, error, sigma, bench)
-            )
-            print(f"{family} S={S}: {median(cost):.2f} passes, MSE {error:.2e}", flush=True)
-    return found
+                unit = predict(Draws.mean())[0]
+                seconds, probs = predict(family.draws(S, fit.sigma, first_stream=FAR * (2 + i)))
+                costs.append(seconds / unit)
+                found.append(probs)
+            error = mean(float((p - exact).square().mean()) for p in found)
+            cost = median(costs)
+            keep(bench, (name, f"{name}, S={S}"), fit.sigma, labels, found[0], cost, error)
 
 
-def clock(call: Callable[[], Tensor]) -> tuple[float, Tensor]:
-    start = time.perf_counter()
-    result = call()
-    return time.perf_counter() - start, result
-
-
-def row(
-    family: str,
-    method: str,
-    passes: float,
-    probs: Tensor,
-    labels: Tensor,
-    mse: float | None,
-    sigma: float,
+def keep(
     bench: Bench,
-) -> Row:
+    names: tuple[str, str],
+    sigma: float,
+    labels: Tensor,
+    probs: Tensor,
+    passes: float = 1.0,
+    mse: float | None = None,
+) -> None:
+    """Print and record one line of the table; ``names``: the family's and the method's."""
     m = evaluate(probs, labels)
-    point = {"family": family, "method": method, "sigma": sigma, "rows": len(labels),
-             "anchors": ANCHORS, "reference_draws": REFERENCE,
-             "replicates": REPLICATES}  # fmt: skip
-    values = {"suite": "quality", "measure": "quality", "point": point, "device": "cpu",
-              "toy": False, "passes": passes, "nll": m.nll, "ece": m.ece, "brier": m.brier,
-              "accuracy": m.accuracy, "mse": mse}  # fmt: skip
-    return record(bench, values)
+    family, method = names
+    point = {
+        "family": family,
+        "method": method,
+        "sigma": sigma,
+        "rows": len(labels),
+        "anchors": ANCHORS,
+        "reference_draws": REFERENCE,
+        "replicates": REPLICATES,
+    }
+    values = {
+        "suite": "quality",
+        "measure": "quality",
+        "point": point,
+        "device": "cpu",
+        "toy": False,
+        "passes": passes,
+        "nll": m.nll,
+        "ece": m.ece,
+        "brier": m.brier,
+        "accuracy": m.accuracy,
+        "mse": mse,
+    }
+    record(bench, values)
+    print(f"{method}: {passes:.2f} passes, NLL {m.nll:.3f}", flush=True)
 
 
 def main() -> None:
@@ -137,8 +143,7 @@ def main() -> None:
         shared = shared_folder()
     except FileNotFoundError as error:
         raise SystemExit(str(error)) from error
-    bench = Bench.untimed(FOLDER / "results" if options.record else None)
-    measure(shared, bench)
+    measure(shared, Bench.untimed(results_folder() if options.record else None))
 
 
 if __name__ == "__main__":

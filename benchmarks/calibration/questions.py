@@ -1,11 +1,5 @@
 """Multiple-choice questions of WinoGrande, ARC, OpenBookQA and MMLU, read from their files.
 
-    winogrande    JSONL: qID, sentence with one "_", option1, option2, answer "1" or "2"
-    arc           JSON list: instruction ("... the question: STEM\\n\\nAnswer1: ... Answer2: ..."),
-                  answer "answer2"; three to five choices
-    openbookqa    TSV with a header: stem, "(A) ... (B) ... (C) ... (D) ...", answer letter
-    mmlu          CSV with a header: question, choice0 to choice3, answer "0" to "3"
-
 A file of another shape is a ValueError that names it and the row.
 """
 
@@ -31,9 +25,13 @@ MMLU_HEADER = ["question", "choice0", "choice1", "choice2", "choice3", "answer"]
 
 @dataclass(frozen=True)
 class Question:
-    """A question; ``label`` is the index of the right one of ``choices``.
+    """A question.
 
-    stem: of WinoGrande the sentence with its gap, "_". id: the file's own, or file and row number.
+    Attributes:
+        id: The file's own, or file and row number.
+        stem: Of WinoGrande the sentence with its gap, "_".
+        choices: The answers.
+        label: The index of the right one.
     """
 
     id: str
@@ -43,8 +41,10 @@ class Question:
 
 
 def winogrande(path: Path) -> list[Question]:
-    """WinoGrande's train_*.jsonl or dev.jsonl. Sentences come in twins, whose ids differ in the
-    number behind the last dash alone."""
+    """Read WinoGrande's train_*.jsonl or dev.jsonl.
+
+    Sentences come in twins, whose ids differ in the number behind the last dash alone.
+    """
     found = []
     for number, line in enumerate(_lines(path), start=1):
         try:
@@ -61,7 +61,7 @@ def winogrande(path: Path) -> list[Question]:
 
 
 def arc(path: Path) -> list[Question]:
-    """ARC-Easy or ARC-Challenge as instructions; id: folder, file and row number."""
+    """Read ARC-Easy or ARC-Challenge as instructions; id: folder, file and row number."""
     try:
         rows = json.loads(_text(path))
     except ValueError as error:
@@ -89,7 +89,7 @@ def _arc(path: Path, number: int, row: Any) -> Question:
 
 
 def openbookqa(path: Path) -> list[Question]:
-    """OpenBookQA's train.tsv, dev.tsv or test.tsv (the main set, without the core facts)."""
+    """Read OpenBookQA's train.tsv, dev.tsv or test.tsv (the main set, without the core facts)."""
     lines = _lines(path)
     if not lines or lines[0].split("\t") != OPENBOOKQA_HEADER:
         _fail(path, 1, f"expected the columns {', '.join(OPENBOOKQA_HEADER)}")
@@ -104,7 +104,7 @@ def openbookqa(path: Path) -> list[Question]:
 
 
 def mmlu(path: Path) -> list[Question]:
-    """One subject's csv; id: file and row number, the header being row 1."""
+    """Read one subject's csv; id: file and row number, the header being row 1."""
     rows = list(csv.reader(io.StringIO(_text(path), newline="")))
     if not rows or rows[0] != MMLU_HEADER:
         _fail(path, 1, f"expected the columns {', '.join(MMLU_HEADER)}")
@@ -124,7 +124,7 @@ def _text(path: Path) -> str:
 
 
 def _lines(path: Path) -> list[str]:
-    """Lines as JSONL and TSV have them: a Unicode line separator inside a text ends none."""
+    """Return lines as JSONL and TSV have them: a Unicode line separator inside a text ends none."""
     return _text(path).removesuffix("\n").split("\n")
 
 
