@@ -42,8 +42,7 @@ except ImportError as error:
 from tfb.adapters.artifact import load
 from tfb.draws import Draws
 from tfb.model import BayesianModel
-from tfb.sampling.inputs import evaluating
-from tfb.sampling.memory import chunks, draws_that_fit
+from tfb.sampling.forward import draws_that_fit, evaluating, split
 from tfb_kernels import NOISE_VERSION
 
 log = logging.getLogger(__name__)
@@ -99,9 +98,9 @@ class BayesianLM(HFLM):
             tokenizer = pretrained if tokenizer is None else tokenizer
         if bayes.task != "CAUSAL_LM":
             raise ValueError(f"tfb: needs a causal language model, not {bayes.task}")
-        if bayes.mode != "full":
+        if bayes.config.mode != "full":
             raise ValueError(
-                f"tfb: sigma was searched with mode={bayes.mode!r}, noise at the last positions "
+                f"tfb: sigma was searched with mode={bayes.config.mode!r}, noise at the last positions "
                 "of a prompt only, which continuations of several tokens do not have; fit with "
                 "mode 'full'"
             )
@@ -234,11 +233,11 @@ class BayesianLM(HFLM):
         inputs, _ = self.bayes.inputs({"input_ids": ids, "attention_mask": mask}, "full")
         last = dict.fromkeys(self.bayes.last_logits, keep)
         V = int(self.bayes.base.config.get_text_config().vocab_size)
-        fit = draws_that_fit(self.bayes.base, len(self.draws), ids.to(self.bayes.device), None)
+        device = self.bayes.device
+        fit = draws_that_fit(self.bayes.base, len(self.draws), ids.numel(), device)
         most = self.draws_per_pass or max(1, min(fit, _MOST // (len(rows) * keep * V)))
-        parts = chunks(self.bayes.base, self.draws, ids, None, most)
         with evaluating(self.bayes.model):
-            for draws in parts:
+            for draws in split(self.draws, most, device):
                 with self.bayes.sampling(draws):
                     logits = self.bayes.model(**inputs, **last).logits[:, -keep:]
                 logits = logits if logits.dtype == torch.float64 else logits.float()

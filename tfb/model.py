@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,22 +17,16 @@ from tfb.linear import MERGING, LowRankSampler
 from tfb.posterior import LowRankPosterior
 from tfb.predictive import Predictive
 from tfb.sampling.adaptive import Adaptive, predict_adaptively
-from tfb.sampling.choices import ChoiceTokens, check_inputs, run_choices
 from tfb.sampling.config import SamplingConfig
-from tfb.sampling.fan_out import (
-    FanOut,
-    SamplingState,
-    other_owner_of,
-    reset_state,
-    set_state,
-)
-from tfb.sampling.forward import hidden_norms, plan, run
+from tfb.sampling.fan_out import FanOut
+from tfb.sampling.forward import align, hidden_norms, scored_logits
 from tfb.sampling.generate import Generation, run_generation
-from tfb.sampling.inputs import Batch, align, evaluating
-from tfb.sampling.memory import chunks
-from tfb.sampling.overrides import LabelColumns, narrow_head, restore_head
-from tfb.sampling.replay import make_replayable, restore_blocks
-from tfb.sampling.tail import why_no_tail
+from tfb.sampling.kv_cache import why_no_tail
+from tfb.sampling.overrides import install, uninstall
+from tfb.sampling.state import Batch, SamplingState, active, other_owner_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Attachment(Protocol):
@@ -96,8 +90,7 @@ class BayesianModel:
         self.base = inner
         self._forward_names = frozenset(inspect.signature(inner.forward).parameters)
         self._fan_out = FanOut(self.owner, model, inner, list(samplers))
-        narrow_head(inner, task)
-        make_replayable(self.blocks_below, inner)
+        install(inner, task, self.blocks_below)
 
     # --- configuration --------------------------------------------------------------------------
 
@@ -215,11 +208,8 @@ class BayesianModel:
         """
         for device in self._devices:
             state.draws.tensors(device)  # or a compiled graph would take them for constants
-        token = set_state(self.owner, state)
-        try:
+        with active(self.owner, state):
             yield
-        finally:
-            reset_state(token)
 
     def check_sampling(self) -> None:
         """Refuse a model of which draws cannot be sampled now (see ``sampling``).
@@ -304,36 +294,10 @@ class BayesianModel:
         """
         mode, tail = self._mode(mode, tail)
         self.check_sampling()
-        inputs, rows = self.inputs(batch, mode)
-        if self.task == "SEQ_CLS" and label_ids is not None:
-            raise ValueError("label_ids: only language models have a vocabulary to select from")
-        labels = choices = None
-        label_ids = None if label_ids is None else torch.as_tensor(label_ids)  # a list will do
-        if label_ids is not None and label_ids.dim() == 3:
-            check_inputs(inputs, self.task)
-            choices = ChoiceTokens.of(self.base, label_ids, rows, self.config.length_normalization)
-        elif label_ids is not None:
-            labels = LabelColumns.of(self.base, label_ids, rows)
-        T = inputs["input_ids"].shape[1]
-        head_alone = self._fan_out.head_alone
-        if tail is not None and (tail >= T or head_alone):
-            tail = None  # full mode gives the same: all tokens are tail, or the noise is above
-        state = SamplingState(self.base, draws, columns=None if labels is None else labels.columns)
-        # Draws of the head alone share the rest of a pass: parts of them would run it again.
-        each = 1 if head_alone and self.last_logits else tail
-        with evaluating(self.model):
-            if choices is not None and draws_per_pass is None:
-                draws_per_pass = choices.draws_that_fit(self.base, len(draws), T, each)
-            parts = chunks(self.base, draws, inputs["input_ids"], each, draws_per_pass)
-            planned = plan(self, inputs, state, tail)
-            if choices is not None:
-                found = list(run_choices(self, inputs, planned, parts, choices))
-            else:
-                found = [
-                    logits if labels is None else labels.select(logits)
-                    for logits in run(self, inputs, planned, parts)
-                ]
-        return found[0] if len(found) == 1 else torch.cat(found)
+        inputs, _ = self.inputs(batch, mode)
+        return scored_logits(
+            self, inputs, draws, label_ids, tail=tail, draws_per_pass=draws_per_pass
+        )
 
     def predictive(self, logits: Tensor, draws: Draws, *, keep_draws: bool = False) -> Predictive:
         """Average the probabilities of logits [S, B, K] at the model's temperature."""
@@ -444,26 +408,15 @@ class BayesianModel:
     # --- what passes need -----------------------------------------------------------------------
 
     @property
+    def head_alone(self) -> bool:
+        """Whether a draw costs an output embedding only."""
+        return self._fan_out.head_alone
+
+    @property
     def last_logits(self) -> dict[str, int]:
         """What tells a causal LM that only the last position is scored."""
         known = self.task == "CAUSAL_LM" and "logits_to_keep" in self._forward_names
         return {"logits_to_keep": 1} if known else {}
-
-    def tree_pass(self, draws: int, batch: int) -> contextlib.AbstractContextManager[None]:
-        """See :meth:`tfb.sampling.fan_out.FanOut.tree_pass`."""
-        return self._fan_out.tree_pass(draws, batch)
-
-    @contextlib.contextmanager
-    def mean_pass(self, draws: Draws, batch: int) -> Iterator[None]:
-        """Run a pass of the mean adapter that enters below the model's entrance.
-
-        It is one draw at sigma = 0, so that layers can be merged. Its stream is one of ``draws``,
-        whose noise is kept anyway.
-        """
-        mean = Draws((0.0,), draws.streams[:1], draws.seed)
-        state = SamplingState(self.base, mean, tree=True, mean=True)
-        with self.sampling_as(state), self.tree_pass(1, batch):
-            yield
 
     def inputs(self, batch: Batch, mode: str) -> tuple[dict[str, Any], int]:
         """Return the aligned batch with what a scoring pass adds, and its number of rows."""
@@ -487,7 +440,7 @@ class BayesianModel:
         return inputs, inputs["input_ids"].shape[0]
 
     def _mode(self, mode: str | None, tail: int | None) -> tuple[str, int | None]:
-        """The mode and its k, the configuration's where not given, checked."""
+        """Return the mode and its k, the configuration's where not given, checked."""
         if mode is None:
             mode = self.config.mode
             tail = self.config.tail if tail is None else tail
@@ -497,15 +450,14 @@ class BayesianModel:
     def remove(self) -> nn.Module:
         """Undo ``bayesianize``; return the PEFT model, with none of our hooks."""
         self._fan_out.remove()
-        restore_head(self.base)
-        restore_blocks(self.blocks_below)
+        uninstall(self.base, self.blocks_below)
         self._attachment.detach()
         for sampler in self.samplers.values():
             sampler.release()
         return self.model
 
 
-def check_possible(config: SamplingConfig, base: nn.Module, task: str) -> None:
+def check_possible(config: SamplingConfig, base: PreTrainedModel, task: str) -> None:
     """Refuse a configuration that a model cannot sample with.
 
     Raises:

@@ -105,13 +105,8 @@ class Predictive:
         )
 
     @classmethod
-    def gather(cls, parts: Sequence[tuple[Tensor, Predictive]], rows: int) -> Predictive:
-        """Put parts together to a predictive of ``rows`` rows.
-
-        Args:
-            parts: pairs of row numbers and their predictions. The last has the most draws.
-            rows: B.
-        """
+    def gather(cls, parts: Sequence[tuple[Tensor, Predictive]]) -> Predictive:
+        """Put together pairs of row numbers and their predictions; the last has most draws."""
         order = torch.cat([index for index, _ in parts]).argsort()
         whole = {n: torch.cat([getattr(p, n) for _, p in parts])[order] for n in _ROW_FIELDS}
         return cls(**whole, draws=parts[-1][1].draws)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tfb.linear import LowRankSampler, is_plain, plain_weight
-from tfb.sampling.fan_out import ForwardPass, SamplingState, sampling_state
+from tfb.sampling.state import ForwardPass, SamplingState, sampling_state
 
 
 class BayesVariant(LoraVariant):

@@ -1,218 +1,441 @@
 """The forward passes behind a prediction: full or tail, with prefixes that rows share.
 
-    full    [prefixes, S-fold, once each] -> everything else, S-fold; without prefixes, blocks below
-            the noise run once, whatever the number of parts
-    tail    [prefixes, once each] -> the prompt but its last k tokens, once -> the tail, S-fold
+    full    [prefixes, S-fold] -> [prompts of several choices, S-fold] -> everything else, S-fold
+    tail    [prefixes, once] -> the prompt but its last k tokens, once -> everything else, S-fold
 
-Without shared prefixes the first step is left out. All passes give logits [S, B, C].
+Steps in brackets are left out where nothing is shared. Draws that do not fit into one pass run in
+parts; then blocks below the noise run for the first part only, unless there are shared prefixes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from tfb.draws import Draws
-from tfb.sampling.fan_out import Replay, SamplingState
-from tfb.sampling.inputs import Batch, evaluating
-from tfb.sampling.kv_cache import SharedPrefix, find_shared_prefix, spread_cache
-from tfb.sampling.tail import prefix_inputs, tail_inputs
+from tfb.sampling.choices import ChoiceTokens, check_continuable
+from tfb.sampling.kv_cache import (
+    Inputs,
+    SharedPrefix,
+    check_angles,
+    divisible,
+    find_shared_prefix,
+    may_share,
+    prefix_inputs,
+    spread_cache,
+    tail_inputs,
+)
+from tfb.sampling.overrides import LabelColumns
+from tfb.sampling.state import Batch, ForwardPass, Replay, SampledModel, SamplingState
 
-# What a batch may hold for its rows to be taken apart; more than this is passed on as it is.
-DIVISIBLE = {"input_ids", "attention_mask", "position_ids", "use_cache"}
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-
-@dataclass(frozen=True)
-class Plan:
-    """How a batch runs: its state, k (None: full), and the prefixes its rows share (None: none)."""
-
-    state: SamplingState
-    tail: int | None = None
-    shared: SharedPrefix | None = None
-
-
-def plan(bayes: Any, inputs: dict[str, Any], state: SamplingState, tail: int | None) -> Plan:
-    """Look for shared prefixes where the model allows it."""
-    found = None
-    if noisy_once(state, tail) and may_share(bayes, inputs):
-        mask = inputs["attention_mask"].bool()
-        rows = [ids[m].tolist() for ids, m in zip(inputs["input_ids"], mask, strict=True)]
-        found = find_shared_prefix(rows, keep=tail or 1)
-    return Plan(state, tail, found)
+# Bytes of the widest activation of one pass on a CPU. More bring no more speed: the products are
+# large enough, and larger activations only leave the caches.
+CPU_BYTES = 12 << 20
+_SHARE = 0.6  # of the free memory: fragmentation, attention scores and the caller's own
 
 
-def noisy_once(state: SamplingState, tail: int | None) -> bool:
-    """Whether a prompt may be read in two calls. Token noise numbers the tokens of a call, so that
-    those of two noisy ones would get the same normals; in tail mode only one is noisy."""
+# --- batches --------------------------------------------------------------------------------------
+
+
+def align(batch: Batch, side: str, device: torch.device) -> Inputs:
+    """Return the batch on ``device`` with its padding on ``side``.
+
+    A model then sees the same rows whatever side the tokenizer padded on. position_ids are moved
+    along with the tokens.
+
+    Args:
+        batch: a tokenizer's tensors.
+        side: "left" or "right".
+        device: where the tensors go.
+
+    Raises:
+        TypeError: the batch is no dict.
+        ValueError: no input_ids [B, T], no rows, a mask of another shape, holes inside a row's
+            mask, or an empty row.
+    """
+    ids = _input_ids(batch)
+    out = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    out.pop("labels", None)
+    if out.get("attention_mask") is None:
+        out["attention_mask"] = torch.ones_like(out["input_ids"])
+    mask = out["attention_mask"]
+    if mask.shape != ids.shape:
+        raise ValueError(
+            f"batch: attention_mask {list(mask.shape)} does not match input_ids {list(ids.shape)}"
+        )
+    T = ids.shape[1]
+    mask = mask.long()
+    length = mask.sum(-1)
+    if bool((length == 0).any()):
+        raise ValueError(f"batch: row {int((length == 0).nonzero()[0])} is empty (no tokens)")
+    start = mask.argmax(-1)  # first real token
+    position = torch.arange(T, device=device)
+    inside = (position >= start[:, None]) & (position < (start + length)[:, None])
+    if not bool((inside == mask.bool()).all()):
+        row = int((inside != mask.bool()).any(-1).nonzero()[0])
+        raise ValueError(f"batch: attention_mask of row {row} has holes; pad on one side only")
+    target = T - length if side == "left" else torch.zeros_like(length)
+    if bool((start == target).all()):
+        return out
+    source = (position[None, :] - target[:, None] + start[:, None]) % T
+    for name, value in out.items():
+        if isinstance(value, Tensor) and value.shape == ids.shape:
+            out[name] = value.gather(1, source)
+    return out
+
+
+def _input_ids(batch: Batch) -> Tensor:
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"batch: expected a tokenizer's dict of tensors, got {type(batch).__name__}; write "
+            "batch = tokenizer(texts, return_tensors='pt', padding=True)"
+        )
+    ids = batch.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        raise ValueError("batch: needs input_ids [B, T], a tensor (tokenizer return_tensors='pt')")
+    if ids.shape[0] == 0:
+        raise ValueError("batch: has no rows")
+    return ids
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model in eval mode; what was training before is again after."""
+    training = [m for m in model.modules() if m.training]
+    if training:  # eval() walks all modules once more, at every batch
+        model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+# --- draws in parts -------------------------------------------------------------------------------
+
+
+def draws_that_fit(
+    base: PreTrainedModel, draws: int, tokens: int, device: torch.device, scored: int = 0
+) -> int:
+    """Return how many draws one pass should take, at most ``draws`` and at least 1.
+
+    Args:
+        base: the base model.
+        draws: how many there are.
+        tokens: of one draw, over all rows.
+        device: of the inputs.
+        scored: positions of one draw that have logits over the whole vocabulary.
+    """
+    config = base.config.get_text_config()
+    hidden = int(config.hidden_size)
+    inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
+    size = next(p.dtype.itemsize for p in base.parameters() if p.is_floating_point())
+    if device.type != "cuda":
+        return max(1, min(draws, CPU_BYTES // max(tokens * inner * size, 1)))
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    # What lives at once in a decoder block under no_grad: hidden state, residual, q, k, v, MLP.
+    each = (tokens * (4 * hidden + 3 * inner) + scored * int(config.vocab_size)) * size
+    return max(1, min(draws, int(_SHARE * free) // max(each, 1)))
+
+
+def split(draws: Draws, most: int, device: torch.device) -> list[Draws]:
+    """Split draws into parts of at most ``most``; every part gives what it would give alone.
+
+    Draws of one stream that stand side by side share its noise and stay together, even if they
+    are more than ``most``. On a CPU, which keeps noise from part to part, they need not.
+
+    Raises:
+        ValueError: ``most`` is below 1.
+    """
+    if most < 1:
+        raise ValueError(f"draws_per_pass={most}: expected at least 1")
+    S, run = len(draws), draws.tensors().draws_per_stream
+    kept = draws.noise == "weight" and device.type == "cpu"
+    whole = max(most // run, 1) * run
+    step = most if kept and most < run else whole
+    return [draws] if step >= S else [draws[start : start + step] for start in range(0, S, step)]
+
+
+# --- logits ---------------------------------------------------------------------------------------
+
+
+def scored_logits(
+    bayes: SampledModel,
+    inputs: Inputs,
+    draws: Draws,
+    label_ids: Tensor | None,
+    *,
+    tail: int | None,
+    draws_per_pass: int | None,
+) -> Tensor:
+    """Compute logits [S, B, K]; see ``BayesianModel.logits``.
+
+    Args:
+        bayes: the model; it is put in eval mode for the call.
+        inputs: the aligned batch.
+        draws: S draws.
+        label_ids: [K], [B, K] or [B, K, L]; None: everything.
+        tail: positions with noise; None: full mode.
+        draws_per_pass: most draws in one forward pass; None: as many as fit.
+    """
+    B, T = inputs["input_ids"].shape
+    labels = _labels(bayes, inputs, label_ids)
+    choices = labels if isinstance(labels, ChoiceTokens) else None
+    columns = labels.columns if isinstance(labels, LabelColumns) else None
+    if tail is not None and (tail >= T or bayes.head_alone):
+        tail = None  # full mode gives the same: all tokens are tail, or the noise is above
+    # Draws of the head alone share the rest of a pass: parts of them would run it again.
+    each = 1 if bayes.head_alone and bayes.last_logits else tail or T
+    tokens, scored = B * each, 0
+    if choices is not None:
+        # Whole sequences: a continuation's keys and values of its prompt are copies of its own.
+        N, L = len(choices.owner), choices.length
+        tokens, scored = N * (each + L - 1), N * L
+    state = SamplingState(bayes.base, draws, columns=columns)
+    with evaluating(bayes.model):
+        if draws_per_pass is None:
+            draws_per_pass = draws_that_fit(bayes.base, len(draws), tokens, bayes.device, scored)
+        passes = Passes(bayes, inputs, state, tail=tail, choices=choices)
+        parts = split(draws, draws_per_pass, bayes.device)
+        found = [labels.reduce(logits) for logits in passes.run(parts)]
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _labels(
+    bayes: SampledModel, inputs: Inputs, label_ids: Tensor | None
+) -> LabelColumns | ChoiceTokens:
+    if label_ids is None:
+        return LabelColumns()
+    if bayes.task == "SEQ_CLS":
+        raise ValueError("label_ids: only language models have a vocabulary to select from")
+    ids, rows = torch.as_tensor(label_ids), len(inputs["input_ids"])  # a list will do
+    if ids.dim() != 3:
+        return LabelColumns.of(bayes.base, ids, rows)
+    check_continuable(inputs, bayes.task)
+    return ChoiceTokens.of(bayes.base, ids, rows, bayes.config.length_normalization)
+
+
+class BlocksBelow:
+    """What the blocks below the noise give in all parts of the draws.
+
+    Attributes:
+        prompts: what they return for prompts that are read by themselves.
+        rest: what they return for the rest.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        self.prompts, self.rest = Replay(blocks), Replay(blocks)
+        self._layers: list[Any] = [None] * len(blocks)
+
+    def complete(self, cache: DynamicCache) -> None:
+        """Fill in the layers of the prompts' cache that replayed blocks have left empty."""
+        layers: list[Any] = cache.layers
+        for i, kept in enumerate(self._layers):
+            if layers[i].is_initialized:
+                self._layers[i] = copy(layers[i])
+            else:
+                layers[i] = copy(kept)
+
+
+class Passes:
+    """The forward passes of one batch."""
+
+    def __init__(
+        self,
+        bayes: SampledModel,
+        inputs: Inputs,
+        state: SamplingState,
+        *,
+        tail: int | None,
+        choices: ChoiceTokens | None,
+    ) -> None:
+        """Look for shared prefixes, where the model allows it.
+
+        Args:
+            bayes: the model.
+            inputs: the aligned batch.
+            state: what all passes have in common.
+            tail: k; None: full mode.
+            choices: what continues the prompts, or None.
+        """
+        self.bayes = bayes
+        self.inputs = inputs
+        self.state = state
+        self.tail = tail
+        self.choices = choices
+        self.shared: SharedPrefix | None = None
+        self._length = 1 if choices is None else choices.length  # L, scored positions of a row
+        self._backbone: nn.Module = bayes.base.base_model
+        may = bayes.task == "CAUSAL_LM" and may_share(inputs, bayes.base.config)
+        if may and _noisy_once(state, tail):
+            mask = inputs["attention_mask"].bool()
+            rows = [ids[m].tolist() for ids, m in zip(inputs["input_ids"], mask, strict=True)]
+            self.shared = find_shared_prefix(rows, keep=tail or 1)
+
+    def run(self, parts: Sequence[Draws]) -> Iterator[Tensor]:
+        """Yield logits [s, N, L, C] for each part of the draws.
+
+        N is B, and L is 1, unless there are choices.
+        """
+        if self.tail is not None:
+            yield from self._tail(parts, self.tail)
+            return
+        # Not with prefixes: every part fills a cache of its own, and that from the first block on.
+        below = BlocksBelow(self.bayes.blocks_below if self.shared is None else [])
+        for draws in parts:
+            yield self._full(replace(self.state, draws=draws), below)
+
+    def _full(self, state: SamplingState, below: BlocksBelow) -> Tensor:
+        bayes, L = self.bayes, self._length
+        rest, cache = self.inputs, None
+        if self.shared is not None:
+            rest, cache = self._prefixes(self.shared, state)
+        if self.choices is not None:
+            rest, cache = self._continuations(self.choices, rest, cache, state, below)
+        extra: dict[str, Any] = dict.fromkeys(bayes.last_logits, L)
+        if cache is not None:
+            extra["past_key_values"] = cache
+        with bayes.sampling_as(replace(state, cached=cache is not None, replay=below.rest)):
+            logits: Tensor = bayes.model(**rest, **extra).logits
+        logits = logits[:, None] if bayes.task == "SEQ_CLS" else logits[:, -L:]
+        return logits.unflatten(0, (len(state.draws), -1))
+
+    def _continuations(
+        self,
+        choices: ChoiceTokens,
+        inputs: Inputs,
+        cache: DynamicCache | None,
+        state: SamplingState,
+        below: BlocksBelow,
+    ) -> tuple[Inputs, DynamicCache | None]:
+        # Prompts of several continuations are read once, but for their last token.
+        (B, keep), bayes = inputs["input_ids"].shape, self.bayes
+        several = len(choices.owner) > B
+        if several and _noisy_once(state, None) and divisible(inputs, bayes.base.config):
+            cache, keep = DynamicCache() if cache is None else cache, 1
+            first = prefix_inputs(inputs, 1)
+            if first["input_ids"].shape[1]:
+                with bayes.sampling_as(replace(state, cached=True, replay=below.prompts)):
+                    bayes.model(**first, past_key_values=cache, **bayes.last_logits)
+                below.complete(cache)
+        rest = choices.extend(inputs, keep)
+        if cache is not None:
+            spread_cache(cache, choices.owner, B)
+            rest["use_cache"] = True
+        return rest, cache
+
+    def _tail(self, parts: Sequence[Draws], k: int) -> Iterator[Tensor]:
+        bayes, choices, L = self.bayes, self.choices, self._length
+        inputs, config, cache = self.inputs, bayes.base.config, DynamicCache()
+        if self.shared is not None:
+            inputs, cache = self._prefixes(self.shared, self.state)
+        B, prefix = len(inputs["input_ids"]), prefix_inputs(inputs, k)
+        rest = inputs if choices is None else choices.extend(inputs, k)
+        if prefix["input_ids"].shape[1]:
+            check_angles(config, prefix["position_ids"], rest["position_ids"])
+            with bayes.sampling_as(mean_state(self.state, B)):
+                self._backbone(**prefix, past_key_values=cache)
+        if choices is not None:
+            spread_cache(cache, choices.owner, B)
+        each = k + L - 1  # tokens of one draw
+        for draws in parts:
+            S = len(draws)
+            start = torch.arange(S, device=bayes.device)[:, None] * each
+            scored = (start + torch.arange(k - 1, each, device=bayes.device)).flatten()
+            tokens = tail_inputs(rest, config, each, S, bayes.dtype) | {"past_key_values": cache}
+            logits = self._tree_logits(tokens, replace(self.state, draws=draws, tree=True), scored)
+            cache.crop(-S * each)  # the draws' own tokens are not the next part's
+            yield logits.unflatten(1, (S, L)).transpose(0, 1)
+
+    def _tree_logits(self, tokens: Inputs, state: SamplingState, scored: Tensor) -> Tensor:
+        bayes = self.bayes
+        if bayes.task == "CAUSAL_LM":
+            with bayes.sampling_as(state):
+                logits: Tensor = bayes.model(**tokens, logits_to_keep=scored).logits
+            return logits
+        score: Any = bayes.base.get_submodule("score")
+        with bayes.sampling_as(_under_way(state, len(tokens["input_ids"]))):
+            found: Tensor = score(self._backbone(**tokens).last_hidden_state[:, scored])
+        return found
+
+    def _prefixes(self, shared: SharedPrefix, state: SamplingState) -> tuple[Inputs, DynamicCache]:
+        """Return the rest of the batch, and a cache of every row's prefix."""
+        bayes, inputs, c = self.bayes, self.inputs, shared.length
+        ids, owner = shared.ids.to(bayes.device), shared.owner.to(bayes.device)
+        # Without the configuration no layer forgets what lies outside its window.
+        cache = DynamicCache()
+        first = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "position_ids": torch.arange(c, device=bayes.device).expand(len(ids), c),
+            "use_cache": True,
+            "past_key_values": cache,
+        }
+        if self.tail is not None:
+            with bayes.sampling_as(mean_state(state, len(ids))):
+                self._backbone(**first)
+        else:
+            with bayes.sampling_as(replace(state, cached=True)):
+                bayes.model(**first, **bayes.last_logits)
+        spread_cache(cache, owner, len(ids))
+        mask, T = inputs["attention_mask"], inputs["input_ids"].shape[1]
+        # Left-padded rows: token c of a row lies at column T - length + c.
+        column = torch.arange(c, T, device=bayes.device)[None, :]
+        real = column >= T - mask.sum(1)[:, None] + c
+        rest = {
+            **inputs,
+            "input_ids": inputs["input_ids"][:, c:],
+            "attention_mask": torch.cat([torch.ones_like(mask[:, :c]), real.to(mask.dtype)], dim=1),
+            "position_ids": inputs["position_ids"][:, c:],
+            "use_cache": True,
+        }
+        return rest, cache
+
+
+def mean_state(state: SamplingState, batch: int) -> SamplingState:
+    """Return the state for a pass of the mean adapter that enters the backbone with ``batch`` rows.
+
+    It is one draw at sigma = 0, so that layers can be merged. Its stream is one of the state's
+    draws, whose noise is kept anyway.
+    """
+    draws = Draws((0.0,), state.draws.streams[:1], state.draws.seed)
+    return _under_way(SamplingState(state.base, draws, tree=True, mean=True), batch)
+
+
+def _under_way(state: SamplingState, batch: int) -> SamplingState:
+    """``state`` with a pass begun, for calls that enter below the model's entrance."""
+    running = ForwardPass(len(state.draws), batch, state.base, tree=True)
+    return replace(state, running=running)
+
+
+def _noisy_once(state: SamplingState, tail: int | None) -> bool:
+    # Token noise numbers the tokens of a call: those of two noisy calls would get the same normals.
+    # In tail mode only one is noisy.
     return state.draws.noise == "weight" or tail is not None
 
 
-def divisible(bayes: Any, inputs: dict[str, Any]) -> bool:
-    """Whether what a batch holds, and the model's angles, let sequences be read in two calls."""
-    known = not set(inputs) - DIVISIBLE and "position_ids" in inputs
-    return known and not varying_angles(bayes.base.config)
-
-
-def may_share(bayes: Any, inputs: dict[str, Any]) -> bool:
-    """Whether rows of this batch may be split into prefix and rest."""
-    if bayes.task != "CAUSAL_LM" or not divisible(bayes, inputs):
-        return False
-    # A prefix's tokens are counted from 0; positions of the caller's own may say otherwise.
-    mask, position = inputs["attention_mask"], inputs["position_ids"]
-    counted = mask.cumsum(-1) - 1
-    if position.shape != mask.shape or bool(((position != counted) & mask.bool()).any()):
-        return False
-    # Padding comes to lie between prefix and rest, and a window counts columns, not tokens.
-    window = getattr(bayes.base.config, "sliding_window", None)
-    return window is None or inputs["input_ids"].shape[1] <= window
-
-
-def varying_angles(config: Any) -> list[tuple[str, int]]:
-    """(kind, tokens): rotary embeddings whose angles are others in calls of more tokens, so that
-    the keys of a prefix computed by itself may differ from those within its prompt."""
-    given = getattr(config, "rope_parameters", None) or {}
-    found = []
-    for p in (given, *given.values()):  # one for all layers, or one for each kind of layer
-        kind = p.get("rope_type") if isinstance(p, dict) else None
-        if kind == "longrope":
-            found.append((kind, int(p["original_max_position_embeddings"])))
-        elif kind == "dynamic":
-            found.append((kind, int(config.max_position_embeddings)))
-    return found
-
-
-def check_angles(config: Any, prefix: Tensor, rest: Tensor) -> None:
-    """Refuse tail sampling where positions of the prefix would turn by other angles.
-
-    Raises:
-        ValueError: they would.
-    """
-    for kind, limit in varying_angles(config):
-        first, whole = int(prefix.max()) + 1, int(rest.max()) + 1
-        # longrope has two sets of angles, dynamic one for each length beyond the limit.
-        if whole > limit and (kind == "dynamic" or first <= limit):
-            raise ValueError(
-                f"mode='tail': rotary angles of this model (rope_type={kind!r}) change beyond "
-                f"{limit} tokens, so the first {first} of {whole} cannot be computed by "
-                "themselves; use mode='full'"
-            )
-
-
-def run(bayes: Any, inputs: dict[str, Any], plan: Plan, parts: Iterable[Draws]) -> Iterator[Tensor]:
-    """Logits [s, B, C] of the scored position, for each part of the draws."""
-    if plan.tail is not None:
-        yield from _tail(bayes, inputs, plan, parts)
-        return
-    # Not with prefixes: every part fills a cache of its own, and that from the first block on.
-    replay = Replay(bayes.blocks_below) if plan.shared is None else None
-    state = replace(plan.state, replay=replay)
-    for draws in parts:
-        step, rest, cache = replace(plan, state=replace(state, draws=draws)), inputs, None
-        if plan.shared is not None:
-            rest, cache = run_prefixes(bayes, inputs, step)
-        yield _full(bayes, rest, step.state, cache)
-
-
-def run_prefixes(
-    bayes: Any, inputs: dict[str, Any], plan: Plan
-) -> tuple[dict[str, Any], DynamicCache]:
-    """The rest of the batch, and a cache of every row's prefix."""
-    assert plan.shared is not None
-    c, device = plan.shared.length, bayes.device
-    ids, owner = plan.shared.ids.to(device), plan.shared.owner.to(device)
-    # Without the configuration no layer forgets what lies outside its window.
-    cache = DynamicCache()
-    first = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "position_ids": torch.arange(c, device=device).expand(len(ids), c),
-        "use_cache": True,
-        "past_key_values": cache,
-    }
-    backbone = getattr(bayes.base, bayes.base.base_model_prefix)
-    if plan.tail is not None:
-        with bayes.mean_pass(plan.state.draws, len(ids)):
-            backbone(**first)
-    else:
-        with bayes.sampling_as(replace(plan.state, cached=True)):
-            bayes.model(**first, **bayes.last_logits)
-    spread_cache(cache, owner, len(ids))
-    mask = inputs["attention_mask"]
-    length = mask.sum(1)
-    T = int(inputs["input_ids"].shape[1])
-    # Left-padded rows: token c of a row lies at column T - length + c.
-    column = torch.arange(c, T, device=device)[None, :]
-    real = column >= T - length[:, None] + c
-    rest = {
-        **inputs,
-        "input_ids": inputs["input_ids"][:, c:],
-        "attention_mask": torch.cat([torch.ones_like(mask[:, :c]), real.to(mask.dtype)], dim=1),
-        "position_ids": inputs["position_ids"][:, c:],
-        "use_cache": True,
-    }
-    return rest, cache
-
-
-def _full(
-    bayes: Any, inputs: dict[str, Any], state: SamplingState, cache: DynamicCache | None
-) -> Tensor:
-    extra: dict[str, Any] = dict(bayes.last_logits)
-    if cache is not None:
-        extra["past_key_values"] = cache
-    with bayes.sampling_as(replace(state, cached=cache is not None)):
-        logits: Tensor = bayes.model(**inputs, **extra).logits
-    if bayes.task != "SEQ_CLS":
-        logits = logits[:, -1]
-    return logits.unflatten(0, (len(state.draws), -1))
-
-
-def _tail(
-    bayes: Any, inputs: dict[str, Any], plan: Plan, parts: Iterable[Draws]
-) -> Iterator[Tensor]:
-    """See :mod:`tfb.sampling.tail`. The prompt runs once, whatever the number of parts."""
-    assert plan.tail is not None
-    k, config, cache = plan.tail, bayes.base.config, DynamicCache()
-    if plan.shared is not None:
-        inputs, cache = run_prefixes(bayes, inputs, plan)
-    backbone = getattr(bayes.base, bayes.base.base_model_prefix)
-    prefix = prefix_inputs(inputs, k)
-    if prefix["input_ids"].shape[1]:
-        check_angles(config, prefix["position_ids"], inputs["position_ids"])
-        with bayes.mean_pass(plan.state.draws, len(prefix["input_ids"])):
-            backbone(**prefix, past_key_values=cache)
-    for draws in parts:
-        S, B = len(draws), inputs["input_ids"].shape[0]
-        rest = tail_inputs(inputs, config, k, S, bayes.dtype)
-        last = torch.arange(1, S + 1, device=bayes.device) * k - 1
-        with bayes.sampling_as(replace(plan.state, draws=draws, tree=True)):
-            if bayes.task == "CAUSAL_LM":
-                logits = bayes.model(**rest, past_key_values=cache, logits_to_keep=last).logits
-            else:
-                with bayes.tree_pass(S, B):
-                    hidden = backbone(**rest, past_key_values=cache).last_hidden_state
-                    logits = bayes.base.score(hidden[:, last])
-        cache.crop(-S * k)  # the draws' own tokens are not the next part's
-        yield logits.transpose(0, 1)
-
-
-def hidden_norms(bayes: Any, batch: Batch, draws: Draws) -> Tensor:
-    """See ``BayesianModel.hidden_norms``."""
-    if bayes.mode != "full":
-        raise ValueError(f"hidden-state norms need mode='full', not {bayes.mode!r}")
+def hidden_norms(bayes: SampledModel, batch: Batch, draws: Draws) -> Tensor:
+    """Compute [S, B] norms of the last hidden state; see ``BayesianModel.hidden_norms``."""
     if getattr(bayes.base.config, "is_encoder_decoder", False):
         raise ValueError(
             "hidden-state norms: an encoder-decoder has two stacks; use metric='nll' or 'accuracy'"
         )
+    bayes.check_sampling()
     inputs, rows = bayes.inputs(batch, "full")
-    mask = inputs["attention_mask"]
-    S = len(draws)
-    with evaluating(bayes.model), bayes.sampling(draws):
-        hidden = bayes.model(**inputs, output_hidden_states=True).hidden_states[-1]
+    mask, S = inputs["attention_mask"], len(draws)
+    with evaluating(bayes.model), bayes.sampling_as(SamplingState(bayes.base, draws)):
+        hidden: Tensor = bayes.model(**inputs, output_hidden_states=True).hidden_states[-1]
     if hidden.shape[0] == rows:  # noise in the head alone: below it all draws agree
         hidden = hidden.repeat(S, 1, 1)
     if bayes.task == "CAUSAL_LM":

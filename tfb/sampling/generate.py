@@ -1,28 +1,26 @@
 """Generation from the posterior predictive: S weight samples decode side by side.
 
-Each draw keeps its own keys and values (blocks below the first noisy module keep one set for all),
-and every step's next token comes from the probabilities averaged over draws. transformers' own
-``generate`` runs the loop: it sees B rows of averaged scores, so its samplers, processors, stopping
-criteria and streamers work as always.
-
-    score = log mean_s softmax(l_s) + mean_s logsumexp(l_s)
-
-The second term is one number a row and changes no probability; with it, scores are the logits
-themselves at sigma = 0, also for processors that look at their sign.
+Each draw keeps its own keys and values, and every step's next token comes from the probabilities
+averaged over draws. transformers' own ``generate`` runs the loop: it sees B rows of averaged
+scores, so its samplers, processors, stopping criteria and streamers work as always.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from tfb.draws import Draws
-from tfb.sampling.fan_out import SamplingState
-from tfb.sampling.inputs import Batch, align, evaluating
+from tfb.sampling.forward import align, evaluating
+from tfb.sampling.state import Batch, SampledModel, SamplingState
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 # Arguments of ``generate`` that move rows between draws or need a second model.
 REFUSED = {
@@ -42,11 +40,15 @@ CACHES = ("dynamic", "static")
 class Generation:
     """B continuations and the uncertainty of every token's distribution, in nats.
 
+    Uncertainties [B, L] are those of the averaged distribution that each new token was taken from,
+    before temperature, top-k or other processors. They are 0 after a row's end token, and None for
+    continuations by draw.
+
     Attributes:
         sequences: [B, T + L] token ids, prompts first ([S, B, T + L] for continuations by draw).
-        total, aleatoric, epistemic: [B, L], of the averaged distribution that each new token was
-            taken from (before temperature, top-k or other processors); 0 after a row's end token.
-            None for continuations by draw.
+        total: entropy of the averaged distribution.
+        aleatoric: mean entropy of the draws' distributions.
+        epistemic: their difference.
     """
 
     sequences: Tensor
@@ -57,13 +59,19 @@ class Generation:
 
 @dataclass
 class Averager:
-    """Reduces a step's logits [S * B, L, V] to scores [B, L, V] and keeps the uncertainties."""
+    """Reduces a step's logits [S * B, L, V] to scores [B, L, V] and keeps the uncertainties.
+
+    score = log mean_s softmax(l_s) + mean_s logsumexp(l_s). The second term is one number a row and
+    changes no probability. With it, scores at sigma = 0 are the logits themselves, also for
+    processors that look at their sign.
+    """
 
     draws: int
     total: list[Tensor] = field(default_factory=list)
     aleatoric: list[Tensor] = field(default_factory=list)
 
     def __call__(self, logits: Tensor) -> Tensor:
+        """Return the scores."""
         logits = logits if logits.dtype == torch.float64 else logits.float()
         apart = logits.unflatten(0, (self.draws, -1))  # [S, B, L, V]
         normalizer = apart.logsumexp(-1, keepdim=True)
@@ -76,14 +84,14 @@ class Averager:
 
 
 def setting(options: dict[str, Any], name: str, default: Any = None) -> Any:
-    """What ``generate`` goes by: the argument, else its generation_config's, else ``default``."""
+    """Return what ``generate`` goes by: the argument, else its generation_config's."""
     if name in options:
         return options[name]
     given = getattr(options.get("generation_config"), name, None)
     return default if given is None else given
 
 
-def check_arguments(options: dict[str, Any], config: Any) -> None:
+def check_arguments(options: dict[str, Any], config: GenerationConfig) -> None:
     """Refuse, by name, what cannot work with several draws.
 
     Raises:
@@ -111,8 +119,15 @@ def check_arguments(options: dict[str, Any], config: Any) -> None:
         )
 
 
-def collect(sequences: Tensor, averager: Averager, prompt: int, ends: list[int]) -> Generation:
-    """The result of a run whose prompts had ``prompt`` columns; ``ends``: end-of-sequence ids."""
+def collect(sequences: Tensor, averager: Averager, prompt: int, ends: Sequence[int]) -> Generation:
+    """Return the result of a run.
+
+    Args:
+        sequences: [B, T + L].
+        averager: what was kept at every step.
+        prompt: T.
+        ends: ids that end a row.
+    """
     new = sequences[:, prompt:]
     # A prompt that is read in chunks comes by several times; only its last part gives a token.
     total = torch.stack(averager.total[-new.shape[1] :], 1)
@@ -123,22 +138,24 @@ def collect(sequences: Tensor, averager: Averager, prompt: int, ends: list[int])
     return Generation(sequences, total, aleatoric, (total - aleatoric).clamp_min(0.0))
 
 
-def end_tokens(options: dict[str, Any], config: Any) -> list[int]:
-    """The ids that end a row, from generate's options or the model's generation configuration."""
+def end_tokens(options: dict[str, Any], config: GenerationConfig) -> list[int]:
+    """Return the ids that end a row, from generate's options or the model's configuration."""
     end = setting(options, "eos_token_id", config.eos_token_id)
     return [] if end is None else [end] if isinstance(end, int) else [int(e) for e in end]
 
 
 @torch.no_grad()
 def run_generation(
-    bayes: Any, batch: Batch, draws: Draws, per_draw: bool, options: dict[str, Any]
+    bayes: SampledModel, batch: Batch, draws: Draws, per_draw: bool, options: dict[str, Any]
 ) -> Generation:
-    """See ``BayesianModel.generate``, whose arguments these are."""
+    """Continue prompts; see ``BayesianModel.generate``, whose arguments these are."""
     if bayes.task != "CAUSAL_LM":
         raise ValueError(f"generate: needs a causal language model, not {bayes.task}")
     if draws.noise != "weight":
         raise ValueError("generate: needs weight noise, one weight sample for all steps")
-    check_arguments(options, bayes.base.generation_config)
+    model: Any = bayes.model
+    defaults: Any = bayes.base.generation_config
+    check_arguments(options, defaults)
     inputs = align(batch, "left", bayes.device)
     T, S = inputs["input_ids"].shape[1], len(draws)
     averager = None if per_draw else Averager(S)
@@ -151,10 +168,9 @@ def run_generation(
     # transformers compiles the model by itself where a cache is static.
     options.setdefault("disable_compile", True)
     bayes.check_sampling()
-    with evaluating(bayes.model), bayes.sampling_as(state):
-        found = bayes.model.generate(**inputs, **options)
+    with evaluating(model), bayes.sampling_as(state):
+        found = model.generate(**inputs, **options)
     sequences = getattr(found, "sequences", found)
     if averager is None:
         return Generation(sequences.unflatten(0, (S, -1)))
-    ends = end_tokens(options, bayes.base.generation_config)
-    return collect(sequences, averager, T, ends)
+    return collect(sequences, averager, T, end_tokens(options, defaults))

@@ -1,7 +1,10 @@
-"""Prefixes that rows of a batch have in common (few-shot preambles, one context with many choices).
+"""Keys and values: prefixes that rows have in common, and tails that draws do not.
 
-A prefix's keys and values are computed once (for each draw in full mode, with the mean adapter in
-tail mode) and then serve every row that begins with it.
+Shared prefixes (few-shot preambles, one context with many choices) are computed once and serve
+every row that begins with them. In tail mode the noise is at the last k positions only: the rest of
+the prompt runs once with the mean adapter; then the draws of a row lie side by side on the sequence
+axis, [B, S * k], under a mask that lets each see the prefix and its own tokens. That is about
+1 + S k / T passes, of another posterior predictive than full sampling's.
 """
 
 from __future__ import annotations
@@ -9,12 +12,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedConfig, PreTrainedModel
+
+ATTENTION = ("sdpa", "eager")  # kernels that take a mask of draws
 LEAST_SAVING = 0.1  # of the tokens; below, a second pass costs more than it saves
+# What a batch may hold for its sequences to be read in two calls.
+DIVISIBLE = frozenset({"input_ids", "attention_mask", "position_ids", "use_cache"})
+
+Inputs = dict[str, Any]
+
+
+# --- shared prefixes ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -22,7 +36,9 @@ class SharedPrefix:
     """Rows [B] as U distinct prefixes of ``length`` tokens and what follows.
 
     Attributes:
-        length: tokens of every prefix. ids: [U, length]. owner: [B], the prefix of each row.
+        length: tokens of every prefix.
+        ids: [U, length].
+        owner: [B], the prefix of each row.
     """
 
     length: int
@@ -31,13 +47,17 @@ class SharedPrefix:
 
 
 def find_shared_prefix(rows: Sequence[Sequence[int]], keep: int = 1) -> SharedPrefix | None:
-    """The prefix length that leaves the fewest tokens to compute, or None if it saves too little.
-
-    Args:
-        rows: token ids of each row without padding. keep: last tokens of a row that stay outside.
+    """Find the prefix length that leaves the fewest tokens to compute.
 
     With prefixes of c tokens, U of them distinct, U c tokens and the padded rest B (T - c) are
     computed in place of B T.
+
+    Args:
+        rows: token ids of each row without padding.
+        keep: last tokens of a row that stay outside.
+
+    Returns:
+        The prefixes, or None if they save too little.
     """
     B, T = len(rows), max(map(len, rows))
     longest = min(map(len, rows)) - keep
@@ -65,20 +85,200 @@ def find_shared_prefix(rows: Sequence[Sequence[int]], keep: int = 1) -> SharedPr
 
 def _common(a: Sequence[int], b: Sequence[int], limit: int) -> int:
     """Tokens on which a and b agree from the start, at most ``limit``."""
-    for i in range(limit):
-        if a[i] != b[i]:
-            return i
-    return limit
+    return next((i for i in range(limit) if a[i] != b[i]), limit)
 
 
-def spread_cache(cache: Any, owner: Tensor, groups: int) -> None:
+def spread_cache(cache: Cache, owner: Tensor, groups: int) -> None:
     """Give every row the keys and values of its prefix, in place.
 
-    Layers hold ``groups`` rows (what the draws have in common) or a multiple S of that, draw-major;
-    they come to hold as many rows as ``owner`` [B], or S B.
+    Args:
+        cache: its layers hold ``groups`` rows (what the draws have in common) or S times as many,
+            draw-major. They come to hold B, or S B.
+        owner: [B], the prefix of each row.
+        groups: U, the number of prefixes.
     """
-    for layer in cache.layers:
+    layers: list[Any] = cache.layers
+    for layer in layers:
         draws = layer.keys.shape[0] // groups
         start = torch.arange(draws, device=owner.device)[:, None] * groups
         index = (start + owner[None, :]).flatten()
         layer.keys, layer.values = layer.keys[index], layer.values[index]
+
+
+# --- which sequences may be read in two calls -----------------------------------------------------
+
+
+def indivisible(inputs: Inputs) -> list[str]:
+    """Return the arguments over tokens that are not known how to split."""
+    T = inputs["input_ids"].shape[1]
+    return [
+        name
+        for name, value in inputs.items()
+        if name not in DIVISIBLE and isinstance(value, Tensor) and value.shape[1:2] == (T,)
+    ]
+
+
+def divisible(inputs: Inputs, config: PreTrainedConfig) -> bool:
+    """Tell whether a batch, and the model's angles, let sequences be read in two calls."""
+    known = not set(inputs) - DIVISIBLE and "position_ids" in inputs
+    return known and not varying_angles(config)
+
+
+def may_share(inputs: Inputs, config: PreTrainedConfig) -> bool:
+    """Tell whether rows of a causal LM's batch may be split into prefix and rest."""
+    if not divisible(inputs, config):
+        return False
+    # A prefix's tokens are counted from 0; positions of the caller's own may say otherwise.
+    mask, position = inputs["attention_mask"], inputs["position_ids"]
+    counted = mask.cumsum(-1) - 1
+    if position.shape != mask.shape or bool(((position != counted) & mask.bool()).any()):
+        return False
+    # Padding comes to lie between prefix and rest, and a window counts columns, not tokens.
+    window = getattr(config, "sliding_window", None)
+    return window is None or inputs["input_ids"].shape[1] <= window
+
+
+def varying_angles(config: PreTrainedConfig) -> list[tuple[str, int]]:
+    """Return the kinds of rotary embedding whose angles are others in longer calls.
+
+    There, keys of a prefix computed by itself may differ from those within its prompt.
+
+    Returns:
+        Pairs of a kind and the number of tokens beyond which its angles change.
+    """
+    given = getattr(config, "rope_parameters", None) or {}
+    found = []
+    for p in (given, *given.values()):  # one for all layers, or one for each kind of layer
+        kind = p.get("rope_type") if isinstance(p, dict) else None
+        if kind == "longrope":
+            found.append((kind, int(p["original_max_position_embeddings"])))
+        elif kind == "dynamic":
+            found.append((kind, int(config.max_position_embeddings)))
+    return found
+
+
+def check_angles(config: PreTrainedConfig, prefix: Tensor, rest: Tensor) -> None:
+    """Refuse tail sampling where positions of the prefix would turn by other angles.
+
+    Args:
+        config: of the base model.
+        prefix: positions of the prefix.
+        rest: positions of what follows.
+
+    Raises:
+        ValueError: they would.
+    """
+    for kind, limit in varying_angles(config):
+        first, whole = int(prefix.max()) + 1, int(rest.max()) + 1
+        # longrope has two sets of angles, dynamic one for each length beyond the limit.
+        if whole > limit and (kind == "dynamic" or first <= limit):
+            raise ValueError(
+                f"mode='tail': rotary angles of this model (rope_type={kind!r}) change beyond "
+                f"{limit} tokens, so the first {first} of {whole} cannot be computed by "
+                "themselves; use mode='full'"
+            )
+
+
+# --- tails ----------------------------------------------------------------------------------------
+
+
+def why_no_tail(base: PreTrainedModel, task: str) -> str | None:
+    """Say why tail sampling is not possible with this model, or return None."""
+    config = base.config
+    if getattr(config, "is_encoder_decoder", False):
+        return "the encoder of an encoder-decoder sees the whole prompt in both directions"
+    if task == "SEQ_CLS" and not hasattr(base, "score"):
+        return "an encoder sees the whole text in both directions, so it has no prefix to share"
+    kind = getattr(config, "_attn_implementation", "eager")
+    if kind not in ATTENTION:
+        return (
+            f"attn_implementation={kind!r} takes no mask of draws; load the model with "
+            f"attn_implementation={ATTENTION[0]!r}"
+        )
+    if {"linear_attention", "chunked_attention"} & set(getattr(config, "layer_types", None) or ()):
+        return "layers without ordinary attention carry a state from which draws cannot branch"
+    return None
+
+
+def prefix_inputs(inputs: Inputs, k: int) -> Inputs:
+    """Return the arguments of the prefix's pass: all but the last k tokens.
+
+    Args:
+        inputs: left-padded, [B, T] with position ids, T >= k. attention_mask [B, P + T] may begin
+            with P columns of a cache that is there already.
+        k: tokens of the tail.
+
+    Raises:
+        ValueError: an argument over tokens that is not known how to split.
+    """
+    if names := indivisible(inputs):
+        raise ValueError(
+            f"mode='tail': the batch has {', '.join(names)}, which tail sampling does not know how "
+            "to split; use mode='full'"
+        )
+    # [:, :-k] of the mask keeps a cache's columns with the prefix.
+    parts = {n: inputs[n][:, :-k] for n in ("input_ids", "attention_mask", "position_ids")}
+    return {**inputs, **parts, "use_cache": True}
+
+
+def tail_inputs(
+    inputs: Inputs, config: PreTrainedConfig, k: int, draws: int, dtype: torch.dtype
+) -> Inputs:
+    """Return the arguments of the tail's pass: the last k tokens, once for each draw."""
+    return {
+        **inputs,
+        "input_ids": inputs["input_ids"][:, -k:].repeat(1, draws),
+        "attention_mask": _masks(config, inputs["attention_mask"], k, draws, dtype),
+        "position_ids": inputs["position_ids"][:, -k:].repeat(1, draws),
+        "use_cache": True,
+    }
+
+
+def _masks(
+    config: PreTrainedConfig, attention_mask: Tensor, k: int, draws: int, dtype: torch.dtype
+) -> Tensor | dict[str, Tensor]:
+    """``tree_mask`` as the model wants it: one tensor, or one for each kind of layer."""
+
+    def make(window: int | None) -> Tensor:
+        mask = tree_mask(attention_mask, k, draws, window)
+        if config._attn_implementation == "sdpa":
+            return mask
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(
+            ~mask, torch.finfo(dtype).min
+        )
+
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if len(kinds) > 1:
+        return {kind: make(window if kind == "sliding_attention" else None) for kind in kinds}
+    return make(None if kinds == {"full_attention"} else window)
+
+
+def tree_mask(attention_mask: Tensor, k: int, draws: int, window: int | None) -> Tensor:
+    """Return who sees whom, bool [B, 1, S * k, P + S * k] with P = T - k.
+
+    Args:
+        attention_mask: [B, T], 1 at tokens.
+        k: tail positions.
+        draws: S.
+        window: tokens that a sliding-window layer looks back, itself included. None: all.
+    """
+    T = attention_mask.shape[1]
+    P = T - k
+    device = attention_mask.device
+    position = torch.arange(P, T, device=device).repeat(draws)  # [S * k] column of each query
+    draw = torch.arange(draws, device=device).repeat_interleave(k)
+    key_position = torch.cat([torch.arange(P, device=device), position])
+    key_draw = torch.cat([torch.full((P,), -1, device=device), draw])
+    sees = (key_draw[None, :] == -1) | (key_draw[None, :] == draw[:, None])
+    sees &= key_position[None, :] <= position[:, None]
+    if window is not None:
+        sees &= position[:, None] - key_position[None, :] < window
+    present = attention_mask.bool()
+    real = torch.cat([present[:, :P], present[:, P:].repeat(1, draws)], dim=1)
+    mask = sees[None] & real[:, None, :]
+    # A padding token in the tail (its row is shorter than k) sees itself: a row of nothing but
+    # minus infinity would be NaN. No real token sees it.
+    own = torch.arange(draws * k, device=device)
+    mask[:, own, P + own] = True
+    return mask[:, None]

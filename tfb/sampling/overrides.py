@@ -1,21 +1,25 @@
-"""The scoring head: only those rows of the output embedding that the labels need.
+"""What replaces the ``forward`` of a few modules of the base model.
 
-A vocabulary of 128,000 columns costs as much as many layers, and most of it in memory; a
-multiple-choice row needs a handful. The output embedding's ``forward`` is replaced by one that
-looks at the sampling state; without columns there it computes what it always did.
+The output embedding computes those columns alone that the labels need: a vocabulary of 128,000
+costs as much as many layers, and most of it in memory. Blocks below the noise run once for all
+passes over a batch. Both look at the sampling state, and do what they always did without one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from tfb.sampling.fan_out import state_of_base
+from tfb.sampling.state import Replay, state_of_base
 from tfb_kernels.ops import select_columns
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _MOST = 0.25  # share of the vocabulary above which the whole product is not slower
 
@@ -25,21 +29,21 @@ class LabelColumns:
     """Which columns of the head to compute, and where each row's labels are among them.
 
     Attributes:
-        columns: [C] vocabulary ids, or None: all.
-        position: [K] or [B, K] indices into the computed columns.
+        columns: [C] vocabulary ids; None: all.
+        position: [K] or [B, K] indices into the computed columns; None: all of them.
     """
 
-    columns: Tensor | None
-    position: Tensor
+    columns: Tensor | None = None
+    position: Tensor | None = None
 
     @classmethod
-    def of(cls, base: Any, label_ids: Tensor, rows: int) -> LabelColumns:
-        """For label_ids [K] or [B, K].
+    def of(cls, base: PreTrainedModel, label_ids: Tensor, rows: int) -> LabelColumns:
+        """Find the columns of label_ids [K] or [B, K].
 
         Raises:
             ValueError: another shape, or ids outside the vocabulary.
         """
-        head = base.get_output_embeddings()
+        head: Any = base.get_output_embeddings()
         V = int(head.weight.shape[0])
         ids = label_ids.to(head.weight.device, torch.int64)
         if ids.dim() not in (1, 2) or (ids.dim() == 2 and ids.shape[0] != rows) or not ids.numel():
@@ -53,37 +57,73 @@ class LabelColumns:
             return cls(None, ids)
         return cls(columns, position)
 
-    def select(self, logits: Tensor) -> Tensor:
-        """Each row's labels [S, B, K] from logits [S, B, C]."""
-        return select_columns(logits, self.position)
+    def reduce(self, logits: Tensor) -> Tensor:
+        """Return each row's labels [S, B, K] from logits [S, B, 1, C]."""
+        logits = logits[:, :, 0]
+        return logits if self.position is None else select_columns(logits, self.position)
 
 
-def narrow_head(base: Any, task: str) -> None:
-    """Let the output embedding of a language model compute the state's columns alone.
+def install(base: PreTrainedModel, task: str, below: Iterable[nn.Module]) -> None:
+    """Replace the forward of the head and of the blocks below the noise.
 
-    Modules that are not plain ``nn.Linear`` (quantized, or adapted themselves) stay as they are.
+    Modules whose forward is somebody else's stay as they are, and so does a head that is not a
+    plain ``nn.Linear`` (quantized, or adapted itself).
     """
     head = base.get_output_embeddings() if task != "SEQ_CLS" else None
-    if type(head) is nn.Linear and "forward" not in vars(head):
-        head.forward = partial(_forward, head, base)  # type: ignore[method-assign]
+    if type(head) is nn.Linear:
+        _replace(head, _narrowed, base)
+    for block in below:
+        _replace(block, _replayed, base)
+
+
+def uninstall(base: PreTrainedModel, below: Iterable[nn.Module]) -> None:
+    """Undo ``install``."""
+    for module in (base.get_output_embeddings(), *below):
+        if module is not None and _replacement(module) in (_narrowed, _replayed):
+            del module.forward
 
 
 def is_narrowed(head: nn.Module) -> bool:
-    """Whether ``narrow_head`` did change this module."""
-    forward = vars(head).get("forward")
-    return isinstance(forward, partial) and forward.func is _forward
+    """Tell whether ``install`` did change this head."""
+    return _replacement(head) is _narrowed
 
 
-def restore_head(base: Any) -> None:
-    """Undo ``narrow_head``."""
-    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
-    if head is not None and is_narrowed(head):
-        del head.forward
+def _replace(module: nn.Module, forward: Callable[..., Any], base: nn.Module) -> None:
+    if "forward" not in vars(module):
+        module.forward = partial(forward, module, base)
 
 
-def _forward(head: nn.Linear, base: Any, x: Tensor) -> Tensor:
+def _replacement(module: nn.Module) -> Callable[..., Any] | None:
+    forward = vars(module).get("forward")
+    return forward.func if isinstance(forward, partial) else None
+
+
+def _narrowed(head: nn.Linear, base: nn.Module, x: Tensor) -> Tensor:
+    """Compute the columns that the state asks for."""
     state = state_of_base(base)
     if state is None or state.columns is None:
         return nn.functional.linear(x, head.weight, head.bias)
     bias = None if head.bias is None else head.bias[state.columns]
     return nn.functional.linear(x, head.weight[state.columns], bias)
+
+
+def _replayed(block: nn.Module, base: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Return what the last block returned in the first pass, without looking at the input."""
+    replay = _replay(block, base)
+    if replay is not None and replay.output is not None:
+        return replay.output
+    output = type(block).forward(block, *args, **kwargs)
+    if replay is not None and block is replay.blocks[-1]:
+        replay.output = output
+    return output
+
+
+def _replay(block: nn.Module, base: nn.Module) -> Replay | None:
+    """Return the state's replay, where the block is given the rows that draws have in common."""
+    state = state_of_base(base)
+    if state is None or state.replay is None or state.running is None:
+        return None
+    if torch.compiler.is_compiling():  # what a graph puts out is overwritten when it runs again
+        return None
+    common = state.running.folded or state.running.draws == 1
+    return state.replay if common and any(block is b for b in state.replay.blocks) else None

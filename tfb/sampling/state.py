@@ -1,44 +1,228 @@
-"""The sampling states of the calling context: truth for eager code and for ``torch.compile``.
+"""The sampling states of the calling context, for eager code and for ``torch.compile``.
 
-They are a context variable: contexts nest, threads and asyncio tasks do not see each other's.
-Dynamo can neither trace ``ContextVar.get`` nor guard on it, but it reads an attribute of a module
-by Python's own lookup, when it traces and in the guards of every later call (so it follows the
-settings of ``torch.backends.cudnn``), and what traced code assigned is written when the graph has
-run. So the variable is reached through a property of a module object: a graph runs only where the
-calling context is as it was when the graph was traced.
+They live in a context variable: contexts nest, threads and asyncio tasks do not see each other's,
+and a thread started inside a context begins without one. Two models never share a state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextvars import ContextVar, Token
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-_NONE: Mapping[int, Any] = {}
-_STATES: ContextVar[Mapping[int, Any]] = ContextVar("tfb_sampling", default=_NONE)
+import torch
+from torch import Tensor, nn
+
+from tfb.draws import Draws
+from tfb.sampling.config import SamplingConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Batch = Mapping[str, Any]
+
+
+@dataclass(eq=False)
+class ForwardPass:
+    """A pass under way: S draws of B rows.
+
+    Attributes:
+        draws: S.
+        batch: B.
+        entrance: the module whose call began it.
+        tree: the draws lie along the sequence axis, [B, S * k, ...] (tail sampling), not rows.
+        folding: the backbone was given the B common rows.
+        folded: tensors still hold the B common rows.
+        sharing: the module under way was given the B common rows of an input.
+        common: the input of the first noisy module, S equal parts.
+        copies: pairs of a tensor that goes to every block, and its S copies.
+    """
+
+    draws: int
+    batch: int
+    entrance: nn.Module
+    tree: bool = False
+    folding: bool = False
+    folded: bool = False
+    sharing: bool = False
+    common: Tensor | None = None
+    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        """S * B."""
+        return self.draws * self.batch
+
+    def repeat(self, value: Any, *, keep: bool = False) -> Any:
+        """Return S copies, draw-major, of every tensor of B rows in ``value``.
+
+        Args:
+            value: an argument of a module; tuples are entered.
+            keep: remember the copies, for what is handed to every block.
+        """
+        if isinstance(value, tuple):
+            return tuple(self.repeat(v, keep=keep) for v in value)
+        if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != self.batch:
+            return value
+        for known, copy in self.copies:
+            if known is value:
+                return copy
+        copy = value.repeat(self.draws, *([1] * (value.dim() - 1)))
+        if keep:
+            self.copies.append((value, copy))
+        return copy
+
+    def fold(self, value: Any) -> Any:
+        """Return the B common rows of a tensor of S * B."""
+        if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == self.rows:
+            return value[: self.batch]
+        return value
+
+
+@dataclass(eq=False)
+class Replay:
+    """Several passes over one batch: the blocks below the noise, and what the last one returned."""
+
+    blocks: Sequence[nn.Module]
+    output: Any = None
+
+
+@dataclass(frozen=True)
+class SamplingState:
+    """The active draws of one model.
+
+    Attributes:
+        base: the base model that is sampled.
+        draws: S draws.
+        columns: [K] rows of the output embedding to compute; None: all.
+        tree: see :class:`ForwardPass`. The caller has then laid out the input itself.
+        mean: the one draw is the mean adapter: PEFT's own arithmetic where it is not merged.
+        cached: past_key_values of this very state come with the call.
+        diverged: rows differ from draw to draw at the entrance already: S * B come in.
+        reduce: what becomes of the logits [S * B, ...] at the exit (generation), or None.
+        replay: shared by passes over the same batch, none of which fills a KV cache; or None.
+        running: the pass under way.
+    """
+
+    base: nn.Module
+    draws: Draws
+    columns: Tensor | None = None
+    tree: bool = False
+    mean: bool = False
+    cached: bool = False
+    diverged: bool = False
+    reduce: Callable[[Tensor], Tensor] | None = None
+    replay: Replay | None = None
+    running: ForwardPass | None = None
+
+
+States = Mapping[int, SamplingState]
+_NONE: States = {}
+_STATES: ContextVar[States] = ContextVar("tfb_sampling", default=_NONE)
 
 
 class _Context(ModuleType):
-    """A module, since Dynamo would inline a property of any other object, and break there."""
+    # Dynamo can neither trace ContextVar.get nor guard on it. It does read an attribute of a module
+    # by Python's own lookup, when it traces and in the guards of every later call, and writes what
+    # traced code assigned when the graph has run. So the variable is a property of a module: a
+    # graph runs only where the context is as it was when the graph was traced. Dynamo would inline
+    # a property of any other object, and break there.
 
     @property
-    def states(self) -> Mapping[int, Any]:
+    def states(self) -> States:
         """The active state of each model, by owner; replaced as a whole, never changed."""
         return _STATES.get()
 
     @states.setter
-    def states(self, states: Mapping[int, Any]) -> None:
+    def states(self, states: States) -> None:
         _STATES.set(states)
 
 
 context = _Context(f"{__name__}.context")
 
 
-def set_states(states: Mapping[int, Any]) -> Token[Mapping[int, Any]]:
-    """Like assigning ``context.states``; the token undoes it."""
-    return _STATES.set(states)
+def sampling_state(owner: int) -> SamplingState | None:
+    """Return the innermost active state of the model identified by ``owner``, if there is one."""
+    return context.states.get(owner)
 
 
-def reset_states(token: Token[Mapping[int, Any]]) -> None:
-    _STATES.reset(token)
+def state_of_base(base: nn.Module) -> SamplingState | None:
+    """Return the active state of a base model, whichever adapter is sampled."""
+    return next((s for s in context.states.values() if s.base is base), None)
+
+
+def other_owner_of(base: nn.Module, owner: int) -> bool:
+    """Tell whether another BayesianModel is sampling the same base model."""
+    return any(o != owner and s.base is base for o, s in context.states.items())
+
+
+@contextlib.contextmanager
+def active(owner: int, state: SamplingState) -> Iterator[None]:
+    """Make ``state`` the owner's within this context."""
+    token = _STATES.set({**_STATES.get(), owner: state})
+    try:
+        yield
+    finally:
+        _STATES.reset(token)
+
+
+class SampledModel(Protocol):
+    """What sampling asks of a :class:`tfb.model.BayesianModel`."""
+
+    model: nn.Module
+    task: str
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The model inside the PEFT model."""
+
+    @property
+    def config(self) -> SamplingConfig:
+        """How the model samples."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches go."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of activations."""
+
+    @property
+    def blocks_below(self) -> list[nn.Module]:
+        """The blocks below the first noisy module."""
+
+    @property
+    def head_alone(self) -> bool:
+        """Whether a draw costs an output embedding only."""
+
+    @property
+    def last_logits(self) -> dict[str, int]:
+        """What tells a causal LM that only the last position is scored."""
+
+    def draws(self, n: int | Draws) -> Draws:
+        """Return ``n`` antithetic draws."""
+
+    def inputs(self, batch: Batch, mode: str) -> tuple[dict[str, Any], int]:
+        """Return the aligned batch, and its number of rows."""
+
+    def check_sampling(self) -> None:
+        """Refuse a model of which draws cannot be sampled now."""
+
+    def sampling_as(self, state: SamplingState) -> contextlib.AbstractContextManager[None]:
+        """Sample with everything that a state can say."""
+
+    def logits(
+        self,
+        batch: Batch,
+        draws: Draws,
+        label_ids: Tensor | None = None,
+        *,
+        mode: str | None = None,
+        tail: int | None = None,
+        draws_per_pass: int | None = None,
+    ) -> Tensor:
+        """Compute the logits [S, B, K] of the scored position."""
