@@ -1,38 +1,46 @@
 """Calibration metrics of predicted probabilities, through torchmetrics where it has them.
 
-All are fractions or nats, never percent. N rows, K classes (padded with zero columns for rows
-with fewer choices).
+All are fractions or nats, never percent. N rows, K classes; a row with fewer choices has zeros in
+the columns beyond them.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 from scipy.optimize import minimize_scalar
-from scipy.stats import mannwhitneyu
 from torch import Tensor
 from torchmetrics.functional.classification import (
+    binary_auroc,
     multiclass_accuracy,
     multiclass_calibration_error,
 )
 
-NLL_PROBABILITY_FLOOR = 1e-12  # a probability of 0 on the label costs 27.6 nats, not infinity
+from tfb.data.rows import Row
+
+PROBABILITY_FLOOR = 1e-12  # a probability of 0 on the label costs 27.6 nats, not infinity
+BINS = 15  # of the ECE (Guo et al. 2017)
 BELOW_ONE = 1 - 2.0**-24  # the float32 before 1
 LOG_TEMPERATURE_BOUNDS = (math.log(0.01), math.log(100.0))
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """Figures over N labelled rows.
+    """Metrics of N labelled rows.
 
     Attributes:
-        accuracy: share of rows whose argmax is the label. nll: mean -log p(label), nats.
-        ece: expected calibration error, L1, ``n_bins`` equal bins of confidence (Guo et al. 2017).
-        brier: mean over rows of the summed squared error over classes, 0 to 2.
+        rows: N.
+        accuracy: share of rows whose argmax is the label.
+        nll: mean -log p(label), nats.
+        ece: expected calibration error, L1, ``n_bins`` equal bins of confidence.
+        brier: mean over rows of the squared error summed over classes, 0 to 2.
         miscalibration: mean confidence - accuracy; > 0 is over-confident.
         flip_ratio: share of rows whose prediction differs from the reference's, or None.
+        n_bins: of the ECE.
     """
 
     rows: int
@@ -42,37 +50,35 @@ class Metrics:
     brier: float
     miscalibration: float
     flip_ratio: float | None
-    n_bins: int = 15
+    n_bins: int = BINS
 
     def to_dict(self) -> dict[str, float | int | None]:
+        """Return plain JSON types."""
         return asdict(self)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ReliabilityBins:
-    """A reliability diagram: M bins of confidence. Empty bins have accuracy and confidence 0.
+    """A reliability diagram of M equal bins of confidence; an empty bin has zeros.
 
-    edges [M + 1]; counts [M] int; accuracy, confidence [M].
+    Attributes:
+        counts: [M] int64, rows in each bin.
+        accuracy: [M].
+        confidence: [M], the mean.
     """
 
-    edges: Tensor
     counts: Tensor
     accuracy: Tensor
     confidence: Tensor
 
-    @property
-    def ece(self) -> float:
-        """sum_m counts_m / N |accuracy_m - confidence_m|."""
-        weight = self.counts.double() / self.counts.sum()
-        return float((weight * (self.accuracy - self.confidence).abs()).sum())
-
 
 @dataclass(frozen=True, eq=False)
 class RiskCoverage:
-    """Selective prediction: answer the surest rows only, from one of them to all N.
+    """Selective prediction: answer only the n least uncertain rows, for n from 1 to N.
 
-    coverage, risk [N]: the share of rows answered, ascending to 1, and the share of those answered
-    that are wrong.
+    Attributes:
+        coverage: [N], the share of rows answered, ascending to 1.
+        risk: [N], the share of those answered that are wrong.
     """
 
     coverage: Tensor
@@ -80,8 +86,7 @@ class RiskCoverage:
 
     @property
     def aurc(self) -> float:
-        """Area under the risk-coverage curve, the mean risk over the N coverages (Geifman, Uziel
-        and El-Yaniv, ICLR 2019); lower is better, an order at random gives the error rate."""
+        """Area under the curve: the mean risk over the N coverages; lower is better."""
         return float(self.risk.mean())
 
 
@@ -90,10 +95,17 @@ class Evaluation:
     """One method's probabilities on one data set.
 
     Attributes:
-        name: the method. dataset: the rows. probs: [N, K]. labels: [N] or None.
-        total, aleatoric, epistemic: [N] nats, or None.
-        draws: posterior draws that were averaged (1: none were, sigma is 0), or None. passes:
-            deterministic-pass equivalents a row (:mod:`tfb.search.cost`), or None.
+        name: the method.
+        dataset: the data set's name.
+        probs: [N, K].
+        labels: [N], or None.
+        total: [N] nats, or None; so are aleatoric and epistemic.
+        aleatoric: see total.
+        epistemic: see total.
+        draws: posterior draws averaged (1: none were, sigma is 0), or None.
+        passes: deterministic-pass equivalents a row, or None.
+        rows: the N task rows, for a report's examples, or ().
+        classes: names of the classes of rows that bring no choices, or None.
     """
 
     name: str
@@ -105,94 +117,105 @@ class Evaluation:
     epistemic: Tensor | None = None
     draws: int | None = None
     passes: float | None = None
+    rows: Sequence[Row] = ()
+    classes: Sequence[str] | None = None
 
     @property
     def correct(self) -> Tensor:
         """[N] bool. Raises ValueError without labels."""
-        if self.labels is None:
-            raise ValueError(f"{self.name} on {self.dataset}: no labels, so none is right or wrong")
-        return self.probs.argmax(-1) == self.labels
+        return self.probs.argmax(-1) == self.known_labels
 
     @property
     def metrics(self) -> Metrics:
         """Raises ValueError without labels."""
+        return evaluate(self.probs, self.known_labels)
+
+    @property
+    def known_labels(self) -> Tensor:
+        """[N]. Raises ValueError without labels."""
         if self.labels is None:
             raise ValueError(f"{self.name} on {self.dataset}: no labels, so no metrics")
-        return evaluate(self.probs, self.labels)
+        return self.labels
 
 
 def evaluate(
     probs: Tensor,
     labels: Tensor,
     *,
-    n_bins: int = 15,
+    n_bins: int = BINS,
     reference_predictions: Tensor | None = None,
 ) -> Metrics:
-    """All metrics of probs [N, K] against labels [N].
+    """Return all metrics.
 
     Args:
+        probs: [N, K].
+        labels: [N].
+        n_bins: of the ECE.
         reference_predictions: [N] argmax of the deterministic adapter, for ``flip_ratio``.
 
     Raises:
         ValueError: empty input, NaN, rows that do not sum to 1, labels out of range, shapes.
     """
     _check(probs, labels)
-    p, N = probs.double(), len(labels)
-    prediction = p.argmax(-1)
+    p, N, K = probs.double(), *probs.shape
     if reference_predictions is not None and reference_predictions.shape != labels.shape:
         raise ValueError(
             f"reference_predictions: expected [{N}], got {list(reference_predictions.shape)}"
         )
-    accuracy = float(multiclass_accuracy(p, labels, num_classes=p.shape[1], average="micro"))
-    confidence = p.amax(-1)
+    accuracy = float(multiclass_accuracy(p, labels, num_classes=K, average="micro"))
+    confidence, prediction = p.max(-1)
+    flips = None if reference_predictions is None else prediction != reference_predictions
     # torchmetrics puts a confidence of exactly 1 into a bin of its own, beyond the last, and takes
     # a softmax of everything if rounding left one probability above 1: stay one ulp below.
-    below_one = p.clamp_max(BELOW_ONE)
+    ece = multiclass_calibration_error(p.clamp_max(BELOW_ONE), labels, num_classes=K, n_bins=n_bins)
     return Metrics(
         rows=N,
         accuracy=accuracy,
-        nll=float(-p.gather(1, labels[:, None]).clamp_min(NLL_PROBABILITY_FLOOR).log().mean()),
-        ece=float(
-            multiclass_calibration_error(
-                below_one, labels, num_classes=p.shape[1], n_bins=n_bins, norm="l1"
-            )
-        ),
-        brier=float((p - torch.nn.functional.one_hot(labels, p.shape[1])).square().sum(-1).mean()),
+        nll=float(nll_of_rows(p, labels).mean()),
+        ece=float(ece),
+        brier=float(brier_of_rows(p, labels).mean()),
         miscalibration=float(confidence.mean()) - accuracy,
-        flip_ratio=(
-            None
-            if reference_predictions is None
-            else float((prediction != reference_predictions).double().mean())
-        ),
+        flip_ratio=None if flips is None else float(flips.double().mean()),
         n_bins=n_bins,
     )
 
 
-def reliability(probs: Tensor, labels: Tensor, n_bins: int = 15) -> ReliabilityBins:
-    """The reliability diagram behind the ECE: bins [edge_m, edge_m+1), the last one closed."""
+def nll_of_rows(probs: Tensor, labels: Tensor) -> Tensor:
+    """Return -log p(label) [N] in nats, from probs [N, K] and labels [N]."""
+    return -probs.gather(1, labels[:, None])[:, 0].clamp_min(PROBABILITY_FLOOR).log()
+
+
+def brier_of_rows(probs: Tensor, labels: Tensor) -> Tensor:
+    """Return the squared error summed over classes [N], from probs [N, K] and labels [N]."""
+    return (probs - torch.nn.functional.one_hot(labels, probs.shape[1])).square().sum(-1)
+
+
+def reliability(probs: Tensor, labels: Tensor, n_bins: int = BINS) -> ReliabilityBins:
+    """Return the reliability diagram of probs [N, K] against labels [N]."""
     _check(probs, labels)
     confidence, prediction = probs.double().max(-1)
-    correct = (prediction == labels).double()
-    edges = torch.linspace(0, 1, n_bins + 1, dtype=torch.float32)
-    index = bin_of_confidence(confidence, n_bins)
-    counts = torch.zeros(n_bins, dtype=torch.int64).index_add_(0, index, torch.ones_like(index))
-    total = counts.clamp_min(1).double()
+    bins = confidence_bins(confidence, n_bins)
+    counts = bins.bincount(minlength=n_bins)
 
     def mean(values: Tensor) -> Tensor:
-        return torch.zeros(n_bins, dtype=torch.float64).index_add_(0, index, values) / total
+        return bins.bincount(values, minlength=n_bins) / counts.clamp_min(1)
 
-    return ReliabilityBins(edges, counts, mean(correct), mean(confidence))
+    return ReliabilityBins(counts, mean((prediction == labels).double()), mean(confidence))
+
+
+def confidence_bins(confidence: Tensor, n_bins: int = BINS) -> Tensor:
+    """Return each confidence's bin of the ECE [N] int64: [edge, next edge), the last one closed."""
+    edges = torch.linspace(0, 1, n_bins + 1, dtype=torch.float32)
+    # In float32, as torchmetrics has it: a confidence of 0.6 belongs to the bin that starts there.
+    return (torch.bucketize(confidence.float(), edges, right=True) - 1).clamp(0, n_bins - 1)
 
 
 def risk_coverage(uncertainty: Tensor, correct: Tensor) -> RiskCoverage:
-    """The risk of answering only the rows of least uncertainty (El-Yaniv and Wiener, JMLR 2010).
-
-    Rows of equal uncertainty are in no order: their errors count as spread evenly over them, which
-    is the mean over all of their orders.
+    """Return the risk of answering only the least uncertain rows (El-Yaniv and Wiener 2010).
 
     Args:
-        uncertainty: [N], any scale (1 - confidence, entropy, mutual information), larger is less
-            sure. correct: [N] bool.
+        uncertainty: [N], any scale (1 - confidence, entropy, mutual information).
+        correct: [N] bool.
 
     Raises:
         ValueError: empty input, shapes, NaN.
@@ -204,17 +227,34 @@ def risk_coverage(uncertainty: Tensor, correct: Tensor) -> RiskCoverage:
         )
     if bool(uncertainty.isnan().any()):
         raise ValueError("uncertainty: holds NaN; check the model's outputs")
-    _, group, size = uncertainty.unique(return_inverse=True, return_counts=True)
-    wrong = (~correct.bool()).double()
-    share = torch.zeros(len(size), dtype=torch.float64).index_add_(0, group, wrong) / size
-    answered = torch.arange(1, len(correct) + 1, dtype=torch.float64)
-    errors = share.repeat_interleave(size).cumsum(0)
-    return RiskCoverage(answered / len(correct), errors / answered)
+    N = len(correct)
+    coverage = torch.arange(1, N + 1, dtype=torch.float64) / N
+    return RiskCoverage(coverage, torch.from_numpy(risks(uncertainty.numpy(), ~correct.numpy())))
+
+
+def risks(uncertainty: np.ndarray, wrong: np.ndarray) -> np.ndarray:
+    """Return the risk at each coverage [..., N] of any number of sets of N rows at once.
+
+    Rows of equal uncertainty are in no order. Their errors count as spread evenly over them, which
+    is the mean over all of their orders.
+
+    Args:
+        uncertainty: [..., N].
+        wrong: [..., N] bool.
+    """
+    order = uncertainty.argsort(-1)
+    ranked = np.take_along_axis(uncertainty, order, -1)
+    first = np.ones(ranked.shape, dtype=bool)  # of its group of equals
+    first[..., 1:] = ranked[..., 1:] != ranked[..., :-1]
+    group = first.cumsum() - 1
+    errors = np.take_along_axis(wrong, order, -1).ravel()
+    share = np.bincount(group, errors) / np.bincount(group)
+    answered: np.ndarray = np.arange(1, ranked.shape[-1] + 1)
+    return share[group].reshape(ranked.shape).cumsum(-1) / answered
 
 
 def auroc(positive: Tensor, negative: Tensor) -> float:
-    """The chance that a row of ``positive`` [P] scores above one of ``negative`` [M], ties half:
-    the area under the ROC curve, as Mann and Whitney's U.
+    """Return the chance that a positive [P] scores above a negative [M]; ties count half.
 
     Raises:
         ValueError: either is empty or holds NaN.
@@ -222,22 +262,18 @@ def auroc(positive: Tensor, negative: Tensor) -> float:
     for name, scores in (("positive", positive), ("negative", negative)):
         if not len(scores) or bool(scores.isnan().any()):
             raise ValueError(f"{name}: expected at least one score and no NaN")
-    u = mannwhitneyu(positive.numpy(), negative.numpy(), method="asymptotic").statistic
-    return float(u) / (len(positive) * len(negative))
-
-
-def bin_of_confidence(confidence: Tensor, n_bins: int = 15) -> Tensor:
-    """[N] int64, the bin of the ECE that each confidence [N] belongs to."""
-    edges = torch.linspace(0, 1, n_bins + 1, dtype=torch.float32)
-    # In float32, as torchmetrics has it: a confidence of 0.6 belongs to the bin that starts there.
-    return (torch.bucketize(confidence.float(), edges, right=True) - 1).clamp(0, n_bins - 1)
+    # Ranks: torchmetrics would take scores outside [0, 1] for logits, and round their sigmoid.
+    ranks = torch.cat((positive, negative)).unique(return_inverse=True)[1].double()
+    target = torch.arange(len(ranks)) < len(positive)
+    return float(binary_auroc(ranks / ranks.max().clamp_min(1), target.long()))
 
 
 def fit_temperature(log_probs: Tensor, labels: Tensor) -> float:
-    """The temperature that minimises the NLL of softmax(log_probs / T) (Guo et al. 2017).
+    """Return the temperature T of least NLL of softmax(log_probs / T) (Guo et al. 2017).
 
     Args:
-        log_probs: [N, K] log-probabilities or logits. labels: [N].
+        log_probs: [N, K] log-probabilities or logits.
+        labels: [N].
 
     Raises:
         ValueError: empty input, NaN or Inf, labels out of range, shapes.
@@ -246,16 +282,14 @@ def fit_temperature(log_probs: Tensor, labels: Tensor) -> float:
     scores = log_probs.double()
 
     def nll(log_t: float) -> float:
-        return float(
-            torch.nn.functional.cross_entropy(scores / math.exp(log_t), labels, reduction="mean")
-        )
+        return float(torch.nn.functional.cross_entropy(scores / math.exp(log_t), labels))
 
     found = minimize_scalar(nll, bounds=LOG_TEMPERATURE_BOUNDS, method="bounded")
     return math.exp(float(found.x))
 
 
 def apply_temperature(log_probs: Tensor, temperature: float) -> Tensor:
-    """softmax(log_probs / T) [N, K]."""
+    """Return softmax(log_probs / T) [N, K]."""
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}: expected a positive number")
     return (log_probs / temperature).softmax(-1)

@@ -1,244 +1,260 @@
-"""One self-contained HTML page about a fit, with its pictures beside it.
+"""One self-contained HTML page: what averaging over draws changed, on which rows, how surely.
 
-The pictures are :mod:`tfb.evaluation.figures`, the sentences :mod:`tfb.evaluation.findings`.
+The page compares the first two evaluations. Its panels are :mod:`tfb.evaluation.figures`, its
+words ``report.html.j2``.
 """
 
 from __future__ import annotations
 
-import base64
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import torch
 
-from tfb.evaluation import figures, findings
-from tfb.evaluation.compare import RESAMPLES
-from tfb.evaluation.metrics import Evaluation, Metrics, auroc, evaluate, risk_coverage
+from tfb import atomic
+from tfb.evaluation import figures
+from tfb.evaluation.compare import RESAMPLES, Change, compare, compare_auroc
+from tfb.evaluation.metrics import BINS, Evaluation, auroc, risk_coverage
 
-PICTURES = (
-    "sigma_curve.png", "reliability.png", "risk_coverage.png", "uncertainty.png", "shift.png",
-)  # fmt: skip
 PAGE = "index.html"
+EXAMPLES = 6  # of each kind
+HEAD, TAIL = 90, 150  # characters shown of a long text: its question tends to be at the end
 
 
-def check_report_folder(folder: str | Path, *, overwrite: bool = False) -> Path:
-    """The folder as a Path if a report can be made there; a caller asks before any long work.
+@dataclass(frozen=True)
+class Scale:
+    """How a metric is written: ``factor`` times its value, with ``places`` decimals."""
+
+    name: str
+    unit: str
+    factor: float
+    places: int
+    more_is_better: bool = False
+
+    def write(self, value: float, sign: str = "") -> str:
+        """Return a value, or with sign "+" a change, as text."""
+        return f"{self.factor * value:{sign}.{self.places}f}".replace("-", "−")
+
+    def verdict(self, change: Change) -> str:
+        """Return "better", "worse", or "within noise"."""
+        if not change.significant:
+            return "within noise"
+        return "better" if (change.change > 0) == self.more_is_better else "worse"
+
+
+SCALES = {
+    "accuracy": Scale("Accuracy", "%", 100, 1, more_is_better=True),
+    "nll": Scale("NLL", "nats", 1, 3),
+    "ece": Scale("ECE", "%", 100, 1),
+    "brier": Scale("Brier score", "", 1, 3),
+    "aurc": Scale("AURC", "%", 100, 2),
+    "auroc": Scale("AUROC", "%", 100, 1, more_is_better=True),
+}
+
+
+def page_path(output: str | Path, *, overwrite: bool = False) -> Path:
+    """Return the file that a report goes to; a caller asks before any long work.
+
+    Args:
+        output: an .html file, or a folder for ``index.html``.
+        overwrite: an earlier page may be replaced.
 
     Raises:
         ImportError: matplotlib is missing.
-        ValueError: it is a file, holds something else, or a report without ``overwrite``.
+        ValueError: there is something already.
     """
     figures.require_matplotlib()
-    path = Path(folder)
-    held = {p.name for p in path.iterdir()} if path.is_dir() else set()
-    if (path.exists() and not path.is_dir()) or (
-        held and (not overwrite or held - {*PICTURES, PAGE})
-    ):
-        raise ValueError(f"{path} already holds something; choose a new folder or remove it")
-    return path
+    path = Path(output)
+    page = path if path.suffix == ".html" else path / PAGE
+    if page.is_dir() or page.parent.is_file() or (page.exists() and not overwrite):
+        raise ValueError(f"{page} exists already; choose another name or remove it")
+    return page
 
 
 def write_report(
-    folder: str | Path,
+    output: str | Path,
     evaluations: Sequence[Evaluation],
     fit: Mapping[str, Any] | None = None,
     *,
     title: str,
-    notes: Sequence[str] = (),
-    shifts: Sequence[Evaluation] = (),
+    ood: Sequence[Evaluation] = (),
     facts: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """The pictures and ``index.html`` (images embedded) in ``folder``; all of them or none.
+    """Write the page and return its path.
 
     Args:
-        evaluations: labelled; the first of each data set is what others are compared with.
-        fit: ``SigmaFit.to_dict()``, or None. notes: sentences shown under the table.
-        shifts: rows of another kind than the first data set's, by the same methods; their labels
-            are not used. facts: shown under "How this was made".
+        output: an .html file, or a folder for ``index.html``.
+        evaluations: labelled. The first two, on the same rows, are compared in full; of every data
+            set the first is what the others are compared with.
+        fit: ``SigmaFit.to_dict()``.
+        title: heading of the page.
+        ood: of rows unlike those of the first data set, by the same methods; labels are not used.
+        facts: how this was made, by name.
+        overwrite: an earlier page may be replaced.
 
     Raises:
-        ValueError: no evaluations, or one without labels; shifts by another method; the folder
-            holds something else, or already a report without ``overwrite``.
+        ImportError: matplotlib is missing.
+        ValueError: no evaluations, one without labels, OOD rows by another method, or a page that
+            is there already.
     """
-    path = check_report_folder(folder, overwrite=overwrite)
+    path = page_path(output, overwrite=overwrite)
     if not evaluations:
         raise ValueError("a report needs at least one evaluation")
     if bare := [e for e in evaluations if e.labels is None]:
         raise ValueError(f"{bare[0].name} on {bare[0].dataset}: no labels; a report needs them")
-    methods = {e.name for e in evaluations if e.dataset == evaluations[0].dataset}
-    if other := [e.name for e in shifts if e.name not in methods]:
-        raise ValueError(f"shifts: {other[0]} was not evaluated on {evaluations[0].dataset}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
-        made = _draw(staging, evaluations, fit, shifts)
-        page = _page(
-            {n: staging / n for n in made}, evaluations, fit, shifts,
-            title=title, notes=list(notes), facts=dict(facts or {}),
-        )  # fmt: skip
-        (staging / PAGE).write_text(page, encoding="utf-8")
-        path.mkdir(exist_ok=True)
-        for name in set(PICTURES) - set(made):  # an earlier report's, which this one lacks
-            (path / name).unlink(missing_ok=True)
-        for name in [*made, PAGE]:  # the page last: it is the sign of a finished report
-            os.replace(staging / name, path / name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return path / PAGE
-
-
-def _draw(
-    folder: Path,
-    evaluations: Sequence[Evaluation],
-    fit: Mapping[str, Any] | None,
-    shifts: Sequence[Evaluation],
-) -> list[str]:
-    """The pictures that there is something to show in."""
-    wanted: dict[str, Callable[[Path], None]] = {
-        "reliability.png": lambda p: figures.plot_reliability(evaluations, p)
-    }
-    if fit is not None:
-        wanted["sigma_curve.png"] = lambda p: figures.plot_sigma_curve(fit, p)
-    if any(e.total is not None for e in evaluations):
-        wanted["risk_coverage.png"] = lambda p: figures.plot_risk_coverage(evaluations, p)
-    if any(e.epistemic is not None for e in evaluations):
-        wanted["uncertainty.png"] = lambda p: figures.plot_uncertainty(evaluations, p)
-    if any(e.epistemic is not None for e in shifts):
-        wanted["shift.png"] = lambda p: figures.plot_shift(evaluations, shifts, p)
-    for name, draw in wanted.items():
-        draw(folder / name)
-    return [name for name in PICTURES if name in wanted]
-
-
-def _page(
-    pictures: Mapping[str, Path],
-    evaluations: Sequence[Evaluation],
-    fit: Mapping[str, Any] | None,
-    shifts: Sequence[Evaluation],
-    **given: Any,
-) -> str:
-    compared = findings.comparisons(evaluations)
-    headline = findings.headline(evaluations, compared)
-    first = [e for e in evaluations if e.dataset == evaluations[0].dataset]
+    before = evaluations[0]
+    usual = {e.name: e for e in evaluations if e.dataset == before.dataset}
+    if other := [e.name for e in ood if e.name not in usual]:
+        raise ValueError(f"ood: {other[0]} was not evaluated on {before.dataset}")
+    after = evaluations[1] if evaluations[1:] and evaluations[1].name in usual else before
+    same = after is not before and torch.equal(before.probs, after.probs)
+    shown = {"before": before} | ({} if same or after is before else {"after": after})
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("tfb"), autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.PackageLoader("tfb.evaluation", ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    return environment.get_template("report.html.j2").render(
-        headline=headline,
-        cautions=findings.cautions(evaluations),
-        claims=[findings.claims(e) for e in first],
-        sentences=[findings.named(c) for c in compared if findings.sentence(c) != headline],
-        decision=[] if fit is None else findings.decision(fit),
-        selective=[findings.selective(e) for e in first if e.total is not None],
-        ranked=[findings.ranked(c) for c in compared if "aurc" in c.changes],
-        results=_results(evaluations),
-        changes=_changes(compared),
-        uncertainties=_uncertainties(evaluations),
-        shifts=_shift_table(evaluations, shifts),
-        resamples=RESAMPLES,
+    page = environment.get_template("report.html.j2").render(
+        title=title,
+        before=before,
+        after=after,
+        same=same,
+        shown=shown,
+        rows=len(before.probs),
+        one_class=len(before.known_labels.unique()) == 1,
+        verdicts=_verdicts(before, after, ood),
+        others=_others(evaluations) if len(evaluations) > 2 else [],
+        flipped=_flipped(before, after),
+        uncertain=_uncertain(shown),
+        reliability={c: figures.reliability_panel(e, c) for c, e in shown.items()},
+        risks=_risks(shown),
+        uncertainties=_uncertainties(shown, ood),
         fit=fit,
-        images={
-            name: base64.b64encode(path.read_bytes()).decode("ascii")
-            for name, path in pictures.items()
-        },
-        **given,
+        sigma=None if fit is None else figures.sigma_panel(fit),
+        scales=SCALES,
+        facts=facts or {},
+        resamples=RESAMPLES,
+        bins=BINS,
     )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic.write(path, page.encode())
+    return path
 
 
-def _results(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
-    """A row for each evaluation; the best figures of a data set are marked."""
-    rows = []
-    for dataset in dict.fromkeys(e.dataset for e in evaluations):
-        group = [e for e in evaluations if e.dataset == dataset]
-        reference = group[0].probs.argmax(-1)
-        measured: list[Metrics] = []
-        for e in group:
-            assert e.labels is not None
-            measured.append(evaluate(e.probs, e.labels, reference_predictions=reference))
-        best = {
-            "accuracy": max(m.accuracy for m in measured),
-            "nll": min(m.nll for m in measured),
-            "ece": min(m.ece for m in measured),
-            "brier": min(m.brier for m in measured),
-        }
-        for e, m in zip(group, measured, strict=True):
-            cells = [
-                (f"{getattr(m, key) * factor:.{places}f}", getattr(m, key) == best[key])
-                for key, factor, places in (
-                    ("accuracy", 100, 2), ("nll", 1, 4), ("ece", 100, 2), ("brier", 1, 4)
-                )
-            ]  # fmt: skip
-            aurc = None if e.total is None else 100 * risk_coverage(e.total, e.correct).aurc
-            cells.append((_number(aurc, ".2f"), False))
-            cells.append((f"{100 * m.miscalibration:+.2f}", False))
-            cells.append((f"{100 * (m.flip_ratio or 0.0):.2f}", False))
-            cells.append((_number(e.passes, ".3g"), False))
-            rows.append({"dataset": dataset, "name": e.name, "cells": cells})
-    return rows
+def _verdicts(
+    before: Evaluation, after: Evaluation, ood: Sequence[Evaluation]
+) -> list[tuple[str, str, Change]]:
+    """Return key of the scale, OOD data set or "", and change of every metric."""
+    found = [(key, "", change) for key, change in compare(before, after).items()]
+    for dataset in dict.fromkeys(e.dataset for e in ood):
+        theirs = {e.name: e for e in ood if e.dataset == dataset and e.total is not None}
+        if before.name in theirs and after.name in theirs:
+            pairs = [(theirs[e.name], e) for e in (before, after)]
+            found.append(("auroc", dataset, compare_auroc(pairs[0], pairs[1])))
+    return found
 
 
-def _changes(compared: Sequence[findings.Comparison]) -> list[dict[str, Any]]:
-    """Changes with their limits; those beyond noise are marked."""
-    rows = []
-    for c in compared:
-        cells = []
-        for key, factor, places in (
-            ("accuracy", 100, 2), ("nll", 1, 3), ("ece", 100, 2), ("brier", 1, 3), ("aurc", 100, 2)
-        ):  # fmt: skip
-            if (d := c.changes.get(key)) is None:
-                cells.append(("–", "", False))
-                continue
-            change, low, high = (
-                f"{factor * v:+.{places}f}".replace("-", "−") for v in (d.change, d.low, d.high)
-            )
-            cells.append((change, f"{low} to {high}", d.beyond_noise))
-        rows.append({"dataset": c.after.dataset, "name": c.after.name, "cells": cells})
-    return rows
+def _others(evaluations: Sequence[Evaluation]) -> list[tuple[Evaluation, dict[str, Change]]]:
+    """Return every evaluation with its changes against the first of its data set."""
+    first = {e.dataset: e for e in reversed(evaluations)}
+    return [(e, compare(first[e.dataset], e)) for e in evaluations]
 
 
-def _uncertainties(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
-    """Mean uncertainties of all, right and wrong rows for each sampled evaluation."""
-    rows = []
-    for e in evaluations:
-        if e.epistemic is None:
-            continue
-        for which, mask in (("all", e.correct | ~e.correct), ("right", e.correct),
-                            ("wrong", ~e.correct)):  # fmt: skip
-            n = int(mask.sum())
-            means = [
-                f"{float(getattr(e, kind)[mask].mean()):.3f}" if n else "–"
-                for kind in figures.KINDS
-            ]
-            rows.append(
-                {"dataset": e.dataset, "name": e.name, "which": which, "cells": [f"{n:,}", *means]}
-            )
-    return rows
+def _flipped(before: Evaluation, after: Evaluation) -> dict[str, Any]:
+    """Return examples of predictions that differ, the largest differences first, and counts."""
+    flips = before.probs.argmax(-1) != after.probs.argmax(-1)
+    size = (before.probs - after.probs).abs().sum(-1).masked_fill(~flips, -1.0)
+    count = int(flips.sum())
+    order = size.argsort(descending=True)[: min(count, EXAMPLES)].tolist()
+    return {
+        "count": count,
+        "gained": int((~before.correct & after.correct).sum()),
+        "lost": int((before.correct & ~after.correct).sum()),
+        "examples": [_example(i, {"before": before, "after": after}) for i in order],
+    }
 
 
-def _shift_table(
-    evaluations: Sequence[Evaluation], shifts: Sequence[Evaluation]
+def _uncertain(shown: Mapping[str, Evaluation]) -> list[dict[str, Any]]:
+    """Return examples of the rows that the last evaluation is least certain of."""
+    e = list(shown.values())[-1]
+    total = torch.special.entr(e.probs).sum(-1) if e.total is None else e.total
+    order = total.argsort(descending=True)[:EXAMPLES].tolist()
+    return [_example(i, shown) for i in order]
+
+
+def _example(i: int, shown: Mapping[str, Evaluation]) -> dict[str, Any]:
+    """Return one row as text, with what each evaluation says of it."""
+    last = list(shown.values())[-1]
+    row = last.rows[i] if last.rows else None
+    names = (row.choices if row else None) or last.classes or ()
+
+    def choice(k: int) -> str:
+        return _short(names[k]) if k < len(names) else f"class {k}"
+
+    said = [
+        (colour, e.name, choice(k), float(e.probs[i, k]), bool(e.correct[i]))
+        for colour, e in shown.items()
+        for k in [int(e.probs[i].argmax())]
+    ]
+    chat = row.messages[-1]["content"] if row and row.messages else ""
+    return {
+        "id": _short(row.id if row else f"row {i}"),
+        "text": _short((row.text or row.prompt or chat) if row else ""),
+        "label": choice(int(last.known_labels[i])),
+        "said": said,
+        "total": None if last.total is None else float(last.total[i]),
+        "epistemic": None if last.epistemic is None else float(last.epistemic[i]),
+    }
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= HEAD + TAIL else f"{text[:HEAD]} […] {text[-TAIL:]}"
+
+
+def _risks(shown: Mapping[str, Evaluation]) -> dict[str, Any] | None:
+    """Return the panel of risk-coverage curves, and of each the risk at full and 80 % coverage."""
+    if any(e.total is None for e in shown.values()):
+        return None
+    found: dict[str, tuple[float, float]] = {}
+    for colour, e in shown.items():
+        assert e.total is not None
+        curve = risk_coverage(e.total, e.correct)
+        found[colour] = (float(curve.risk[-1]), float(curve.risk[-(len(curve.risk) // 5) - 1]))
+    return {"panel": figures.risk_coverage_panel(shown), "at": found}
+
+
+def _uncertainties(
+    shown: Mapping[str, Evaluation], ood: Sequence[Evaluation]
 ) -> list[dict[str, Any]]:
-    """How well each uncertainty tells rows of another kind from the usual ones."""
-    rows = []
-    for e in shifts:
-        usual = figures.counterpart(evaluations, e)
-        for kind in ("total", "epistemic"):
-            theirs, ours = getattr(e, kind), getattr(usual, kind)
-            if theirs is None or ours is None:
+    """Return panels of total uncertainty, and of epistemic where there are draws."""
+    found = []
+    for kind in ("total", "epistemic"):
+        for e in shown.values():
+            values = getattr(e, kind)
+            if values is None:
                 continue
-            cells = [f"{float(v.mean()):.3f}" for v in (ours, theirs)]
-            cells.append(f"{100 * auroc(theirs, ours):.1f}")
-            rows.append({
-                "usual": usual.dataset, "other": e.dataset, "rows": f"{len(theirs):,}",
-                "name": e.name, "kind": kind, "cells": cells,
-            })  # fmt: skip
-    return rows
+            others = [getattr(o, kind) for o in ood if o.name == e.name]
+            groups = {"right": values[e.correct], "wrong": values[~e.correct]}
+            if known := [v for v in others if v is not None]:
+                groups["ood"] = torch.cat(known)
+            found.append(
+                {
+                    "name": e.name,
+                    "kind": kind,
+                    "panel": figures.uncertainty_panel(groups, kind),
+                    "counts": {colour: len(v) for colour, v in groups.items()},
+                    "wrong": _auroc(groups["wrong"], groups["right"]),
+                    "ood": _auroc(groups["ood"], values) if "ood" in groups else None,
+                }
+            )
+    return found
 
 
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
+def _auroc(positive: torch.Tensor, negative: torch.Tensor) -> float | None:
+    return auroc(positive, negative) if len(positive) and len(negative) else None
