@@ -109,7 +109,7 @@ def reparameterized(twin: Any, bayes: BayesianModel) -> Any:
 def add_lora(base: nn.Module, rank: int, targets: tuple[str, ...], task: str, **how: Any) -> Any:
     """Return a PEFT model whose LoRA is random, of a trained adapter's size (B at 0.02)."""
     config = LoraConfig(task_type=task, r=rank, lora_alpha=2 * rank, target_modules=list(targets))
-    model: Any = get_peft_model(base, config, **how)  # type: ignore[arg-type]
+    model: Any = get_peft_model(base, config, **how)
     for name, p in model.named_parameters():
         if "lora_B" in name:
             p.data.normal_(0, 0.02)
@@ -206,20 +206,27 @@ def random_case(shape: Shape, adapter: str, bench: Bench) -> tuple[Case, Any]:
 # --- real models ----------------------------------------------------------------------------------
 
 
-def stories(shared: Path, device: torch.device) -> Case:
-    """Return a trained Llama of 260K parameters on the first rows of its validation set.
+STORIES, STORIES_ADAPTER = "models/stories260K", "adapters/stories260K-clinc-domain"
 
-    Its task is the next token among 10 choices, its adapter r = 8 on six layers a block.
+
+def stories_model(shared: Path) -> nn.Module:
+    """Return a trained Llama of 260K parameters; its task is the next token among 10 choices.
+
+    The adapter has r = 8 on six layers a block, and was trained on the labels' last tokens.
     """
-    base, adapter = shared / "models/stories260K", shared / "adapters/stories260K-clinc-domain"
-    made = [tfb.load_adapter(tfb.load_base(base, adapter), adapter).to(device) for _ in range(2)]
-    bayes = tfb.bayesianize(made[0], label_tokens="last")  # as the adapter was trained
-    tokenizer = AutoTokenizer.from_pretrained(str(base))
+    base, adapter = shared / STORIES, shared / STORIES_ADAPTER
+    return tfb.load_adapter(tfb.load_base(base, adapter), adapter)
+
+
+def stories(shared: Path, device: torch.device) -> Case:
+    """Return that Llama on the first rows of its validation set."""
+    model, plain = (stories_model(shared).to(device) for _ in range(2))
+    bayes = tfb.bayesianize(model, label_tokens="last")
+    tokenizer = AutoTokenizer.from_pretrained(str(shared / STORIES))
     rows = read_rows(shared / "data/clinc-domain/validation.jsonl", limit=ROWS)
     encoded = encode(bayes, rows, tokenizer)
-    pad = bayes.pad_token_id
-    batch = next(iter(batches(encoded, batch_size=ROWS, pad_token_id=pad))).to(device)
-    twin = reparameterized(made[1], bayes)
+    batch = next(iter(batches(encoded, batch_size=ROWS, pad_token_id=bayes.pad_token_id)))
+    batch, twin = batch.to(device), reparameterized(plain, bayes)
     return Case("stories260K", bayes, twin, batch.model_inputs(), batch.label_ids)
 
 

@@ -170,6 +170,9 @@ class Contender:
         self.repeats = max(self.copies, min(math.ceil(MIN_TIME / once), MAX_REPEATS))
         self.seconds = once * self.repeats
 
+    def described(self, rounds: int) -> Row:
+        return {"rounds": rounds, "repeats": self.repeats, "peak_bytes": self.peak_bytes}
+
     def run(self) -> None:
         if self.graph is not None:
             self.graph.replay()
@@ -262,18 +265,10 @@ def compare(
     left_out = dict(skipped or {})
     contenders = _start(bench, steps, copies, graphs, left_out)
     times = _times(benchmark, bench, contenders, rounds)
-    medians = {
-        k: quantiles(v)
-        | {
-            "rounds": len(v),
-            "repeats": contenders[k].repeats,
-            "peak_bytes": contenders[k].peak_bytes,
-        }
-        for k, v in times.items()
-    }
+    found: Row = {k: quantiles(v) | contenders[k].described(len(v)) for k, v in times.items()}
     row: Row = {
         **heading(bench, suite, measure, point),
-        "contenders": medians,
+        "contenders": found,
         "ratios": _ratios(times, "ours"),
         "skipped": left_out,
         "graphs": graphs and bench.device.type == "cuda",
@@ -282,7 +277,7 @@ def compare(
     if unit is not None:
         row["in_units_of"] = {"name": unit, "ratios": _ratios(times, unit)}
     if work is not None:
-        row["floor"] = _floor(work, bench.ceilings, medians["ours"]["median"])
+        row["floor"] = _floor(work, bench.ceilings, found["ours"]["median"])
     row["losses"] = [
         f"{k} is {1 / r['median']:.2f}x faster"
         for k, r in row["ratios"].items()

@@ -178,9 +178,9 @@ def steps(job: Job, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> d
             found[kind] = Step(partial(generate, A, grouped, seed, 0, RANK, n, dtype))
         elif job.kernel == "merge":
             sigmas = torch.tensor([0.1, -0.1] * STREAMS, device=device)
-            factors = (A, randn(m, RANK), torch.ones(RANK, device=device))
-            drawn = (sigmas, streams, streams.repeat_interleave(2), 2, seed)
-            samples = Samples(*factors, *drawn, 0, 1.0)
+            B, inv_d = randn(m, RANK), torch.ones(RANK, device=device)
+            index = streams.repeat_interleave(2)
+            samples = Samples(A, B, inv_d, sigmas, streams, index, 2, seed, 0, 1.0)
             found[kind] = Step(partial(_merge, merge, randn(m, n), samples, randn(DRAWS, m, n)))
         else:
             found[kind] = _expand_step(job, m, kind == "shared", randn, device)

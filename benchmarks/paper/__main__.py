@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from benchmarks.environment import results_folder
@@ -12,11 +13,14 @@ from benchmarks.paper.prompts import FORMS
 from benchmarks.timing import Bench
 from tfb.cli.console import write_json
 
-DEFAULTS = run.Setting("", "", "mle", ())
+DEFAULTS = run.Setting("", "", "mle", tasks.TRAINED)
+NAMES = tuple(field.name for field in fields(run.Setting))
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return a parser whose options have the names of a setting's fields."""
     made = argparse.ArgumentParser(prog="python -m benchmarks.paper", description=__doc__)
+    made.set_defaults(**{name: getattr(DEFAULTS, name) for name in NAMES})
     add = made.add_argument
     add("--base", required=True, help="base model: folder or hub name")
     add(
@@ -24,17 +28,16 @@ def parser() -> argparse.ArgumentParser:
         required=True,
         help="folder, hub name or owner/repository/folder; {task} and {seed} are filled in",
     )
-    add("--kind", choices=run.KINDS, default="mle", help="what trained it (default: mle)")
+    add("--kind", choices=run.KINDS, help=f"what trained it (default: {DEFAULTS.kind})")
     add(
         "--checkpoint",
         choices=run.CHECKPOINTS,
-        default="peft",
         help="published: the authors' files, of which the mean is taken",
     )
     add(
         "--task",
+        dest="tasks",
         nargs="+",
-        default=list(tasks.TRAINED),
         metavar="TASK",
         help=f"default: {' '.join(tasks.TRAINED)}",
     )
@@ -45,54 +48,46 @@ def parser() -> argparse.ArgumentParser:
         help=f"evaluate {tasks.OOD_FROM}'s adapter on these too; without a name: "
         f"{' '.join(tasks.OOD)}",
     )
-    add("--seeds", nargs="+", type=int, default=list(DEFAULTS.seeds))
+    add("--seeds", nargs="+", type=int)
     add("--data", type=Path, help="folder of the tasks' files; default: from the hub")
     add(
         "--split",
         choices=("validation", "test"),
-        default="validation",
         help="evaluated rows; validation, as the scripts, by default",
     )
     add(
         "--prompts",
+        dest="form",
         choices=FORMS,
-        default="script",
         help="script: as published adapters were trained; plain: without the scripts' slips",
     )
     add(
         "--anchors",
         choices=tasks.ANCHORS,
-        default="train",
         help="train: training rows, as the paper; held-out: taken out of the evaluated rows",
     )
-    add("--anchor-rows", type=int, default=DEFAULTS.anchor_rows)
-    add("--objective", default=DEFAULTS.objective, help="max_variance, min_nll or gvi")
-    add("--tolerance", type=float, default=DEFAULTS.tolerance)
+    add("--anchor-rows", type=int)
+    add("--objective", help="max_variance, min_nll or gvi")
+    add("--tolerance", type=float)
     add("--compat", choices=("reference",), help="reference: search as the authors' scripts do")
-    add("--draws", type=int, default=DEFAULTS.draws, help="posterior draws of the evaluation")
-    add("--batch-size", type=int, default=DEFAULTS.batch_size)
+    add("--draws", type=int, help="posterior draws of the evaluation")
+    add("--batch-size", type=int)
     add("--limit", type=int, help="first rows of each evaluated split: to try it out, no result")
     add("--json", type=Path, help="also write this run's rows to a new file")
     add("--record", action="store_true", help="append the rows to benchmarks/results/paper.jsonl")
-    return made  # fmt: skip
+    return made
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what the arguments say and print its tables; a mistake ends in one line and status 1."""
     options = parser().parse_args(arguments)
-    ood = () if options.ood is None else tuple(options.ood) or tasks.OOD
-    setting = run.Setting(
-        base=options.base, adapter=options.adapter, kind=options.kind,
-        tasks=tuple(dict.fromkeys(options.task)), ood=ood,
-        seeds=tuple(dict.fromkeys(options.seeds)), checkpoint=options.checkpoint,
-        data=options.data, split=options.split, form=options.prompts, anchors=options.anchors,
-        anchor_rows=options.anchor_rows, objective=options.objective, tolerance=options.tolerance,
-        compat=options.compat, draws=options.draws, batch_size=options.batch_size,
-        limit=options.limit,
-    )  # fmt: skip
-    bench = Bench.untimed(
-        results_folder() if options.record else None, toy=options.limit is not None
-    )
+    if options.ood == []:
+        options.ood = tasks.OOD
+    for name in ("tasks", "ood", "seeds"):
+        setattr(options, name, tuple(dict.fromkeys(getattr(options, name))))
+    setting = run.Setting(**{name: getattr(options, name) for name in NAMES})
+    results = results_folder() if options.record else None
+    bench = Bench.untimed(results, toy=options.limit is not None)
     found = []
     try:
         if options.json is not None and options.json.exists():

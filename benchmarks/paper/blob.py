@@ -2,17 +2,9 @@
 
     python -m benchmarks.paper.blob CHECKPOINT OUT
 
-Their wrapper is a PEFT model around a PEFT model, so keys begin twice, "base_model.model.base_model
-.model.", which PEFT loads as a silent no-op and ``tfb.load_adapter`` refuses. BLoB's posterior
-(arXiv 2406.11675) is Gaussian in A: lora_A holds its mean, lora_A_rho the square roots of its
-standard deviations. The mean A and B are taken; what is left out is reported:
-
-    lora_A_rho                                      TFB puts a variance of its own in its place
-    lm_head.*.weight, embed_tokens.*.weight         copies of the base's frozen weights, which PEFT
-                                                    adds where the output embedding is adapted
-
-Any other key is refused by name. Written from the scripts' sources and tested on what PEFT writes
-of a model wrapped as theirs is: the published files themselves could not be had here.
+Their wrapper is a PEFT model around a PEFT model, so keys have their prefix twice, which PEFT loads
+as a silent no-op and ``tfb.load_adapter`` refuses. Written from the scripts' sources and tested on
+what PEFT writes of a model wrapped as theirs is: the published files could not be had here.
 """
 
 from __future__ import annotations
@@ -40,7 +32,10 @@ from tfb.posterior import AdapterError
 
 PREFIX = "base_model.model."
 FACTOR = re.compile(r"(?P<module>.+)\.(?P<factor>lora_A|lora_B)\.weight")
+# BLoB's posterior (arXiv 2406.11675) is Gaussian in A: lora_A holds its mean, lora_A_rho the square
+# roots of its standard deviations, in whose place TFB puts a variance of its own.
 RHO = re.compile(r"(?P<module>.+)\.lora_A_rho")
+# Of the base's frozen weights, which PEFT adds where the output embedding is adapted.
 COPY = re.compile(r"(?:.+\.)?(?P<name>lm_head|embed_tokens)\.(?:base_layer\.)?weight")
 
 
@@ -49,8 +44,9 @@ class MeanAdapter:
     """A checkpoint's mean, written as a PEFT folder.
 
     Attributes:
-        folder: where. modules: how many have a LoRA. left_out: tensors by kind, "lora_A_rho",
-            "lm_head" or "embed_tokens".
+        folder: Where it lies.
+        modules: How many have a LoRA.
+        left_out: How many tensors of each kind: "lora_A_rho", "lm_head", "embed_tokens".
     """
 
     folder: Path
@@ -66,12 +62,13 @@ def mean_adapter(checkpoint: str | Path, folder: str | Path) -> MeanAdapter:
     """Write the mean of a published checkpoint to a new PEFT folder, all of it or nothing.
 
     Args:
-        checkpoint: a local folder or a name for :func:`find_adapter`. folder: absent or empty.
+        checkpoint: A local folder or a name for :func:`find_adapter`.
+        folder: Absent or empty.
 
     Raises:
-        AdapterError: no checkpoint there, an ordinary adapter, a key that is not understood, a
+        AdapterError: No checkpoint there, an ordinary adapter, a key that is not understood, a
             module without A or B, or a rho of another shape than its A.
-        ArtifactError: the folder holds something.
+        ArtifactError: The folder holds something.
     """
     path = check_output_folder(folder)
     source = adapter_folder(find_adapter(checkpoint))
@@ -85,10 +82,13 @@ def mean_adapter(checkpoint: str | Path, folder: str | Path) -> MeanAdapter:
 
 
 def find_adapter(name: str | Path) -> Path:
-    """The local folder of an adapter: a folder, or a hub name "owner/repository[/folder/in/it]".
+    """Return the local folder of an adapter.
+
+    Args:
+        name: A folder, or a hub name "owner/repository[/folder/in/it]".
 
     Raises:
-        AdapterError: neither a folder nor to be had from the hub.
+        AdapterError: Neither a folder nor to be had from the hub.
     """
     if Path(name).is_dir() or len(parts := str(name).split("/")) <= 2:
         return local_folder(name, [CONFIG, WEIGHTS])
@@ -100,7 +100,7 @@ def find_adapter(name: str | Path) -> Path:
 def _sort(
     checkpoint: str | Path, shapes: dict[str, list[int]]
 ) -> tuple[dict[str, str], dict[str, int]]:
-    """Our key -> theirs, and how many tensors of each kind are left out."""
+    """Return their key by ours, and how many tensors of each kind are left out."""
     taken: dict[str, str] = {}
     rhos: dict[str, str] = {}
     unknown: list[str] = []

@@ -1,21 +1,8 @@
 """Questions as next-token tasks: prompts, choices and label tokens.
 
 The templates are those of the authors' scripts (Wang-ML-Lab/bayesian-peft), because a published
-adapter knows no other. ``form`` says how literally:
-
-    script   as published adapters were trained. In ARC and OpenBookQA a choice is "text) A", its
-             letter behind it, and OpenBookQA's heading is spelt "Chioces:". The label tokens are
-             the last tokens of "A", "B", ... encoded alone, without the space that Llama 3 would
-             put there. BoolQ's tokens are exchanged: the adapter was trained to answer a question
-             whose answer is yes with the token of "False".
-    plain    the same templates without these slips: "A) text", "Choices:", true is "True", and the
-             label tokens are those that continue the prompt (:mod:`tfb.data.encoding`). For adapters of
-             one's own.
-
-Different from the scripts in both forms: choices are always lettered A, B, C, ... (a few ARC
-questions come with "1" to "4", which the scripts print and then score by letters); a question is
-scored over its own three to five choices (the scripts score every ARC question over five letters);
-nothing is truncated (the scripts cut prompts at 300 tokens, at their end).
+adapter knows no other: in form "script" with all their slips, in form "plain" without them, for
+adapters of one's own. README.md of this folder has the differences in full.
 """
 
 from __future__ import annotations
@@ -44,28 +31,28 @@ TRUE_FALSE = ("True", "False")
 
 
 def boolq_stem(passage: str, question: str) -> str:
-    """A BoolQ question's stem: the passage, cut as in the scripts, and the question."""
+    """Return a BoolQ question's stem: the passage, cut as in the scripts, and the question."""
     return f"{passage[:PASSAGE]}\nQuestion: {question}"
 
 
 def lettered(question: Question, id: str, form: str) -> Row:
-    """WinoGrande and MMLU: "A) text" in both forms."""
+    """Ask WinoGrande and MMLU: "A) text" in both forms."""
     return _row(question, id, "Choices", letter_first=True)
 
 
 def arc(question: Question, id: str, form: str) -> Row:
-    """ARC: the letter behind the text in form "script"."""
+    """Ask ARC: the letter behind the text in form "script"."""
     return _row(question, id, "Choices", letter_first=form == "plain")
 
 
 def openbookqa(question: Question, id: str, form: str) -> Row:
-    """OpenBookQA: as ARC, with the scripts' spelling of the heading in form "script"."""
+    """Ask OpenBookQA as ARC, with the scripts' spelling of the heading in form "script"."""
     heading = "Choices" if form == "plain" else "Chioces"
     return _row(question, id, heading, letter_first=form == "plain")
 
 
 def boolq(question: Question, id: str, form: str) -> Row:
-    """BoolQ: the words themselves are the choices; exchanged in form "script"."""
+    """Ask BoolQ: the words themselves are the choices; exchanged in form "script"."""
     label = question.label if form == "plain" else 1 - question.label
     return Row(
         id=id, prompt=BOOLQ.format(stem=question.stem), choices=TRUE_FALSE, label=label, source=id
@@ -81,13 +68,16 @@ def _row(question: Question, id: str, heading: str, *, letter_first: bool) -> Ro
 
 
 def encode(rows: Sequence[Row], tokenizer: Any, config: Any, form: str) -> EncodedRows:
-    """Rows encoded by the product; in form "script" with the scripts' label tokens.
+    """Encode rows as the product does; in form "script" with the scripts' label tokens.
 
     Args:
-        config: the base model's configuration.
+        rows: Questions that were asked.
+        tokenizer: The base model's.
+        config: The base model's configuration.
+        form: "script" or "plain".
 
     Raises:
-        RowError: a row that the tokenizer or the model cannot take, or, in form "script", choices
+        RowError: A row that the tokenizer or the model cannot take, or, in form "script", choices
             that are no single token or share one.
     """
     label_tokens = "all" if form == "plain" else "last"  # which leaves prompts as they are
@@ -106,10 +96,10 @@ def encode(rows: Sequence[Row], tokenizer: Any, config: Any, form: str) -> Encod
 
 
 def label_token(choice: str, tokenizer: Any) -> int:
-    """The scripts' label token of a choice: the last one of the choice encoded alone.
+    """Return the scripts' label token of a choice: the last one of the choice encoded alone.
 
     Raises:
-        RowError: the choice is more than one token, a leading space apart.
+        RowError: The choice is more than one token, a leading space apart.
     """
     ids = tokenizer(choice, add_special_tokens=False)["input_ids"]
     if not ids or tokenizer.decode(ids[-1:]).strip() != choice:

@@ -19,10 +19,15 @@ from benchmarks.calibration.reference_rule import fit_reference
 from benchmarks.paper import prompts, tasks
 from benchmarks.paper.blob import find_adapter, mean_adapter
 from benchmarks.timing import Bench, Row, record
-from tfb.adapters.loading import adapter_config, adapter_folder
+from tfb.adapters.loading import (
+    adapter_config,
+    adapter_folder,
+    load_tokenizer,
+    set_padding,
+    to_device,
+)
 from tfb.data.batching import EncodedRows
 from tfb.posterior import AdapterError
-from tfb.adapters.loading import load_tokenizer, set_padding, to_device
 from tfb.scoring.evaluate import evaluations
 from tfb.search.fit import SEARCH_DRAWS, check_arguments, fit_sigma
 from tfb.search.loss import AnchorSet
@@ -37,15 +42,25 @@ class Setting:
     """One call of the command.
 
     Attributes:
-        base: folder or hub name. adapter: the same, or owner/repository/folder/in/it; {task} stands
-            for the task's name in the scripts, {seed} for the seed. kind: what it was trained by.
-        ood: tasks on which the adapter of OpenBookQA is evaluated too.
+        base: Folder or hub name of the base model.
+        adapter: The same, or owner/repository/folder/in/it; {task} stands for the task's name in
+            the scripts, {seed} for the seed.
+        kind: What the adapter was trained by.
+        tasks: Whose adapters are evaluated.
+        ood: Tasks on which the adapter of OpenBookQA is evaluated too.
+        seeds: Of the adapters and of the noise.
         checkpoint: "published" adapters go through :mod:`benchmarks.paper.blob`.
-        data: folder of the tasks' files, None: the hub. split: "validation" or "test".
-        form: of the prompts. anchors: "train" or "held-out". anchor_rows: how many.
-        objective, tolerance: of ``fit_sigma``. compat: "reference" searches as the authors' scripts
-            do. draws: of the evaluation.
-        limit: first rows of each evaluated split; such figures are toys.
+        data: Folder of the tasks' files; None: the hub.
+        split: "validation" or "test".
+        form: Of the prompts.
+        anchors: "train" or "held-out".
+        anchor_rows: How many anchors.
+        objective: Of the search.
+        tolerance: Of the search.
+        compat: "reference" searches as the authors' scripts do.
+        draws: Of the evaluation.
+        batch_size: Rows a batch.
+        limit: First rows of each evaluated split; such figures are toys.
     """
 
     base: str
@@ -68,7 +83,11 @@ class Setting:
     limit: int | None = None
 
     def check(self) -> None:
-        """Raise ValueError for settings that cannot work; reads no data and loads no model."""
+        """Refuse settings that cannot work; read no data and load no model.
+
+        Raises:
+            ValueError: A setting cannot work, by name.
+        """
         for name in self.tasks:
             tasks.task_of(name, trained=True)
         for name in self.ood:
@@ -92,15 +111,15 @@ class Setting:
             raise ValueError(f"--data {self.data}: there is no such folder")
 
     def evaluated(self, task: str) -> tuple[str, ...]:
-        """The tasks whose rows the adapter of ``task`` is evaluated on."""
+        """Return the tasks whose rows the adapter of ``task`` is evaluated on."""
         shifted = self.ood if task == tasks.OOD_FROM else ()
         return tuple(dict.fromkeys((task, *shifted)))
 
     def adapter_of(self, task: str, seed: int) -> str:
-        """The adapter's name.
+        """Return the adapter's name.
 
         Raises:
-            ValueError: the pattern has another placeholder than {task} and {seed}.
+            ValueError: The pattern has another placeholder than {task} and {seed}.
         """
         try:
             return self.adapter.format(task=tasks.TASKS[task].script, seed=seed)
@@ -110,12 +129,9 @@ class Setting:
             ) from error
 
     def described(self) -> dict[str, Any]:
-        """What, beside adapter and rows, a figure depends on."""
-        names = (
-            "split", "form", "anchors", "anchor_rows", "objective", "tolerance", "compat", "draws",
-            "limit",
-        )  # fmt: skip
-        return {name: getattr(self, name) for name in names}
+        """Return what, beside adapter and rows, a figure depends on."""
+        names = ("split", "form", "anchors", "anchor_rows", "objective", "tolerance", "compat")
+        return {name: getattr(self, name) for name in (*names, "draws", "limit")}
 
 
 @dataclass(frozen=True)
@@ -130,9 +146,9 @@ def run(setting: Setting, bench: Bench) -> Iterator[Row]:
     """Yield the rows, recorded as they come.
 
     Raises:
-        ValueError: settings, data or adapters that cannot work, before any weights are loaded; a
+        ValueError: Settings, data or adapters that cannot work, before any weights are loaded; a
             search that finds no sigma.
-        ImportError: no ``datasets`` for data from the hub.
+        ImportError: No ``datasets`` for data from the hub.
     """
     setting.check()
     config, tokenizer = _base(setting.base)
@@ -167,8 +183,8 @@ def _prepare(setting: Setting, name: str, tokenizer: Any, config: Any) -> Prepar
     def load(task: str, split: str) -> list[Any]:
         return tasks.load_rows(task, split, setting.data, setting.form)
 
-    tables = {on: load(on, tasks.evaluation_split(on, setting.split)) for on in
-              setting.evaluated(name)}  # fmt: skip
+    splits = {on: tasks.evaluation_split(on, setting.split) for on in setting.evaluated(name)}
+    tables = {on: load(on, split) for on, split in splits.items()}
     train = load(name, "train") if setting.anchors == "train" else None
     anchors, tables[name] = tasks.choose_anchors(tables[name], setting.anchor_rows, train)
     encoded = Prepared(
@@ -183,7 +199,7 @@ def _prepare(setting: Setting, name: str, tokenizer: Any, config: Any) -> Prepar
 
 
 def _adapter(setting: Setting, task: str, seed: int, scratch: Path) -> Path:
-    """The adapter's local folder; a published checkpoint's mean goes to ``scratch``."""
+    """Return the adapter's local folder; a published checkpoint's mean goes to ``scratch``."""
     name = setting.adapter_of(task, seed)
     if setting.checkpoint == "peft":
         return adapter_folder(find_adapter(name))
@@ -196,7 +212,7 @@ def check_fits(config: Any, folder: Path) -> None:
     """Load the adapter onto the base model without weights (torch's device "meta").
 
     Raises:
-        AdapterError: another task than CAUSAL_LM, or keys or shapes that do not fit.
+        AdapterError: Another task than CAUSAL_LM, or keys or shapes that do not fit.
     """
     from transformers import AutoModelForCausalLM
 
@@ -232,33 +248,39 @@ def _measure(
     except SearchError as error:
         raise SearchError(f"{task}, seed {seed}: {error}") from error
     for on, rows in encoded.rows.items():
-        found = evaluations(
-            bayes, rows, dataset=on, draws=setting.draws, batch_size=setting.batch_size,
-        )  # fmt: skip
-        for evaluation in found:
+        how = {"draws": setting.draws, "batch_size": setting.batch_size}
+        split = tasks.evaluation_split(on, setting.split)
+        for evaluation in evaluations(bayes, rows, dataset=on, **how):
             point = {
-                "base": shown(setting.base), "kind": setting.kind,
-                "adapter": shown(setting.adapter), "task": task, "on": on, "seed": seed,
+                "base": shown(setting.base),
+                "kind": setting.kind,
+                "adapter": shown(setting.adapter),
+                "task": task,
+                "on": on,
+                "seed": seed,
                 "method": evaluation.name,
-                "setting": setting.described() | {"split": tasks.evaluation_split(on,
-                                                                                  setting.split)},
-            }  # fmt: skip
+                "setting": setting.described() | {"split": split},
+            }
             sampled = evaluation.name == "tfb"
             values = {
-                "suite": "paper", "measure": "paper", "point": point, "device": bayes.device.type,
-                "toy": bench.toy, "dtype": str(bayes.dtype).removeprefix("torch."),
+                "suite": "paper",
+                "measure": "paper",
+                "point": point,
+                "device": bayes.device.type,
+                "toy": bench.toy,
+                "dtype": str(bayes.dtype).removeprefix("torch."),
                 **evaluation.metrics.to_dict(),
                 "anchors": len(encoded.anchors),
                 "sigma": fit.sigma if sampled else 0.0,
                 "interval": fit.interval if sampled else None,
                 "search_passes": fit.passes if sampled else None,
                 "notes": list(fit.notes) if sampled else [],
-            }  # fmt: skip
+            }
             yield record(bench, values)
 
 
 def shown(name: str) -> str:
-    """A hub name as it is; of a local folder its last part: rows carry no path of a machine."""
+    """Return a hub name as it is, of a local folder its last part: rows carry no path."""
     path = Path(name)
     local = path.is_absolute() or path.is_dir() or path.parent.is_dir()
     return path.name if local else name

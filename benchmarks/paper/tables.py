@@ -30,7 +30,7 @@ NOT_RUN = (
 
 
 def line(row: Row) -> str:
-    """One row, as it is measured."""
+    """Return one row, as it is measured."""
     p = row["point"]
     figures = ", ".join(f"{UNITS[m]} {_figure(m, row[f])}" for m, (f, _, _) in METRICS.items())
     name = KINDS[p["kind"]] + METHODS[p["method"]]
@@ -39,7 +39,7 @@ def line(row: Row) -> str:
 
 
 def results(rows: Sequence[Row]) -> str:
-    """All tables of these rows, each setting and base model apart."""
+    """Return all tables of these rows, each setting and base model apart."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         p = row["point"]
@@ -57,7 +57,7 @@ def results(rows: Sequence[Row]) -> str:
 
 
 def paper_table(rows: Sequence[Row]) -> str:
-    """What stands in README.md of this folder: it says so where Llama-3.1-8B has not been run."""
+    """Return what stands in README.md here: it says so where Llama-3.1-8B has not been run."""
     parts = []
     if not any(r["point"]["base"] in PUBLISHED["base"] for r in rows):
         parts += [NOT_RUN, _table([], TRAINED, None, base=PUBLISHED["base"][0])]
@@ -83,7 +83,14 @@ def _heading(group: Sequence[Row]) -> str:
 def _table(
     rows: Sequence[Row], columns: Sequence[str], trained_on: str | None, base: str | None = None
 ) -> str:
-    """Metrics and methods down, tasks across. ``trained_on`` None: each task's own adapter."""
+    """Return metrics and methods down, tasks across.
+
+    Args:
+        rows: Of one setting.
+        columns: The tasks.
+        trained_on: The adapter's task; None: each task's own adapter.
+        base: The base model's name, for a table without rows.
+    """
     base = rows[0]["point"]["base"] if rows else base
     measured = {(r["point"]["task"], r["point"]["on"]) for r in rows}
     complete = trained_on is None and base in PUBLISHED["base"]
@@ -110,7 +117,7 @@ def _cell(
     task: str,
     on: str,
 ) -> str:
-    """ "mean ± sd [published]"; either may be missing."""
+    """Return the cell "mean ± sd [published]"; either may be missing."""
     wanted = {"kind": kind, "method": method, "task": task, "on": on}
     field, factor, digits = METRICS[metric]
     values = [

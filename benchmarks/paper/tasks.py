@@ -1,18 +1,8 @@
 """The paper's data sets, from the hub or from a folder of the same files, as the product's rows.
 
-    task             hub                            files under --data
-    WG-S, WG-M       allenai/winogrande             winogrande/train_{s,m}.jsonl, dev.jsonl
-    ARC-C, ARC-E     allenai/ai2_arc                arc/ARC-{Challenge,Easy}/{split}.json
-    OBQA             allenai/openbookqa             openbookqa/{train,dev,test}.tsv
-    BoolQ            google/boolq                   boolq/{train,dev}.jsonl
-    Chem, Phy        cais/mmlu, college subjects    mmlu/test/{subject}_test.csv
-    Chem-HS, Phy-HS  cais/mmlu, high school
-
-Chem and Phy are the college subjects, as in the scripts, which evaluate on "validation" everywhere
-but in MMLU (only "test" there). A row's id is task, split and row number, so that both sources give
-equal rows where they hold the same questions in the same order.
-
-To add a task: an entry of ``TASKS``.
+The scripts evaluate on "validation" everywhere but in MMLU, which has only "test". A row's id is
+task, split and row number, so that both sources give equal rows where they hold the same questions
+in the same order. To add a task: an entry of ``TASKS``.
 """
 
 from __future__ import annotations
@@ -40,10 +30,13 @@ class TaskSpec:
     """Where a task's questions are and how they are asked.
 
     Attributes:
-        script: the task's name in the scripts, and so in the paths of published adapters.
-        hub, config: names for ``datasets.load_dataset``. parse: a question from a hub record.
-        files: a path under --data for each split. read: the questions of such a file.
-        ask: a row from a question, an id and a form of the prompts.
+        script: The task's name in the scripts, and so in the paths of published adapters.
+        hub: The data set's name for ``datasets.load_dataset``.
+        config: The configuration's.
+        files: A path in the folder of data for each split.
+        parse: Makes a question of a hub record.
+        read: Reads the questions of such a file.
+        ask: Makes a row of a question, an id and a form of the prompts.
     """
 
     script: str
@@ -61,7 +54,7 @@ def parse_winogrande(record: Record) -> tuple[str, Sequence[str], int]:
 
 
 def parse_arc(record: Record) -> tuple[str, Sequence[str], int]:
-    """Labels are "A" to "E" or "1" to "5"; their place among the choices is what counts."""
+    """Parse labels "A" to "E" or "1" to "5": their place among the choices is what counts."""
     choices = record["choices"]
     label = list(choices["label"]).index(record["answerKey"])
     return record["question"], choices["text"], label
@@ -81,10 +74,10 @@ def parse_mmlu(record: Record) -> tuple[str, Sequence[str], int]:
 
 
 def read_boolq(path: Path) -> list[Question]:
-    """BoolQ's train.jsonl or dev.jsonl.
+    """Read BoolQ's train.jsonl or dev.jsonl.
 
     Raises:
-        ValueError: a file that cannot be read or a row of another shape, by name.
+        ValueError: A file that cannot be read or a row of another shape, by name.
     """
     found = []
     try:
@@ -104,10 +97,8 @@ def read_boolq(path: Path) -> list[Question]:
 
 def _winogrande(size: str) -> TaskSpec:
     files = {"train": f"winogrande/train_{size}.jsonl", "validation": "winogrande/dev.jsonl"}
-    return TaskSpec(
-        f"winogrande_{size}", "allenai/winogrande", f"winogrande_{size}", files,
-        parse_winogrande, questions.winogrande, prompts.lettered,
-    )  # fmt: skip
+    name, how = f"winogrande_{size}", (parse_winogrande, questions.winogrande, prompts.lettered)
+    return TaskSpec(name, "allenai/winogrande", name, files, *how)
 
 
 def _arc(name: str) -> TaskSpec:
@@ -128,21 +119,32 @@ TASKS = {
     "ARC-E": _arc("ARC-Easy"),
     "WG-M": _winogrande("m"),
     "OBQA": TaskSpec(
-        "obqa", "allenai/openbookqa", "main",
-        {"train": "openbookqa/train.tsv", "validation": "openbookqa/dev.tsv",
-         "test": "openbookqa/test.tsv"},
-        parse_openbookqa, questions.openbookqa, prompts.openbookqa,
+        "obqa",
+        "allenai/openbookqa",
+        "main",
+        {
+            "train": "openbookqa/train.tsv",
+            "validation": "openbookqa/dev.tsv",
+            "test": "openbookqa/test.tsv",
+        },
+        parse_openbookqa,
+        questions.openbookqa,
+        prompts.openbookqa,
     ),
     "BoolQ": TaskSpec(
-        "boolq", "google/boolq", None,
+        "boolq",
+        "google/boolq",
+        None,
         {"train": "boolq/train.jsonl", "validation": "boolq/dev.jsonl"},
-        parse_boolq, read_boolq, prompts.boolq,
+        parse_boolq,
+        read_boolq,
+        prompts.boolq,
     ),
     "Chem": _mmlu("MMLU-chem", "college_chemistry"),
     "Phy": _mmlu("MMLU-phy", "college_physics"),
     "Chem-HS": _mmlu("MMLU-chem-hs", "high_school_chemistry"),
     "Phy-HS": _mmlu("MMLU-phy-hs", "high_school_physics"),
-}  # fmt: skip
+}
 TRAINED = tuple(name for name, task in TASKS.items() if "train" in task.files)
 OOD_FROM = "OBQA"
 OOD = ("ARC-C", "ARC-E", "Chem", "Phy")
@@ -150,10 +152,10 @@ OOD = ("ARC-C", "ARC-E", "Chem", "Phy")
 
 
 def task_of(name: str, *, trained: bool = False) -> TaskSpec:
-    """The task of that name; with ``trained``, one that has training rows.
+    """Return the task of that name; with ``trained``, one that has training rows.
 
     Raises:
-        ValueError: there is none.
+        ValueError: There is none.
     """
     known = TRAINED if trained else tuple(TASKS)
     if name not in known:
@@ -162,10 +164,10 @@ def task_of(name: str, *, trained: bool = False) -> TaskSpec:
 
 
 def evaluation_split(name: str, wanted: str) -> str:
-    """The split whose rows are evaluated: the wanted one, or the only one there is (MMLU).
+    """Return the split whose rows are evaluated: the wanted one, or the only one there is (MMLU).
 
     Raises:
-        ValueError: the task has no labelled rows in it.
+        ValueError: The task has no labelled rows in it.
     """
     splits = [split for split in TASKS[name].files if split != "train"]
     if TASKS[name].hub == "cais/mmlu":
@@ -178,11 +180,11 @@ def evaluation_split(name: str, wanted: str) -> str:
 
 
 def load_rows(name: str, split: str, data: Path | None, form: str) -> list[Row]:
-    """A task's rows: from the folder ``data``, or, without one, from the hub.
+    """Load a task's rows from the folder ``data``, or, without one, from the hub.
 
     Raises:
-        ValueError: a file that is missing or of another shape, by name, or a hub record that is.
-        ImportError: the package ``datasets`` is missing (hub only).
+        ValueError: A file that is missing or of another shape, by name, or a hub record that is.
+        ImportError: The package ``datasets`` is missing (hub only).
     """
     task = task_of(name)
     if data is None:
@@ -198,10 +200,10 @@ def load_rows(name: str, split: str, data: Path | None, form: str) -> list[Row]:
 
 
 def rows_of_records(name: str, split: str, records: Iterable[Record], form: str) -> list[Row]:
-    """Rows from records as the hub's data sets have them.
+    """Make rows of records as the hub's data sets have them.
 
     Raises:
-        ValueError: a record of another shape, by task and number.
+        ValueError: A record of another shape, by task and number.
     """
     found = []
     for i, record in enumerate(records):
@@ -239,16 +241,17 @@ def _hub_records(task: TaskSpec, split: str) -> Iterable[Record]:
 def choose_anchors(
     rows: Sequence[Row], anchors: int, train: Sequence[Row] | None
 ) -> tuple[list[Row], list[Row]]:
-    """Anchors, and the rows that are evaluated.
+    """Return the anchors, and the rows that are evaluated.
 
     Args:
-        rows: the split to evaluate. anchors: how many.
-        train: the adapter's training rows, to search sigma on as the paper does, with the anchors
+        rows: The split to evaluate.
+        anchors: How many.
+        train: The adapter's training rows, to search sigma on as the paper does, with the anchors
             that the scripts take (``Dataset.shuffle(seed=42)``); all of ``rows`` are evaluated
             then. None: held-out anchors, which are taken out of ``rows``.
 
     Raises:
-        ValueError: held-out anchors that leave nothing to evaluate.
+        ValueError: Held-out anchors that leave nothing to evaluate.
     """
     source = rows if train is None else train
     order = np.random.default_rng(ORDER_SEED).permutation(len(source))
