@@ -79,8 +79,12 @@ class EncodedRows:
         """Return the rows at `indices`, in that order."""
         keep = list(indices)
         columns = {f.name: getattr(self, f.name) for f in fields(self)}
-        lists = {name: column for name, column in columns.items() if isinstance(column, list)}
-        return replace(self, **{name: [c[i] for i in keep] for name, c in lists.items()})
+        kept: dict[str, Any] = {
+            name: [column[i] for i in keep]
+            for name, column in columns.items()
+            if isinstance(column, list)
+        }
+        return replace(self, **kept)
 
     @cached_property
     def content_hash(self) -> str:

@@ -1,29 +1,4 @@
-"""Task rows to token ids: what the model reads, and by which tokens a choice is scored.
-
-A choice of a causal language model is scored as the continuation of its prompt. ' A' and 'A' are
-different tokens, and which of them follows is the tokenizer's business, so prompt + choice is
-tokenized as one text:
-
-1. Join. Where neither the prompt ends nor the choice starts with whitespace, `separator` (one
-   space) goes between them: "Topic" + "A" is read as "Topic A". After chat messages it is the
-   whitespace that the chat template writes between its generation prompt and an answer.
-2. The prompt's tokens must be a prefix of the whole text's tokens. Where they are not ("Answer: "
-   + "A", where most tokenizers have a token " A"), the whitespace that ends the prompt is moved
-   into the choices, for all choices of the row alike. Where that does not help: `RowError`.
-3. All tokens after the prompt's are the choice's: it is scored by the sum of their
-   log-probabilities (`tfb.sampling.choices`). First tokens that all choices of a row share are moved into
-   the prompt: their probability is a factor of every choice's, so it cancels. Not where sums are
-   divided by the number of tokens, which they would change.
-   `label_tokens="last"` is the convention of the authors' scripts instead: the last token of each
-   choice, right after the prompt.
-
-Where one token of each choice is left, the row is scored by these columns of one position's logits.
-For choices of one token that is the same: a softmax over log-probabilities is one over logits.
-
-Special tokens in front (BOS) are kept, exactly one where the text itself begins with it; those at
-the end (EOS, SEP) are removed from choice rows, since the model is to continue the prompt. Text
-rows keep what the tokenizer adds. Nothing is truncated unless `truncate` says on which side.
-"""
+"""Task rows to token ids: what the model reads, and by which tokens a choice is scored."""
 
 from __future__ import annotations
 
@@ -31,49 +6,64 @@ import re
 import string
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Any, NoReturn
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tfb.data.batching import EncodedRows
 from tfb.data.rows import Row, RowError
 
-Tokenizer = Any  # a transformers tokenizer; importing its type would import all of transformers
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
 Pair = tuple[str, list[str]]  # a prompt, and its choices as they continue it
 Tokens = tuple[list[int], list[list[int]]]  # the same as token ids
 
 LABEL_TOKENS = ("all", "last")
 SIDES = ("left", "right")
-# Rows tokenized in one call: enough to occupy the tokenizer, small enough for memory.
-CHUNK = 1024
+CHUNK = 1024  # rows tokenized in one call: enough to occupy the tokenizer, few enough for memory
 _PUNCTUATION = frozenset(string.punctuation)
 
 
-def check_label_tokens(value: Any) -> None:
+def check_label_tokens(value: str) -> None:
     """Raise ValueError for an unknown convention."""
     if value not in LABEL_TOKENS:
         raise ValueError(f"label_tokens={value!r}: expected one of {', '.join(LABEL_TOKENS)}")
 
 
-def check_truncate(value: Any) -> None:
+def check_truncate(value: str | None) -> None:
     """Raise ValueError for an unknown side."""
     if value is not None and value not in SIDES:
         raise ValueError(f"truncate={value!r}: expected one of {', '.join(SIDES)}, or None")
 
 
 class RowEncoder:
-    """Encodes the rows of one task for one tokenizer and one model; the rule is at the top.
+    """Encodes the rows of one task for one tokenizer and one model.
+
+    Which token follows a prompt, ' A' or 'A', is the tokenizer's business. So the prompt and each
+    choice of a causal language model are tokenized as one text:
+
+    1. `separator` joins them where neither brings whitespace; after chat messages, the whitespace
+       that the template writes before an answer.
+    2. The prompt's tokens must begin the whole text's. Where they do not ("Answer: " + "A", where
+       most tokenizers have a token " A"), the whitespace that ends the prompt moves into all
+       choices of the row. Where that does not help, the row is an error.
+    3. The tokens that follow are the choice's. First tokens that all choices share move into the
+       prompt: their probability cancels. Not where scores are divided by the number of tokens.
+
+    Special tokens in front are kept, exactly one where the text brings its own; those at the end
+    are removed from choice rows, since the model is to continue the prompt.
 
     Args:
         tokenizer: of transformers.
         task: "CAUSAL_LM" and "SEQ_2_SEQ_LM" take choice rows, "SEQ_CLS" text rows.
         num_labels: classes of a SEQ_CLS head.
-        max_length: the most tokens that the model takes; None: the tokenizer's
-            `model_max_length`.
-        label_tokens: "all" tokens of a choice, or the "last" one right after the prompt.
-        length_normalization: how the tokens of a choice are scored, see :mod:`tfb.sampling.choices`.
-        truncate: None: a longer row is an error. "left" or "right": the side on which its prompt
-            or text loses tokens; special tokens and choices stay.
-        separator: goes between prompt and choice where neither brings whitespace; "" joins them
-            directly, for scripts without spaces.
+        max_length: most tokens that the model takes; None: the tokenizer's `model_max_length`.
+        label_tokens: "all" tokens of a choice, or, as in the authors' scripts, the "last" one right
+            after the prompt.
+        length_normalization: how a choice's tokens are scored, see :mod:`tfb.sampling.choices`.
+        truncate: side on which a prompt or text that is too long loses tokens, "left" or "right";
+            None: it is an error.
+        separator: " ", or "" for scripts without spaces.
 
     Raises:
         ValueError: an unknown setting, or fewer than two labels.
@@ -81,7 +71,7 @@ class RowEncoder:
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: PreTrainedTokenizerBase,
         task: str = "CAUSAL_LM",
         *,
         num_labels: int | None = None,
@@ -105,109 +95,98 @@ class RowEncoder:
         self._front, self._back = self._around()
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, task: str, config: Any, **options: Any) -> RowEncoder:
-        """For a model's task and configuration; its weights need not be there."""
+    def of(
+        cls, tokenizer: PreTrainedTokenizerBase, task: str, config: PreTrainedConfig, **options: Any
+    ) -> RowEncoder:
+        """Make an encoder for a model's task and configuration; its weights need not be there."""
         limit = getattr(config, "max_position_embeddings", None)
         if limit is not None and task != "CAUSAL_LM":
             # RoBERTa has 514 positions and takes 512 tokens, which its tokenizer knows.
             limit = min(limit, tokenizer.model_max_length)
-        labels = int(config.num_labels) if task == "SEQ_CLS" else None
+        labels = config.num_labels if task == "SEQ_CLS" else None
         return cls(tokenizer, task, num_labels=labels, max_length=limit, **options)
 
     def __call__(self, rows: Sequence[Row]) -> EncodedRows:
         """Encode rows, in their order.
 
         Raises:
-            RowError: no rows, a row of the other kind, a row longer than the model takes, a label
-                outside the classes, a choice with tokens that the tokenizer does not know, two
-                choices of the same tokens, a prompt that merges with its choices, messages that
-                the chat template refuses, or, of an encoder-decoder, a choice of several tokens.
+            RowError: no rows, or one that cannot be scored; the message says why.
         """
         if not rows:
             raise RowError("there are no rows to encode; give at least one")
         for row in rows:
             self._check_row(row)
-        makers = {"SEQ_CLS": self._texts, "SEQ_2_SEQ_LM": self._answers}
-        return makers.get(self.task, self._choices)(rows)
+        columns = self._texts(rows) if self.task == "SEQ_CLS" else self._choices(rows)
+        return EncodedRows(
+            ids=[row.id for row in rows],
+            labels=[row.label for row in rows],
+            choices=None if self.task == "SEQ_CLS" else [row.choices or () for row in rows],
+            **columns,
+        )
 
-    # --- the three kinds of rows ------------------------------------------------------------------
+    # --- the two kinds of rows --------------------------------------------------------------------
 
-    def _choices(self, rows: Sequence[Row]) -> EncodedRows:
-        """Prompts of a causal language model, and the tokens of their choices."""
-        input_ids, cut, continuations = [], [], []
-        for start in range(0, len(rows), CHUNK):
-            chunk = rows[start : start + CHUNK]
-            for row, tokens in zip(
-                chunk, self._tokens([self._pair(row) for row in chunk]), strict=True
-            ):
-                if tokens is None:
-                    _fail(
-                        row,
-                        "the last token of the prompt merges with the first of a choice",
-                        "end the prompt differently, for instance with a colon or a whole word",
-                    )
-                prompt, choices = tokens
-                if self.label_tokens == "last":
-                    choices = [ids[-1:] for ids in choices]
-                self._check_choices(row, choices)
-                # A choice's last token is scored but never read.
-                prompt, left_out = self._fit(row, prompt, self.limit + 1 - max(map(len, choices)))
-                shared = _shared(choices) if self._shares else 0
-                input_ids.append(prompt + choices[0][:shared])
-                cut.append(left_out)
-                continuations.append(tuple(tuple(ids[shared:]) for ids in choices))
-        single = [all(len(ids) == 1 for ids in choices) for choices in continuations]
-        kinds = list(zip(continuations, single, strict=True))
-        label_ids = [tuple(ids for (ids,) in c) if one else () for c, one in kinds]
-        several = None if all(single) else [None if one else c for c, one in kinds]
-        return _encoded(rows, input_ids, cut, label_ids=label_ids, choice_ids=several)
-
-    def _answers(self, rows: Sequence[Row]) -> EncodedRows:
-        """Prompts as an encoder reads them, and each choice as the first token that a decoder
-        writes, where nothing precedes it."""
-        texts = list(dict.fromkeys(choice for row in rows for choice in row.choices or ()))
-        answers = self.tokenizer(text_target=texts, add_special_tokens=False, verbose=False)
-        known = {c: list(ids) for c, ids in zip(texts, answers["input_ids"], strict=True)}
-        input_ids, cut, label_ids = [], [], []
-        prompts = self._ids([self._pair(row)[0] for row in rows])
-        for row, prompt in zip(rows, prompts, strict=True):
-            found = [known[choice] for choice in row.choices or ()]
-            if self.label_tokens == "last":
-                found = [ids[-1:] for ids in found]
-            self._check_choices(row, found)
-            for choice, ids in zip(row.choices or (), found, strict=True):
-                if len(ids) > 1:
-                    _fail(
-                        row,
-                        f"the choice {choice!r} is an answer of {len(ids)} tokens",
-                        "name the choices of an encoder-decoder by single tokens, such as letters; "
-                        "if it was trained on the last token alone: label_tokens 'last'",
-                    )
-            label_ids.append(tuple(ids[0] for ids in found))
-            prompt, left_out = self._fit(row, prompt, self.limit, self._back)
-            input_ids.append(prompt)
-            cut.append(left_out)
-        return _encoded(rows, input_ids, cut, label_ids=label_ids)
-
-    def _texts(self, rows: Sequence[Row]) -> EncodedRows:
-        """Texts for a sequence-classification head."""
+    def _texts(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """Encode texts for a sequence-classification head."""
         texts = [row.text for row in rows]
         batch = self.tokenizer(texts, return_attention_mask=False, verbose=False)
-        found = [self._one_front(ids) for ids in batch["input_ids"]]
+        found = map(self._one_front, batch["input_ids"])
         fitted = [
-            self._fit(row, ids, self.limit, self._back)
-            for row, ids in zip(rows, found, strict=True)
+            self._fit(*pair, self.limit, self._back) for pair in zip(rows, found, strict=True)
         ]
         input_ids, cut = (list(column) for column in zip(*fitted, strict=True))
         types = batch.get("token_type_ids")
         if types is not None:  # one text a row is one segment: where its types are cut is the same
             types = [list(t)[: len(ids)] for t, ids in zip(types, input_ids, strict=True)]
-        return _encoded(rows, input_ids, cut, num_labels=self.num_labels, token_type_ids=types)
+        return {
+            "input_ids": input_ids,
+            "truncated": cut,
+            "label_ids": None,
+            "num_labels": self.num_labels,
+            "token_type_ids": types,
+        }
+
+    def _choices(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """Encode prompts of a language model, and the tokens of their choices."""
+        fitted = []
+        for start in range(0, len(rows), CHUNK):
+            chunk = rows[start : start + CHUNK]
+            pairs = [self._pair(row) for row in chunk]
+            answers = self.task == "SEQ_2_SEQ_LM"
+            tokens = self._answers(chunk, pairs) if answers else self._tokens(pairs)
+            fitted += [self._choice_row(*pair) for pair in zip(chunk, tokens, strict=True)]
+        input_ids, continuations, cut = (list(column) for column in zip(*fitted, strict=True))
+        single = [all(len(ids) == 1 for ids in choices) for choices in continuations]
+        kinds = list(zip(continuations, single, strict=True))
+        return {
+            "input_ids": input_ids,
+            "truncated": cut,
+            "label_ids": [tuple(ids for (ids,) in c) if one else () for c, one in kinds],
+            "choice_ids": None if all(single) else [None if one else c for c, one in kinds],
+        }
+
+    def _choice_row(
+        self, row: Row, tokens: Tokens | None
+    ) -> tuple[list[int], tuple[tuple[int, ...], ...], int]:
+        """Return what the model reads, the tokens of each choice, and how many were left out."""
+        if tokens is None:
+            fault = "the last token of the prompt merges with the first of a choice"
+            _fail(row, fault, "end the prompt differently, for instance with a colon")
+        prompt, choices = tokens
+        if self.label_tokens == "last":
+            choices = [ids[-1:] for ids in choices]
+        self._check_choices(row, choices)
+        # A choice's last token is scored but never read.
+        room = self.limit + 1 - max(map(len, choices))
+        back = self._back if self.task == "SEQ_2_SEQ_LM" else 0
+        prompt, left_out = self._fit(row, prompt, room, back)
+        shared = _shared(choices) if self._shares else 0
+        return prompt + choices[0][:shared], tuple(tuple(c[shared:]) for c in choices), left_out
 
     # --- prompts and choices as text --------------------------------------------------------------
 
     def _pair(self, row: Row) -> Pair:
-        """The prompt, and the choices as they continue it."""
+        """Return the prompt, and the choices as they continue it."""
         prompt, separator = row.prompt or "", self.separator
         if row.messages is not None:
             prompt = self._rendered(row)
@@ -217,16 +196,14 @@ class RowEncoder:
         return prompt, [separator + c if bare and not c[0].isspace() else c for c in choices]
 
     def _rendered(self, row: Row) -> str:
-        """A row's messages through the tokenizer's chat template, with its generation prompt."""
+        """Render messages by the tokenizer's chat template, with its generation prompt."""
         if not getattr(self.tokenizer, "chat_template", None):
-            _fail(
-                row,
-                "the row has messages, but the tokenizer has no chat template",
-                "use the chat model's tokenizer, or write the text into 'prompt'",
-            )
+            fault = "the row has messages, but the tokenizer has no chat template"
+            _fail(row, fault, "use the chat model's tokenizer, or write the text into 'prompt'")
+        said = [dict(message) for message in row.messages or ()]
         render = self.tokenizer.apply_chat_template
         try:
-            text = str(render(list(row.messages or ()), tokenize=False, add_generation_prompt=True))
+            text = str(render(said, tokenize=False, add_generation_prompt=True))
         except Exception as error:  # a program that came with the tokenizer
             fault = f"the chat template refuses the messages ({error})"
             _fail(row, fault, "order and name the roles as it expects them")
@@ -237,8 +214,7 @@ class RowEncoder:
 
     @cached_property
     def _before_answers(self) -> str:
-        """The whitespace that the chat template writes between its generation prompt and an
-        answer, told by a conversation of its own."""
+        """The whitespace between the chat template's generation prompt and an answer."""
         question = {"role": "user", "content": "a"}
         answer = {"role": "assistant", "content": "Answer"}
         render = self.tokenizer.apply_chat_template
@@ -252,8 +228,17 @@ class RowEncoder:
 
     # --- text to tokens ---------------------------------------------------------------------------
 
+    def _answers(self, rows: Sequence[Row], pairs: list[Pair]) -> list[Tokens]:
+        """Tokenize prompts for an encoder, and choices as a decoder begins to write them."""
+        texts = list(dict.fromkeys(choice for row in rows for choice in row.choices or ()))
+        answers = self.tokenizer(text_target=texts, add_special_tokens=False, verbose=False)
+        known = dict(zip(texts, map(list, answers["input_ids"]), strict=True))
+        prompts = self._ids([prompt for prompt, _ in pairs])
+        choices = [[known[choice] for choice in row.choices or ()] for row in rows]
+        return list(zip(prompts, choices, strict=True))
+
     def _tokens(self, pairs: list[Pair]) -> list[Tokens | None]:
-        """Per pair the prompt's tokens and each choice's continuation; None where they merge."""
+        """Return each prompt's tokens and its choices' continuations; None where they merge."""
         found = self._spliced(pairs)
         left = [i for i, tokens in enumerate(found) if tokens is None]
         for i, tokens in zip(left, self._whole([pairs[i] for i in left]), strict=True):
@@ -265,12 +250,10 @@ class RowEncoder:
         return found
 
     def _whole(self, pairs: list[Pair]) -> list[Tokens | None]:
-        """``_tokens`` from every text as a whole."""
+        """Do what ``_tokens`` does from every text as a whole."""
         if not pairs:
             return []
-        texts = [
-            text for prompt, choices in pairs for text in (prompt, *map(prompt.__add__, choices))
-        ]
+        texts = [prompt + choice for prompt, choices in pairs for choice in ("", *choices)]
         encoded = iter(self._ids(texts, ended=False))
         result: list[Tokens | None] = []
         for _, choices in pairs:
@@ -280,23 +263,20 @@ class RowEncoder:
         return result
 
     def _spliced(self, pairs: list[Pair]) -> list[Tokens | None]:
-        """``_whole`` from one text a row and one for each distinct choice, None where that need
-        not be the same.
+        """Do what ``_whole`` does from one text a row and one a distinct choice, None if in doubt.
 
-        Between a prompt and a choice that begins with one space, no token and no merge can lie if
-        no token of the vocabulary goes on over a space: BPE merges and Unigram paths on the two
-        sides are then independent, and words are split there. What a tokenizer does before its
-        model sees the text could differ where characters are rewritten or added tokens take the
-        spaces beside them: such rows are left out, and every row is checked with one of its
-        choices.
+        Where no token of the vocabulary goes on over a space, no token and no merge can lie between
+        a prompt and a choice that begins with one: BPE merges and Unigram paths on the two sides
+        are independent, and words are split there. What a tokenizer does before its model sees the
+        text could differ where characters are rewritten or added tokens take the spaces beside
+        them: such rows are left out, and every row is checked with one of its choices.
         """
         found: list[Tokens | None] = [None] * len(pairs)
-        if not self._breaks_at_spaces:
-            return found
         able = [
             i
             for i, (prompt, choices) in enumerate(pairs)
-            if not prompt.endswith(self._added_tokens)
+            if self._breaks_at_spaces
+            and not prompt.endswith(self._added_tokens)
             and _is_plain(prompt[-1])
             and all(c[:1] == " " and _is_plain(c[1:2]) for c in choices)
         ]
@@ -308,12 +288,11 @@ class RowEncoder:
         checked = [pairs[i][1][i % len(pairs[i][1])] for i in able]
         texts = [pairs[i][0] + choice for i, choice in zip(able, checked, strict=True)]
         for i, choice, ids in zip(able, checked, self._ids(texts, ended=False), strict=True):
-            end = len(ids) - len(known[choice])
-            tokens = [known[c] for c in pairs[i][1]]
-            whole = 0 < end < len(ids) and ids[end:] == known[choice]
+            prompt, tokens = ids[: -len(known[choice])], [known[c] for c in pairs[i][1]]
+            whole = prompt and prompt + known[choice] == ids
             # A prompt's last character that has no token may hide what happened to the space.
-            if whole and ids[end - 1] not in self._spaces and all(map(self._is_known, tokens)):
-                found[i] = ids[:end], tokens
+            if whole and prompt[-1] not in self._spaces and self._unknown not in chain(*tokens):
+                found[i] = prompt, tokens
         return found
 
     @cached_property
@@ -326,13 +305,12 @@ class RowEncoder:
 
     @property
     def _marks(self) -> str:
-        """What stands for a space in tokens: "▁" is SentencePiece's, "Ġ" that of bytes."""
+        """What stands for a space in tokens: SentencePiece's "▁", or "Ġ" of bytes."""
         return "▁ " if "▁" in self._vocabulary else "▁Ġ "
 
     @cached_property
     def _breaks_at_spaces(self) -> bool:
-        """Whether no token of the vocabulary goes on over a space (after a line break it may, with
-        which no prompt ends here)."""
+        """Whether no token goes on over a space; after a line break it may: no prompt ends so."""
         over = re.compile(rf"[^{self._marks}\sĊčĉ][{self._marks}]")
         return not any(over.search(token) for token in self._vocabulary)
 
@@ -343,7 +321,7 @@ class RowEncoder:
         return frozenset(i for token, i in found if not token.strip(self._marks))
 
     def _ids(self, texts: list[str], *, ended: bool = True, **options: bool) -> list[list[int]]:
-        """Token ids; not ``ended``: without the special tokens at the end."""
+        """Tokenize texts; not ``ended``: without the special tokens at the end."""
         batch = self.tokenizer(
             texts,
             return_attention_mask=False,
@@ -355,15 +333,14 @@ class RowEncoder:
         return [self._one_front(ids[: len(ids) - back]) for ids in batch["input_ids"]]
 
     def _one_front(self, ids: Sequence[int]) -> list[int]:
-        """The ids without a special token in front that the text brought and the tokenizer added
-        once more."""
+        """Remove special tokens in front that the tokenizer added to the text's own."""
         found, n = list(ids), len(self._front)
         while n and found[:n] == found[n : 2 * n] == self._front:
             found = found[n:]
         return found
 
     def _around(self) -> tuple[list[int], int]:
-        """The special tokens that the tokenizer puts before a text, and how many after it."""
+        """Find the special tokens that the tokenizer puts before a text, and how many after it."""
         for text in self._texts_with_tokens():
             (bare,), (full,) = self._ids([text], add_special_tokens=False), self._ids([text])
             for start in range(len(full) - len(bare) + 1) if bare else ():
@@ -400,12 +377,16 @@ class RowEncoder:
         """Refuse choices that have no tokens, unknown tokens, or those of another choice."""
         choices, seen = row.choices or (), dict[tuple[int, ...], int]()
         for i, (choice, ids) in enumerate(zip(choices, found, strict=True)):
-            if not ids:
-                fault = f"the choice {choice!r} adds no token to this prompt"
-                _fail(row, fault, "use choices that the tokenizer has tokens for")
-            if not self._is_known(ids):
+            if not ids or self._unknown in ids:
                 fault = f"the tokenizer does not know the choice {choice!r}"
                 _fail(row, fault, "use choices that the tokenizer has tokens for")
+            if len(ids) > 1 and self.task == "SEQ_2_SEQ_LM":
+                _fail(
+                    row,
+                    f"the choice {choice!r} is an answer of {len(ids)} tokens",
+                    "name the choices of an encoder-decoder by single tokens, such as letters; "
+                    "if it was trained on the last token alone: label_tokens 'last'",
+                )
             first = seen.setdefault(tuple(ids), i)
             if first < i:
                 same = "token" if len(ids) == 1 else "tokens"
@@ -417,14 +398,8 @@ class RowEncoder:
                     "use choices that differ in more than whitespace, such as letters",
                 )
 
-    def _is_known(self, ids: list[int]) -> bool:
-        return self._unknown not in ids
-
     def _fit(self, row: Row, ids: list[int], room: int, back: int = 0) -> tuple[list[int], int]:
-        """At most ``room`` tokens of ``ids``, and how many were left out.
-
-        back: special tokens at the end of ``ids``.
-        """
+        """Cut ids, the last ``back`` of them special, to ``room``; return how many are lost."""
         over = len(ids) - room
         if over <= 0:
             return ids, 0
@@ -442,27 +417,13 @@ class RowEncoder:
         return [*ids[:front], *body, *ids[len(ids) - back :]], over
 
 
-def _encoded(
-    rows: Sequence[Row], input_ids: list[list[int]], truncated: list[int], **fields: Any
-) -> EncodedRows:
-    found: dict[str, Any] = {"label_ids": None, **fields}
-    return EncodedRows(
-        ids=[row.id for row in rows],
-        input_ids=input_ids,
-        labels=[row.label for row in rows],
-        choices=None if rows[0].choices is None else [row.choices or () for row in rows],
-        truncated=truncated,
-        **found,
-    )
-
-
 def _is_plain(character: str) -> bool:
     """Whether no tokenizer takes it for a space, or writes a space with it."""
     return character.isalnum() or character in _PUNCTUATION
 
 
 def _shared(choices: list[list[int]]) -> int:
-    """The number of first tokens that all choices have in common, each keeping one token."""
+    """Count the first tokens that all choices have in common, each keeping one token."""
     most, n = min(map(len, choices)) - 1, 0
     while n < most and len({ids[n] for ids in choices}) == 1:
         n += 1
@@ -470,7 +431,7 @@ def _shared(choices: list[list[int]]) -> int:
 
 
 def _move_whitespace(prompt: str, choices: list[str]) -> Pair:
-    """The same texts, with the whitespace that ends the prompt given to the choices."""
+    """Give the whitespace that ends the prompt to the choices."""
     short = prompt.rstrip()
     return short, [prompt[len(short) :] + choice for choice in choices]
 
