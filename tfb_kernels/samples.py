@@ -35,5 +35,6 @@ class Samples(NamedTuple):
     scaling: float
 
 
-# The fields as a torch operator's schema names them, for example "Tensor A, Tensor B".
+# The fields as a torch operator's schema names them: "Tensor A, Tensor B, ...". It needs the
+# annotations as classes, so this file does not import annotations from __future__.
 SCHEMA = ", ".join(f"{kind.__name__} {name}" for name, kind in Samples.__annotations__.items())
