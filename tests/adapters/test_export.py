@@ -34,10 +34,11 @@ import tfb
 from tfb import AdapterError, ArtifactError, BayesianModel, Draws
 from tfb.adapters import export as exporting
 from tfb.adapters.artifact import file_sha256, read_sidecar
+from tfb.adapters.loading import load_tokenizer
 from tfb.cli import app as cli
 from tfb.data.readers import read_rows
 from tfb.demo import digits
-from tfb.scoring.rows import encode, load_tokenizer, pad_token, predict_rows
+from tfb.scoring.evaluate import encode, predict_rows
 from tfb_kernels import NOISE_VERSION, gaussian_noise
 
 # PEFT 0.21's own advice while saving; see test_adapters.
@@ -119,20 +120,6 @@ def test_each_adapter_is_a_draw_of_the_engine(tmp_path: Path, kind: str) -> None
     assert relative(mean, bayes.predict(batch, draws).probs) < EXACT
 
 
-def test_layer_scales_are_exported(tmp_path: Path) -> None:
-    bayes, batch = bayesian(double=True), ALL["llama"].batch()
-    bayes.set_layer_scales({name: 0.25 * (i % 4) for i, name in enumerate(bayes.samplers)})
-    folder = tfb.export(bayes, tmp_path / "out", draws=2)
-    logits = serve(base(double=True), draw_folders(folder), lambda m: run(m, batch))
-    expected = sampled(bayes, Draws.antithetic(2, SIGMA, seed=SEED), batch)
-    assert relative(logits, expected) < EXACT
-
-
-def test_ablation_families_are_not_exported(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="family='full_rank' is for ablations"):
-        tfb.export(bayesian(family="full_rank"), tmp_path / "out", draws=2)
-
-
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "llama_classifier"])
 def test_float32_files_cost_no_accuracy(tmp_path: Path, kind: str) -> None:
     """No further from the float64 truth than twice the engine's own float32 rounding.
@@ -161,7 +148,9 @@ def test_float32_files_cost_no_accuracy(tmp_path: Path, kind: str) -> None:
 def test_a_pair_is_the_mean_and_twice_the_noise(tmp_path: Path) -> None:
     """lora_A of +sigma and -sigma: half their sum is A', half their difference (sigma / d) o E."""
     bayes = bayesian("rank_above_rows")
-    plus, minus = (load_file(f / WEIGHTS) for f in draw_folders(tfb.export(bayes, tmp_path / "out", 2)))
+    plus, minus = (
+        load_file(f / WEIGHTS) for f in draw_folders(tfb.export(bayes, tmp_path / "out", 2))
+    )
     assert plus.keys() == minus.keys()
     silent = 0
     for name, p in bayes.posteriors.items():
@@ -411,9 +400,9 @@ def test_command_line_round_trip(
 
     tokenizer = load_tokenizer(str(model))
     rows = read_rows(shared / "data" / "clinc-domain" / "test.jsonl", limit=30)
-    encoded, pad = encode(bayes, rows, tokenizer), pad_token(bayes, tokenizer)
+    encoded = encode(bayes, rows, tokenizer)
     draws = Draws.antithetic(4, 0.012, seed=7)
-    expected = predict_rows(bayes, encoded, draws, pad_token_id=pad).probs
+    expected = predict_rows(bayes, encoded, draws).probs
 
     @torch.no_grad()
     def labels(served: Any) -> Tensor:
@@ -445,12 +434,12 @@ def test_command_line_refuses_before_it_loads(
     def loaded(*_: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(tfb, "load", loaded)
+    monkeypatch.setattr("tfb.adapters.artifact.load", loaded)
     common = ("--model", digits.BASE, "--artifact", tmp_path / "tail")
     for arguments, message in (
         (("--out", tmp_path), "already holds something"),
-        (("--out", tmp_path / "o", "--draws", 5), "--draws 5: expected a positive even number"),
-        (("--out", tmp_path / "o", "--dtype", "int8"), "dtype='int8': expected one of"),
+        (("--out", tmp_path / "o", "--draws", 5), "--draws 5: antithetic draws come in pairs"),
+        (("--out", tmp_path / "o", "--dtype", "int8"), "--dtype int8: expected one of"),
         (("--out", tmp_path / "o"), "noise at the last positions only"),
         (("--out", tmp_path / "o", "--mode", "full", "--seed", 1 << 63), "signed 64-bit"),
     ):

@@ -125,7 +125,7 @@ def fit(
     )
     from tfb.sampling.config import SamplingConfig
     from tfb.scoring.evaluate import compare_label_tokens
-    from tfb.search.fit import TOLERANCE, check_arguments, default_objective, fit_sigma
+    from tfb.search.fit import check_arguments, default_objective, fit_sigma
     from tfb.search.loss import SUPERVISED, AnchorSet
 
     quiet()
@@ -136,7 +136,7 @@ def fit(
     if absolute and tolerance is None:
         raise ValueError("--absolute says how --tolerance is meant: give --tolerance as well")
     objective = default_objective(objective, metric, tolerance, search)
-    check_arguments(metric, tolerance or TOLERANCE, search, objective, draws)
+    check_arguments(metric, tolerance, search, objective, draws)
     source = adapter_folder(adapter)
     given = Input.of(
         model,
@@ -277,9 +277,11 @@ def export(
     from tfb.adapters.export import export as write_adapters
     from tfb.adapters.loading import load_tokenizer
     from tfb.draws import Draws as PosteriorDraws
+    from tfb.draws import check_even
 
     quiet()
     check_output_folder(output)
+    check_even(draws)
     check_dtype(dtype)
     sidecar = read_sidecar(artifact)
     check_exportable(mode or sidecar["mode"], sidecar.get("tail"))

@@ -67,6 +67,7 @@ def as_flags(message: str, flags: Mapping[str, str]) -> str:
     Returns:
         "--draws 3: expected an even number", "continue it with --resume".
     """
+    message = re.sub(r"bayes\.configure\((.*?)\)", r"\1", message)
     names = "|".join(map(re.escape, flags))
     # Not within a word, a path or a flag's own value.
     pattern = rf"""(?<![\w./'"-])({names})=(?:(True)\b|'([^']*)'|([^\s,;:)]+))"""
