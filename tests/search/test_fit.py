@@ -386,6 +386,20 @@ def test_round_trip_through_json(draws: int) -> None:
         assert again == fit
 
 
+def test_records_of_earlier_versions_are_read() -> None:
+    """0.1.0 knew ``compat`` and ``family``, and neither temperature nor length normalization."""
+    fit, _, _ = find(power(0.02), spread=0.02)
+    old = {
+        k: v for k, v in fit.to_dict().items() if k not in ("temperature", "length_normalization")
+    }
+    old |= {"compat": None, "family": "low_rank"}
+    for point in old["curve"]:
+        del point["anchors"]
+    again = SigmaFit.from_dict(json.loads(json.dumps(old)))
+    assert again.config == fit.config and again.interval == fit.interval
+    assert again.curve == tuple(replace(p, anchors=None) for p in fit.curve)
+
+
 ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"metric": "ece"}, "metric='ece': expected one of nll, accuracy, pseudo_nll, embedding_norm"),
     ({"objective": "elbo"}, "objective='elbo': expected one of max_variance, min_nll, gvi"),
@@ -471,6 +485,27 @@ def test_mode_is_the_fits_own_and_a_failure_leaves_the_models() -> None:
         with pytest.raises(ValueError, match=message):
             tfb.fit_sigma(bayes, small_anchors(), **common | options)
         assert bayes.config == again.config
+
+
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        (("full", None), {"metric": "pseudo_nll", "mode": "tail", "tail": 1, "seed": 5}),
+        (("tail", 1), {"metric": "embedding_norm", "mode": "full"}),
+    ],
+)
+def test_nothing_on_the_model_changes_before_the_answer(
+    mode: tuple[str, int | None], options: dict[str, Any]
+) -> None:
+    """It is configured as it was at every pass; then as the fit, but for the seed."""
+    bayes = small().configure(mode=mode[0], tail=mode[1], length_normalization="tokens")
+    before, seen = bayes.config, []
+    fit = tfb.fit_sigma(
+        bayes, small_anchors(), draws=4, progress=lambda _: seen.append(bayes.config), **options
+    )
+    assert seen and all(config is before for config in seen)
+    assert bayes.config == replace(fit.config, seed=before.seed) != before
+    assert bayes.config.length_normalization == "tokens"
 
 
 def test_search_accepts_batches_and_reports_the_models_own_losses(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from tfb.search.fit import CurvePoint, SigmaFit
+from tfb.search.result import CurvePoint, SigmaFit
 
 
 def fit(**changes: Any) -> dict[str, Any]:

@@ -37,14 +37,8 @@ def crossing_interval(curve: LossCurve, sigma: float) -> Limits:
 
     They hold the sigmas whose mean excess e does not differ from 0 (a test inverted, Fieller's
     way): |e| <= t * sqrt(SE_anchors^2 + SE_draws^2), each anchor's own difference and its own part
-    of the allowance counted. Between measured sigmas e and the rows are linear in sigma^2.
-
-    Args:
-        curve: what was measured.
-        sigma: the answer.
-
-    Returns:
-        Lower and upper limit; the upper one is None if out of reach.
+    of the allowance counted. Between measured sigmas e and the rows are linear in sigma^2. The
+    upper limit is None if out of reach.
     """
     sign = curve.sign(sigma)
     nodes, whole = [0.0, *sorted(curve.points)], curve.whole
@@ -76,7 +70,7 @@ def crossing_interval(curve: LossCurve, sigma: float) -> Limits:
 
 
 def _between(known: list[float], at: float) -> list[tuple[float, float]]:
-    """(node, weight) of linear interpolation in sigma^2.
+    """Return (node, weight) of linear interpolation in sigma^2.
 
     Beyond the last node goes the slope of the last two that are some way apart.
     """
@@ -94,15 +88,8 @@ def minimum_interval(curve: LossCurve, sigma: float, value: Callable[[float], fl
     """Return confidence limits of the sigma of least ``value``.
 
     They hold the sigmas that are not worse than the answer by a paired one-sided test, whose
-    margin is linear in sigma^2 between measured sigmas.
-
-    Args:
-        curve: what was measured.
-        sigma: the answer, measured on all anchors.
-        value: the objective.
-
-    Returns:
-        Lower and upper limit; the upper one is None if no measured sigma shows it.
+    margin is linear in sigma^2 between measured sigmas. The upper limit is None if no measured
+    sigma shows it.
     """
     U, N = curve.streams, curve.N
 
@@ -135,7 +122,7 @@ def minimum_interval(curve: LossCurve, sigma: float, value: Callable[[float], fl
 
 
 def _quantile(a: float, df_a: int, b: float, df_b: int, level: float) -> float:
-    """T * sqrt(a^2 + b^2) with Welch and Satterthwaite's degrees of freedom."""
+    """Return t * sqrt(a^2 + b^2) with Welch and Satterthwaite's degrees of freedom."""
     total = a * a + b * b
     if total == 0.0:
         return 0.0
@@ -150,14 +137,7 @@ def _quantile(a: float, df_a: int, b: float, df_b: int, level: float) -> float:
 def doubts(
     curve: LossCurve, objective: str, sigma: float, limits: Limits | None = None
 ) -> list[str]:
-    """Return what the curve makes one doubt about its answer, as sentences.
-
-    Args:
-        curve: what was measured.
-        objective: the search's.
-        sigma: the answer.
-        limits: its confidence limits.
-    """
+    """Return what the curve makes one doubt about its answer, as sentences."""
     found = []
     if objective == "max_variance":
         found += _precision(curve, sigma)
@@ -180,7 +160,7 @@ def doubts(
 
 
 def _wide(limits: Limits) -> list[str]:
-    """Limits that tell next to nothing."""
+    """Say that limits tell next to nothing."""
     low, high = limits
     remedy = "use more anchors, or more draws in the search"
     if low == 0.0:
@@ -191,7 +171,7 @@ def _wide(limits: Limits) -> list[str]:
 
 
 def _precision(curve: LossCurve, sigma: float) -> list[str]:
-    """The tolerance beside the noise at the answer."""
+    """Compare the tolerance with the noise at the answer."""
     n = curve.N
     anchors = float(curve.differences(sigma).std()) / n**0.5 if n > 1 else math.nan
     return [
@@ -203,10 +183,7 @@ def _precision(curve: LossCurve, sigma: float) -> list[str]:
 
 
 def _fall(curve: LossCurve) -> tuple[float, float] | None:
-    """Neighbours between which a loss that had risen above l(0) falls, beyond noise.
-
-    The paired difference on the anchors that both were measured on.
-    """
+    """Find neighbours between which a loss that had risen above l(0) falls, beyond noise."""
     for a, b in pairwise(sorted(curve.points)):
         count = min(curve.points[a].count, curve.points[b].count)
         first, second = curve.differences(a, count), curve.differences(b, count)
@@ -228,7 +205,7 @@ def _dips(curve: LossCurve, sigma: float) -> bool:
 
 
 def _doubtful_rows(curve: LossCurve) -> list[str]:
-    """What the adapter's own predictions say of labelled anchors."""
+    """Judge labelled anchors by the adapter's own predictions."""
     probs, labels = curve.loss.probabilities, curve.loss.anchors.labels
     if probs is None or labels is None:
         return []
@@ -251,7 +228,7 @@ def _doubtful_rows(curve: LossCurve) -> list[str]:
 
 
 def _missing_labels(probs: Tensor, labels: Tensor) -> list[str]:
-    """A note where so many anchors lack labels that only a sorted file explains it.
+    """Say that so many anchors lack labels that only a sorted file explains it.
 
     With ten rows a label, a sample of evenly frequent labels misses one with a probability of
     about K e^-10.
@@ -298,10 +275,6 @@ def compare_held_out(loss: AnchorLoss, held_out: AnchorSet) -> list[str]:
 
     A two-sample test of means. It costs one pass over the latter, and one over the anchors if the
     metric keeps no probabilities.
-
-    Args:
-        loss: of labelled anchors.
-        held_out: labelled rows.
     """
     probs, labels = loss.probabilities, loss.anchors.labels
     assert labels is not None

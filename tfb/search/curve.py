@@ -99,7 +99,7 @@ class LossCurve:
                 self._extend([s for s in open_ if self._count(s) == known], known, count)
 
     def _up_to(self, share: float) -> list[int]:
-        """The blocks within a share of the anchors, at least the first."""
+        """Return the blocks within a share of the anchors, at least the first."""
         return [b for b in self.blocks if b <= max(self.blocks[0], math.ceil(share * self.N))]
 
     def _settled(self, sigma: float, count: int) -> bool:
@@ -128,10 +128,7 @@ class LossCurve:
     @property
     def baseline(self) -> float:
         """l(0), on the anchors where it is known."""
-        known = self.loss.measured
-        if not bool(known.any()):
-            return float(self.loss.baseline.mean())
-        return float(self.loss.baseline_of(known.nonzero()[:, 0]).mean())
+        return float(self.loss.baseline_of(self.loss.measured.nonzero()[:, 0]).mean())
 
     @property
     def allowed(self) -> float:
@@ -172,7 +169,7 @@ class LossCurve:
         )
 
     def _neighbours(self, sigma: float) -> list[tuple[float, float]]:
-        """(sigma, weight) known on all anchors, from which ``sigma`` on a part is corrected.
+        """Return (sigma, weight) known on all anchors, to correct ``sigma`` on a part.
 
         Linear in sigma^2 between two, and from 0 beyond the last, but not far.
         """

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
+from typing import Any
 
 from tfb.data.batching import EncodedRows
 from tfb.draws import check_even
@@ -100,8 +101,8 @@ def fit_sigma(
         SearchError: the objective has no answer on these anchors, also in the extended range.
     """
     objective = default_objective(objective, metric, tolerance, search)
-    tolerance = TOLERANCE if tolerance is None else tolerance
     check_arguments(metric, tolerance, search, objective, draws, bounds, points)
+    tolerance = TOLERANCE if tolerance is None else tolerance
     _check_positive(resolution, steps=steps, prior_sigma=prior_sigma, kl_weight=kl_weight)
     form = {"pad_token_id": bayes.pad_token_id, "batch_size": batch_size}
     anchor_set = AnchorSet.of(anchors, **form)
@@ -168,7 +169,7 @@ def default_objective(
 
 def check_arguments(
     metric: str,
-    tolerance: float,
+    tolerance: float | None,
     search: str,
     objective: str,
     draws: int,
@@ -191,7 +192,7 @@ def check_arguments(
         raise ValueError(f"objective={objective!r} is a minimisation: use search='grid'")
     if objective != "max_variance" and metric not in LIKELIHOODS:
         raise ValueError(f"objective={objective!r} needs metric='nll' (or another likelihood)")
-    if not (math.isfinite(tolerance) and tolerance > 0):
+    if tolerance is not None and not 0 < tolerance < math.inf:
         raise ValueError(f"tolerance={tolerance}: expected a positive number")
     check_even(draws)
     if not 0 < bounds[0] < bounds[1] < math.inf:
@@ -212,7 +213,7 @@ def _check_positive(resolution: float, **numbers: float | None) -> None:
 def _config(
     bayes: SearchedModel, metric: str, mode: str | None, tail: int | None, seed: int | None
 ) -> SamplingConfig:
-    """How to sample during the search."""
+    """Return how to sample during the search."""
     config = bayes.config
     if mode is not None or tail is not None:
         config = replace(config, mode=config.mode if mode is None else mode, tail=tail)
@@ -221,8 +222,8 @@ def _config(
     return config if seed is None else replace(config, seed=seed)
 
 
-def _variational(curve: LossCurve, sigma: float, kl: Divergence) -> dict[str, float | None]:
-    """KL and implied lambda at the answer (Theorem 4.2)."""
+def _variational(curve: LossCurve, sigma: float, kl: Divergence) -> dict[str, Any]:
+    """Return KL and implied lambda at the answer (Theorem 4.2)."""
     if sigma <= 0.0:
         return {"prior_sigma": kl.prior_sigma}
     # The answer's neighbours on the curve: a difference across it, not to one side, in sigma^2.

@@ -87,12 +87,7 @@ class AnchorSet:
         pad_token_id: int = 0,
         batch_size: int = 50,
     ) -> AnchorSet:
-        """Take encoded rows, or batches.
-
-        Args:
-            anchors: the rows, or an iterable of batches as in ``AnchorSet.batches``.
-            pad_token_id: pads encoded rows.
-            batch_size: of encoded rows.
+        """Take encoded rows, or an iterable of batches as in ``AnchorSet.batches``.
 
         Raises:
             ValueError: no anchors at all.
@@ -128,10 +123,7 @@ class AnchorSet:
         return None if bool((labels == NO_LABEL).any()) else labels
 
     def check(self, metric: str) -> None:
-        """Refuse what cannot be searched on, before any forward pass.
-
-        Args:
-            metric: the metric of the search.
+        """Refuse what cannot be searched on by a metric, before any forward pass.
 
         Raises:
             ValueError: an unknown metric, missing labels, one class only.
@@ -212,12 +204,9 @@ class PassCounter:
 
 
 def passes_per_row(lengths: Sequence[int], draws: int, tail: int | None = None) -> float:
-    """Return what draws of prompts cost, in deterministic passes, as :class:`PassCounter` counts.
+    """Return what draws of prompts of these many tokens cost, in deterministic passes.
 
-    Args:
-        lengths: tokens of each prompt; those of choices are left out.
-        draws: S.
-        tail: positions with noise in tail mode.
+    As :class:`PassCounter` counts; tokens of choices are left out.
     """
     total = sum(lengths)
     drawn = total if tail is None else sum(min(n, tail) for n in lengths)
@@ -225,7 +214,7 @@ def passes_per_row(lengths: Sequence[int], draws: int, tail: int | None = None) 
 
 
 def _lengths(batch: Batch) -> Tensor:
-    """[B] tokens of each row."""
+    """Return the tokens of each row, [B]."""
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     if mask is None:
         return torch.full((ids.shape[0],), int(ids.shape[1]))
@@ -249,10 +238,9 @@ class LossTable:
 
 
 def jackknife_error(left_out: Tensor) -> Tensor:
-    """Return the standard error of means over U units; NaN for one unit.
+    """Return the standard error of a mean from its values without each unit, [..., U].
 
-    Args:
-        left_out: [..., U] their values without each unit.
+    NaN for one unit.
     """
     U = left_out.shape[-1]
     if U == 1:
@@ -268,6 +256,9 @@ class AnchorLoss:
     "expected_nll" is the draws' mean of -log probability of the label, the likelihood of an ELBO.
     "embedding_norm" is the norm of the last hidden state. To add one: a branch in ``_outputs`` or
     ``_losses``.
+
+    Attributes:
+        measured: [N] bool, the rows whose loss at sigma = 0 is known.
     """
 
     def __init__(
@@ -296,7 +287,7 @@ class AnchorLoss:
         self.config = bayes.config if config is None else config
         self.cost = PassCounter(anchors.batches, self.config.tail)
         self._mean: Tensor | None = None  # [N, K] probabilities (widest K), or [N] losses
-        self._known = torch.zeros(len(anchors), dtype=torch.bool)
+        self.measured = torch.zeros(len(anchors), dtype=torch.bool)
         if self.config.mode == "full":
             self._measure_baseline()
 
@@ -317,11 +308,6 @@ class AnchorLoss:
         return self._losses(self._mean[rows], rows)
 
     @property
-    def measured(self) -> Tensor:
-        """[N] bool, the rows whose loss at sigma = 0 is known."""
-        return self._known
-
-    @property
     def probabilities(self) -> Tensor | None:
         """[N, K] probabilities at sigma = 0, None for metrics without."""
         return None if self.metric in PER_ROW else self._mean
@@ -338,7 +324,7 @@ class AnchorLoss:
         units = self.n // 2
         found, left_out = [], torch.zeros(len(sigmas), units, dtype=torch.float64)
         for batch, at in self._pieces(rows):
-            first = [] if bool(self._known[at].all()) else [0.0]
+            first = [] if bool(self.measured[at].all()) else [0.0]
             per_unit = self._sweep(batch, at, [*first, *sigmas])
             if first:
                 self._remember(at, per_unit[0, 0])
@@ -365,7 +351,7 @@ class AnchorLoss:
         return torch.cat(parts, dim=1)
 
     def _pieces(self, rows: Tensor) -> Iterator[tuple[Batch, Tensor]]:
-        """Each batch's share of ``rows``, and their places among all anchors."""
+        """Yield each batch's share of ``rows``, and their places among all anchors."""
         start = 0
         for batch in self.anchors.batches:
             B = int(batch["input_ids"].shape[0])
@@ -375,13 +361,13 @@ class AnchorLoss:
             start += B
 
     def _measure_baseline(self) -> None:
-        """Losses at sigma = 0 of all rows that lack it."""
-        for batch, at in self._pieces((~self._known).nonzero()[:, 0]):
+        """Measure at sigma = 0 all rows that were not."""
+        for batch, at in self._pieces((~self.measured).nonzero()[:, 0]):
             self._remember(at, self._outputs(batch, Draws.mean(), at)[0])
             self.cost.spend(at, 1)
 
     def _remember(self, at: Tensor, out: Tensor) -> None:
-        """Outputs at sigma = 0 of the rows ``at``: [B, K] or [B]."""
+        """Keep outputs at sigma = 0 of the rows ``at``: [B, K] or [B]."""
         if self._mean is None:
             self._mean = torch.zeros(len(self.anchors), *out.shape[1:], dtype=torch.float64)
         if out.dim() == 2:
@@ -390,7 +376,7 @@ class AnchorLoss:
                 torch.nn.functional.pad(t, (0, K - t.shape[1])) for t in (self._mean, out)
             )
         self._mean[at] = out
-        self._known[at] = True
+        self.measured[at] = True
 
     def _outputs(self, batch: Batch, draws: Draws, at: Tensor) -> Tensor:
         """Each draw's probabilities [S, B, K], or losses [S, B], in float64 on the CPU."""
@@ -451,7 +437,7 @@ def _check_finite(out: Tensor, draws: Draws) -> None:
 
 
 def _take(batch: Batch, rows: Tensor, B: int) -> dict[str, Any]:
-    """Some of a batch's B rows; label_ids [K] hold for all rows."""
+    """Return some of a batch's B rows; label_ids [K] hold for all rows."""
 
     def by_row(name: str, value: Any) -> bool:
         if not isinstance(value, Tensor) or not value.dim() or len(value) != B:

@@ -115,9 +115,8 @@ class SigmaFit:
         """Undo ``to_dict``; reads records of earlier versions, whose other fields it ignores."""
 
         def point(p: dict[str, Any]) -> CurvePoint:
-            return CurvePoint(
-                **{k: math.nan if v is None and k != "anchors" else v for k, v in p.items()}
-            )
+            numbers = {k: math.nan if v is None else v for k, v in p.items() if k != "anchors"}
+            return CurvePoint(**numbers, anchors=p.get("anchors"))
 
         known = {f.name: data[f.name] for f in fields(cls) if f.name in data}
         interval = data.get("interval")

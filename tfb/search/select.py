@@ -51,7 +51,7 @@ def sweep(curve: LossCurve) -> int:
 
 
 def _coarse(curve: LossCurve, points: int) -> tuple[float, int]:
-    """Share of the anchors and points of the first grid."""
+    """Return the share of the anchors and the points of the first grid."""
     # A sweep that costs more than its draws begins nearer.
     return (2 * COARSE_SHARE, 2 * points - 1) if sweep(curve) > 1 else (COARSE_SHARE, points)
 
@@ -63,12 +63,6 @@ def by_grid(
     curve: LossCurve, *, bounds: tuple[float, float], points: int, resolution: float
 ) -> tuple[float, str]:
     """Find the crossing by a grid on part of the anchors, then interpolation on all.
-
-    Args:
-        curve: where to measure.
-        bounds: the first range.
-        points: of the grid.
-        resolution: relative precision of the crossing.
 
     Returns:
         The largest accepted sigma, and why the search stopped.
@@ -91,12 +85,6 @@ def by_bisection(
     curve: LossCurve, *, bounds: tuple[float, float], resolution: float, steps: int
 ) -> tuple[float, str]:
     """Find the crossing by halving; each sigma takes as many anchors as its decision needs.
-
-    Args:
-        curve: where to measure.
-        bounds: its upper end is the first one tried.
-        resolution: relative precision of the crossing.
-        steps: at most so many.
 
     Returns:
         The largest accepted sigma, and why the search stopped.
@@ -129,7 +117,7 @@ def by_bisection(
 
 
 def _first_violation(curve: LossCurve, high: float) -> tuple[float, float]:
-    """(accepted sigma or 0, violation): ``high``, or further out."""
+    """Return an accepted sigma or 0, and a violation: ``high``, or further out."""
     low = 0.0
     for _ in range(MAX_EXTENSIONS + 1):
         curve.decide([high])
@@ -140,7 +128,7 @@ def _first_violation(curve: LossCurve, high: float) -> tuple[float, float]:
 
 
 def _locate(curve: LossCurve, share: float = COARSE_SHARE) -> tuple[float, float]:
-    """(accepted sigma > 0, violation), neighbours.
+    """Return an accepted sigma > 0 and the violation next to it.
 
     The range is extended until it holds both, on at most a ``share`` of the anchors.
     """
@@ -172,7 +160,7 @@ def _locate(curve: LossCurve, share: float = COARSE_SHARE) -> tuple[float, float
 
 
 def _why_narrow(curve: LossCurve, low: float, high: float, resolution: float) -> str | None:
-    """Why the bracket is narrow enough; None: it is not."""
+    """Say why the bracket is narrow enough; None: it is not."""
     if not (curve.complete(low) and curve.sure(high)):
         return None
     ratio = high / low
@@ -213,14 +201,14 @@ def _narrow(curve: LossCurve, low: float, high: float, resolution: float, step: 
 
 
 def _around(curve: LossCurve, low: float, high: float, root: float, tight: float) -> list[float]:
-    """The sigmas of a sweep in tail mode."""
+    """Return the sigmas of a sweep in tail mode."""
     if curve.complete(low) and curve.sure(high):  # one of these brackets is the last, if smooth
         return [s for e in (-1.8, -0.8, 0.2, 1.2) if low < (s := root * tight**e) < high]
     return geometric(root / SPAN, root * SPAN, sweep(curve))
 
 
 def _aim(curve: LossCurve, low: float, high: float, root: float, resolution: float) -> float:
-    """The one sigma to measure next on all anchors."""
+    """Return the one sigma to measure next on all anchors."""
     tight = 1 + 0.99 * resolution
     if curve.complete(high) and high > root >= high / (1 + 0.25 * resolution):
         aim = high / tight
@@ -236,7 +224,7 @@ def _aim(curve: LossCurve, low: float, high: float, root: float, resolution: flo
 
 
 def _expected(curve: LossCurve, low: float, high: float) -> float:
-    """Where the crossing of all anchors should lie, given a bracket.
+    """Return where the crossing of all anchors should lie, given a bracket.
 
     Sigmas known on all anchors say it, if they can: in between, or on the line through the last two
     accepted (0 is). Where the loss falls first, no line from there leads to the crossing, and ends
@@ -258,7 +246,7 @@ def _expected(curve: LossCurve, low: float, high: float) -> float:
 
 
 def _interpolated(curve: LossCurve, low: float, high: float) -> float:
-    """The crossing between two sigmas on a polynomial in sigma^2.
+    """Return the crossing between two sigmas on a polynomial in sigma^2.
 
     It takes in up to two more, the nearest that are known on all anchors. Those far off count only
     where they continue the rise.
@@ -280,7 +268,7 @@ def _interpolated(curve: LossCurve, low: float, high: float) -> float:
 
 
 def _line(curve: LossCurve, first: float, second: float) -> float:
-    """The crossing on the line in sigma^2 through two sigmas; inf if it never comes."""
+    """Return the crossing on the line in sigma^2 through two sigmas; inf if it never comes."""
     a, b = curve.excess(first), curve.excess(second)
     x, y = first * first, second * second
     if b <= a:
@@ -299,6 +287,7 @@ class Divergence:
     prior_sigma: float
 
     def __call__(self, sigma: float) -> float:
+        """Return KL(q || p)."""
         return sum(p.kl(sigma, self.prior_sigma) for p in self.posteriors.values())
 
     def slope(self, sigma: float) -> float:
@@ -358,13 +347,7 @@ def find_minimum(
     A grid on part of the anchors says where to look; few sigmas around that go on to all of them.
     Others of the grid get more anchors until it is clear that they are worse. More sigmas follow
     until the least has neighbours within a factor of ``SPREAD``, and interpolation says that it is
-    the least.
-
-    Args:
-        objective: what is minimised.
-        bounds: the first range.
-        points: of the grid.
-        resolution: relative precision; the minimum is flat, so five times that will do.
+    the least. A minimum is flat, so it is known to five times the resolution.
 
     Returns:
         The sigma, measured on all anchors as its neighbours are, and why the search stopped.
@@ -404,7 +387,7 @@ def find_minimum(
 
 
 def _start(objective: Objective, bounds: tuple[float, float], points: int) -> float:
-    """Where to look on all anchors, from a grid on part of them, extended until it holds it."""
+    """Return where to look on all anchors, from a grid on part of them that is extended."""
     curve = objective.curve
     share, points = _coarse(curve, points)
     curve.measure(geometric(*bounds, points), share)
@@ -434,7 +417,7 @@ def _start(objective: Objective, bounds: tuple[float, float], points: int) -> fl
 
 
 def _missing(objective: Objective, begin: float) -> list[float]:
-    """What to measure on all anchors before the least of them can be the answer; [] if nothing."""
+    """Return what to measure on all anchors before the least of them can be the answer."""
     curve, best = objective.curve, _least(objective)
     if best == 0.0:
         lowest = curve.whole[1]
@@ -451,7 +434,7 @@ def _missing(objective: Objective, begin: float) -> list[float]:
 
 
 def _doubtful(objective: Objective) -> list[float]:
-    """Sigmas known on part of the anchors that may still be better than the least of those on all.
+    """Return sigmas known on a part that may still be better than the least of those on all.
 
     The likeliest first, as many as go into a sweep. Those next to the least are left to
     interpolation.
@@ -468,12 +451,12 @@ def _doubtful(objective: Objective) -> list[float]:
 
 
 def _least(objective: Objective) -> float:
-    """The sigma of the least objective on all anchors."""
+    """Return the sigma of the least objective on all anchors."""
     return min(objective.curve.whole, key=objective)
 
 
 def _neighbours(curve: LossCurve, sigma: float) -> tuple[float, float]:
-    """The nearest sigmas on both sides that are measured on all anchors; inf: none above."""
+    """Return the nearest sigmas on both sides, measured on all anchors; inf: none above."""
     known = curve.whole
     low = max(s for s in known if s < sigma)
     return low, min((s for s in known if s > sigma), default=math.inf)
