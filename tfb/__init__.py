@@ -27,9 +27,10 @@ if TYPE_CHECKING:
     from tfb.sampling.adaptive import Adaptive
     from tfb.sampling.config import SamplingConfig
     from tfb.sampling.generate import Generation
-    from tfb.scoring.rows import score
-    from tfb.search.fit import SearchError, SigmaFit, fit_sigma
+    from tfb.scoring.scorer import score
+    from tfb.search.fit import fit_sigma
     from tfb.search.loss import AnchorSet
+    from tfb.search.result import SearchError, SigmaFit
 
 __version__ = "0.1.0"
 
@@ -55,7 +56,7 @@ _HOMES = {
     "load_adapter": "adapters.loading",
     "load_base": "adapters.loading",
     "save": "adapters.artifact",
-    "score": "scoring.rows",
+    "score": "scoring.scorer",
 }
 
 __all__ = [
