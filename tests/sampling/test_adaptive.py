@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.architectures import KINDS
 from support.models import make_batch, relative
-from test_architectures import KINDS
 from torch import Tensor
 
 import tfb
@@ -26,7 +26,7 @@ FIELDS = ("probs", "total", "aleatoric", "agreement", "standard_error")
 @functools.cache
 def bayesian(kind: str = "llama") -> Any:
     bayes = tfb.bayesianize(KINDS[kind].build(), seed=3)
-    bayes.sigma = 0.3
+    bayes.configure(sigma=0.3)
     return bayes
 
 
@@ -153,7 +153,7 @@ def test_rounds_end_with_the_most(first: int, most: int) -> None:
 
 def test_no_noise_needs_no_more_draws() -> None:
     bayes = tfb.bayesianize(KINDS["llama"].build())
-    bayes.sigma = 0.0
+    bayes.configure(sigma=0.0)
     found = bayes.predict(batch_of(), Adaptive(1e-12))
     assert counts(found) == [FIRST] * 6
     assert relative(found.probs, bayes.predict(batch_of(), Draws.mean()).probs) < EXACT
@@ -188,9 +188,9 @@ def test_auto_stands_for_the_defaults() -> None:
         ({"tolerance": 0.0}, "tolerance=0.0: expected a positive number"),
         ({"tolerance": -1.0}, "tolerance=-1.0: expected a positive number"),
         ({"tolerance": float("nan")}, "tolerance=nan: expected a positive number"),
-        ({"first": 2}, "first=2, most=64: expected even numbers, 4 <= first <= most"),
-        ({"first": 5}, "first=5, most=64"),
-        ({"most": 33}, "first=4, most=33"),
+        ({"first": 2}, "first=2, most=64: expected 4 <= first <= most"),
+        ({"first": 5}, "first=5: antithetic draws come in pairs, use 6"),
+        ({"most": 33}, "most=33: antithetic draws come in pairs, use 34"),
         ({"first": 8, "most": 6}, "first=8, most=6"),
     ],
 )

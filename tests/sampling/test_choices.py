@@ -12,17 +12,19 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from support.models import CASES, HIDDEN, make_batch, naive, randomize, relative, rows_of
-from test_architectures import (
+from support.architectures import (
     CAUSAL,
     DRAWS,
     KINDS,
     Kind,
     in_double,
+    prompts,
+    rows_seen,
     single_runs,
+    tokens_of,
     varying_angles,
 )
-from test_prefix import prompts, tokens_of
+from support.models import CASES, HIDDEN, make_batch, naive, randomize, relative, rows_of
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -34,8 +36,7 @@ from tfb.data.encoding import RowEncoder
 from tfb.data.readers import read_rows
 from tfb.sampling.adaptive import Adaptive
 from tfb.sampling.choices import ChoiceTokens
-from tfb.sampling.memory import CPU_BYTES
-from tfb.scoring.rows import predict_rows
+from tfb.scoring.evaluate import predict_rows
 from tfb.search.loss import AnchorLoss, AnchorSet
 
 EXACT = 1e-10
@@ -61,7 +62,7 @@ def batch_of(pad: str = "left") -> dict[str, Tensor]:
 def bayesian(kind: str = "llama", blocks: int | None = None, *extra: str) -> Any:
     layers = None if blocks is None else tfb.last_layers(blocks)
     bayes = tfb.bayesianize(KINDS[kind].build(*extra), layers=layers, seed=3)
-    bayes.sigma = 0.3
+    bayes.configure(sigma=0.3)
     return bayes
 
 
@@ -124,9 +125,11 @@ def test_tail_is_the_definition(kind: str, k: int) -> None:
                 mean(input_ids=ids[:, :first], past_key_values=cache, use_cache=True)
             position = torch.arange(first, T)[None]
             out = sampled(
-                input_ids=ids[:, first:], position_ids=position, past_key_values=cache,
+                input_ids=ids[:, first:],
+                position_ids=position,
+                past_key_values=cache,
                 use_cache=True,
-            )  # fmt: skip
+            )
             logits: Tensor = out.logits[:, -n:]
             return logits
 
@@ -162,9 +165,10 @@ def test_one_token_is_a_label_column(extra: tuple[str, ...], how: dict[str, Any]
     longer = pad_choices([[*((i,) for i in row), (33, 34)] for row in LETTERS.tolist()])
     beside = bayes.logits(batch, DRAWS, longer, **how)[..., :3]
     assert relative(beside, scores) < EXACT
-    a, b = bayes.predict(batch, DRAWS, label_ids=LETTERS, **how), bayes.predict(
-        batch, DRAWS, label_ids=LETTERS[..., None], **how
-    )  # fmt: skip
+    a, b = (
+        bayes.predict(batch, DRAWS, label_ids=LETTERS, **how),
+        bayes.predict(batch, DRAWS, label_ids=LETTERS[..., None], **how),
+    )
     assert relative(a.probs, b.probs) < EXACT and relative(a.total, b.total) < EXACT
 
 
@@ -222,9 +226,7 @@ def test_adaptive_draws(how: dict[str, Any]) -> None:
     found = bayes.predict(batch_of(), settings, label_ids=IDS, **how)
     assert found.draw_counts is not None and len(set(found.draw_counts.tolist())) > 1
     for row, n in enumerate(found.draw_counts.tolist()):
-        alone = bayes.predict(
-            rows_of(batch_of(), row), n, label_ids=IDS[row : row + 1], **how
-        )  # fmt: skip
+        alone = bayes.predict(rows_of(batch_of(), row), n, label_ids=IDS[row : row + 1], **how)
         assert relative(alone.probs[0], found.probs[row]) < EXACT
 
 
@@ -237,9 +239,7 @@ def test_prompts_are_read_once() -> None:
     1's two that begin with token 7 are one, row 2's letters cost nothing."""
     bayes = bayesian("llama", 1)
     choices = ChoiceTokens.of(bayes.base, IDS, 3)
-    assert choices.read.tolist() == [
-        [9, 5, 0], [7, 0, 0], [20, 0, 0], [30, 0, 0], [40, 41, 42]
-    ]  # fmt: skip
+    assert choices.read.tolist() == [[9, 5, 0], [7, 0, 0], [20, 0, 0], [30, 0, 0], [40, 41, 42]]
     assert choices.owner.tolist() == [0, 1, 1, 1, 2]
     assert choices.source.tolist() == [[0, 0, 0, 0], [1, 2, 1, 3], [4, 4, 4, 4]]
     assert tokens_of(bayes, batch_of(), label_ids=IDS) == [(3, 6), (5, 4)]
@@ -327,15 +327,21 @@ def test_noise_in_the_head_alone() -> None:
     assert relative(bayes.logits(batch_of(), DRAWS, IDS, mode="tail", tail=1), together) < EXACT
 
 
-def test_draws_of_a_pass_follow_the_continuations() -> None:
-    """Five continuations of a 7-token prompt and up to 3 tokens: 50 tokens a draw; and no more
-    than that where only a tail of them differs."""
-    bayes = bayesian()
-    choices = ChoiceTokens.of(bayes.base, IDS, 3)
+def test_draws_of_a_pass_follow_the_continuations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five continuations of a 7-token prompt and up to 3 tokens: 50 tokens a draw; and half as
+    many where only a tail of them differs. Prompts, then continuations, part by part."""
+    bayes, draws = bayesian(), Draws.iid(8, 0.2)
     token = 2 * HIDDEN * 8  # bytes of the MLP's activation in float64
-    assert choices.draws_that_fit(bayes.base, 10**5, 7, None) == CPU_BYTES // (50 * token)
-    assert choices.draws_that_fit(bayes.base, 10**5, 7, 2) == CPU_BYTES // (25 * token)
-    assert choices.draws_that_fit(bayes.base, 8, 7, None) == 8
+    monkeypatch.setattr("tfb.sampling.forward.CPU_BYTES", 4 * 50 * token)
+
+    def rows(**how: Any) -> list[int]:
+        name = "model.layers.2.mlp"
+        return rows_seen(bayes, [name], lambda: bayes.logits(batch_of(), draws, IDS, **how))[name]
+
+    assert rows() == [3 * 4, 5 * 4] * 2
+    assert rows(mode="tail", tail=2) == [3, 5]
+    monkeypatch.setattr("tfb.sampling.forward.CPU_BYTES", 4 * 25 * token)
+    assert rows(mode="tail", tail=2) == [3, 5, 5]
 
 
 # --- what is refused ------------------------------------------------------------------------------
@@ -392,11 +398,11 @@ def test_length_normalization() -> None:
     bayes, how = tfb.bayesianize(KINDS["llama"].build(), seed=3), TAILS[1]
     number = (IDS != NO_TOKEN).sum(-1)
     for mode in ({}, how):
-        bayes.length_normalization = "none"
+        bayes.configure(length_normalization="none")
         total = bayes.logits(batch_of(), DRAWS, IDS, **mode)
-        bayes.length_normalization = "tokens"
+        bayes.configure(length_normalization="tokens")
         assert relative(bayes.logits(batch_of(), DRAWS, IDS, **mode), total / number) < EXACT
-    bayes.length_normalization = "characters"
+    bayes.configure(length_normalization="characters")
     with pytest.raises(ValueError, match="length_normalization='characters': expected one of none"):
         bayes.logits(batch_of(), DRAWS, IDS)
 
@@ -457,11 +463,11 @@ def test_anchors_of_both_kinds(metric: str) -> None:
 def test_sigma_is_searched_and_kept_with_the_normalization(tmp_path: Path) -> None:
     kind = KINDS["llama"]
     bayes = tfb.bayesianize(kind.build())
-    bayes.length_normalization = "tokens"
+    bayes.configure(length_normalization="tokens")
     # Pseudo-labels: the only loss that a random model is sure to worsen with noise.
     fit = tfb.fit_sigma(bayes, MIXED, "pseudo_nll", 0.05, draws=2, mode="tail", tail=2)
     assert bayes.sigma == fit.sigma > 0
-    folder = bayes.save(tmp_path / "artifact", fit=fit)
+    folder = tfb.save(bayes, tmp_path / "artifact", fit=fit)
     again = tfb.load(in_double(randomize(kind.make(), 0)), folder)
     assert again.length_normalization == "tokens"
     draws = Draws.antithetic(2, fit.sigma)
@@ -509,12 +515,34 @@ def test_command_line(shared: Path, tmp_path: Path) -> None:
     made, figures, scored = (tmp_path / name for name in ("artifact", "figures.json", "scored"))
     common = ["--model", model, "--draws", "2"]
     calls = [
-        ["fit", *common, "--adapter", adapter, "--anchors", str(data), "--out", str(made),
-         "--tolerance", "0.1", "--length-normalization", "tokens"],
+        [
+            "fit",
+            *common,
+            "--adapter",
+            adapter,
+            "--anchors",
+            str(data),
+            "--out",
+            str(made),
+            "--tolerance",
+            "0.1",
+            "--length-normalization",
+            "tokens",
+        ],
         ["evaluate", *common, "--artifact", str(made), "--data", str(data), "--json", str(figures)],
-        ["score", *common, "--artifact", str(made), "--input", str(data), "--output", str(scored),
-         "--format", "jsonl"],
-    ]  # fmt: skip
+        [
+            "score",
+            *common,
+            "--artifact",
+            str(made),
+            "--input",
+            str(data),
+            "--output",
+            str(scored),
+            "--format",
+            "jsonl",
+        ],
+    ]
     for call in calls:
         done = CliRunner().invoke(cli.app, call)
         assert done.exit_code == 0, (call[0], done.exception, done.output)
@@ -540,7 +568,18 @@ def test_command_line(shared: Path, tmp_path: Path) -> None:
 def test_command_line_checks_the_normalization_first(tmp_path: Path) -> None:
     done = CliRunner().invoke(
         cli.app,
-        ["fit", "--model", "none", "--adapter", "none", "--anchors", "none", "--out",
-         str(tmp_path / "new"), "--length-normalization", "words"],
-    )  # fmt: skip
+        [
+            "fit",
+            "--model",
+            "none",
+            "--adapter",
+            "none",
+            "--anchors",
+            "none",
+            "--out",
+            str(tmp_path / "new"),
+            "--length-normalization",
+            "words",
+        ],
+    )
     assert "length_normalization='words'" in str(done.exception)

@@ -266,9 +266,14 @@ def test_a_layer_that_has_never_run(merging: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "how", [{"draws_per_pass": 2}, {"mode": "tail", "tail": 2}, {"mode": "tail", "tail": 2,
-                                                                "draws_per_pass": 2}], ids=str
-)  # fmt: skip
+    "how",
+    [
+        {"draws_per_pass": 2},
+        {"mode": "tail", "tail": 2},
+        {"mode": "tail", "tail": 2, "draws_per_pass": 2},
+    ],
+    ids=str,
+)
 def test_parts_of_draws_and_prompts_of_tails_are_arguments_too(how: dict[str, Any]) -> None:
     """Blocks that are compiled one by one see the same graphs for other streams and sigmas."""
     bayes = tfb.bayesianize(exact(SMALL.build()))

@@ -1,47 +1,22 @@
-"""What is computed once: rows that modules see, prefixes, chunks, label columns, adaptive draws."""
+"""What is computed once: the rows that modules see, whatever a call brings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from peft import LoraConfig
-from support.models import HIDDEN, VOCAB, make_batch, randomize, relative
-from test_architectures import DRAWS, KINDS, batch_of, single_runs
+from support.architectures import DRAWS, KINDS, batch_of, rows_seen, single_runs
+from support.models import make_batch, randomize, relative
 from torch import Tensor
 
 import tfb
 from tfb import Draws
-from tfb.sampling import forward as passes
-from tfb.sampling.adaptive import Adaptive
 from tfb.sampling.fan_out import FOLDABLE
-from tfb.sampling.kv_cache import LEAST_SAVING, find_shared_prefix
-from tfb.sampling.memory import CPU_BYTES, draws_that_fit
 
 EXACT = 1e-10
 B, S = 3, len(DRAWS)
-
-
-def rows_seen(bayes: Any, names: Sequence[str], call: Callable[[], object]) -> dict[str, list[int]]:
-    """Rows of the input of each named module, call by call."""
-    seen: dict[str, list[int]] = {n: [] for n in names}
-    handles = []
-    for name in names:
-
-        def hook(module: Any, args: Any, kwargs: Any, name: str = name) -> None:
-            value = args[0] if args else kwargs["hidden_states"]
-            seen[name].append(len(value))
-
-        module = bayes.base.get_submodule(name)
-        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-    call()
-    for handle in handles:
-        handle.remove()
-    return seen
 
 
 # --- fan-out --------------------------------------------------------------------------------------
@@ -146,232 +121,6 @@ def test_a_second_active_adapter_is_added_in_every_draw() -> None:
     inputs, _ = bayes.inputs(batch_of(), "full")
     with torch.no_grad():
         assert relative(mean, model(**inputs).logits[:, -1]) < EXACT
-
-
-# --- chunks and label columns ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("how", [{}, {"mode": "tail", "tail": 2}])
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 100])
-def test_chunks_change_nothing(size: int, how: dict[str, Any]) -> None:
-    """Draws in several passes, pairs kept together, in the order that was asked for."""
-    bayes = tfb.bayesianize(KINDS["llama"].build())
-    draws = Draws.antithetic(10, 0.2, seed=2)
-    whole = bayes.logits(batch_of(), draws, draws_per_pass=10, **how)
-    parts = bayes.logits(batch_of(), draws, draws_per_pass=size, **how)
-    assert relative(parts, whole) < EXACT
-    with pytest.raises(ValueError, match="draws_per_pass=0"):
-        bayes.logits(batch_of(), draws, draws_per_pass=0, **how)
-
-
-@pytest.mark.parametrize("kind", sorted(KINDS))
-@pytest.mark.parametrize("size", [1, 3])
-def test_parts_of_the_draws_replay_the_blocks_below_the_noise(kind: str, size: int) -> None:
-    """Whatever a block returns: all draws in one pass, and in parts of one draw or more, agree."""
-    bayes = tfb.bayesianize(KINDS[kind].build(), layers=tfb.last_layers(1))
-    draws = Draws.iid(5, 0.2, seed=2)
-    whole = bayes.logits(batch_of(), draws, draws_per_pass=5)
-    parts = bayes.logits(batch_of(), draws, draws_per_pass=size)
-    assert relative(parts, whole) < EXACT
-
-
-@pytest.mark.parametrize("size", [1, 2])
-def test_blocks_below_the_noise_run_once_for_all_parts(size: int) -> None:
-    bayes = tfb.bayesianize(KINDS["llama"].build(), layers=tfb.last_layers(1))
-    names = [f"model.layers.{i}.mlp.gate_proj" for i in range(3)]
-    draws = Draws.iid(4, 0.2)
-    seen = rows_seen(bayes, names, lambda: bayes.logits(batch_of(), draws, draws_per_pass=size))
-    assert [seen[n] for n in names] == [[B], [B], [size * B] * (4 // size)]
-
-
-def test_a_replay_ends_with_its_batch() -> None:
-    """Other batches and plain passes see their own rows; remove() leaves blocks as they were."""
-    model = KINDS["llama"].build()
-    before = [dict(vars(block)) for block in model.base_model.model.model.layers]
-    bayes = tfb.bayesianize(model, layers=tfb.last_layers(1))
-    other = {k: v.flip(0) for k, v in batch_of().items()}
-    inputs, _ = bayes.inputs(batch_of(), "full")
-    with torch.no_grad():
-        plain = bayes.model(**inputs).logits
-    a = bayes.logits(batch_of(), DRAWS, draws_per_pass=1)
-    b = bayes.logits(other, DRAWS, draws_per_pass=1)
-    assert relative(b.flip(1), a) < EXACT
-    with torch.no_grad():
-        assert torch.equal(bayes.model(**inputs).logits, plain)
-    bayes.remove()
-    layers = model.base_model.model.model.layers
-    assert [set(vars(block)) for block in layers] == [set(d) for d in before]
-
-
-def test_memory_of_a_cpu() -> None:
-    """As much as the widest activation may take, at least one draw, never more than asked for."""
-    base, ids = KINDS["llama"].make(), torch.zeros(4, 100, dtype=torch.int64)
-    token = 2 * HIDDEN * 4  # bytes, float32
-    assert draws_that_fit(base, 10, ids, None) == 10
-    assert draws_that_fit(base, 10**6, ids, None) == CPU_BYTES // (400 * token)
-    assert draws_that_fit(base, 10**6, ids, 1) == CPU_BYTES // (4 * token)
-    assert draws_that_fit(base, 5, torch.zeros(1, CPU_BYTES // token + 1), None) == 1
-
-
-@pytest.mark.parametrize("kind", ["llama", "gemma3", "gpt2"])
-def test_only_label_rows_of_the_head_are_multiplied(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ids [K] or [B, K]: the distinct ones are computed, and give the full head's values."""
-    bayes = tfb.bayesianize(KINDS[kind].build())
-    everything = bayes.logits(batch_of(), DRAWS)
-    computed: list[int] = []
-    linear = torch.nn.functional.linear
-
-    def spy(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if weight.shape[1] == HIDDEN and weight.shape[0] in (3, 5, VOCAB):
-            computed.append(weight.shape[0])
-        return linear(x, weight, bias)
-
-    monkeypatch.setattr(torch.nn.functional, "linear", spy)
-    common = torch.tensor([5, 9, 63])
-    assert relative(bayes.logits(batch_of(), DRAWS, common), everything[..., common]) < EXACT
-    assert computed == [3]
-    own = torch.tensor([[5, 9], [63, 5], [7, 8]])
-    found = bayes.logits(batch_of(), DRAWS, own)
-    assert relative(found, everything.gather(-1, own.expand(S, 3, 2))) < EXACT
-    assert computed == [3, 5]
-    bayes.remove()
-    assert "forward" not in vars(bayes.base.get_output_embeddings())
-
-
-# --- prefixes -------------------------------------------------------------------------------------
-
-
-@given(st.lists(st.lists(st.integers(0, 1), min_size=2, max_size=7), min_size=1, max_size=6),
-       st.integers(1, 2))  # fmt: skip
-def test_shared_prefix_is_the_best(rows: list[list[int]], keep: int) -> None:
-    """Against all lengths by brute force: fewest tokens, or none where too little is saved."""
-    B, T = len(rows), max(map(len, rows))
-    longest = min(map(len, rows)) - keep
-    costs = {c: len({tuple(r[:c]) for r in rows}) * c + B * (T - c) for c in range(1, longest + 1)}
-    best = min(costs.values(), default=B * T)
-    found = find_shared_prefix(rows, keep)
-    if B < 2 or best > (1 - LEAST_SAVING) * B * T:
-        assert found is None
-        return
-    assert found is not None and costs[found.length] == best
-    for row, owner in zip(rows, found.owner.tolist(), strict=True):
-        assert found.ids[owner].tolist() == row[: found.length]
-    assert len({tuple(i) for i in found.ids.tolist()}) == len(found.ids)
-
-
-def contexts() -> dict[str, Tensor]:
-    """Two contexts of eight tokens with two and three continuations, padded left."""
-    g = torch.Generator().manual_seed(0)
-    starts = torch.randint(4, VOCAB, (2, 8), generator=g)
-    rows = [(0, 3), (0, 1), (1, 3), (1, 2), (1, 3)]
-    batch = make_batch(*(8 + n for _, n in rows))
-    for row, (context, n) in enumerate(rows):
-        batch["input_ids"][row, 3 - n : 11 - n] = starts[context]
-    return {k: v for k, v in batch.items() if k != "position_ids"}
-
-
-@pytest.mark.parametrize("how", [{}, {"mode": "tail", "tail": 1}, {"mode": "tail", "tail": 3}])
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3", "phi3"])
-def test_shared_prefixes_change_nothing(
-    kind: str, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two contexts, five rows: the prefixes run once (each draw), the numbers stay."""
-    for layers in (None, tfb.last_layers(1)):
-        bayes = tfb.bayesianize(KINDS[kind].build(), layers=layers)
-        ids = torch.tensor([7, 9, 11])
-        found = bayes.logits(contexts(), DRAWS, ids, **how)
-        with monkeypatch.context() as patch:
-            patch.setattr(passes, "find_shared_prefix", lambda *_, **__: None)
-            plain = bayes.logits(contexts(), DRAWS, ids, **how)
-        assert relative(found, plain) < EXACT
-        assert relative(found, single_runs(bayes, DRAWS, contexts(), label_ids=ids, **how)) < EXACT
-
-
-def test_shared_prefixes_are_computed_once() -> None:
-    """Sixteen tokens of two contexts in place of forty, then what is left."""
-    bayes = tfb.bayesianize(KINDS["llama"].build())
-    tokens: list[tuple[int, ...]] = []
-    embed = bayes.base.get_submodule("model.embed_tokens")
-    handle = embed.register_forward_pre_hook(lambda m, a: tokens.append(tuple(a[0].shape)))
-    bayes.logits(contexts(), DRAWS)
-    assert tokens == [(2, 8), (5, 3)]  # the embedding is below the noise: rows, not draws
-    tokens.clear()
-    bayes.logits(contexts(), DRAWS, mode="tail", tail=1)
-    assert tokens == [(2, 8), (5, 2), (5, S)]
-    handle.remove()
-
-
-def test_windows_shorter_than_the_prompt_are_not_split() -> None:
-    """Padding would come to lie between prefix and rest, inside the window."""
-    bayes = tfb.bayesianize(KINDS["mistral"].build())
-    inputs, _ = bayes.inputs(contexts(), "full")
-    assert not passes.may_share(bayes, inputs)
-    assert passes.may_share(tfb.bayesianize(KINDS["llama"].build()), inputs)
-
-
-# --- adaptive draws -------------------------------------------------------------------------------
-
-
-def adaptive(bayes: Any, batch: dict[str, Tensor], **settings: Any) -> tfb.Predictive:
-    found: tfb.Predictive = bayes.predict(batch, Adaptive(**settings))
-    return found
-
-
-def test_rows_stop_by_their_own_error() -> None:
-    """Each row's error is within the tolerance or its draws are exhausted, and its result is that
-    of predicting with as many draws."""
-    bayes = tfb.bayesianize(KINDS["llama"].build())
-    bayes.sigma = 0.3
-    batch = make_batch(11, 6, 9, 4, 8, 10)
-    found = adaptive(bayes, batch, tolerance=0.02, most=32)
-    assert found.draw_counts is not None and len(set(found.draw_counts.tolist())) > 1
-    error = found.standard_error.gather(-1, found.prediction[:, None])[:, 0]
-    assert bool(((error <= 0.02) | (found.draw_counts == 32)).all())
-    for row, count in enumerate(found.draw_counts.tolist()):
-        fixed = bayes.predict(batch, count)
-        assert relative(found.probs[row], fixed.probs[row]) < 1e-6
-        assert relative(found.standard_error[row], fixed.standard_error[row]) < 1e-5
-
-
-def test_adaptive_rows_do_not_see_each_other() -> None:
-    """Alone, in a batch or in another order, a row gets the same draws and the same result."""
-    bayes = tfb.bayesianize(KINDS["llama"].build())
-    bayes.sigma = 0.3
-    batch = make_batch(11, 6, 9, 4, 8, 10)
-    whole = adaptive(bayes, batch, tolerance=0.02, most=32)
-    order = torch.tensor([3, 0, 5, 1, 4, 2])
-    turned = adaptive(bayes, {k: v[order] for k, v in batch.items()}, tolerance=0.02, most=32)
-    assert whole.draw_counts is not None and turned.draw_counts is not None
-    assert turned.draw_counts.equal(whole.draw_counts[order])
-    assert relative(turned.probs, whole.probs[order]) < EXACT
-    for row in range(6):
-        alone = adaptive(
-            bayes, {k: v[row : row + 1] for k, v in batch.items()}, tolerance=0.02, most=32
-        )
-        assert alone.draw_counts is not None
-        assert int(alone.draw_counts[0]) == int(whole.draw_counts[row])
-        assert relative(alone.probs[0], whole.probs[row]) < EXACT
-
-
-def test_adaptive_settings() -> None:
-    bayes = tfb.bayesianize(KINDS["llama"].build())
-    bayes.sigma = 0.3
-    batch = batch_of()
-    strict = adaptive(bayes, batch, tolerance=1e-12, most=8)
-    assert strict.draw_counts is not None and strict.draw_counts.tolist() == [8, 8, 8]
-    loose = adaptive(bayes, batch, tolerance=1.0)
-    assert loose.draw_counts is not None and loose.draw_counts.tolist() == [4, 4, 4]
-    own = torch.tensor([[5, 9], [63, 5], [7, 8]])
-    assert bayes.predict(batch, "auto", label_ids=own).probs.shape == (3, 2)
-    with pytest.raises(ValueError, match="draws='many'"):
-        bayes.predict(batch, "many")
-    with pytest.raises(ValueError, match="keep_draws"):
-        bayes.predict(batch, "auto", keep_draws=True)
-    for bad in ({"tolerance": 0.0}, {"most": 3}, {"first": 3}, {"first": 8, "most": 6}):
-        with pytest.raises(ValueError, match="expected"):
-            Adaptive(**bad)
 
 
 # --- what the fan-out must not confuse ------------------------------------------------------------
@@ -485,14 +234,14 @@ def test_a_thousand_draws_of_the_head_cost_one_pass(how: dict[str, Any]) -> None
 def test_draws_below_the_head_are_counted_in_full() -> None:
     """Noise in a block too, or a head of a second adapter: every draw takes all positions."""
     model = KINDS["llama"].build("lm_head")
-    assert not tfb.bayesianize(model)._fan_out.head_alone
+    assert not tfb.bayesianize(model).head_alone
     model = KINDS["llama"].build("lm_head")
     bayes = tfb.bayesianize(model, layers=tfb.last_layers(0))
-    assert bayes._fan_out.head_alone
+    assert bayes.head_alone
     model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
     randomize(model, 3, ".other.").double()
     model.base_model.set_adapter(["default", "other"])
-    assert not bayes._fan_out.head_alone
+    assert not bayes.head_alone
     assert relative(bayes.logits(batch_of(), DRAWS), single_runs(bayes, DRAWS, batch_of())) < EXACT
 
 

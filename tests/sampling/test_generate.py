@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.architectures import CAUSAL, DRAWS, KINDS
 from support.models import make_batch, relative
-from test_architectures import CAUSAL, DRAWS, KINDS
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
@@ -175,8 +175,8 @@ def test_other_refusals() -> None:
         bayes.generate(prompts(), Draws.iid(2, 0.1, noise="token"), **OPTIONS)
     with pytest.raises(ValueError, match="sigma is not set"):
         bayes.generate(prompts(), 4, **OPTIONS)
-    bayes.sigma = 0.1
-    bayes.set_mode("tail", 1)  # its sigma is not one of noise at every token
+    bayes.configure(sigma=0.1)
+    bayes.configure(mode="tail", tail=1)  # its sigma is not one of noise at every token
     with pytest.raises(ValueError, match=r"mode='tail' .*bayes.set_mode.('full'.)"):
         bayes.generate(prompts(), 4, **OPTIONS)
     assert bayes.generate(prompts(), DRAWS, **OPTIONS).sequences.shape[0] > 0  # meant explicitly

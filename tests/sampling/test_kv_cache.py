@@ -10,9 +10,8 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.models import FIRST_TOKEN, VOCAB, make_batch, relative
-from test_architectures import DRAWS, KINDS, SIZES, Kind, of, single_runs
-from torch import Tensor
+from support.architectures import DRAWS, KINDS, SIZES, Kind, of, prompts, single_runs, tokens_of
+from support.models import make_batch, relative
 
 import tfb
 from tfb.sampling import forward as passes
@@ -22,30 +21,6 @@ EXACT = 1e-10
 S = len(DRAWS)
 LABELS = torch.tensor([7, 9, 11])
 MODES: list[dict[str, Any]] = [{}, {"mode": "tail", "tail": 1}, {"mode": "tail", "tail": 4}]
-
-
-def prompts(*rows: tuple[int, int], start: int = 6, pad: str = "left") -> dict[str, Tensor]:
-    """Rows (context, tokens after it), contexts of ``start`` tokens."""
-    batch = make_batch(*(start + n for _, n in rows), pad=pad)
-    T = batch["input_ids"].shape[1]
-    for row, (context, n) in enumerate(rows):
-        g = torch.Generator().manual_seed(100 + context)
-        first = T - start - n if pad == "left" else 0
-        ids = torch.randint(FIRST_TOKEN, VOCAB, (start,), generator=g)
-        batch["input_ids"][row, first : first + start] = ids
-    return batch
-
-
-def tokens_of(
-    bayes: Any, batch: dict[str, Tensor], draws: tfb.Draws = DRAWS, **how: Any
-) -> list[tuple[int, ...]]:
-    """Shapes that reach the embedding, call by call."""
-    seen: list[tuple[int, ...]] = []
-    embed = bayes.base.get_input_embeddings()
-    handle = embed.register_forward_pre_hook(lambda m, args: seen.append(tuple(args[0].shape)))
-    bayes.logits(batch, draws, **how)
-    handle.remove()
-    return seen
 
 
 def unshared(monkeypatch: pytest.MonkeyPatch, call: Any) -> Any:
@@ -69,10 +44,19 @@ A, C = [1] * 8, [2] * 8  # two contexts
         ([[*A, 3], [*A, 4], [*C, 3]], 1, 8, [0, 0, 1]),  # a row of its own among them
         ([A + [3] * 9, [*A, 4]], 1, 8, [0, 0]),  # unequal lengths: the shorter one bounds
         # Two levels: all begin alike for 4 tokens, pairs for 8. The longer is the cheaper one.
-        ([[9] * 4 + [1] * 4 + [3], [9] * 4 + [1] * 4 + [4], [9] * 4 + [2] * 4 + [3],
-          [9] * 4 + [2] * 4 + [4]], 1, 8, [0, 0, 1, 1]),
+        (
+            [
+                [9] * 4 + [1] * 4 + [3],
+                [9] * 4 + [1] * 4 + [4],
+                [9] * 4 + [2] * 4 + [3],
+                [9] * 4 + [2] * 4 + [4],
+            ],
+            1,
+            8,
+            [0, 0, 1, 1],
+        ),
     ],
-)  # fmt: skip
+)
 def test_known_prefixes(rows: list[list[int]], keep: int, length: int, owner: list[int]) -> None:
     found = find_shared_prefix(rows, keep)
     assert found is not None
@@ -180,8 +164,10 @@ def upper_blocks() -> Any:
 def test_any_groups_at_all(groups: list[tuple[int, int]], start: int, how: dict[str, Any]) -> None:
     bayes, batch = upper_blocks(), prompts(*groups, start=start)
     found = bayes.logits(batch, DRAWS, **how)
-    rows = [bayes.logits({k: v[b : b + 1] for k, v in batch.items()}, DRAWS, **how)
-            for b in range(len(groups))]  # fmt: skip
+    rows = [
+        bayes.logits({k: v[b : b + 1] for k, v in batch.items()}, DRAWS, **how)
+        for b in range(len(groups))
+    ]
     assert relative(found, torch.cat(rows, 1)) < EXACT
 
 
@@ -265,10 +251,14 @@ def test_positions_of_the_callers_own(
 
 
 ROPE: dict[str, dict[str, Any]] = {
-    "longrope": {"short_factor": [1.0, 1.0], "long_factor": [3.0, 9.0], "factor": 8.0,
-                 "original_max_position_embeddings": 8},
+    "longrope": {
+        "short_factor": [1.0, 1.0],
+        "long_factor": [3.0, 9.0],
+        "factor": 8.0,
+        "original_max_position_embeddings": 8,
+    },
     "dynamic": {"factor": 4.0},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("rope", ROPE)

@@ -14,8 +14,8 @@ import torch
 from peft import IA3Config, LoraConfig, get_peft_model
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora.layer import Linear as LoraLinear
+from support.architectures import DRAWS, KINDS, OTHERS, batch_of, in_double
 from support.models import CASES, add_lora, encoder, make_batch, randomize, relative, run
-from test_architectures import DRAWS, KINDS, OTHERS, batch_of, in_double
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import register_module_forward_hook
@@ -24,6 +24,8 @@ import tfb
 from tfb import BayesLoRALinear, Draws, linear
 from tfb.adapters.bridge import MergingLinear
 from tfb.linear import LowRankSampler
+from tfb.sampling.forward import mean_state
+from tfb.sampling.state import SamplingState
 from tfb_kernels.tuning import merge_min_rows
 
 EXACT, S = 1e-10, len(DRAWS)
@@ -225,7 +227,8 @@ def test_the_prompt_of_a_tail_is_pefts_own_where_it_is_not_merged() -> None:
                 kept.append(backbone(ids, use_cache=True).past_key_values)
                 continue
             bayes.merging = merging
-            with bayes.mean_pass(DRAWS, len(ids)):
+            state = mean_state(SamplingState(bayes.base, DRAWS), len(ids))
+            with bayes.sampling_as(state):
                 kept.append(backbone(ids, use_cache=True).past_key_values)
     for a, b in zip(kept[0].layers, kept[1].layers, strict=True):
         assert a.keys.equal(b.keys) and a.values.equal(b.values)

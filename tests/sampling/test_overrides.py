@@ -1,22 +1,18 @@
-"""The narrowed head: label columns are the whole head's, and only they are computed; and draws
-that run in parts."""
+"""What replaces a module's forward: a head of label columns alone, blocks below the noise."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig
+from support.architectures import DRAWS, KINDS, SPLIT, Kind, batch_of, in_double, of, rows_seen
 from support.models import HIDDEN, VOCAB, make_batch, randomize, relative
-from test_architectures import DRAWS, KINDS, SPLIT, Kind, batch_of, in_double, of
 from torch import Tensor, nn
 
 import tfb
 from tfb import Draws
-from tfb.sampling.memory import CPU_BYTES, chunks, draws_that_fit
 from tfb.sampling.overrides import LabelColumns, is_narrowed
 
 EXACT = 1e-10
@@ -122,7 +118,7 @@ def test_which_columns() -> None:
     assert labels.columns is not None and labels.columns.tolist() == [0, 7, 63]
     assert labels.position.tolist() == [1, 2, 0, 1]
     logits = torch.arange(2 * B * 3.0).view(2, B, 3)
-    assert labels.select(logits).equal(logits[..., [1, 2, 0, 1]])
+    assert labels.reduce(logits[:, :, None]).equal(logits[..., [1, 2, 0, 1]])
     own = LabelColumns.of(base, OWN, rows=B)
     assert own.columns is not None
     assert own.columns[own.position].equal(OWN)
@@ -193,85 +189,43 @@ def test_a_forward_of_someone_elses_stays() -> None:
     assert vars(head)["forward"] is theirs
 
 
-# --- draws in parts -------------------------------------------------------------------------------
-
-SEQUENCES = {
-    "antithetic": Draws.antithetic(10, 0.2, seed=2),
-    "iid": Draws.iid(7, 0.2, seed=2),
-    "grid": Draws.grid([0.0, 0.1, 0.3], 4, seed=2),
-    "mixed": Draws((0.1, 0.2, -0.1, 0.0, 0.3), (4, 0, 4, 1, 0)),
-}
-CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
-    "full": ("llama", (), {}),
-    "tail": ("llama", (), TAIL),
-    "labels": ("gpt2", (), {"label_ids": OWN}),
-    "head": ("llama", ("lm_head",), {}),
-    "classifier": ("llama-classifier", (), {}),
-    "classifier-tail": ("llama-classifier", (), TAIL),
-    "encoder": ("bert", (), {}),
-}
+# --- blocks that are replayed ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_parts_are_the_whole(case: str) -> None:
-    """Every size of a part, divisor or not, in every mode, whatever the order of draws."""
-    kind, extra, how = CASES[case]
-    layers = tfb.last_layers(0) if extra else None
-    bayes = tfb.bayesianize(KINDS[kind].build(*extra), layers=layers)
-    for draws in SEQUENCES.values():
-        whole = bayes.logits(batch_of(), draws, draws_per_pass=len(draws), **how)
-        for size in (1, 3, 4, 100):
-            parts = bayes.logits(batch_of(), draws, draws_per_pass=size, **how)
-            assert relative(parts, whole) < EXACT
+@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("size", [1, 3])
+def test_parts_of_the_draws_replay_the_blocks_below_the_noise(kind: str, size: int) -> None:
+    """Whatever a block returns: all draws in one pass, and in parts of one draw or more, agree."""
+    bayes = tfb.bayesianize(KINDS[kind].build(), layers=tfb.last_layers(1))
+    draws = Draws.iid(5, 0.2, seed=2)
+    whole = bayes.logits(batch_of(), draws, draws_per_pass=5)
+    parts = bayes.logits(batch_of(), draws, draws_per_pass=size)
+    assert relative(parts, whole) < EXACT
 
 
-@pytest.mark.parametrize("name", SEQUENCES)
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 6, 7, 100])
-def test_parts_keep_streams_together(name: str, size: int) -> None:
-    """In order, nothing twice, no larger than asked for unless one stream's draws are; on a CPU,
-    which keeps weight noise from part to part, never larger."""
-    ids = torch.zeros(2, 3, dtype=torch.int64)
-    run = {"antithetic": 2, "iid": 1, "grid": 6, "mixed": 1}[name]
-    draws = SEQUENCES[name]
-    kept = list(chunks(None, draws, ids, None, size))
-    assert all(len(p) <= size and (size < run or len(p) % run == 0) for p in kept)
-    draws = replace(draws, noise="token")
-    parts = list(chunks(None, draws, ids, None, size))
-    assert sum((p.sigmas for p in parts), ()) == draws.sigmas
-    assert sum((p.streams for p in parts), ()) == draws.streams
-    assert all((p.seed, p.noise) == (draws.seed, draws.noise) for p in parts)
-    assert all(len(p) % run == 0 and len(p) <= max(size, run) for p in parts)
-    if run > 1:
-        assert not any(set(a.streams) & set(b.streams) for a, b in pairwise(parts))
+@pytest.mark.parametrize("size", [1, 2])
+def test_blocks_below_the_noise_run_once_for_all_parts(size: int) -> None:
+    bayes = tfb.bayesianize(KINDS["llama"].build(), layers=tfb.last_layers(1))
+    names = [f"model.layers.{i}.mlp.gate_proj" for i in range(3)]
+    draws = Draws.iid(4, 0.2)
+    seen = rows_seen(bayes, names, lambda: bayes.logits(batch_of(), draws, draws_per_pass=size))
+    assert [seen[n] for n in names] == [[B], [B], [size * B] * (4 // size)]
 
 
-@pytest.mark.parametrize("rows", [1, 3, 64])
-@pytest.mark.parametrize("tokens", [1, 17, 5000])
-@pytest.mark.parametrize("tail", [None, 1, 4])
-def test_draws_that_fit_a_cpu(rows: int, tokens: int, tail: int | None) -> None:
-    """As many as the limit allows, never none, never more than there are."""
-    ids = torch.zeros(rows, tokens, dtype=torch.int64)
-    each = rows * (tokens if tail is None else tail) * 2 * HIDDEN * 4  # bytes
-    base = KINDS["llama"].make()
-    for draws in (1, 10, 10**6):
-        found = draws_that_fit(base, draws, ids, tail)
-        assert 1 <= found <= draws
-        assert found * each <= CPU_BYTES or found == 1
-        assert found == draws or (found + 1) * each > CPU_BYTES
-
-
-def test_parts_are_made_without_being_asked_for() -> None:
-    """More tokens than a pass takes: the default runs in parts, with the same numbers."""
-    bayes = tfb.bayesianize(KINDS["llama"].build())
-    # 3 rows of 11 tokens, 32 float64 wide: 1,488 draws a pass.
-    draws = Draws.antithetic(1500, 0.2)
-    calls: list[int] = []
-    hook = bayes.base.model.layers[1].mlp.register_forward_pre_hook(
-        lambda m, args: calls.append(len(args[0]))
-    )
-    found = bayes.logits(batch_of(), draws)
-    hook.remove()
-    most = CPU_BYTES // (3 * 11 * 2 * HIDDEN * 8) // 2 * 2  # whole pairs
-    assert calls == [3 * most, 3 * (1500 - most)]
-    assert relative(found[:S], bayes.logits(batch_of(), draws[:S])) < EXACT
-    assert relative(found[-S:], bayes.logits(batch_of(), draws[-S:])) < EXACT
+def test_a_replay_ends_with_its_batch() -> None:
+    """Other batches and plain passes see their own rows; remove() leaves blocks as they were."""
+    model = KINDS["llama"].build()
+    before = [dict(vars(block)) for block in model.base_model.model.model.layers]
+    bayes = tfb.bayesianize(model, layers=tfb.last_layers(1))
+    other = {k: v.flip(0) for k, v in batch_of().items()}
+    inputs, _ = bayes.inputs(batch_of(), "full")
+    with torch.no_grad():
+        plain = bayes.model(**inputs).logits
+    a = bayes.logits(batch_of(), DRAWS, draws_per_pass=1)
+    b = bayes.logits(other, DRAWS, draws_per_pass=1)
+    assert relative(b.flip(1), a) < EXACT
+    with torch.no_grad():
+        assert torch.equal(bayes.model(**inputs).logits, plain)
+    bayes.remove()
+    layers = model.base_model.model.model.layers
+    assert [set(vars(block)) for block in layers] == [set(d) for d in before]

@@ -21,9 +21,9 @@ import transformers
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from support.architectures import DRAWS, SPLIT, Kind, of
 from support.models import naive, relative
-from test_architectures import DRAWS, SPLIT, Kind, of
-from test_generated_tokenizers import (
+from support.tokenizers import (
     ROWS,
     Spec,
     Split,
@@ -36,12 +36,13 @@ from torch import Tensor
 
 import tfb
 from tfb import Draws
+from tfb.adapters.loading import load_tokenizer
 from tfb.data.batching import EncodedRows, batches
 from tfb.data.encoding import RowEncoder
 from tfb.data.readers import read_rows
 from tfb.data.rows import Row
 from tfb.evaluation.metrics import evaluate
-from tfb.scoring.rows import compare_label_tokens, encode, load_tokenizer, pad_token, predict_rows
+from tfb.scoring.evaluate import compare_label_tokens, encode, predict_rows
 
 EXACT = 1e-10  # float64, to the last operation
 SINGLE = 1e-5  # nats: float32 log-probabilities of size 10, summed and averaged
@@ -317,12 +318,11 @@ def test_a_trained_model_and_plain_peft(shared: Path, trained: Path, tmp_path: P
         columns.append(logits[[text[-1] for text in texts]])
 
     bayes, found = tfb.bayesianize(loaded(shared, trained)), {}
-    pad = pad_token(bayes, tokenizer)
     for name, reference in (("all", scores), ("last", columns)):
         bayes.label_tokens = name
         encoded = encode(bayes, data, tokenizer)
         assert encoded.labels == labels.tolist()
-        p = predict_rows(bayes, encoded, Draws.mean(), batch_size=32, pad_token_id=pad).probs
+        p = predict_rows(bayes, encoded, Draws.mean(), batch_size=32).probs
         found[name] = evaluate(p, labels)
         log_probs = torch.stack(reference).log_softmax(-1)
         nll = -log_probs[range(len(labels)), labels].mean()
