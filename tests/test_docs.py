@@ -17,6 +17,8 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 # In a page a file goes by its path from the root, in code or in a link's text.
 NAMED = re.compile(r"`((?:tfb|tfb_kernels|benchmarks|tests|docs|tools)/[\w./-]*)`")
 HOUSE = ROOT / "docs" / "house.md"
+# A name and the file that defines it.
+DEFINED = re.compile(r"`(\w+)` (?:in|of) `((?:tfb|tfb_kernels)/[\w./-]*\.py)`")
 # What a changelog says of an older version was true of it.
 NAMING = [page for page in PAGES if page.name != "CHANGELOG.md"]
 
@@ -52,6 +54,8 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_named_files_exist(page: Path) -> None:
     for path in NAMED.findall(prose(page)):
         assert (ROOT / path).exists() or path.startswith("benchmarks/results"), path
+    for defined, path in DEFINED.findall(page.read_text()):
+        assert re.search(rf"\b{defined}\b", (ROOT / path).read_text()), (defined, path)
 
 
 def test_the_tree_is_that_of_the_house() -> None:
