@@ -13,7 +13,7 @@ import torch
 
 from tfb.evaluation import figures
 from tfb.evaluation.metrics import Evaluation
-from tfb.search.fit import CurvePoint
+from tfb.search.result import CurvePoint
 
 NAN = float("nan")
 
@@ -35,7 +35,7 @@ def size(path: Path) -> tuple[int, int]:
         {},
         {"sigma": 0.0, "limit": None, "objective": "min_nll"},
         {"metric": "accuracy", "limit": 0.9, "interval": (0.0, None)},
-        {"interval": None, "compat": "reference", "metric": "pseudo_nll"},
+        {"interval": None, "metric": "pseudo_nll"},
         {"metric": "embedding_norm", "sigma": 0.015},
         {"curve": (CurvePoint(0.0, 0.8, 0.0, 0.0), CurvePoint(0.02, 0.8, 0.0, 0.0))},
     ],
