@@ -14,9 +14,9 @@ it memorizes, as adapters of large models fitted to small data sets do: train ac
 accuracy on held-out digits, and too much confidence there. The number of steps and the learning
 rate were set before any Bayesian run, from accuracy and confidence of the plain adapter only.
 
-The run prints accuracy and ECE of the result and writes them to the assets' README.md. Values
-repeat on one machine and thread count; another CPU may round otherwise and give a slightly
-different adapter, which is why the assets are committed.
+The run prints accuracy and ECE of the result. Values repeat on one machine and thread count;
+another CPU may round otherwise and give a slightly different adapter, which is why the assets are
+committed.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tfb.demo import digits
+from tfb.evaluation.metrics import Metrics, evaluate
 
 SEED = 0
 QUESTIONS = ("parity", "size", "rest", "ink")
@@ -59,7 +60,10 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word; "<bos>" in front; "...=3" and "...= 3" both end in the token "3"."""
+    """Return a tokenizer with one token a word and "<bos>" in front.
+
+    "...=3" and "...= 3" both end in the token "3".
+    """
     core = Tokenizer(models.WordLevel(TOKEN_ID, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     core.post_processor = processors.TemplateProcessing(
@@ -76,7 +80,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_base() -> LlamaForCausalLM:
-    """The untrained base model, about 200 thousand parameters in float32."""
+    """Return the untrained base model, about 200 thousand parameters in float32."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(VOCABULARY),
@@ -95,20 +99,20 @@ def make_base() -> LlamaForCausalLM:
 
 
 def pixel_ids(images: np.ndarray) -> torch.Tensor:
-    """Token ids of "<bos>" and the pixels: images int [N, 8, 8] -> int64 [N, 65]."""
+    """Return ids of "<bos>" and the pixels: images int [N, 8, 8] -> int64 [N, 65]."""
     flat = torch.from_numpy(images.reshape(len(images), -1)) + TOKEN_ID[digits.PIXEL_TOKENS[0]]
     return torch.cat([torch.full((len(flat), 1), TOKEN_ID["<bos>"]), flat], dim=1)
 
 
 def answer_ids(images: np.ndarray) -> torch.Tensor:
-    """Token ids of the demo's prompts, as the tokenizer gives them: int64 [N, 66]."""
+    """Return token ids of the demo's prompts, as the tokenizer gives them: int64 [N, 66]."""
     pixels = pixel_ids(images)
     mark = torch.full((len(pixels), 1), TOKEN_ID[digits.ANSWER_TOKEN])
     return torch.cat([pixels, mark], dim=1)
 
 
 def augmented(images: np.ndarray, random: np.random.RandomState) -> np.ndarray:
-    """Each image turned by up to BASE_DEGREES, with a little noise, moved by up to one pixel."""
+    """Turn images by up to BASE_DEGREES, add a little noise, move them by up to one pixel."""
     turned = digits.rotate(images, random.uniform(-BASE_DEGREES, BASE_DEGREES, len(images)))
     noisy = np.rint(turned + random.standard_normal(images.shape) * BASE_NOISE)
     whole = np.clip(noisy, 0, digits.LEVELS - 1).astype(np.int64)
@@ -125,7 +129,7 @@ def augmented(images: np.ndarray, random: np.random.RandomState) -> np.ndarray:
 def question_ids(
     images: np.ndarray, labels: np.ndarray, random: np.random.RandomState
 ) -> torch.Tensor:
-    """The four questions in random order, each followed by its answer: int64 [N, 8]."""
+    """Return the four questions in random order, each with its answer after it: int64 [N, 8]."""
     tails = []
     for image, label in zip(images, labels.tolist(), strict=True):
         ink = (int(image.sum()) - INK_LOW) // INK_STEP
@@ -202,30 +206,19 @@ def train_adapter(model: PeftModel) -> None:
 
 @torch.no_grad()
 def probabilities(model: torch.nn.Module, images: np.ndarray) -> torch.Tensor:
-    """Probability of each digit, softmax over the ten label columns: float32 [N, 10]."""
+    """Return the probability of each digit, softmax over the ten label columns: float32 [N, 10]."""
     first = TOKEN_ID[digits.CHOICES[0]]
     logits = model(input_ids=answer_ids(images), logits_to_keep=1).logits[:, -1]
     return logits[:, first : first + 10].softmax(dim=-1)
 
 
-def expected_calibration_error(probs: torch.Tensor, labels: torch.Tensor, bins: int = 15) -> float:
-    """ECE with equal-width bins, as a fraction."""
-    confidence, prediction = probs.max(dim=-1)
-    right = (prediction == labels).double()
-    which = (confidence * bins).long().clamp(max=bins - 1)
-    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, which, right - confidence.double())
-    return float(gaps.abs().sum() / len(labels))
-
-
-def measure(model: torch.nn.Module) -> dict[str, tuple[int, float, float]]:
-    """Rows, accuracy and ECE (fractions) of the plain model on the demo's splits."""
-    result = {}
+def measure(model: torch.nn.Module) -> dict[str, Metrics]:
+    """Measure the plain model on the demo's splits."""
+    found = {}
     for name in ("train", "anchor", "test", "shifted"):
         data = digits.digits(name)
-        probs, labels = probabilities(model, data.images), torch.from_numpy(data.labels)
-        accuracy = float((probs.argmax(dim=-1) == labels).double().mean())
-        result[name] = (len(labels), accuracy, expected_calibration_error(probs, labels))
-    return result
+        found[name] = evaluate(probabilities(model, data.images), torch.from_numpy(data.labels))
+    return found
 
 
 def main() -> None:
@@ -256,9 +249,8 @@ def main() -> None:
     )
     peft_model = get_peft_model(model, config)
     train_adapter(peft_model)
-    result = measure(peft_model)
-    for name, (count, accuracy, ece) in result.items():
-        print(f"{name:8s} {count:4d} rows: accuracy {accuracy:.2%}, ECE {ece:.2%}")
+    for name, m in measure(peft_model).items():
+        print(f"{name:8s} {m.rows:4d} rows: accuracy {m.accuracy:.2%}, ECE {m.ece:.2%}")
     print(f"all: {time.perf_counter() - started:.0f} s")
     shutil.rmtree(adapter_folder, ignore_errors=True)
     peft_model.save_pretrained(adapter_folder)

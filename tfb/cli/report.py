@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tfb.cli.console import (
+    Artifact,
+    BatchSize,
     Columns,
+    Draws,
     Input,
     Labels,
+    Limit,
+    Model,
     Truncate,
-    check_batch_size,
-    check_draws,
     check_labels,
-    choose_label_tokens,
     load_artifact,
     out,
     print_metrics,
@@ -24,108 +26,98 @@ from tfb.cli.console import (
     quiet,
 )
 
+if TYPE_CHECKING:
+    from tfb.evaluation.metrics import Evaluation
+
 
 def report(
-    model: Annotated[str, typer.Option(help="base model: folder or hub name")],
-    artifact: Annotated[Path, typer.Option(help="folder written by tfb fit")],
+    model: Model,
+    artifact: Artifact,
     data: Annotated[
         list[Path], typer.Option(help="labelled rows: JSONL, CSV, Parquet, Arrow; repeatable")
     ],
-    output: Annotated[Path, typer.Option(help="new folder for the pictures and the page")],
+    output: Annotated[Path, typer.Option(help="the page: a new .html file, or a folder for it")],
     shift: Annotated[
         list[Path] | None,
-        typer.Option(help="unfamiliar rows (out of scope), labels not used; repeatable"),
+        typer.Option(help="OOD rows, labels not used; repeatable"),
     ] = None,
     columns: Columns = None,
     labels: Labels = None,
     truncate: Truncate = None,
-    draws: Annotated[
-        int, typer.Option(help="posterior draws (antithetic pairs: an even number)")
-    ] = 10,
-    limit: Annotated[int | None, typer.Option(help="use only the first rows of each file")] = None,
-    batch_size: Annotated[int, typer.Option(help="rows in a batch")] = 50,
+    draws: Draws = 10,
+    limit: Limit = None,
+    batch_size: BatchSize = 50,
+    overwrite: Annotated[bool, typer.Option(help="replace an earlier page")] = False,
 ) -> None:
-    """One HTML page in plain words, with pictures: what the fit changed, why, and its cost."""
+    """Write one HTML page: what the fit changed, on which rows, how surely, and how it was made."""
+    from dataclasses import replace
+
     from tfb.adapters.artifact import read_sidecar
-    from tfb.evaluation.report import check_report_folder, write_report
-    from tfb.scoring.rows import evaluations, pad_token
+    from tfb.draws import check_even
+    from tfb.evaluation.report import page_path, write_report
+    from tfb.scoring.evaluate import evaluations
 
     quiet()
-    check_draws(draws)
-    check_batch_size(batch_size)
-    check_report_folder(output)
+    check_even(draws)
+    page_path(output, overwrite=overwrite)
     sidecar = read_sidecar(artifact)
-    names = [path.stem for path in (*data, *(shift or []))]
+    files = [*data, *(shift or [])]
+    names = [path.stem for path in files]
     if twice := sorted({n for n in names if names.count(n) > 1}):
         raise ValueError(f"--data, --shift: two files are called {twice[0]!r}; rename one")
-    given = Input.of(
-        model, artifact, columns, labels, truncate,
-        label_tokens=choose_label_tokens(artifact, sidecar),
-        length_normalization=sidecar.get("length_normalization", "none"),
-        saved=sidecar.get("labels"),
-    )  # fmt: skip
-    tables = {path: given.read(path, limit) for path in (*data, *(shift or []))}
+    given = Input.of_artifact(model, artifact, columns, labels, truncate)
+    rows = {path: given.read(path, limit) for path in files}
     for path in data:
-        check_labels(tables[path], "report needs one on every row of --data, --shift needs none")
-    encoded = {path: given.encode(rows) for path, rows in tables.items()}
+        check_labels(rows[path], "report needs one on every row of --data, --shift needs none")
+    encoded = {path: given.encode(rows[path]) for path in files}
     bayes = load_artifact(model, artifact, given.tokenizer)
-    found: dict[Path, list[Any]] = {}
-    for path, rows in encoded.items():
-        with progress_bar(path.name, 2 * len(rows)) as advance:
-            found[path] = evaluations(
-                bayes, rows, dataset=path.stem, draws=draws, batch_size=batch_size,
-                pad=pad_token(bayes, given.tokenizer), progress=advance,
-            )  # fmt: skip
+    found: dict[Path, list[Evaluation]] = {}
+    for path in files:
+        with progress_bar(path.name, 2 * len(rows[path])) as advance:
+            measured = evaluations(
+                bayes,
+                encoded[path],
+                dataset=path.stem,
+                draws=draws,
+                batch_size=batch_size,
+                progress=advance,
+            )
+        found[path] = [replace(e, rows=rows[path], classes=given.form.labels) for e in measured]
     labelled = [e for path in data for e in found[path]]
     print_metrics(labelled)
     page = write_report(
         output,
         labelled,
         sidecar.get("fit"),
-        title=f"{artifact.name}: what averaging over noisy copies changed",
-        shifts=[e for path in shift or [] for e in found[path]],
+        title=f"{artifact.name}: the adapter and its predictive",
+        ood=[e for path in shift or [] for e in found[path]],
         facts=facts(sidecar, draws),
+        overwrite=overwrite,
     )
     out.print(f"report: {page}", markup=False, soft_wrap=True)
 
 
 def facts(sidecar: Mapping[str, Any], draws: int) -> dict[str, str]:
-    """What an artifact keeps of how it was made, and the draws of this report, by name."""
-    mode = "full: noise at every token"
-    if sidecar["mode"] == "tail":
-        k = sidecar["tail"]
-        mode = f"tail: noise at the last {'token' if k == 1 else f'{k} tokens'} of a prompt"
-    kind = sidecar["base"]["model_type"]
-    drawn = f"{draws} in this report, in pairs of opposite noise; seed {sidecar['seed']}"
-    if sidecar["sigma"] == 0:
-        drawn = "none: at σ = 0 all would be the unchanged adapter"
+    """Return what an artifact keeps of how it was made, and this report's draws, by name."""
+    tail, fit = sidecar.get("tail"), sidecar.get("fit")
     found = {
         "σ": f"{sidecar['sigma']:.6g}",
-        "Mode": mode,
-        "Draws": drawn,
-        "Model": f"{kind}, {len(sidecar['layers'])} adapted matrices with noise",
+        "Mode": "full" if tail is None else f"tail, last {tail} of the prompt's tokens",
+        "Draws": f"{draws}, antithetic; seed {sidecar['seed']}" if sidecar["sigma"] else "none",
+        "Model": f"{sidecar['base']['model_type']}, {len(sidecar['layers'])} matrices with noise",
     }
-    scales = _layer_scales(sidecar)
-    if set(scales) != {1.0}:
-        found["Layer scales"] = f"σ times {min(scales):.3g} to {max(scales):.3g}, by layer"
-    fit = sidecar.get("fit")
     if fit is not None:
         # An artifact that was saved from Python need not name its file of anchors.
         file = (sidecar.get("extra") or {}).get("anchors")
-        named = f"{file}, " if isinstance(file, str) else ""
-        found["Search"] = f"{fit['search']}, {fit['draws']} draws at each σ, seed {fit['seed']}"
-        found["Anchors"] = f"{named}{fit['anchors']:,} rows, hash {fit['anchor_hash'][:12]}"
+        anchors = f"{fit['anchors']:,} rows, hash {fit['anchor_hash'][:12]}"
+        found["Search"] = (
+            f"{fit['search']}, {fit['draws']} draws at each σ, {fit['passes']:.3g} passes over the "
+            f"anchors, seed {fit['seed']}; {fit['stopped']}"
+        )
+        found["Anchors"] = f"{file}, {anchors}" if isinstance(file, str) else anchors
         if fit.get("kl") is not None:
-            found["KL divergence"] = f"{fit['kl']:.4g} nats from a prior of scale " + (
-                f"{fit['prior_sigma']:.4g}"
-            )
-    versions = sidecar.get("versions") or {}
-    if versions:
-        found["Versions at the fit"] = ", ".join(f"{k} {v}" for k, v in versions.items())
+            found["KL"] = f"{fit['kl']:.4g} nats from a prior of scale {fit['prior_sigma']:.4g}"
+    if versions := sidecar.get("versions"):
+        found["Versions"] = ", ".join(f"{k} {v}" for k, v in versions.items())
     found["Adapter"] = f"SHA-256 {sidecar['adapter_sha256'][:12]}"
     return found
-
-
-def _layer_scales(sidecar: Mapping[str, Any]) -> list[float]:
-    """Multipliers of sigma, one a layer; earlier records have none, which are 1."""
-    return list((sidecar.get("layer_scales") or dict.fromkeys(sidecar["layers"], 1.0)).values())

@@ -1,1 +1,1 @@
-"""``tfb demo`` and its data."""
+"""The data and models of ``tfb demo``."""
