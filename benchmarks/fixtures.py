@@ -221,7 +221,7 @@ def stories_model(shared: Path) -> nn.Module:
 def stories(shared: Path, device: torch.device) -> Case:
     """Return that Llama on the first rows of its validation set."""
     model, plain = (stories_model(shared).to(device) for _ in range(2))
-    bayes = tfb.bayesianize(model, label_tokens="last")
+    bayes = tfb.bayesianize(model, label_tokens="last", source=shared / STORIES_ADAPTER)
     tokenizer = AutoTokenizer.from_pretrained(str(shared / STORIES))
     rows = read_rows(shared / "data/clinc-domain/validation.jsonl", limit=ROWS)
     encoded = encode(bayes, rows, tokenizer)

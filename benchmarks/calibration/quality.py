@@ -27,7 +27,7 @@ from transformers import AutoTokenizer
 import tfb
 from benchmarks.environment import results_folder, shared_folder
 from benchmarks.fixtures import STORIES, stories_model
-from benchmarks.timing import Bench, record
+from benchmarks.timing import Bench, heading, record
 from tfb.data.readers import read_rows
 from tfb.draws import Draws
 from tfb.evaluation.metrics import evaluate
@@ -119,11 +119,6 @@ def keep(
         "replicates": REPLICATES,
     }
     values = {
-        "suite": "quality",
-        "measure": "quality",
-        "point": point,
-        "device": "cpu",
-        "toy": False,
         "passes": passes,
         "nll": m.nll,
         "ece": m.ece,
@@ -131,7 +126,7 @@ def keep(
         "accuracy": m.accuracy,
         "mse": mse,
     }
-    record(bench, values)
+    record(bench, heading(bench, "quality", "quality", point) | values)
     print(f"{method}: {passes:.2f} passes, NLL {m.nll:.3f}", flush=True)
 
 

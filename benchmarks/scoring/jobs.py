@@ -1,9 +1,7 @@
 """Whole scoring jobs in this process, the engine beneath them, and the files that they score.
 
-    job     ``tfb.scoring.run.run`` into a fresh folder: reading, tokenizing, predicting, Parquet parts
-    engine  ``bayes.predict`` on the batches of that job, made beforehand; nothing is written
-
-Both have a model that is loaded already. Scripts to compare with: :mod:`benchmarks.scripts`.
+A job is :func:`tfb.scoring.run.run` into a fresh folder; the engine is ``bayes.predict`` on the
+batches of that job, made beforehand. Both have a model that is loaded already.
 """
 
 from __future__ import annotations
@@ -19,15 +17,15 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pyarrow.parquet as pq
 import torch
 
 from tfb.data.batching import Batch, batches
 from tfb.data.readers import read_rows
 from tfb.model import BayesianModel
 from tfb.scoring import run as offline
+from tfb.scoring.evaluate import encode
 from tfb.scoring.job import Job
-from tfb.scoring.pipeline import LocalEngine
-from tfb.scoring.rows import encode, pad_token
 from tfb.scoring.scorer import Scorer
 
 
@@ -35,8 +33,13 @@ from tfb.scoring.scorer import Scorer
 class Task:
     """A model in both forms, and a file that it is to score.
 
-    bayes, twin: see ``models.Case``. model: the base's folder, or a name where no job loads it.
-    artifact: ``bayes``, saved. rows: JSONL; all rows have as many choices.
+    Attributes:
+        model: The base's folder, or a name where no job loads it.
+        bayes: See :class:`benchmarks.fixtures.Case`.
+        twin: The same.
+        tokenizer: The model's.
+        artifact: ``bayes``, saved.
+        rows: JSONL; all rows have as many choices.
     """
 
     model: str
@@ -47,13 +50,17 @@ class Task:
     rows: Path
 
     def job(self, output: Path, *, tail: int | None = None, **options: Any) -> Job:
-        return Job(
-            self.model, str(self.artifact), (str(self.rows),), str(output),
-            mode="full" if tail is None else "tail", tail=tail, **options,
-        )  # fmt: skip
+        """Return a job in tail mode, or in full mode without ``tail``."""
+        mode, inputs = "full" if tail is None else "tail", (str(self.rows),)
+        files = (self.model, str(self.artifact), inputs, str(output))
+        return Job(*files, mode=mode, tail=tail, **options)
+
+    def configure(self, tail: int | None) -> None:
+        """Put the model into tail mode, or into full mode without ``tail``."""
+        self.bayes.configure(mode="full" if tail is None else "tail", tail=tail)
 
     def lengths(self) -> list[int]:
-        """Tokens of each prompt."""
+        """Return the tokens of each prompt."""
         texts = [str(row.prompt) for row in read_rows(self.rows)]
         return [len(ids) for ids in self.tokenizer(texts)["input_ids"]]
 
@@ -63,24 +70,24 @@ class Task:
 
 @contextmanager
 def preloaded(task: Task) -> Iterator[None]:
-    """Within this context jobs take the model of ``task`` in place of loading one, and leave out
-    the hash of its weights, which takes as long as reading them."""
+    """Let jobs take the model of ``task`` within this context, in place of loading one.
 
-    class Preloaded(LocalEngine):
-        def __init__(self, job: Job) -> None:
-            self._job, self._bayes, self._tokenizer = job, task.bayes, task.tokenizer
-            task.bayes.configure(mode=job.mode or "full", tail=job.tail)
+    They leave out the hash of its weights, which takes as long as reading them.
+    """
+
+    def load(job: Job) -> tuple[BayesianModel, Any]:
+        task.configure(job.tail)
+        return task.bayes, task.tokenizer
 
     unhashed = patch("tfb.scoring.job.model_sha256", return_value="not computed")
-    with unhashed, patch.dict(offline.ENGINES, local=Preloaded):
+    with unhashed, patch.object(Job, "load", load):
         yield
 
 
 def run_job(task: Task, **options: Any) -> None:
-    """One job, within ``preloaded``; its folder is dropped."""
+    """Run one job, within ``preloaded``; its folder is dropped."""
     with tempfile.TemporaryDirectory() as folder:
-        job = task.job(Path(folder) / "out", **options)
-        finish(job)
+        finish(task.job(Path(folder) / "out", **options))
 
 
 def finish(job: Job, **how: Any) -> None:
@@ -91,19 +98,17 @@ def finish(job: Job, **how: Any) -> None:
 
 
 def read_probs(paths: Iterable[Path]) -> torch.Tensor:
-    """[N, K] float64: the probabilities of all rows, in the order of their ids."""
-    import pyarrow.parquet as pq
-
+    """Return the probabilities [N, K] of all rows in float64, in the order of their ids."""
     rows = [r for path in paths for r in pq.read_table(path, partitioning=None).to_pylist()]
     rows.sort(key=lambda row: str(row["id"]))
     return torch.tensor([row["probs"] for row in rows], dtype=torch.float64)
 
 
 def engine_batches(task: Task, draws: int, tail: int | None = None) -> list[Batch]:
-    """The batches of a job whose rows fit into one part."""
-    task.bayes.configure(mode="full" if tail is None else "tail", tail=tail)
+    """Return the batches of a job whose rows fit into one part."""
+    task.configure(tail)
     encoded = encode(task.bayes, task.rows, task.tokenizer)
-    pad = pad_token(task.bayes, task.tokenizer)
+    pad = task.bayes.pad_token_id
     return [
         batch
         for rows in Scorer(task.bayes, task.tokenizer, draws=draws).batches(encoded)
@@ -130,15 +135,18 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 
 
 def shuffled_rows(source: Path, count: int) -> list[dict[str, Any]]:
-    """``count`` rows of a JSONL file in random order, always the same."""
+    """Return ``count`` rows of a JSONL file in random order, always the same."""
     rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
     random.Random(0).shuffle(rows)
     return rows[:count]
 
 
 def skewed_rows(source: Path, count: int, tokenizer: Any) -> list[dict[str, Any]]:
-    """Rows whose lengths in tokens are lognormal (median 80, sigma 0.9 in the logarithm), clipped
-    to 16 to 480: other utterances are put in front, and words of the front left out."""
+    """Return rows whose lengths in tokens are lognormal, 16 to 480.
+
+    Other utterances are put in front, and words of the front left out. The median is 80, the
+    standard deviation of the logarithm .9.
+    """
     rows = shuffled_rows(source, count)
     texts = [row["prompt"].removesuffix(" Topic") for row in rows]
     generator = random.Random(1)

@@ -1,9 +1,10 @@
-"""Resident memory of ``tfb score`` over a long run: ``python -m benchmarks.memory --record``.
+"""Resident memory of ``tfb score`` over a long run.
 
-200,000 rows made from the clinc-domain texts are scored by the real small Llama with ten draws in
-tail mode, in a process of its own, whose resident memory is read every second from /proc. The
-target: what it holds after the first minute grows by less than 5 %. It is a count of bytes, not a
-timing: a busy machine only makes it longer.
+    python -m benchmarks.scoring.memory --record
+
+200,000 rows are scored by the real small Llama in a process of its own, whose resident memory is
+read every second from /proc. It is a count of bytes, not a timing: a busy machine only makes it
+longer.
 """
 
 from __future__ import annotations
@@ -16,24 +17,24 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from statistics import median
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-
 import tfb
-from benchmarks.environment import environment, shared_folder
-from benchmarks.timing import Bench, Row, record, target
+from benchmarks.environment import environment, results_folder, shared_folder
+from benchmarks.fixtures import STORIES, stories_model
+from benchmarks.timing import Bench, Row, heading, record, target
 
-FOLDER = Path(__file__).resolve().parent
 ROWS, DRAWS, TAIL, SIGMA = 200_000, 10, 1, 0.05
 FIRST_MINUTE = 60.0
-GROWTH = 1.05
+GROWTH = 1.05  # of what is held after the first minute, at most
 
 
 def inputs(shared: Path, folder: Path, rows: int) -> Path:
-    """Rows of all lengths: the texts of clinc-domain, in turn, ids made distinct."""
+    """Write rows of all lengths: the texts of clinc-domain, in turn, ids made distinct."""
     texts = [
         json.loads(line)
         for name in ("validation", "test")
@@ -47,17 +48,15 @@ def inputs(shared: Path, folder: Path, rows: int) -> Path:
 
 
 def artifact(shared: Path, folder: Path) -> Path:
-    """The shared adapter at a sigma that tail sampling bears; nothing is searched here."""
-    base, adapter = shared / "models/stories260K", shared / "adapters/stories260K-clinc-domain"
-    bayes = tfb.bayesianize(tfb.load_adapter(tfb.load_base(base, adapter), adapter))
-    bayes.configure(mode="tail", tail=TAIL)
-    bayes.configure(sigma=SIGMA)
+    """Save the shared adapter at a sigma that tail sampling bears; nothing is searched here."""
+    bayes = tfb.bayesianize(stories_model(shared))
+    bayes.configure(sigma=SIGMA, mode="tail", tail=TAIL)
     tfb.save(bayes, folder / "artifact")
     return folder / "artifact"
 
 
 def resident(pid: int) -> int:
-    """Bytes of resident memory of a process; 0 once it has ended."""
+    """Return the bytes of resident memory of a process; 0 once it has ended."""
     try:
         fields = Path(f"/proc/{pid}/statm").read_text().split()
     except (FileNotFoundError, ProcessLookupError):
@@ -66,7 +65,7 @@ def resident(pid: int) -> int:
 
 
 def watch(process: subprocess.Popen[bytes]) -> Iterator[tuple[float, int]]:
-    """(seconds since the start, bytes), once a second until the process ends."""
+    """Yield seconds since the start and bytes, once a second until the process ends."""
     start = time.monotonic()
     while process.poll() is None:
         if held := resident(process.pid):
@@ -78,13 +77,19 @@ def measure(shared: Path, bench: Bench, rows: int, threads: int) -> Row:
     environment()  # kept: the commit is that of the start
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        command = [sys.executable, "-m", "tfb", "score", "--model", shared / "models/stories260K",
-                   "--artifact", artifact(shared, folder), "--input", inputs(shared, folder, rows),
-                   "--output", folder / "scored", "--draws", DRAWS]  # fmt: skip
+        options = {
+            "--model": shared / STORIES,
+            "--artifact": artifact(shared, folder),
+            "--input": inputs(shared, folder, rows),
+            "--output": folder / "scored",
+            "--draws": DRAWS,
+        }
+        command = [sys.executable, "-m", "tfb", "score", *chain(*options.items())]
         process = subprocess.Popen(
-            [str(word) for word in command], stdout=subprocess.DEVNULL,
+            [str(word) for word in command],
+            stdout=subprocess.DEVNULL,
             env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-        )  # fmt: skip
+        )
         seen = list(watch(process))
         if process.returncode:
             raise SystemExit(f"tfb score ended with status {process.returncode}")
@@ -97,16 +102,29 @@ def measure(shared: Path, bench: Bench, rows: int, threads: int) -> Row:
     # What the first minute ended with: the median of the ten samples that follow it.
     settled = median(after[:10])
     growth = max(after[10:]) / settled
-    return record(bench, {
-        "suite": "score", "measure": "resident memory", "device": "cpu", "toy": False,
-        "point": {"rows": rows, "draws": DRAWS, "mode": "tail", "tail": TAIL, "threads": threads,
-                  "model": "stories260K", "adapter": "stories260K-clinc-domain"},
-        "bytes": {"after_first_minute": settled, "median": median(after), "most": max(after),
-                  "last": after[-1]},
-        "growth": growth, "seconds": seen[-1][0],
-        "targets": [target("resident memory after the first minute, growth", growth, GROWTH,
-                           at_least=False)],
-    })  # fmt: skip
+    held = {
+        "after_first_minute": settled,
+        "median": median(after),
+        "most": max(after),
+        "last": after[-1],
+    }
+    point = {
+        "rows": rows,
+        "draws": DRAWS,
+        "mode": "tail",
+        "tail": TAIL,
+        "threads": threads,
+        "model": "stories260K",
+        "adapter": "stories260K-clinc-domain",
+    }
+    name = "resident memory after the first minute, growth"
+    row = heading(bench, "score", "resident memory", point) | {
+        "bytes": held,
+        "growth": growth,
+        "seconds": seen[-1][0],
+        "targets": [target(name, growth, GROWTH, at_least=False)],
+    }
+    return record(bench, row)
 
 
 def main() -> None:
@@ -119,7 +137,7 @@ def main() -> None:
         shared = shared_folder()
     except FileNotFoundError as error:
         raise SystemExit(str(error)) from error
-    bench = Bench.untimed(FOLDER / "results" if options.record else None)
+    bench = Bench.untimed(results_folder() if options.record else None)
     row = measure(shared, bench, options.rows, options.threads)
     print(json.dumps({key: row[key] for key in ("bytes", "growth", "seconds", "targets")}))
 

@@ -2,8 +2,7 @@
 
 The noise of a draw is written into lora_A, the labels' columns are taken, probabilities averaged,
 and one Parquet file written. It tokenizes the file once, makes the noise of a draw once for all
-batches and holds the averages of all rows, so it can hardly be cheaper. Its padding can:
-``by_length`` sorts the rows first.
+batches and holds the averages of all rows, so it can hardly be cheaper.
 """
 
 from __future__ import annotations
@@ -16,6 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
@@ -42,9 +43,13 @@ def run_script(
     """Score the task's file with its twin.
 
     Args:
-        by_length: rows sorted by their tokens; False: in the order of the file.
-        noise: None: fresh normals. output: a Parquet file; None: one that is dropped.
-        limit: read only so many rows.
+        task: Model and file.
+        batch_size: Rows a batch.
+        draws: One pass over all rows for each.
+        by_length: Sort rows by their tokens first, which saves padding.
+        noise: Of the draws; None: fresh normals.
+        output: A Parquet file; None: one that is dropped.
+        limit: Read only so many rows.
     """
     with task.rows.open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in islice(file, limit)]
@@ -66,7 +71,7 @@ def run_script(
 def best_batch_size(
     task: Task, sizes: Sequence[int], *, by_length: bool, limit: int | None = None
 ) -> int:
-    """The fastest of some batch sizes, by the better of two scripts of two draws each."""
+    """Return the fastest of some batch sizes, by the better of two scripts of two draws each."""
     draws = Draws.antithetic(2, task.bayes.sigma or 0.0)
     seconds = {
         size: min(
@@ -84,7 +89,7 @@ def best_batch_size(
 def _cases(
     task: Task, rows: Sequence[dict[str, Any]], batch_size: int, by_length: bool
 ) -> list[tuple[list[int], Case]]:
-    """Padded batches, each with the positions of its rows."""
+    """Return padded batches, each with the positions of its rows."""
     ids = task.tokenizer([row["prompt"] for row in rows])["input_ids"]
     columns = {
         choice: task.tokenizer(choice, add_special_tokens=False)["input_ids"][-1]
@@ -107,7 +112,7 @@ def _cases(
 
 @contextmanager
 def _sampled(task: Task, sigma: float, draw: int, noise: Noise | None) -> Iterator[None]:
-    """A' + sigma / d o E in lora_A."""
+    """Hold A' + sigma / d o E in lora_A."""
     layers = lora_a(task.bayes, task.twin)
     means = {name: weight.clone() for name, (weight, _) in layers.items()}
     for name, (weight, inv_d) in layers.items():
@@ -121,9 +126,6 @@ def _sampled(task: Task, sigma: float, draw: int, noise: Noise | None) -> Iterat
 
 
 def _write(path: Path, rows: Sequence[dict[str, Any]], probs: Tensor) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     prediction = probs.argmax(-1).tolist()
     columns = {
         "id": [row["id"] for row in rows],

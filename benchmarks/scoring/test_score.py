@@ -1,16 +1,9 @@
 """Whole ``tfb score`` jobs with 10 antithetic draws against the scripts that they replace.
 
-    ours        the job in full mode       tail         the job in tail mode, k = 1
-    plain       the script of ``benchmarks.scripts``, batches in the order of the file
-    sorted      the same, sorted by length first: the strongest script
-    engine      ``predict`` on the batches of the job in full mode: the unit
-    tail_engine the same in tail mode
-
 Models are loaded beforehand; everything else of a job or script is timed, from the file of rows to
 the file of results. A script's batch size in rows is the fastest of ``SIZES``, each script's own.
-Tail mode is another predictive: its target compares it with the plain script's 10 full passes.
-
-On a GPU: ``test_score_large.py``.
+Tail mode is another predictive: its target compares it with the plain script's 10 full passes. On a
+GPU: ``test_score_large.py``.
 """
 
 from __future__ import annotations
@@ -34,13 +27,14 @@ import torch
 
 import tfb
 from benchmarks.environment import REPOSITORY
-from benchmarks.fixtures import stories
+from benchmarks.fixtures import STORIES, stories
 from benchmarks.scoring import jobs
 from benchmarks.scoring.jobs import Task, run_engine, run_job
 from benchmarks.scoring.scripts import best_batch_size, run_script
 from benchmarks.timing import (
     Bench,
     Row,
+    Step,
     compare,
     heading,
     quantiles,
@@ -48,9 +42,10 @@ from benchmarks.timing import (
     record,
     target,
 )
+from tfb.adapters.loading import load_tokenizer
 from tfb.draws import Draws
 from tfb.linear import LowRankSampler
-from tfb.scoring.rows import load_tokenizer
+from tfb.scoring.ray import import_ray
 from tfb.scoring.run import Progress
 from tfb_kernels.testing import error_budget
 
@@ -63,13 +58,11 @@ SETTINGS = Draws.antithetic(DRAWS, SIGMA)
 
 @pytest.fixture(scope="module")
 def stories_task(bench: Bench, shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Task:
-    """stories260K with the clinc-domain adapter; no rows yet."""
+    """Save stories260K with its adapter; no rows yet."""
     if bench.device.type != "cpu":
         pytest.skip("a small model: on a CPU")
-    case = stories(shared, bench.device)
-    model, adapter = shared / "models/stories260K", shared / "adapters/stories260K-clinc-domain"
+    case, model = stories(shared, bench.device), shared / STORIES
     case.bayes.configure(sigma=SIGMA)
-    case.bayes.source = adapter
     folder = tmp_path_factory.mktemp("score")
     artifact = tfb.save(case.bayes, folder / "artifact")
     tokenizer = load_tokenizer(str(model))
@@ -86,8 +79,10 @@ def with_rows(task: Task, shared: Path, name: str, count: int) -> Task:
 
 
 def check(task: Task, folder: Path) -> None:
-    """With the same noise a job and both scripts give the same probabilities: each within the
-    budget of float32, told by the plain script against itself in float64."""
+    """Check that with the same noise a job and both scripts give the same probabilities.
+
+    The budget is that of float32, told by the plain script against itself in float64.
+    """
     pools = {
         n: LowRankSampler(p).pool(SETTINGS, task.bayes.device)
         for n, p in task.bayes.posteriors.items()
@@ -105,19 +100,16 @@ def check(task: Task, folder: Path) -> None:
     exact = script(replace(task, twin=deepcopy(task.twin).double()), "exact", 16, False)
     plain = script(task, "plain", 16, False)
     with jobs.preloaded(task):
-        job = task.job(folder / "job", draws=DRAWS)
-        jobs.finish(job)
-    parts = sorted((folder / "job").glob("part-*.parquet"))
+        jobs.finish(task.job(folder / "job", draws=DRAWS))
+    job = jobs.read_probs(sorted((folder / "job").glob("part-*.parquet")))
     budget = error_budget(exact, plain)
-    for name, found in (
-        ("the job", jobs.read_probs(parts)), ("sorted", script(task, "sorted", 8, True)),
-    ):  # fmt: skip
+    for name, found in (("the job", job), ("sorted", script(task, "sorted", 8, True))):
         error = float((found - exact).abs().max())
         assert error <= budget, f"{name}: error {error:.3g} over the budget of {budget:.3g}"
 
 
 def judge(row: Row) -> list[Row]:
-    """Speed against the plain script, and what a job costs beside its engine."""
+    """Judge the speed by the plain script, and what a job costs beside its engine."""
     units = {k: r["median"] for k, r in row["in_units_of"]["ratios"].items()}
     found = [
         target("plain script / tail job", units["plain"] / units["tail"], 8, at_least=True),
@@ -142,24 +134,27 @@ def test_score(
     sizes = {"plain": best(by_length=False), "sorted": best(by_length=True)}
     lengths = np.array(task.lengths())
     point = {
-        "model": "stories260K", "data": data, "rows": len(lengths), "draws": DRAWS,
-        "tokens": int(lengths.sum()), "longest": int(lengths.max()),
+        "model": "stories260K",
+        "data": data,
+        "rows": len(lengths),
+        "draws": DRAWS,
+        "tokens": int(lengths.sum()),
+        "longest": int(lengths.max()),
         "batch_tokens": jobs.Job.batch_tokens,
-    }  # fmt: skip
+    }
+    steps: dict[str, Step] = {
+        "ours": lambda i: run_job(task, draws=DRAWS),
+        "plain": lambda i: run_script(task, sizes["plain"], SETTINGS, by_length=False),
+        "sorted": lambda i: run_script(task, sizes["sorted"], SETTINGS, by_length=True),
+        "engine": lambda i: run_engine(task, made, DRAWS),  # the unit
+        "tail": lambda i: run_job(task, draws=DRAWS, tail=TAIL),
+        "tail_engine": lambda i: run_engine(task, tail_made, DRAWS, TAIL),
+    }
+    details = {"script_batch_rows": sizes, "model_loading": "not timed"}
+    how: dict[str, Any] = {"unit": "engine", "judge": judge, "rounds": (7, 20), "details": details}
     with jobs.preloaded(task):
-        compare(
-            benchmark, bench, "score", "throughput", point,
-            {
-                "ours": lambda i: run_job(task, draws=DRAWS),
-                "plain": lambda i: run_script(task, sizes["plain"], SETTINGS, by_length=False),
-                "sorted": lambda i: run_script(task, sizes["sorted"], SETTINGS, by_length=True),
-                "engine": lambda i: run_engine(task, made, DRAWS),
-                "tail": lambda i: run_job(task, draws=DRAWS, tail=TAIL),
-                "tail_engine": lambda i: run_engine(task, tail_made, DRAWS, TAIL),
-            },
-            unit="engine", parts=("tail", "tail_engine"), judge=judge, rounds=(7, 20),
-            details={"script_batch_rows": sizes, "model_loading": "not timed"},
-        )  # fmt: skip
+        parts = ("tail", "tail_engine")
+        compare(benchmark, bench, "score", "throughput", point, steps, parts=parts, **how)
 
 
 # --- workers of Ray -------------------------------------------------------------------------------
@@ -178,25 +173,21 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def cluster(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A Ray of two CPUs."""
+    """Start a Ray of two CPUs."""
     if find_spec("ray") is None:
         pytest.skip("the extra tfb[ray] is not installed")
-    from tfb.scoring.ray import import_ray
-
     ray = import_ray()
     # Its processes take the environment of here.
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(REPOSITORY), *filter(None, sys.path)]))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    ray.init(
-        num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
-        object_store_memory=200 << 20,
-    )  # fmt: skip
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=200 << 20, **quiet)
     yield
     ray.shutdown()
 
 
 def seconds_a_row(task: Task, workers: int, part_rows: int) -> float:
-    """Of a run with Ray, from the first finished part after ``STARTING`` to the last."""
+    """Return those of a run with Ray, from the first part after ``STARTING`` to the last."""
     times: list[tuple[int, float]] = []
 
     def note(progress: Progress) -> None:
@@ -227,9 +218,14 @@ def test_ray_workers(
     each = {name: np.array(values) for name, values in seconds.items()}
     ratio = quartiles(each["one_worker"] / each["ours"])
     point = {
-        "model": "stories260K", "data": "clinc-domain", "rows": rows, "draws": DRAWS,
-        "part_rows": part, "threads": 1, "workers": 2,
-    }  # fmt: skip
+        "model": "stories260K",
+        "data": "clinc-domain",
+        "rows": rows,
+        "draws": DRAWS,
+        "part_rows": part,
+        "threads": 1,
+        "workers": 2,
+    }
     row = heading(bench, "score", "ray workers", point) | {
         "contenders": {k: {**quantiles(v), "rounds": len(v)} for k, v in each.items()},
         "ratios": {"one_worker": ratio},

@@ -1,13 +1,9 @@
 """Hours and energy of a million prompts: jobs at Llama-3.1-8B's shape on a GPU, random weights.
 
-    full   the job with 10 draws through the whole model     tail   in tail mode, k = 1
-    last   the job with noise in the head alone              naive  the plain script of 10 passes
-
-1,000 prompts of lognormal lengths, 300 tokens on average, in words of a tokenizer made here. Tail
-and last layer score all of them; the full job and the naive script, which would take minutes, the
-first of them (``SHARES``), and their seconds are scaled by tokens. Each runs once, after a warm-up,
-and its row is kept at once. Energy is that of the GPU's own counter; of the machine around it nothing is
-known.
+1,000 prompts of lognormal lengths, 300 tokens on average, in words of a tokenizer made here. The
+slower ways score the first of them (``SHARES``), and their seconds are scaled by tokens. Each runs
+once, after a warm-up, and its row is kept at once. Energy is that of the GPU's own counter; of the
+machine around it nothing is known.
 """
 
 from __future__ import annotations
@@ -40,7 +36,7 @@ CHOICES = ("A", "B", "C", "D")
 
 
 def word_tokenizer(vocabulary: int) -> Any:
-    """One token for each word "w5" and each choice."""
+    """Return a tokenizer with one token for each word "w5" and each choice."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -52,7 +48,7 @@ def word_tokenizer(vocabulary: int) -> Any:
 
 
 def prompts(count: int, mean: int, longest: int, words: int) -> list[dict[str, Any]]:
-    """Rows of random words, no two of which begin alike for long."""
+    """Make rows of random words, no two of which begin alike for long."""
     generator = random.Random(0)
     median = mean / math.exp(SPREAD**2 / 2)
     found = []
@@ -64,31 +60,31 @@ def prompts(count: int, mean: int, longest: int, words: int) -> list[dict[str, A
 
 
 def large_tasks(bench: Bench, folder: Path) -> tuple[Task, Task]:
-    """Noise in all layers, and in the head alone; both and the scripts' twin share the weights."""
+    """Put noise into all layers, and into the head alone; both and the twin share the weights."""
     shape = TOY if bench.toy else replace(GPU, tokens=LONGEST)
     source = random_model(shape, ADAPTER, bench)
     plain, head_only = copy_of(source), copy_of(source)
+    # PEFT would add the whole output embedding, a gigabyte.
+    source.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
 
     def saved(bayes: Any, name: str) -> Path:
         bayes.configure(sigma=SIGMA)
-        bayes.source = folder / f"{name}-adapter"
-        # PEFT would add the whole output embedding, a gigabyte.
-        bayes.model.save_pretrained(str(bayes.source), save_embedding_layers=False)
         return Path(tfb.save(bayes, folder / name))
 
-    bayes = tfb.bayesianize(source)
-    last = tfb.bayesianize(head_only, layers=tfb.last_layers(0))
-    plain = reparameterized(plain, bayes)
+    bayes = tfb.bayesianize(source, source=folder / "adapter")
+    last = tfb.bayesianize(head_only, layers=tfb.last_layers(0), source=folder / "adapter")
     tokenizer = word_tokenizer(shape.vocabulary)
     mean, longest = (12, 28) if bench.toy else (MEAN, LONGEST)
     rows = prompts(8 if bench.toy else PROMPTS, mean, longest, len(tokenizer) - 8)
     path = jobs.write_rows(folder / "rows.jsonl", rows)
-    full = Task(shape.name, bayes, plain, tokenizer, saved(bayes, "full"), path)
+    full = Task(
+        shape.name, bayes, reparameterized(plain, bayes), tokenizer, saved(bayes, "full"), path
+    )
     return full, replace(full, bayes=last, artifact=saved(last, "last"))
 
 
 def measured(call: Callable[[int], object], rows: int, tokens: list[int], bench: Bench) -> Row:
-    """One run of the first ``rows`` prompts, and what a million of all would take."""
+    """Run the first ``rows`` prompts once, and tell what a million of all would take."""
     before = joules()
     seconds = elapsed(lambda: call(rows), bench.device)
     after = joules()
@@ -117,15 +113,19 @@ def test_a_million_prompts(benchmark: Any, bench: Bench, tmp_path: Path) -> None
 
     calls: dict[str, tuple[Task, Callable[[int], object]]] = {
         "tail": (task, job(task, tail=1)),
-        "last": (last, job(last)),
+        "last": (last, job(last)),  # noise in the head alone
         "full": (task, job(task)),
         "naive": (task, lambda n: run_script(task, size, draws, by_length=False, limit=n)),
     }
     point = {
-        "model": task.model, "adapter": ADAPTER, "rows": len(tokens), "tokens": sum(tokens),
-        "draws": DRAWS, "dtype": bench.dtype_name,
+        "model": task.model,
+        "adapter": ADAPTER,
+        "rows": len(tokens),
+        "tokens": sum(tokens),
+        "draws": DRAWS,
+        "dtype": bench.dtype_name,
         "batch_tokens": jobs.Job.batch_tokens,
-    }  # fmt: skip
+    }
 
     def run_all() -> None:
         for name, (which, call) in calls.items():
