@@ -447,7 +447,7 @@ def test_anchors_of_both_kinds(metric: str) -> None:
     """Labels and pseudo-labels index the choices; losses are those of predict."""
     bayes = bayesian()
     anchors = AnchorSet.of(MIXED, batch_size=2)
-    loss = AnchorLoss(bayes, anchors, metric, draws=4, seed=5)
+    loss = AnchorLoss(bayes, anchors, metric, draws=4, config=tfb.SamplingConfig(seed=5))
     (found,) = loss([0.3]).rows
     draws, expected = Draws.antithetic(4, 0.3, seed=5), []
     for batch in anchors.batches:
@@ -469,7 +469,7 @@ def test_sigma_is_searched_and_kept_with_the_normalization(tmp_path: Path) -> No
     assert bayes.sigma == fit.sigma > 0
     folder = tfb.save(bayes, tmp_path / "artifact", fit=fit)
     again = tfb.load(in_double(randomize(kind.make(), 0)), folder)
-    assert again.length_normalization == "tokens"
+    assert again.config.length_normalization == "tokens"
     draws = Draws.antithetic(2, fit.sigma)
     assert relative(again.logits(batch_of(), draws, IDS), bayes.logits(batch_of(), draws, IDS)) == 0
     sidecar = json.loads((folder / "tfb.json").read_text())
