@@ -11,10 +11,11 @@
 # copy of launch.json. A dry run's folder is temporary unless OUT names one.
 #
 # Needs torch, triton, transformers, peft, pytest, pytest-benchmark, hypothesis and what tfb needs,
-# and no network. Packages that an image lacks can come from a folder on PYTHONPATH, made elsewhere
-# by pip install --target. PYTHON names the interpreter. A copy of the sources without .git needs
-# TFB_COMMIT, the commit that rows name. Real models and data ("predict") come from TFB_SHARED, from
-# a copy in the folder "shared" of the repository, or from the one beside it; else they are skipped.
+# nvidia-ml-py for energy, and no network. Packages that an image lacks can come from a folder on
+# PYTHONPATH, made elsewhere by pip install --target. PYTHON names the interpreter. A copy of the
+# sources without .git needs TFB_COMMIT, the commit that rows name. Real models and data ("predict")
+# come from TFB_SHARED, from a copy in the folder "shared" of the repository, or from the one beside
+# it; else they are skipped.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
