@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-import shutil
 import sys
-from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -221,9 +219,14 @@ def test_an_adapter_of_another_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "written"),
-    [("auto", torch.float32), ("stored", torch.bfloat16), ("float16", torch.float16),
-     ("bfloat16", torch.bfloat16), ("float32", torch.float32), ("float64", torch.float64)],
-)  # fmt: skip
+    [
+        ("auto", torch.float32),
+        ("float16", torch.float16),
+        ("bfloat16", torch.bfloat16),
+        ("float32", torch.float32),
+        ("float64", torch.float64),
+    ],
+)
 def test_precision_of_the_files(tmp_path: Path, dtype: str, written: torch.dtype) -> None:
     """Of the sampled weights; rounding over noise is that of the dense updates."""
     source = tmp_path / "source"
@@ -234,7 +237,7 @@ def test_precision_of_the_files(tmp_path: Path, dtype: str, written: torch.dtype
     bayes.source = source
     draws = Draws.antithetic(2, SIGMA, seed=SEED)
     folder = tfb.export(bayes, tmp_path / "out", draws, dtype=dtype)
-    assert manifest(folder)["dtype"] == [str(written).removeprefix("torch.")]
+    assert manifest(folder)["dtype"] == dtype
     error = noise = 0.0
     for draw, sigma in zip(draw_folders(folder), draws.sigmas, strict=True):
         found = load_file(draw / WEIGHTS)
@@ -315,7 +318,7 @@ def test_refusals_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     refused(ValueError, "draws=3: antithetic draws come in pairs", 3)
     refused(ValueError, "at least one draw", 0)
-    refused(ValueError, "dtype='int8': expected one of auto, stored, float16", 2, dtype="int8")
+    refused(ValueError, "dtype='int8': expected one of auto, float16", 2, dtype="int8")
     refused(ValueError, "needs weight noise", Draws.antithetic(2, SIGMA, noise="token"))
     bayes.configure(sigma=None)
     refused(ValueError, "sigma is not set", 2)
@@ -323,10 +326,6 @@ def test_refusals_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     bayes.configure(mode="tail", tail=1)
     refused(ArtifactError, r"searched with mode='tail' \(tail=1\), noise at the last", 2)
     bayes.configure(mode="full")
-    usage = namedtuple("usage", "total used free")
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 10**5, 10**5))
-        refused(ArtifactError, r"50 adapters of 0\.1 MB need [34]\.\d MB, but .* 0\.1 MB free", 50)
     with monkeypatch.context() as patch:
         patch.setattr(exporting, "lora_keys", lambda name: (f"{name}.down", f"{name}.up"))
         refused(AdapterError, r"layers.0.self_attn.q_proj: the adapter's file has no .*down", 2)

@@ -45,12 +45,6 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
     "base": dict,
 }
 _CONFIG = [field.name for field in fields(SamplingConfig)]
-# Of an artifact that was written before ``label_tokens`` was.
-OLDER = (
-    "does not say by which tokens choices are scored; all are, where its version left out spaces "
-    "that begin a choice. Fit again, with label_tokens 'last' for an adapter that was trained on "
-    "the last token alone"
-)
 _FINGERPRINT_PARAMETERS = 16
 _FINGERPRINT_ELEMENTS = 4096
 _FINGERPRINT_RTOL = 1e-3  # lets a base be loaded in another dtype, not another set of weights
@@ -193,7 +187,11 @@ def load(base_model: nn.Module | str | Path, folder: str | Path) -> BayesianMode
     )
     _check_fingerprint(folder, sidecar["base"], base_fingerprint(bayes.base))
     if "label_tokens" not in sidecar and bayes.task != "SEQ_CLS":
-        warnings.warn(f"{folder}: {OLDER}", stacklevel=2)
+        warnings.warn(
+            f"{folder}: does not say by which tokens choices are scored; all are. Fit again, with "
+            "label_tokens='last' for an adapter that was trained on the last token alone",
+            stacklevel=2,
+        )
     return bayes
 
 

@@ -1,8 +1,7 @@
 """Sampled adapters for other engines: every draw is an ordinary PEFT adapter folder.
 
-export.json             sigma, seed and noise version; stream and sign of each draw; hashes
-draw-00, draw-01, ...   adapter_config.json + adapter_model.safetensors; of antithetic draws
-                        00 and 01 are the first pair, +sigma and -sigma
+``export.json`` holds sigma, seed and noise version, stream and sign of each draw, and hashes.
+``draw-00``, ``draw-01``, ... hold an adapter each; antithetic draws stand side by side.
 """
 
 from __future__ import annotations
@@ -36,8 +35,7 @@ from tfb_kernels import NOISE_VERSION
 
 FORMAT_VERSION = 1
 MANIFEST = "export.json"
-DTYPES = ("auto", "stored", "float16", "bfloat16", "float32", "float64")
-_HEADER = 1 << 16  # bytes of a draw beside its tensors: names, configuration, file system blocks
+DTYPES = ("auto", "float16", "bfloat16", "float32", "float64")
 
 
 def export(
@@ -64,15 +62,15 @@ def export(
         draws: a number of antithetic draws at the model's sigma and seed, or the draws themselves
             (weight noise). ``bayes.predict`` with the same draws gives the same probabilities.
         dtype: of the sampled weights. "auto": the posterior's own, float32, or float64 for a
-            float64 adapter. "stored": the adapter file's. Or float16, bfloat16, float32, float64.
+            float64 adapter. Or float16, bfloat16, float32, float64.
         progress: gets 1 after each adapter.
 
     Returns:
         The folder.
 
     Raises:
-        ArtifactError: the folder holds something, the disk has no room, sigma belongs to tail
-            mode, or a weight overflows ``dtype``.
+        ArtifactError: the folder holds something, sigma belongs to tail mode, or a weight overflows
+            ``dtype``.
         ValueError: sigma not set, an odd number of draws, token noise, an unknown ``dtype``, or a
             model that no longer carries the posterior.
     """
@@ -90,15 +88,14 @@ def export(
         stored, config = load_file(str(mean / WEIGHTS)), (mean / CONFIG).read_bytes()
         adapter_hash = file_sha256(mean / WEIGHTS)
         shutil.rmtree(mean)
-        dtypes = _dtypes(bayes, stored, dtype)
-        _check_room(stored, dtypes, len(chosen), path.parent)
+        _check_names(bayes, stored)
         width = max(2, len(str(len(chosen) - 1)))
         rounding, written = Rounding(), []
         for i, (sigma, stream) in enumerate(zip(chosen.sigmas, chosen.streams, strict=True)):
             name = f"draw-{i:0{width}d}"
             (staging / name).mkdir()
             (staging / name / CONFIG).write_bytes(config)
-            tensors = stored | _sampled(bayes, sigma, stream, chosen.seed, dtypes, rounding)
+            tensors = stored | _sampled(bayes, sigma, stream, chosen.seed, dtype, rounding)
             save_file(tensors, str(staging / name / WEIGHTS), {"format": "pt"})
             written.append(
                 {
@@ -118,7 +115,7 @@ def export(
             "base_model": json.loads(config).get("base_model_name_or_path"),
             "sigma": sigmas.pop() if len(sigmas) == 1 else None,
             "seed": chosen.seed,
-            "dtype": sorted({str(d).removeprefix("torch.") for d in dtypes.values()}),
+            "dtype": dtype,
             "rounding": rounding.ratio,
             "adapter_sha256": adapter_hash,
             "artifact_sha256": _artifact_hashes(bayes.source),
@@ -183,59 +180,27 @@ class Rounding:
 
 
 def _sampled(
-    bayes: BayesianModel,
-    sigma: float,
-    stream: int,
-    seed: int,
-    dtypes: dict[str, torch.dtype],
-    rounding: Rounding,
+    bayes: BayesianModel, sigma: float, stream: int, seed: int, dtype: str, rounding: Rounding
 ) -> dict[str, Tensor]:
     """Return the sampled modules' tensors of one draw, by their names in the file."""
     found = {}
     for name, p in bayes.posteriors.items():
+        kind = p.A.dtype if dtype == "auto" else getattr(torch, dtype)
         exact = p.sample_A(sigma, stream, seed)
-        A, B = exact.to(dtypes[name]), p.B.to(dtypes[name])
+        A, B = exact.to(kind), p.B.to(kind)
         if not bool(A.isfinite().all() and B.isfinite().all()):
-            raise ArtifactError(
-                f"{name}: weights overflow {dtypes[name]}; choose bfloat16 or float32"
-            )
+            raise ArtifactError(f"{name}: weights overflow {kind}; choose bfloat16 or float32")
         rounding.add(p, exact, A, B)
-        key_A, key_B = lora_keys(name)
-        found[key_A], found[key_B] = A.contiguous(), B.contiguous()
+        found |= zip(lora_keys(name), (A.contiguous(), B.contiguous()), strict=True)
     return found
 
 
-def _dtypes(bayes: BayesianModel, stored: dict[str, Tensor], dtype: str) -> dict[str, torch.dtype]:
-    """Return each sampled module's dtype; refuse a file that names weights in another way."""
-    found = {}
+def _check_names(bayes: BayesianModel, stored: dict[str, Tensor]) -> None:
+    """Refuse an adapter's file that names weights in another way."""
     for name, p in bayes.posteriors.items():
         for key, like in zip(lora_keys(name), (p.A, p.B), strict=True):
             if key not in stored or stored[key].shape != like.shape:
                 raise AdapterError(f"{name}: the adapter's file has no {key} {list(like.shape)}")
-        if dtype == "auto":
-            found[name] = p.A.dtype
-        elif dtype == "stored":
-            found[name] = stored[lora_keys(name)[0]].dtype
-        else:
-            found[name] = getattr(torch, dtype)
-    return found
-
-
-def _check_room(
-    stored: dict[str, Tensor], dtypes: dict[str, torch.dtype], count: int, parent: Path
-) -> None:
-    """Refuse what does not fit into the disk's free space."""
-    sampled = {key: dtype for name, dtype in dtypes.items() for key in lora_keys(name)}
-    each = _HEADER + sum(
-        t.numel() * sampled.get(key, t.dtype).itemsize for key, t in stored.items()
-    )
-    free = shutil.disk_usage(parent).free
-    if count * each > free:
-        raise ArtifactError(
-            f"{count} adapters of {each / 1e6:.1f} MB need {count * each / 1e6:.1f} MB, but "
-            f"{parent} has {free / 1e6:.1f} MB free; write fewer draws, a smaller dtype, or "
-            "elsewhere"
-        )
 
 
 def _artifact_hashes(source: Path | None) -> dict[str, Any] | None:

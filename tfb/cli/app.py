@@ -266,9 +266,7 @@ def export(
     output: Annotated[Path, typer.Option("--out", help="new folder for the sampled adapters")],
     draws: Draws = 10,
     seed: Annotated[int | None, typer.Option(help="seed of the noise; default: as fitted")] = None,
-    dtype: Annotated[
-        str, typer.Option(help="auto, stored, float16, bfloat16, float32, float64")
-    ] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float16, bfloat16, float32, float64")] = "auto",
     mode: Annotated[str | None, typer.Option(help="full: accept a sigma of mode tail")] = None,
 ) -> None:
     """Write sampled adapters as PEFT folders, for servers of many LoRA adapters."""

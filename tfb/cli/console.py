@@ -86,8 +86,6 @@ def quiet() -> None:
 
     # PEFT asks transformers for an old name whenever it wraps a model; users can do nothing.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-    # Said by ``choose_label_tokens``.
-    warnings.filterwarnings("ignore", message=".* does not say by which tokens choices are scored")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
@@ -211,7 +209,7 @@ class Input:
             columns,
             labels,
             truncate,
-            label_tokens=choose_label_tokens(artifact, sidecar, label_tokens),
+            label_tokens=choose_label_tokens(sidecar, label_tokens),
             length_normalization=sidecar.get("length_normalization", "none"),
             saved=sidecar.get("labels"),
         )
@@ -262,21 +260,15 @@ def note_mode(searched: tuple[str, int | None], mode: str | None, tail: int | No
         )
 
 
-def choose_label_tokens(
-    artifact: str | Path, sidecar: Mapping[str, Any], given: str | None = None
-) -> str:
+def choose_label_tokens(sidecar: Mapping[str, Any], given: str | None = None) -> str:
     """Return the convention by which choices are scored: ``given``, or an artifact's.
 
     Say so if it is not the one that the adapter was trained for.
     """
-    from tfb.adapters.artifact import OLDER
-
     chosen = given or str(sidecar.get("label_tokens", "all"))
     figures = (sidecar.get("extra") or {}).get("label_tokens_nll")
     if isinstance(figures, dict) and _least(figures) != chosen:
         note(f"label_tokens is {chosen!r}, but {_trained_for(figures)}")
-    elif given is None and "label_tokens" not in sidecar and sidecar["task"] != "SEQ_CLS":
-        note(f"{artifact}: {OLDER}")
     return chosen
 
 
