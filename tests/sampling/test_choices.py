@@ -402,9 +402,8 @@ def test_length_normalization() -> None:
         total = bayes.logits(batch_of(), DRAWS, IDS, **mode)
         bayes.configure(length_normalization="tokens")
         assert relative(bayes.logits(batch_of(), DRAWS, IDS, **mode), total / number) < EXACT
-    bayes.configure(length_normalization="characters")
     with pytest.raises(ValueError, match="length_normalization='characters': expected one of none"):
-        bayes.logits(batch_of(), DRAWS, IDS)
+        bayes.configure(length_normalization="characters")
 
 
 # --- rows, anchors, the command line --------------------------------------------------------------
@@ -480,7 +479,7 @@ def test_sigma_is_searched_and_kept_with_the_normalization(tmp_path: Path) -> No
         (folder / "tfb.json").write_text(json.dumps(kept))
         base = in_double(randomize(kind.make(), 0))
         if value is None:
-            assert tfb.load(base, folder).length_normalization == message
+            assert tfb.load(base, folder).config.length_normalization == message
         else:
             with pytest.raises(ValueError, match=message):
                 tfb.load(base, folder)
@@ -505,6 +504,11 @@ def spelled_out(source: Path, target: Path, rows: int) -> Path:
     return target
 
 
+def run_command(command: str, options: dict[str, Any]) -> Any:
+    arguments = [str(x) for name, value in options.items() for x in (f"--{name}", value)]
+    return CliRunner().invoke(cli.app, [command, *arguments])
+
+
 def test_command_line(shared: Path, tmp_path: Path) -> None:
     """fit, evaluate and score on spelled-out choices; the deterministic figures are those of
     PEFT's model on every prompt with every choice."""
@@ -513,39 +517,15 @@ def test_command_line(shared: Path, tmp_path: Path) -> None:
     )
     data = spelled_out(shared / "data/clinc-domain/validation.jsonl", tmp_path / "rows.jsonl", 24)
     made, figures, scored = (tmp_path / name for name in ("artifact", "figures.json", "scored"))
-    common = ["--model", model, "--draws", "2"]
-    calls = [
-        [
-            "fit",
-            *common,
-            "--adapter",
-            adapter,
-            "--anchors",
-            str(data),
-            "--out",
-            str(made),
-            "--tolerance",
-            "0.1",
-            "--length-normalization",
-            "tokens",
-        ],
-        ["evaluate", *common, "--artifact", str(made), "--data", str(data), "--json", str(figures)],
-        [
-            "score",
-            *common,
-            "--artifact",
-            str(made),
-            "--input",
-            str(data),
-            "--output",
-            str(scored),
-            "--format",
-            "jsonl",
-        ],
-    ]
-    for call in calls:
-        done = CliRunner().invoke(cli.app, call)
-        assert done.exit_code == 0, (call[0], done.exception, done.output)
+    calls: dict[str, dict[str, Any]] = {
+        "fit": {"adapter": adapter, "anchors": data, "out": made, "tolerance": 0.1}
+        | {"length-normalization": "tokens"},
+        "evaluate": {"artifact": made, "data": data, "json": figures},
+        "score": {"artifact": made, "input": data, "output": scored, "format": "jsonl"},
+    }
+    for command, options in calls.items():
+        done = run_command(command, {"model": model, "draws": 2} | options)
+        assert done.exit_code == 0, (command, done.exception, done.output)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     encoded = RowEncoder(tokenizer)(read_rows(data))
     assert encoded.choice_ids is not None
@@ -560,26 +540,15 @@ def test_command_line(shared: Path, tmp_path: Path) -> None:
     nll = json.loads(figures.read_text())["metrics"]["deterministic"]["nll"]
     # Sums of at most ten log-probabilities of size 10 in float32, in another order.
     assert nll == pytest.approx(float(torch.stack(losses).mean()), abs=1e-4)
-    results = [json.loads(x) for x in (scored / "part-00000.jsonl").read_text().splitlines()]
+    results = [
+        json.loads(x) for x in (scored / "part-00000-00000000.jsonl").read_text().splitlines()
+    ]
     assert [len(r["probs"]) for r in results] == [4] * 24
     assert {r["choice"] for r in results} <= {*WORDS, *TOPICS, "Z"}
 
 
 def test_command_line_checks_the_normalization_first(tmp_path: Path) -> None:
-    done = CliRunner().invoke(
-        cli.app,
-        [
-            "fit",
-            "--model",
-            "none",
-            "--adapter",
-            "none",
-            "--anchors",
-            "none",
-            "--out",
-            str(tmp_path / "new"),
-            "--length-normalization",
-            "words",
-        ],
-    )
+    named = dict.fromkeys(("model", "adapter", "anchors"), "none")
+    options = named | {"out": tmp_path / "new", "length-normalization": "words"}
+    done = run_command("fit", options)
     assert "length_normalization='words'" in str(done.exception)
