@@ -21,9 +21,15 @@ from benchmarks.kernels.tables import linear_table
 SCRIPT = REPOSITORY / "benchmarks" / "gpu.sh"
 # In order of worth; seconds at most.
 PLAN = {
-    "smoke": 90, "sweep": 300, "model": 240, "score": 180, "predict": 180, "tests": 180,
-    "memcheck": 90, "racecheck": 90,
-}  # fmt: skip
+    "smoke": 90,
+    "sweep": 300,
+    "model": 240,
+    "score": 180,
+    "predict": 180,
+    "tests": 180,
+    "memcheck": 90,
+    "racecheck": 90,
+}
 
 PYTHON = """#!/bin/sh
 case "$*" in
@@ -62,9 +68,12 @@ class Fakes:
 
     def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         known = {
-            "PATH": f"{self.folder}:{os.environ['PATH']}", "PYTHON": str(self.folder / "python"),
-            "FAKE_GPU": "True", "FAKE_LOG": str(self.folder / "log"), "OUT": str(self.out),
-        }  # fmt: skip
+            "PATH": f"{self.folder}:{os.environ['PATH']}",
+            "PYTHON": str(self.folder / "python"),
+            "FAKE_GPU": "True",
+            "FAKE_LOG": str(self.folder / "log"),
+            "OUT": str(self.out),
+        }
         return subprocess.run(
             [str(SCRIPT), *arguments],
             env=os.environ | known | environment,

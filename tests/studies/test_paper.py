@@ -50,20 +50,26 @@ BOOLQ = (
 )
 EXPECTED = {
     ("WG-S", "script"): (
-        f"{RETURN}Ann beat Bea as _ was fast.\nChoices:\nA) Ann\nB) Bea\nAnswer:", 0),
-    ("ARC-C", "script"): (
-        f"{RETURN}Which is hot?\nChoices:\nice) A\nfire) B\nsnow) C\nAnswer:", 1),
-    ("ARC-C", "plain"): (
-        f"{RETURN}Which is hot?\nChoices:\nA) ice\nB) fire\nC) snow\nAnswer:", 1),
+        f"{RETURN}Ann beat Bea as _ was fast.\nChoices:\nA) Ann\nB) Bea\nAnswer:",
+        0,
+    ),
+    ("ARC-C", "script"): (f"{RETURN}Which is hot?\nChoices:\nice) A\nfire) B\nsnow) C\nAnswer:", 1),
+    ("ARC-C", "plain"): (f"{RETURN}Which is hot?\nChoices:\nA) ice\nB) fire\nC) snow\nAnswer:", 1),
     ("OBQA", "script"): (
-        f"{RETURN}Predators eat\nChioces:\nlions) A\nhumans) B\nbunnies) C\ngrass) D\nAnswer:", 2),
+        f"{RETURN}Predators eat\nChioces:\nlions) A\nhumans) B\nbunnies) C\ngrass) D\nAnswer:",
+        2,
+    ),
     ("OBQA", "plain"): (
-        f"{RETURN}Predators eat\nChoices:\nA) lions\nB) humans\nC) bunnies\nD) grass\nAnswer:", 2),
+        f"{RETURN}Predators eat\nChoices:\nA) lions\nB) humans\nC) bunnies\nD) grass\nAnswer:",
+        2,
+    ),
     ("BoolQ", "script"): (BOOLQ, 1),
     ("BoolQ", "plain"): (BOOLQ, 0),
     ("Chem", "script"): (
-        f"{RETURN}What is H2O?\nChoices:\nA) ice\nB) air\nC) tin\nD) tea\nAnswer:", 0),
-}  # fmt: skip
+        f"{RETURN}What is H2O?\nChoices:\nA) ice\nB) air\nC) tin\nD) tea\nAnswer:",
+        0,
+    ),
+}
 
 
 @pytest.mark.parametrize(("name", "form"), EXPECTED)
@@ -81,10 +87,14 @@ def hub_records(name: str, found: list[questions.Question]) -> list[dict[str, An
     """The questions in the columns that the hub has for them."""
     if name.startswith("WG"):
         return [
-            {"sentence": q.stem, "option1": q.choices[0], "option2": q.choices[1],
-             "answer": str(q.label + 1)}
+            {
+                "sentence": q.stem,
+                "option1": q.choices[0],
+                "option2": q.choices[1],
+                "answer": str(q.label + 1),
+            }
             for q in found
-        ]  # fmt: skip
+        ]
     if tasks.TASKS[name].hub == "cais/mmlu":
         return [
             {"question": q.stem, "choices": list(q.choices), "answer": q.label, "subject": "x"}
@@ -92,11 +102,14 @@ def hub_records(name: str, found: list[questions.Question]) -> list[dict[str, An
         ]
     stem = "question_stem" if name == "OBQA" else "question"
     return [
-        {stem: q.stem, "choices": {"text": list(q.choices), "label": list(names)},
-         "answerKey": names[q.label]}
+        {
+            stem: q.stem,
+            "choices": {"text": list(q.choices), "label": list(names)},
+            "answerKey": names[q.label],
+        }
         for i, q in enumerate(found)
         for names in [("ABCDE" if i % 2 else "12345")[: len(q.choices)]]
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize(
@@ -278,15 +291,15 @@ def test_checkpoints_that_are_refused(plain: Path, tmp_path: Path) -> None:
         with pytest.raises(AdapterError, match=message):
             blob.mean_adapter(source, tmp_path / f"out-{number}")
 
-    refused(0, r"1 keys are not understood: .*q_proj\.lora_magnitude_vector",
-            lambda t: t.update({f"{prefix}.lora_magnitude_vector": torch.ones(1)}))  # fmt: skip
+    vector = f"{prefix}.lora_magnitude_vector"
+    message = r"1 keys are not understood: .*q_proj\.lora_magnitude_vector"
+    refused(0, message, lambda t: t.update({vector: torch.ones(1)}))
     refused(1, "layers.0.self_attn.q_proj lacks lora_B", lambda t: t.pop(f"{prefix}.lora_B.weight"))
     refused(2, "layers.0.self_attn.q_proj lacks lora_A", lambda t: t.pop(f"{prefix}.lora_A.weight"))
-    refused(3, r"q_proj\.lora_A_rho is \[1\], its lora_A \[8, 64\]",
-            lambda t: t.update({f"{prefix}.lora_A_rho": torch.ones(1)}))  # fmt: skip
-    once = prefix.removeprefix("base_model.model.")
-    refused(4, "are the same tensor",
-            lambda t: t.update({f"{once}.lora_A.weight": torch.ones(8, 64)}))  # fmt: skip
+    message = r"q_proj\.lora_A_rho is \[1\], its lora_A \[8, 64\]"
+    refused(3, message, lambda t: t.update({f"{prefix}.lora_A_rho": torch.ones(1)}))
+    once = f"{prefix.removeprefix('base_model.model.')}.lora_A.weight"
+    refused(4, "are the same tensor", lambda t: t.update({once: torch.ones(8, 64)}))
     with pytest.raises(AdapterError, match="an ordinary PEFT adapter; load it as it is"):
         blob.mean_adapter(plain, tmp_path / "out")
     with pytest.raises(ValueError, match="already holds something"):
@@ -314,9 +327,8 @@ def test_mean_adapter_is_whole_or_absent(
 
 def arguments(shared: Path, adapter: Path | str, *more: object) -> list[str]:
     model = shared / "models/stories260K"
-    options = ["--base", model, "--adapter", adapter, "--data", shared / "data",
-               "--limit", 2, "--anchor-rows", 4, *more]  # fmt: skip
-    return list(map(str, options))
+    where = ("--base", model, "--adapter", adapter, "--data", shared / "data")
+    return list(map(str, (*where, "--limit", 2, "--anchor-rows", 4, *more)))
 
 
 def test_command(
@@ -331,11 +343,12 @@ def test_command(
     adapter do not depend on the seed, and sigma is what changes the others."""
     published(plain, tmp_path / "blob-obqa")
     monkeypatch.setenv("TFB_BENCH_RESULTS", str(tmp_path / "results"))
-    main(arguments(
-        shared, tmp_path / "blob-{task}", "--checkpoint", "published", "--kind", "blob-mean",
-        "--task", "OBQA", "--ood", "Phy", "--split", "test", "--seeds", 1, 2, "--draws", 2,
-        "--anchor-rows", 2, "--objective", "min_nll", "--record", "--json", tmp_path / "rows.json",
-    ))  # fmt: skip
+    options = (
+        "--checkpoint published --kind blob-mean --task OBQA --ood Phy --split test --seeds 1 2 "
+        "--draws 2 --anchor-rows 2 --objective min_nll --record --json"
+    )
+    adapters = tmp_path / "blob-{task}"
+    main(arguments(shared, adapters, *options.split(), tmp_path / "rows.json"))
     rows = json.loads((tmp_path / "rows.json").read_text())
     lines = (tmp_path / "results/paper.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == rows
@@ -412,14 +425,28 @@ def test_every_adapter_is_compared_with_the_base_first(
 def row(base: str, seed: int, method: str, accuracy: float, **point: Any) -> dict[str, Any]:
     setting = run.Setting("", "", "mle", ()).described()
     return {
-        "point": {"base": base, "kind": "mle", "adapter": "a/{seed}", "task": "WG-S", "on": "WG-S",
-                  "seed": seed, "method": method, "setting": setting} | point,
-        "device": "cuda", "accuracy": accuracy, "ece": 0.1, "nll": 0.5, "date": "2026-01-01",
+        "point": {
+            "base": base,
+            "kind": "mle",
+            "adapter": "a/{seed}",
+            "task": "WG-S",
+            "on": "WG-S",
+            "seed": seed,
+            "method": method,
+            "setting": setting,
+        }
+        | point,
+        "device": "cuda",
+        "accuracy": accuracy,
+        "ece": 0.1,
+        "nll": 0.5,
+        "date": "2026-01-01",
         "environment": {
-            "gpu": {"name": "G"}, "versions": {"torch": "2", "transformers": "5", "peft": "0"},
+            "gpu": {"name": "G"},
+            "versions": {"torch": "2", "transformers": "5", "peft": "0"},
             "commit": {"id": "0123456789ab", "dirty": False},
         },
-    }  # fmt: skip
+    }
 
 
 def test_table_of_the_base_model_of_the_paper() -> None:
