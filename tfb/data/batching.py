@@ -10,7 +10,9 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cache, cached_property
+from functools import cached_property
+from itertools import groupby
+from math import log
 from typing import Any
 
 import torch
@@ -228,10 +230,9 @@ def token_batches(
 ) -> list[list[int]]:
     """Part rows into batches whose rows x longest row stay within a budget; longest rows first.
 
-    Rows of a batch have the same number of choices. They lie in one bucket of lengths, in which
-    they are sorted by their tokens: rows that begin alike meet in a batch, where the engine
-    computes their prefix once. Then neighbours are joined where the budget holds both and padding
-    costs less than one more batch.
+    Rows of a batch have the same number of choices. They come from one bucket of lengths, in which
+    rows that begin alike meet in a batch: the engine computes their prefix once. Then batches of
+    neighbouring buckets are joined where padding costs less than one more batch.
 
     Args:
         encoded: the rows.
@@ -239,51 +240,35 @@ def token_batches(
         rows: positions to be distributed, a set; None: all.
         copies: of every row in a pass, the draws in full mode: they share what a batch costs.
     """
-    groups: dict[tuple[int, int], list[int]] = {}
-    for i in sorted(range(len(encoded)) if rows is None else rows):
-        bucket = _bucket(len(encoded.input_ids[i]))
-        groups.setdefault((-bucket, encoded.num_choices(i)), []).append(i)
+    ids, num_choices = encoded.input_ids, encoded.num_choices
+
+    def kind(i: int) -> tuple[int, int]:
+        return num_choices(i), -int(log(len(ids[i]), BUCKET))
+
+    chosen = sorted(range(len(encoded)) if rows is None else rows)
     found: list[list[int]] = []
-    for _, group in sorted(groups.items()):
+    for _, bucket in groupby(sorted(chosen, key=lambda i: (*kind(i), ids[i])), kind):
         batch: list[int] = []
         longest = 0
-        for i in sorted(group, key=lambda i: encoded.input_ids[i]):
-            length = len(encoded.input_ids[i])
-            if batch and max(longest, length) * (len(batch) + 1) > budget:
+        for i in bucket:
+            longest = max(longest, len(ids[i]))
+            if batch and longest * (len(batch) + 1) > budget:
                 found.append(batch)
-                batch, longest = [], 0
+                batch, longest = [], len(ids[i])
             batch.append(i)
-            longest = max(longest, length)
         found.append(batch)
-    return _joined(encoded, found, budget, FIXED // copies)
-
-
-def _joined(
-    encoded: EncodedRows, found: list[list[int]], budget: int, worth: int
-) -> list[list[int]]:
-    """Join neighbouring batches where that costs at most ``worth`` tokens of padding."""
     joined: list[list[int]] = []
     for batch in found:
-        if joined and encoded.num_choices(joined[-1][0]) == encoded.num_choices(batch[0]):
-            both = joined[-1] + batch
-            tokens = padded_tokens(encoded, both)
-            added = tokens - padded_tokens(encoded, joined[-1]) - padded_tokens(encoded, batch)
-            if tokens <= budget and added <= worth:
-                joined[-1] = sorted(both, key=lambda i: encoded.input_ids[i])
+        both = joined[-1] + batch if joined else []
+        if both and num_choices(both[0]) == num_choices(batch[0]):
+            apart = padded_tokens(encoded, joined[-1]) + padded_tokens(encoded, batch)
+            if padded_tokens(encoded, both) <= min(budget, apart + FIXED // copies):
+                joined[-1] = sorted(both, key=ids.__getitem__)
                 continue
         joined.append(batch)
-    return joined
+    return sorted(joined, key=lambda batch: -max(len(ids[i]) for i in batch))
 
 
 def padded_tokens(encoded: EncodedRows, batch: list[int]) -> int:
     """Return the tokens of a batch with its padding: rows x longest row."""
     return len(batch) * max(len(encoded.input_ids[i]) for i in batch)
-
-
-@cache
-def _bucket(length: int) -> int:
-    """Return a length's bucket; they widen by ``BUCKET``, by one token at least."""
-    bucket, end = 0, 1
-    while end < length:
-        bucket, end = bucket + 1, max(end + 1, int(end * BUCKET))
-    return bucket
