@@ -273,7 +273,7 @@ def test_messages_in_place_of_a_prompt() -> None:
     for messages in (said, json.dumps(said)):
         row = RowFormat().row({"messages": messages, "choices": '["A", "B|C"]', "label": "B|C"})
         assert row.messages == tuple(said) and row.prompt is None
-        assert row.choices == ("A", "B|C") and row.label == 1 and row.characters == 2
+        assert row.choices == ("A", "B|C") and row.label == 1
 
 
 def test_settings_that_cannot_be() -> None:

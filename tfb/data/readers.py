@@ -62,15 +62,6 @@ class Source:
         return str(self.path)
 
 
-class Meter:
-    """Stands for the progress by bytes that was, until scoring counts rows."""
-
-    share = 0.0
-
-    def __init__(self, sources: Sequence[Source]) -> None:
-        pass
-
-
 @dataclass(frozen=True)
 class Record:
     """One row as it was read, before anything is known of its columns.
@@ -183,7 +174,8 @@ def _items(data: Any, form: RowFormat) -> Iterator[Any]:
     if hasattr(data, "with_format"):  # a Dataset
         if data.column_names is not None:  # known, of one that streams
             form.check(data.column_names, "the Dataset")
-        return _with_classes(data.with_format(None), data.features or {})
+        features = data.features.to_dict() if data.features else {}
+        return _with_classes(data.with_format(None), features)
     if hasattr(data, "to_list") and not hasattr(data, "columns"):
         return iter(data.to_list())  # a column of a DataFrame: texts
     if hasattr(data, "__arrow_c_stream__"):
@@ -248,21 +240,17 @@ def _with_classes(
     rows: Iterable[dict[str, Any]], features: Mapping[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """Tell class labels their names; ``features``: of datasets, by column."""
-    names = {column: found for column, feature in features.items() if (found := _names(feature))}
+    classes = {
+        column: feature["names"]
+        for column, feature in features.items()
+        if isinstance(feature, Mapping) and feature.get("_type") == "ClassLabel"
+    }
     for fields in rows:
-        for column, known in names.items():
+        for column, names in classes.items():
             index = fields.get(column)
-            if isinstance(index, int) and 0 <= index < len(known):
-                fields = {**fields, column: ClassIndex(index, known[index])}
+            if isinstance(index, int) and 0 <= index < len(names):
+                fields = {**fields, column: ClassIndex(index, names[index])}
         yield fields
-
-
-def _names(feature: Any) -> list[str] | None:
-    """Return the names of a ClassLabel of datasets, an object or a file's metadata."""
-    names = (
-        feature.get("names") if isinstance(feature, Mapping) else getattr(feature, "names", None)
-    )
-    return names if isinstance(names, list) else None
 
 
 # --- finding files --------------------------------------------------------------------------------

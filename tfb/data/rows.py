@@ -65,12 +65,6 @@ class Row:
                 "the choice or class, counted from 0"
             )
 
-    @property
-    def characters(self) -> int:
-        """The length of what the model reads before the choices."""
-        said = (message["content"] for message in self.messages or ())
-        return sum(map(len, (self.text or self.prompt or "", *said)))
-
 
 @dataclass(frozen=True)
 class RowFormat:
