@@ -39,12 +39,25 @@ DEFAULT_ROWS, DEFAULT_SHIFT_ROWS, DEFAULT_ANCHORS = 600, 300, 300
 REFERENCES = ("mle", "temperature")  # what every method is compared with
 # What decides a row's figures; tables and pictures do not.
 SOURCES = (
-    "tfb", "tfb_kernels",
-    *(f"benchmarks/calibration/{name}.py" for name in (
-        "__main__", "evaluation", "families", "laplace", "layer_scale", "methods", "questions",
-        "reference_rule", "setting", "stems", "tasks",
-    )),
-)  # fmt: skip
+    "tfb",
+    "tfb_kernels",
+    *(
+        f"benchmarks/calibration/{name}.py"
+        for name in (
+            "__main__",
+            "evaluation",
+            "families",
+            "laplace",
+            "layer_scale",
+            "methods",
+            "questions",
+            "reference_rule",
+            "setting",
+            "stems",
+            "tasks",
+        )
+    ),
+)
 
 
 Hashes = Mapping[str, Mapping[str, str]]
@@ -52,10 +65,13 @@ Hashes = Mapping[str, Mapping[str, str]]
 
 
 def run(setting: Setting, adapters: Hashes, point: Row, bench: Bench) -> list[Row]:
-    """One row a method, of which none is written before all are there.
+    """Make one row a method; none is written before all are there.
 
     Args:
-        adapters: the methods, and what they use. point: the configuration, without the method.
+        setting: what the methods share.
+        adapters: the methods, and what they use.
+        point: the configuration, without the method.
+        bench: where rows go.
     """
     methods = Methods(setting)
     outcomes: dict[str, Outcome | str] = {}
@@ -70,12 +86,19 @@ def run(setting: Setting, adapters: Hashes, point: Row, bench: Bench) -> list[Ro
         for name, hashes in adapters.items()
     ]
     return [
-        record(bench, {
-            "suite": SUITE, "measure": "calibration", "point": {**point, "method": name},
-            "device": bench.device.type, "toy": bench.toy, **row,
-        })
+        record(
+            bench,
+            {
+                "suite": SUITE,
+                "measure": "calibration",
+                "point": {**point, "method": name},
+                "device": bench.device.type,
+                "toy": bench.toy,
+                **row,
+            },
+        )
         for name, row in zip(adapters, rows, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def describe(outcomes: dict[str, Outcome | str], name: str, setting: Setting) -> Row:
@@ -92,16 +115,21 @@ def describe(outcomes: dict[str, Outcome | str], name: str, setting: Setting) ->
             )
     return {
         **figures(outcome.predicted, setting.labels),
-        "passes": outcome.passes, "fitting": outcome.fitting, "trained": outcome.trained,
-        "details": dict(outcome.details), "against": against, "sizes": {
-            "train": len(setting.train), "anchors": len(setting.anchors),
+        "passes": outcome.passes,
+        "fitting": outcome.fitting,
+        "trained": outcome.trained,
+        "details": dict(outcome.details),
+        "against": against,
+        "sizes": {
+            "train": len(setting.train),
+            "anchors": len(setting.anchors),
             **{found: len(rows) for found, rows in setting.judged.items()},
         },
-    }  # fmt: skip
+    }
 
 
 def sizes(task: str, options: argparse.Namespace) -> dict[str, int]:
-    """rows, anchors and shift_rows of a task."""
+    """Return rows, anchors and shift_rows of a task."""
     return {
         "rows": options.rows or ROWS.get(task, DEFAULT_ROWS),
         "anchors": options.anchors or DEFAULT_ANCHORS,
@@ -112,10 +140,13 @@ def sizes(task: str, options: argparse.Namespace) -> dict[str, int]:
 def adapter_hashes(
     method: str, adapters: Callable[[str, int], Path], mle_seed: int, seed: int
 ) -> dict[str, str]:
-    """SHA-256 of every adapter that a method's row depends on, by kind and seed.
+    """Return the SHA-256 of every adapter that a method's row depends on, by kind and seed.
 
     Args:
-        adapters, mle_seed: as of a :class:`Setting`. seed: the task's.
+        method: its name.
+        adapters: as of a :class:`Setting`.
+        mle_seed: as of a :class:`Setting`.
+        seed: the task's.
 
     Raises:
         FileNotFoundError: one is not trained yet.
@@ -139,8 +170,9 @@ def finished(point: Row, adapters: Hashes, results: Path) -> bool:
     same = {commit for commit in commits if commit and same_sources(commit)}
     there = [
         (r["point"]["method"], r.get("adapters"))
-        for r in own if r["environment"]["commit"]["id"] in same
-    ]  # fmt: skip
+        for r in own
+        if r["environment"]["commit"]["id"] in same
+    ]
     return all((name, hashes) in there for name, hashes in adapters.items())
 
 

@@ -21,9 +21,16 @@ TITLES = {
     "tail": "Positions that get noise, min_nll (full mode: see the families)",
 }
 HEADINGS = (
-    "σ", "95 % interval", "passes", "accuracy %", "NLL", "ECE %", "Brier", "AUROC total",
+    "σ",
+    "95 % interval",
+    "passes",
+    "accuracy %",
+    "NLL",
+    "ECE %",
+    "Brier",
+    "AUROC total",
     "AUROC epistemic",
-)  # fmt: skip
+)
 FIGURES = ("accuracy", "nll", "ece", "brier", "auroc_total", "auroc_epistemic")
 COLOURS = {"held_out": "#0072B2", "train": "#D55E00"}
 LABELS = {"held_out": "held-out anchors", "train": "training anchors"}
@@ -59,7 +66,7 @@ def _table(own: Sequence[Row], rows: Sequence[Row]) -> str:
 
 
 def _name(row: Row) -> str:
-    """What the row's setting is called in its table."""
+    """Name the row's setting in its table."""
     p, ablation = row["point"], row["measure"]
     value = f"{100 * p['value']:g} %" if ablation == "tolerance" else str(p["value"])
     if ablation in ("objective", "tolerance"):
@@ -78,8 +85,12 @@ def _cells(group: Sequence[Row]) -> list[str]:
         return ["no answer", "", "", *[""] * len(FIGURES)]
     if len(group) == 1:
         row = found[0]
-        return [f"{row['sigma']:.3g}", _interval(row["interval"]), f"{row['passes']:.1f}",
-                *_figures(found)]  # fmt: skip
+        return [
+            f"{row['sigma']:.3g}",
+            _interval(row["interval"]),
+            f"{row['passes']:.1f}",
+            *_figures(found),
+        ]
     sigmas = [r["sigma"] for r in found]
     spread = f"{mean(sigmas):.3g} ± {stdev(sigmas):.2g}" if len(sigmas) > 1 else f"{sigmas[0]:.3g}"
     if len(found) < len(group):
@@ -95,13 +106,14 @@ def _interval(limits: Any) -> str:
 
 
 def _figures(group: Sequence[Row]) -> list[str]:
-    """The mean of each figure, where it is known; percent for accuracy and ECE."""
+    """Return the mean of each figure, where it is known; percent for accuracy and ECE."""
     percent, cells = ("accuracy", "ece"), []
     for name in FIGURES:
         known = [r[name] for r in group if r[name] is not None]
         value = mean(known) if known else None
-        cells.append("" if value is None else
-                     f"{100 * value:.1f}" if name in percent else f"{value:.3f}")  # fmt: skip
+        cells.append(
+            "" if value is None else f"{100 * value:.1f}" if name in percent else f"{value:.3f}"
+        )
     return cells
 
 
@@ -144,14 +156,21 @@ def plot_ablations(rows: Sequence[Row], target: Path) -> None:
                 points = sorted(
                     (100 * r["point"]["value"], scale * r[key])
                     for r in own
-                    if r["measure"] == "tolerance" and r["point"]["source"] == source
+                    if r["measure"] == "tolerance"
+                    and r["point"]["source"] == source
                     and r["sigma"] is not None
-                )  # fmt: skip
-                axes.plot(*zip(*points, strict=True), "o-", color=colour, label=LABELS[source],
-                          markersize=4)  # fmt: skip
+                )
+                axes.plot(
+                    *zip(*points, strict=True),
+                    "o-",
+                    color=colour,
+                    label=LABELS[source],
+                    markersize=4,
+                )
             if key != "sigma":
-                axes.axhline(scale * base[key], color="#777777", linestyle="--",
-                             label="deterministic")  # fmt: skip
+                axes.axhline(
+                    scale * base[key], color="#777777", linestyle="--", label="deterministic"
+                )
             axes.set(xscale="log", xlabel="tolerance (%)", ylabel=label)
             axes.set_xticks([0.1, 0.3, 1, 3, 10, 30], ["0.1", "0.3", "1", "3", "10", "30"])
             axes.minorticks_off()

@@ -25,6 +25,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,11 @@ from benchmarks.calibration.tasks import LABEL_TOKENS, Task, load_task
 from benchmarks.calibration.train import ADAPTERS, adapter
 from benchmarks.environment import shared_folder
 from benchmarks.timing import Bench, Row, record
+from tfb.adapters.loading import load_tokenizer
 from tfb.data.batching import EncodedRows
 from tfb.draws import Draws
 from tfb.evaluation.metrics import auroc, evaluate
 from tfb.model import BayesianModel
-from tfb.adapters.loading import load_tokenizer
 from tfb.scoring.evaluate import encode, predict_rows
 from tfb.search.loss import METRICS, passes_per_row
 from tfb.search.result import SearchError, SigmaFit
@@ -53,6 +54,7 @@ TOLERANCES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 DRAWS = (2, 4, 10, 20, 40)
 SEARCH_DRAWS = (2, 4, 10, 20)
 TAILS = (1, 2, 4, 8)
+OBJECTIVES = ("max_variance", "min_nll")
 DEFAULTS: dict[str, Any] = {
     "metric": "nll",
     "objective": "max_variance",
@@ -82,7 +84,19 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Setting:
-    """One search and one prediction. value: what the ablation varies; options: of fit_sigma."""
+    """One search and one prediction.
+
+    Attributes:
+        ablation: which table the row belongs to.
+        value: what the ablation varies.
+        count: anchors.
+        source: "held_out" or "train" anchors.
+        subset: which of the disjoint samples of anchors.
+        family: of the posterior.
+        draws: of the prediction.
+        tail: positions with noise, None: all.
+        options: of ``fit_sigma``.
+    """
 
     ablation: str
     value: str | int | float
@@ -95,41 +109,47 @@ class Setting:
     options: dict[str, Any] = field(default_factory=dict)
 
     def search(self) -> tuple[Any, ...]:
-        """What the answer of the search depends on."""
+        """Return what the answer of the search depends on."""
         options = DEFAULTS | self.options
-        return (self.family, self.tail, self.source, self.count, self.subset,
-                *sorted(options.items()))  # fmt: skip
+        return (
+            self.family,
+            self.tail,
+            self.source,
+            self.count,
+            self.subset,
+            *sorted(options.items()),
+        )
 
 
 def settings(sizes: Sizes, training_rows: int, task_type: str) -> Iterator[Setting]:
-    """All points of the study."""
+    """Yield all points of the study."""
     n = sizes.anchors
-    for family in FAMILIES:
-        for objective in ("max_variance", "min_nll"):
-            yield Setting("family", family, n, family=family, options={"objective": objective})
+    for family, objective in product(FAMILIES, OBJECTIVES):
+        yield Setting("family", family, n, family=family, options={"objective": objective})
     for metric in METRICS:
         tolerance = 0.01 if metric == "accuracy" else 0.003  # as in the paper
         yield Setting("metric", metric, n, options={"metric": metric, "tolerance": tolerance})
-    for source in ("held_out", "train"):
-        for objective in ("max_variance", "min_nll"):
-            yield Setting("objective", objective, n, source, options={"objective": objective})
-        # Ordinary variational inference: lambda is one over the rows of the likelihood.
-        weight = 1 / (training_rows if source == "train" else n)
-        options = {"objective": "gvi", "metric": "expected_nll", "kl_weight": weight}
-        yield Setting("objective", "gvi", n, source, options=options)
-        for tolerance in TOLERANCES:
-            yield Setting("tolerance", tolerance, n, source, options={"tolerance": tolerance})
+    yield from _by_source(n, "held_out", n)
+    yield from _by_source(n, "train", training_rows)
     for draws in DRAWS:
         yield Setting("draws", draws, n, draws=draws)
     for draws in SEARCH_DRAWS:
         yield Setting("search_draws", draws, n, options={"draws": draws})
-    for count in sizes.counts:
-        for subset in range(SUBSETS):
-            for objective in ("max_variance", "min_nll"):
-                options = {"objective": objective}
-                yield Setting("anchors", count, count, subset=subset, options=options)
+    for count, subset, objective in product(sizes.counts, range(SUBSETS), OBJECTIVES):
+        yield Setting("anchors", count, count, subset=subset, options={"objective": objective})
     for tail in TAILS if task_type == "CAUSAL_LM" else ():
         yield Setting("tail", tail, n, tail=tail, options={"objective": "min_nll"})
+
+
+def _by_source(n: int, source: str, likelihood_rows: int) -> Iterator[Setting]:
+    """Yield what is compared on held-out and on training anchors."""
+    for objective in OBJECTIVES:
+        yield Setting("objective", objective, n, source, options={"objective": objective})
+    # Ordinary variational inference: lambda is one over the rows of the likelihood.
+    options = {"objective": "gvi", "metric": "expected_nll", "kl_weight": 1 / likelihood_rows}
+    yield Setting("objective", "gvi", n, source, options=options)
+    for tolerance in TOLERANCES:
+        yield Setting("tolerance", tolerance, n, source, options={"tolerance": tolerance})
 
 
 @dataclass
@@ -158,19 +178,21 @@ class Study:
     @cached_property
     def encoded(self) -> dict[str, EncodedRows]:
         rows = {
-            "held_out": self.task.anchors, "train": self.task.train_anchors,
-            "test": self.task.test, "oos": self.task.shifts["oos"],
-        }  # fmt: skip
+            "held_out": self.task.anchors,
+            "train": self.task.train_anchors,
+            "test": self.task.test,
+            "oos": self.task.shifts["oos"],
+        }
         return {k: encode(self.model("low_rank"), v, self.tokenizer) for k, v in rows.items()}
 
     def anchors(self, setting: Setting) -> EncodedRows:
-        """The first ``count`` rows of a subset; subsets are disjoint, as far as the rows go."""
+        """Return the first rows of a subset; subsets are disjoint, as far as the rows go."""
         rows = self.encoded[setting.source]
         start = min(setting.subset * max(self.sizes.counts), len(rows) - setting.count)
         return rows.subset(range(start, start + setting.count))
 
     def fit(self, setting: Setting) -> SigmaFit | str:
-        """The search's answer, or why it has none."""
+        """Return the search's answer, or why it has none."""
         key = setting.search()
         if key not in self.fits:
             bayes = self.model(setting.family)
@@ -186,8 +208,10 @@ class Study:
     def figures(
         self, family: str, sigma: float, draws: int, tail: int | None = None
     ) -> dict[str, float | None]:
-        """On test rows, and how well uncertainty tells out-of-scope rows from them (epistemic:
-        None at sigma = 0, which has none)."""
+        """Judge test rows, and how well uncertainty tells out-of-scope rows from them.
+
+        Sigma = 0 has no epistemic uncertainty, so no AUROC of it.
+        """
         rounded = STEP ** round(math.log(sigma, STEP)) if sigma > 0 else 0.0
         found = self.predicted.get((family, tail, rounded), {})
         if not found or len(found["test"]) < draws:
@@ -198,18 +222,25 @@ class Study:
         _, oos_total, oos_epistemic = _summary(found["oos"][:draws])
         m = evaluate(probs, torch.tensor(self.encoded["test"].labels))
         return {
-            "sigma_tested": rounded, "accuracy": m.accuracy, "nll": m.nll, "ece": m.ece,
-            "brier": m.brier, "auroc_total": auroc(oos_total, total),
+            "sigma_tested": rounded,
+            "accuracy": m.accuracy,
+            "nll": m.nll,
+            "ece": m.ece,
+            "brier": m.brier,
+            "auroc_total": auroc(oos_total, total),
             "auroc_epistemic": auroc(oos_epistemic, epistemic) if sigma > 0 else None,
-        }  # fmt: skip
+        }
 
     def _draws(self, family: str, sigma: float, draws: int, rows: str) -> Tensor:
         """Each draw's probabilities [S, N, K]; the first of many draws are those of few."""
         bayes = self.model(family)
         found = predict_rows(
-            bayes, self.encoded[rows], Draws.antithetic(draws, sigma, seed=bayes.config.seed),
-            batch_size=BATCH, keep_draws=True,
-        )  # fmt: skip
+            bayes,
+            self.encoded[rows],
+            Draws.antithetic(draws, sigma, seed=bayes.config.seed),
+            batch_size=BATCH,
+            keep_draws=True,
+        )
         assert found.draw_probs is not None
         return found.draw_probs
 
@@ -230,20 +261,35 @@ def _summary(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def measure(study: Study, bench: Bench) -> None:
     """All rows of one task, the deterministic adapter's first."""
     task, sizes = study.task, study.sizes
-    common = {"task": task.name, "seed": task.seed, "rows": len(task.test),
-              "shift_rows": len(task.shifts["oos"])}  # fmt: skip
+    common = {
+        "task": task.name,
+        "seed": task.seed,
+        "rows": len(task.test),
+        "shift_rows": len(task.shifts["oos"]),
+    }
     point = common | {"value": "deterministic"}
     _record(bench, "deterministic", point, {"sigma": 0.0} | study.figures("low_rank", 0.0, 2))
     for s in settings(sizes, len(task.train), task.task_type):
-        point = common | {"value": s.value, "anchors": s.count, "source": s.source,
-                          "subset": s.subset, "family": s.family, "draws": s.draws,
-                          "tail": s.tail, "options": s.options}  # fmt: skip
+        point = common | {
+            "value": s.value,
+            "anchors": s.count,
+            "source": s.source,
+            "subset": s.subset,
+            "family": s.family,
+            "draws": s.draws,
+            "tail": s.tail,
+            "options": s.options,
+        }
         fit = study.fit(s)
         if isinstance(fit, str):
             values: dict[str, Any] = {"sigma": None, "error": fit}
         else:
-            values = {"sigma": fit.sigma, "interval": fit.interval, "passes": fit.passes,
-                      "notes": len(fit.notes)}  # fmt: skip
+            values = {
+                "sigma": fit.sigma,
+                "interval": fit.interval,
+                "passes": fit.passes,
+                "notes": len(fit.notes),
+            }
             values |= study.figures(s.family, fit.sigma, s.draws, s.tail)
             if s.tail is not None:
                 lengths = [len(ids) for ids in study.encoded["test"].input_ids]
@@ -252,15 +298,20 @@ def measure(study: Study, bench: Bench) -> None:
 
 
 def _record(bench: Bench, ablation: str, point: Row, values: Row) -> None:
-    head = {"suite": "ablations", "measure": ablation, "point": point, "device": "cpu",
-            "toy": bench.toy}  # fmt: skip
+    head = {
+        "suite": "ablations",
+        "measure": ablation,
+        "point": point,
+        "device": "cpu",
+        "toy": bench.toy,
+    }
     record(bench, head | values)
     shown = {k: round(v, 4) for k, v in values.items() if isinstance(v, float)}
     print(point["task"], ablation, point["value"], shown, flush=True)
 
 
 def load_study(name: str, root: Path, sizes: Sizes) -> Study:
-    """The task at seed 0 with as many anchors as all subsets take.
+    """Load the task at seed 0 with as many anchors as all subsets take.
 
     Raises:
         ValueError: the task has fewer anchors or training rows than that.
@@ -269,8 +320,10 @@ def load_study(name: str, root: Path, sizes: Sizes) -> Study:
     task = load_task(
         name, shared_folder(), 0, rows=sizes.rows, anchors=wanted, shift_rows=sizes.shift_rows
     )
-    for what, rows, least in (("anchors", task.anchors, wanted - 4),
-                              ("training rows", task.train_anchors, sizes.anchors)):  # fmt: skip
+    for what, rows, least in (
+        ("anchors", task.anchors, wanted - 4),
+        ("training rows", task.train_anchors, sizes.anchors),
+    ):
         if len(rows) < least:
             raise ValueError(f"{name}: {len(rows)} {what} are too few for {sizes}")
     return Study(task, adapter(root, name, "mle", 0), sizes)

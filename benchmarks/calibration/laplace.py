@@ -21,13 +21,15 @@ PRECISIONS = (-2.0, 5.0, 29)  # log10 of the first and the last, and how many: 4
 
 
 def fit_laplace(head: nn.Linear, features: Tensor, labels: Tensor) -> Any:
-    """The Laplace approximation at ``head``, on rows that it was trained on.
+    """Fit the Laplace approximation at ``head``, on rows that it was trained on.
 
     Kronecker-factored GGN, isotropic prior, its precision by marginal likelihood: the library's
     own recommendations.
 
     Args:
-        features: [N, D]. labels: [N].
+        head: the linear layer.
+        features: [N, D].
+        labels: [N].
 
     Raises:
         ImportError: laplace-torch is not installed.
@@ -53,7 +55,10 @@ def tune_laplace(fitted: Any, features: Tensor, labels: Tensor, seed: int) -> No
     same random numbers.
 
     Args:
-        features: [N, D]. labels: [N].
+        fitted: of ``fit_laplace``.
+        features: [N, D].
+        labels: [N].
+        seed: of the samples.
     """
 
     def nll(precision: float) -> float:
@@ -78,7 +83,7 @@ def _loader(features: Tensor, labels: Tensor) -> DataLoader[Any]:
 
 @torch.no_grad()
 def sample_laplace(fitted: Any, features: Tensor, seed: int) -> Tensor:
-    """[S, N, K] probabilities of ``SAMPLES`` heads, the same heads for all rows of a call."""
+    """Return [S, N, K] probabilities of ``SAMPLES`` heads, the same for all rows of a call."""
     generator = torch.Generator().manual_seed(seed)
     samples: Tensor = fitted.predictive_samples(
         features, pred_type="nn", n_samples=SAMPLES, generator=generator

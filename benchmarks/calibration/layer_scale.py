@@ -11,8 +11,8 @@ meaning, and the volume that it had. The loss is pseudo_nll, how far predictions
 adapter's own: it needs no labels, and does not turn negative where variance helps calibration.
 
 A study: a posterior with multipliers is not the paper's, and of five over-confident adapters it
-gave one a lower NLL than one sigma for all, and four a higher one. Noise is sigma / d, so a module's
-multiplier divides its d.
+gave one a lower NLL than one sigma for all, and four a higher one. Noise is sigma / d, so the
+multiplier of a module divides its d.
 """
 
 from __future__ import annotations
@@ -35,9 +35,12 @@ WIDEST = 4.0  # multipliers lie within 1 / WIDEST and WIDEST: a sensitivity is i
 
 @dataclass(frozen=True)
 class LayerScales:
-    """Multipliers m_l and sensitivities a_l (nats per sigma^2) by module name.
+    """What was measured, by module name.
 
-    passes: deterministic-pass equivalents over the anchors.
+    Attributes:
+        multipliers: m_l.
+        sensitivities: a_l, nats per sigma^2.
+        passes: deterministic passes over the anchors.
     """
 
     multipliers: dict[str, float]

@@ -103,16 +103,21 @@ class Methods:
         """Lakshminarayanan et al. 2017: the mean of the members' probabilities."""
         s = self.setting
         members = [
-            self._deterministic if seed == s.mle_seed
+            self._deterministic
+            if seed == s.mle_seed
             else self._everywhere(s.model("mle", seed), Draws.mean())
             for seed in s.members
-        ]  # fmt: skip
+        ]
         predicted = {
             name: Predicted.of_draws(torch.stack([m[name].probs for m in members]))
             for name in s.judged
         }
-        return Outcome(predicted, passes=len(members), trained=len(members) - 1,
-                       details={"members": list(s.members)})  # fmt: skip
+        return Outcome(
+            predicted,
+            passes=len(members),
+            trained=len(members) - 1,
+            details={"members": list(s.members)},
+        )
 
     def mc_dropout(self) -> Outcome:
         s = self.setting
@@ -122,9 +127,14 @@ class Methods:
             name: dropped_out(bayes, rows, s.draws, s.task.seed) for name, rows in s.judged.items()
         }
         rate = config.lora_dropout or GIVEN_DROPOUT
-        return Outcome(predicted, passes=s.draws, details={
-            "lora_dropout": rate, "trained_with_dropout": bool(config.lora_dropout),
-        })  # fmt: skip
+        return Outcome(
+            predicted,
+            passes=s.draws,
+            details={
+                "lora_dropout": rate,
+                "trained_with_dropout": bool(config.lora_dropout),
+            },
+        )
 
     # --- temperature --------------------------------------------------------------------------
 
@@ -139,9 +149,11 @@ class Methods:
         anchors = sampled(self.setting.model(), self.setting.anchors, draws)
         predicted, T = self._tempered(plain.predicted, anchors)
         return Outcome(
-            predicted, plain.passes, fitting=plain.fitting + plain.passes,
+            predicted,
+            plain.passes,
+            fitting=plain.fitting + plain.passes,
             details={**plain.details, "temperature": T},
-        )  # fmt: skip
+        )
 
     def _tempered(
         self, predicted: Mapping[str, Predicted], anchors: Predicted
@@ -246,14 +258,21 @@ class Methods:
         draws = bayes.draws(s.draws) if fit.sigma > 0 else Draws.mean()
         passes = prediction_passes(bayes, s.judged["test"], draws)
         outcome = Outcome(
-            self._everywhere(bayes, draws), passes,
+            self._everywhere(bayes, draws),
+            passes,
             fitting=fit.passes * len(anchors) / len(s.anchors),
             details={
-                "sigma": fit.sigma, "interval": fit.interval, "stopped": fit.stopped,
-                "objective": fit.objective, "metric": fit.metric, "mode": fit.mode,
-                "search_draws": fit.draws, "kl": fit.kl, "notes": list(fit.notes),
+                "sigma": fit.sigma,
+                "interval": fit.interval,
+                "stopped": fit.stopped,
+                "objective": fit.objective,
+                "metric": fit.metric,
+                "mode": fit.mode,
+                "search_draws": fit.draws,
+                "kl": fit.kl,
+                "notes": list(fit.notes),
             },
-        )  # fmt: skip
+        )
         bayes.configure(mode="full")  # the model is shared, and every method's default is full
         return outcome, draws
 
@@ -272,7 +291,7 @@ class Methods:
 
 
 def prediction_passes(bayes: Any, rows: EncodedRows, draws: Draws) -> float:
-    """Passes a row of ``draws``: blocks below the noise and tokens before the tail count once."""
+    """Return the passes a row; blocks below the noise and tokens before the tail count once."""
     S = len(draws)
     if bayes.config.mode == "tail":
         return passes_per_row([len(ids) for ids in rows.input_ids], S, bayes.config.tail)

@@ -16,7 +16,7 @@ FIGURES = (("nll", "NLL (nats a row)", 1.0), ("ece", "ECE (%)", 100.0))
 
 
 def plot_calibration(rows: Sequence[Row], target: Path) -> None:
-    """A column for each task, a line for each method; bars are standard deviations over seeds."""
+    """Draw a column for each task, a line for each method; bars are deviations over seeds."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -54,8 +54,16 @@ def _point(ax: Any, place: int, name: str, values: list[float], cut: float) -> N
     colour = OURS if name.startswith(("tfb", "authors")) else OTHERS
     if mean(values) > cut:
         ax.plot(cut, place, ">", color=colour, markersize=6)
-        ax.annotate(f"{mean(values):.3g}", (cut, place), xytext=(-6, 0), ha="right", va="center",
-                    textcoords="offset points", fontsize=8, color=colour)  # fmt: skip
+        ax.annotate(
+            f"{mean(values):.3g}",
+            (cut, place),
+            xytext=(-6, 0),
+            ha="right",
+            va="center",
+            textcoords="offset points",
+            fontsize=8,
+            color=colour,
+        )
         return
     spread = stdev(values) if len(values) > 1 else None
     ax.errorbar(mean(values), place, xerr=spread, fmt="o", markersize=5, color=colour)

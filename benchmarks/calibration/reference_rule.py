@@ -106,13 +106,16 @@ def reference_rule(
     tolerance: float = TOLERANCE,
     bounds: tuple[float, float] = BOUNDS,
 ) -> tuple[float, tuple[CurvePoint, ...]]:
-    """The scripts' bisection.
+    """Search as the scripts do.
 
     Args:
-        losses: [N] of a sigma, with the noise of a step. N: anchors.
+        losses: [N] of a sigma, with the noise of a step.
+        N: anchors.
+        tolerance: of the relative change over N.
+        bounds: the range.
 
     Returns:
-        sigma, and the curve.
+        Sigma, and the curve.
     """
     plain = losses(0.0, 0)
     base = float(plain.mean())

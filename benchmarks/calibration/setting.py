@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 import tfb
 from benchmarks.calibration.tasks import LABEL_TOKENS, Task
+from tfb.adapters.loading import load_tokenizer
 from tfb.data.batching import Batch, EncodedRows, batches
 from tfb.data.rows import Row
 from tfb.draws import Draws
 from tfb.model import BayesianModel
 from tfb.predictive import Predictive
-from tfb.adapters.loading import load_tokenizer
 from tfb.scoring.evaluate import encode, predict_rows
 
 BATCH_SIZE = 50
@@ -30,8 +30,9 @@ class Predicted:
     """A method's predictions on one set of rows.
 
     Attributes:
-        probs: [N, K] float64. total: [N] entropy of ``probs``, nats. epistemic: [N] nats, None for
-            a method of one pass.
+        probs: [N, K] float64.
+        total: [N] entropy of ``probs``, nats.
+        epistemic: [N] nats, None for a method of one pass.
     """
 
     probs: Tensor
@@ -62,7 +63,8 @@ class Setting:
 
     Attributes:
         adapters: folder of an adapter by kind ("mle", "map") and seed.
-        members: seeds of the ensemble. mle_seed: of the adapter that all other methods take.
+        mle_seed: of the adapter that all methods but the ensemble take.
+        members: seeds of the ensemble.
         draws: of sampling methods.
     """
 
@@ -74,7 +76,7 @@ class Setting:
     _models: dict[tuple[str, int], BayesianModel] = field(default_factory=dict)
 
     def model(self, kind: str = "mle", seed: int | None = None, layers: Any = None) -> Any:
-        """The Bayesian model of an adapter. All of its adapted layers: loaded once and shared."""
+        """Return the model of an adapter. With all of its layers it is loaded once and shared."""
         seed = self.mle_seed if seed is None else seed
         if layers is None and (kind, seed) in self._models:
             return self._models[kind, seed]
@@ -134,7 +136,7 @@ def labels_of(rows: EncodedRows) -> Tensor:
 
 
 def sampled(bayes: BayesianModel, rows: EncodedRows, draws: Draws) -> Predicted:
-    """The posterior predictive; ``Draws.mean()`` is the deterministic adapter."""
+    """Predict all rows; ``Draws.mean()`` is the deterministic adapter."""
     found = predict_rows(bayes, rows, draws, batch_size=BATCH_SIZE)
     if len(draws) == 1:
         return Predicted.of_probs(found.probs)
@@ -218,7 +220,7 @@ def features(bayes: BayesianModel, rows: EncodedRows) -> Tensor:
 
 
 def head(bayes: BayesianModel, rows: EncodedRows) -> nn.Linear:
-    """A copy of the head: the classifier, or the rows of the output embedding that are labels.
+    """Copy the head: the classifier, or the rows of the output embedding that are labels.
 
     Raises:
         ValueError: choices that differ from row to row, which no one linear map scores.
@@ -236,7 +238,7 @@ def head(bayes: BayesianModel, rows: EncodedRows) -> nn.Linear:
 
 
 def head_module(bayes: BayesianModel) -> Any:
-    """The linear layer that puts out logits.
+    """Find the linear layer that puts out logits.
 
     Raises:
         ValueError: the model has none that is known here.
@@ -255,6 +257,9 @@ def head_module(bayes: BayesianModel) -> Any:
 def _batches(bayes: BayesianModel, rows: EncodedRows) -> Any:
     side = "left" if bayes.task == "CAUSAL_LM" else "right"
     return batches(
-        rows, batch_size=BATCH_SIZE, pad_token_id=bayes.pad_token_id, padding_side=side,
+        rows,
+        batch_size=BATCH_SIZE,
+        pad_token_id=bayes.pad_token_id,
+        padding_side=side,
         sort_by_length=True,
-    )  # fmt: skip
+    )

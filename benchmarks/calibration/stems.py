@@ -22,13 +22,13 @@ def stems(questions: Iterable[Question], label: int | None, prefix: str) -> list
 
 
 def unseen(rows: Sequence[Row], seen: Sequence[Row]) -> list[Row]:
-    """The rows whose stem no row of ``seen`` has, variants included."""
+    """Return the rows whose stem no row of ``seen`` has, variants included."""
     known = {ending(str(row.text)) for row in seen}
     return [row for row in rows if ending(str(row.text)) not in known]
 
 
 def cut(rows: Sequence[Row], tokenizer: Any) -> list[Row]:
-    """The last ``TOKENS`` tokens of every text."""
+    """Keep the last ``TOKENS`` tokens of every text."""
     texts = [row.text or "" for row in rows]
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     return [
@@ -40,5 +40,5 @@ def cut(rows: Sequence[Row], tokenizer: Any) -> list[Row]:
 
 
 def ending(stem: str) -> str:
-    """A stem's end in bare letters and digits: stems that differ elsewhere are variants."""
+    """Return a stem's end in bare letters and digits; stems that differ elsewhere are variants."""
     return re.sub(r"\W+", "", stem.lower())[-100:]

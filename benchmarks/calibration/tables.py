@@ -9,15 +9,22 @@ from typing import Any
 from benchmarks.markdown import Row, table, taken_on
 
 LABELS = {
-    "mle": "MLE (the adapter)", "map": "MAP (weight decay)", "temperature": "temperature scaling",
-    "mc_dropout": "MC dropout", "ensemble": "ensemble of 3", "laplace": "last-layer Laplace",
+    "mle": "MLE (the adapter)",
+    "map": "MAP (weight decay)",
+    "temperature": "temperature scaling",
+    "mc_dropout": "MC dropout",
+    "ensemble": "ensemble of 3",
+    "laplace": "last-layer Laplace",
     "laplace_tuned": "last-layer Laplace, prior tuned on anchors",
-    "authors_rule": "TFB, the authors' rule", "tfb": "TFB, max_variance",
-    "tfb_min_nll": "TFB, min_nll (the default)", "tfb_gvi": "TFB, gvi on training rows",
-    "tfb_tail": "TFB, min_nll, tail k=1", "tfb_last": "TFB, min_nll, last block",
+    "authors_rule": "TFB, the authors' rule",
+    "tfb": "TFB, max_variance",
+    "tfb_min_nll": "TFB, min_nll (the default)",
+    "tfb_gvi": "TFB, gvi on training rows",
+    "tfb_tail": "TFB, min_nll, tail k=1",
+    "tfb_last": "TFB, min_nll, last block",
     "tfb_layers": "TFB, min_nll, layer-adaptive",
     "tfb_temperature": "TFB, min_nll + temperature",
-}  # fmt: skip
+}
 TASKS = {
     "clinc-domain": "clinc-domain: stories260K, next token, 10 domains",
     "clinc150": "clinc150: stories260K, classifier, 150 intents",
@@ -26,8 +33,17 @@ TASKS = {
     "exam": "exam: MiniLM, classifier, three sources of science questions",
     "subject": "subject: MiniLM, classifier, four subjects of MMLU, few rows",
 }
-SHORT = ("mle", "temperature", "ensemble", "laplace_tuned", "authors_rule", "tfb", "tfb_min_nll",
-         "tfb_tail", "tfb_temperature")  # fmt: skip
+SHORT = (
+    "mle",
+    "temperature",
+    "ensemble",
+    "laplace_tuned",
+    "authors_rule",
+    "tfb",
+    "tfb_min_nll",
+    "tfb_tail",
+    "tfb_temperature",
+)
 JUDGED = ("tfb", "tfb_min_nll")
 LOWER = ("nll", "ece")  # figures of which less is better
 ACCURACY_MARGIN, TAIL_ECE, TAIL_NLL = 0.01, 0.01, 0.02
@@ -47,21 +63,31 @@ def calibration_table(rows: Sequence[Row]) -> str:
     for task, methods in group(rows).items():
         shifts = _shifts(methods)
         headings = (
-            "method", "NLL", "ECE %", "accuracy %", "Brier", "AURC %",
+            "method",
+            "NLL",
+            "ECE %",
+            "accuracy %",
+            "Brier",
+            "AURC %",
             *(f"AUROC {name}: total, epistemic" for name in ("errors", *shifts)),
-            "passes", "fitting",
-        )  # fmt: skip
+            "passes",
+            "fitting",
+        )
         measured = {name: own for name in methods if (own := _measured(methods[name]))}
         body = [
             [
-                _label(name, methods), marked(own, "nll", 3), marked(own, "ece", 1, 100),
-                marked(own, "accuracy", 1, 100), over(own, lambda r: r["brier"], 3),
+                _label(name, methods),
+                marked(own, "nll", 3),
+                marked(own, "ece", 1, 100),
+                marked(own, "accuracy", 1, 100),
+                over(own, lambda r: r["brier"], 3),
                 over(own, lambda r: r["aurc"], 1, 100),
                 *(_aurocs(own, found) for found in ("errors", *shifts)),
-                over(own, lambda r: r["passes"], 1, spread=False), _fitting(own),
+                over(own, lambda r: r["passes"], 1, spread=False),
+                _fitting(own),
             ]
             for name, own in measured.items()
-        ]  # fmt: skip
+        ]
         parts.append(f"### {TASKS[task]}\n\n{_sizes(methods)}\n\n{table(headings, body)}")
         if missing := _left_out(methods):
             parts.append(missing)
@@ -69,7 +95,7 @@ def calibration_table(rows: Sequence[Row]) -> str:
 
 
 def evidence_table(rows: Sequence[Row]) -> str:
-    """The README's: fewer methods, fewer columns."""
+    """Make the README's table: fewer methods, fewer columns."""
     if not rows:
         return NO_ROWS
     body = []
@@ -77,13 +103,17 @@ def evidence_table(rows: Sequence[Row]) -> str:
         for name in SHORT:
             own = _measured(methods.get(name, []))
             if own:
-                body.append([
-                    task if name == SHORT[0] else "", _label(name, methods),
-                    marked(own, "nll", 3), marked(own, "ece", 1, 100),
-                    marked(own, "accuracy", 1, 100),
-                    " / ".join(_auroc(own, shift, "total") for shift in _shifts(methods)),
-                    over(own, lambda r: r["passes"], 1, spread=False),
-                ])  # fmt: skip
+                body.append(
+                    [
+                        task if name == SHORT[0] else "",
+                        _label(name, methods),
+                        marked(own, "nll", 3),
+                        marked(own, "ece", 1, 100),
+                        marked(own, "accuracy", 1, 100),
+                        " / ".join(_auroc(own, shift, "total") for shift in _shifts(methods)),
+                        over(own, lambda r: r["passes"], 1, spread=False),
+                    ]
+                )
     headings = ("task", "method", "NLL", "ECE %", "accuracy %", "AUROC out of scope", "passes")
     missed = targets(rows, met=False)
     return "\n\n".join([table(headings, body), SHORT_LEGEND, missed, taken_on(rows)])
@@ -115,8 +145,7 @@ LEGEND = (
 
 
 def targets(rows: Sequence[Row], *, met: bool = True) -> str:
-    """The targets of the comparison, by method that they are judged for: what misses them, and,
-    with ``met``, what meets them."""
+    """List the targets of the comparison that are missed and, with ``met``, those that are met."""
     lines: dict[bool, list[str]] = {False: [], True: []}
     for name, value, ok in judge(rows):
         lines[ok].append(f"- {name}: {value}")
@@ -149,25 +178,45 @@ def judge(rows: Sequence[Row]) -> list[tuple[str, str, bool]]:
                 if over_confident:
                     found.append((f"{label}, {name.upper()} below MLE's", text, better == seeds))
                 else:
-                    found.append((f"{label}, {name.upper()} not above MLE's", text,
-                                  worse == 0 and complete))  # fmt: skip
+                    found.append(
+                        (f"{label}, {name.upper()} not above MLE's", text, worse == 0 and complete)
+                    )
             lost = mean(_vs_mle(r, "accuracy")["difference"] for r in own)
-            found.append((f"{label}, accuracy within 1 point of MLE's", f"{100 * lost:+.2f} points",
-                          complete and lost >= -ACCURACY_MARGIN))  # fmt: skip
+            found.append(
+                (
+                    f"{label}, accuracy within 1 point of MLE's",
+                    f"{100 * lost:+.2f} points",
+                    complete and lost >= -ACCURACY_MARGIN,
+                )
+            )
             for shift in _shifts(methods):
                 ours, theirs = (_mean_auroc(r, shift) for r in _paired(own, mle))
-                found.append((f"{label}, AUROC {shift} at least MLE's",
-                              f"{ours:.3f} against {theirs:.3f}",
-                              complete and ours >= theirs))  # fmt: skip
+                found.append(
+                    (
+                        f"{label}, AUROC {shift} at least MLE's",
+                        f"{ours:.3f} against {theirs:.3f}",
+                        complete and ours >= theirs,
+                    )
+                )
         tail, full = _paired(*(_measured(methods.get(m, [])) for m in ("tfb_tail", "tfb_min_nll")))
         if tail:
             gap = 100 * (mean(r["ece"] for r in tail) - mean(r["ece"] for r in full))
             ratio = mean(r["nll"] for r in tail) / mean(r["nll"] for r in full) - 1
             complete = len(tail) == len(mle)
-            found.append((f"{task}, tail within 1 ECE point of full", f"{gap:+.2f} points",
-                          complete and gap <= 100 * TAIL_ECE))  # fmt: skip
-            found.append((f"{task}, tail within 2 % NLL of full", f"{100 * ratio:+.2f} %",
-                          complete and ratio <= TAIL_NLL))  # fmt: skip
+            found.append(
+                (
+                    f"{task}, tail within 1 ECE point of full",
+                    f"{gap:+.2f} points",
+                    complete and gap <= 100 * TAIL_ECE,
+                )
+            )
+            found.append(
+                (
+                    f"{task}, tail within 2 % NLL of full",
+                    f"{100 * ratio:+.2f} %",
+                    complete and ratio <= TAIL_NLL,
+                )
+            )
     return found
 
 
@@ -181,12 +230,17 @@ def group(rows: Sequence[Row]) -> Rows:
         task: {
             method: own
             for method in LABELS
-            if (own := [r for (t, m, _seed), r in sorted(newest.items(), key=lambda i: i[0])
-                        if (t, m) == (task, method)])
+            if (
+                own := [
+                    r
+                    for (t, m, _seed), r in sorted(newest.items(), key=lambda i: i[0])
+                    if (t, m) == (task, method)
+                ]
+            )
         }
         for task in TASKS
         if any(t == task for t, _m, _seed in newest)
-    }  # fmt: skip
+    }
 
 
 def votes(rows: Sequence[Row], name: str, reference: str = "mle") -> tuple[int, int]:
@@ -201,7 +255,7 @@ def votes(rows: Sequence[Row], name: str, reference: str = "mle") -> tuple[int, 
 
 
 def marked(rows: Sequence[Row], name: str, digits: int, factor: float = 1.0) -> str:
-    """mean ± standard deviation, and in how many seeds it differs from MLE's."""
+    """Return mean ± standard deviation, and in how many seeds it differs from MLE's."""
     text = over(rows, lambda r: r[name], digits, factor)
     better, worse = votes(rows, name)
     marks = " ".join([*([f"+{better}"] if better else []), *([f"−{worse}"] if worse else [])])
@@ -216,14 +270,14 @@ def over(
     *,
     spread: bool = True,
 ) -> str:
-    """mean ± standard deviation over seeds; the mean alone of one."""
+    """Return mean ± standard deviation over seeds; the mean alone of one."""
     values = [factor * value(r) for r in rows]
     text = f"{mean(values):.{digits}f}"
     return f"{text} ± {stdev(values):.{digits}f}" if spread and len(values) > 1 else text
 
 
 def _label(name: str, methods: dict[str, list[Row]]) -> str:
-    """The method's, and how many of MLE's seeds it has figures of where that is not all."""
+    """Return the method's label, and how many of MLE's seeds it has figures of if not all."""
     own, seeds = (len(_measured(methods.get(m, []))) for m in (name, "mle"))
     return LABELS[name] + ("" if own >= seeds else f" ({own} of {seeds} seeds)")
 

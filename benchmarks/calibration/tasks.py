@@ -51,11 +51,15 @@ class Task:
     """One task at one seed; all lists are shuffled.
 
     Attributes:
-        base: folder of the base model. task_type: "CAUSAL_LM" or "SEQ_CLS". classes: number of
-            classes, or of choices.
+        name: of ``TASKS``.
+        seed: of the rows.
+        base: folder of the base model.
+        task_type: "CAUSAL_LM" or "SEQ_CLS".
+        classes: number of classes, or of choices.
         train: the rows of our own adapters. Of the 2,000 rows of the given clinc-domain adapter
             the 500 of anchor.jsonl are known; they are among these, the others are not.
-        anchors: held out, to fit on. test: to judge by.
+        anchors: held out, to fit on.
+        test: to judge by.
         train_anchors: training rows of the seed's adapter, the given ones included, as many as
             anchors (at most the 500 for clinc-domain).
         shifts: rows of another kind, to be told from ``test`` by their uncertainty; out-of-scope
@@ -82,12 +86,15 @@ def load_task(
     anchors: int = 300,
     shift_rows: int = 500,
 ) -> Task:
-    """The rows of a task, drawn by ``seed``.
+    """Return the rows of a task, drawn by ``seed``; fewer where the files hold no more.
 
     Args:
+        name: of ``TASKS``.
         shared: folder with ``models``, ``adapters`` and ``data``.
-        rows, anchors, shift_rows: the most test rows, anchors and rows of each shift; fewer where
-            the files hold no more.
+        seed: of the draw.
+        rows: the most test rows.
+        anchors: the most anchors.
+        shift_rows: the most rows of each shift.
 
     Raises:
         ValueError: an unknown task, or a number below 1. FileNotFoundError: MiniLM not installed.
@@ -147,7 +154,7 @@ def _intents(name: str, shared: Path, seed: int, rows: int, anchors: int, shift_
 
 
 def _few(rows: Sequence[Row], shots: int) -> list[Row]:
-    """The first ``shots`` rows of every label, in the rows' order."""
+    """Return the first ``shots`` rows of every label, in the rows' order."""
     count: dict[int | None, int] = {}
     kept = []
     for row in rows:
@@ -166,11 +173,14 @@ def _clinc_domain(shared: Path, seed: int, rows: int, anchors: int, shift_rows: 
     splits, _ = intents(shared)
     others = [
         Row(
-            id=f"train-{i}", prompt=f"{text}? Topic", choices=known[0].choices,
-            label=index[intent], source=f"train-{i}",
+            id=f"train-{i}",
+            prompt=f"{text}? Topic",
+            choices=known[0].choices,
+            label=index[intent],
+            source=f"train-{i}",
         )
         for i, (text, intent) in enumerate(splits["train"])
-    ]  # fmt: skip
+    ]
     seen = prompts | {row.prompt for row in others}
     others = [row for row in others if row.prompt not in prompts]
     others = _shuffled(others, f"clinc-domain train {seed}")[: DOMAIN_ROWS - len(known)]
@@ -210,12 +220,15 @@ def _exam(data: Path, seed: int, rows: int, anchors: int, shift_rows: int) -> Ta
     held = unseen(held, pools)
     test = unseen(test, [*pools, *held])
     return _question_task(
-        "exam", 3, seed, train,
+        "exam",
+        3,
+        seed,
+        train,
         anchors=_shuffled(held, f"exam anchors {seed}")[:anchors],
         test=_shuffled(test, f"exam test {seed}")[:rows],
         shifts={"mmlu": _mmlu(data), "winogrande": _sentences(data)},
         shift_rows=shift_rows,
-    )  # fmt: skip
+    )
 
 
 def _subject(data: Path, seed: int, rows: int, anchors: int, shift_rows: int) -> Task:
@@ -230,12 +243,15 @@ def _subject(data: Path, seed: int, rows: int, anchors: int, shift_rows: int) ->
     held, test = unseen(held, train), unseen(test, [*train, *held])
     challenge = stems(arc(data / "arc/ARC-Challenge/test.json"), None, "arc")
     return _question_task(
-        "subject", len(SUBJECTS), seed, train,
+        "subject",
+        len(SUBJECTS),
+        seed,
+        train,
         anchors=_shuffled(held, f"subject anchors {seed}")[:anchors],
         test=_shuffled(test, f"subject test {seed}")[:rows],
         shifts={"arc": challenge, "winogrande": _sentences(data)},
         shift_rows=shift_rows,
-    )  # fmt: skip
+    )
 
 
 def _mmlu_file(data: Path, subject: str) -> Path:
@@ -261,7 +277,7 @@ def _question_task(
     shifts: dict[str, list[Row]],
     shift_rows: int,
 ) -> Task:
-    """A MiniLM task, its texts cut."""
+    """Make a MiniLM task, its texts cut."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(minilm_folder()))
@@ -284,7 +300,7 @@ def _question_task(
 
 
 def _shuffled(items: Iterable[Any], key: str) -> list[Any]:
-    """A new list, in an order that is a function of ``key``."""
+    """Return a new list, in an order that is a function of ``key``."""
     found = list(items)
     random.Random(key).shuffle(found)
     return found

@@ -67,7 +67,7 @@ RECIPES = {
 
 
 def adapter(root: Path, task: str, kind: str, seed: int) -> Path:
-    """The folder of an adapter: "<task>-<kind>-<seed>" in ``root``, or the given one in ``shared``.
+    """Return an adapter's folder: "<task>-<kind>-<seed>" in ``root``, or a given one in ``shared``.
 
     Raises:
         ValueError: an unknown task or kind. FileNotFoundError: not trained yet.
@@ -119,11 +119,17 @@ def train(task: Task, kind: str, recipe: Recipe, folder: Path) -> dict[str, Any]
         for name, part in (("train", task.train_anchors), ("held_out", task.anchors))
     }
     record = {
-        "task": task.name, "kind": kind, "seed": task.seed, "rows": len(rows),
-        "recipe": asdict(recipe), "prior_std": PRIOR_STD if prior else None,
-        "train_loss": losses, "figures": measured, "seconds": time.perf_counter() - started,
+        "task": task.name,
+        "kind": kind,
+        "seed": task.seed,
+        "rows": len(rows),
+        "recipe": asdict(recipe),
+        "prior_std": PRIOR_STD if prior else None,
+        "train_loss": losses,
+        "figures": measured,
+        "seconds": time.perf_counter() - started,
         "environment": environment(),
-    }  # fmt: skip
+    }
     _save(model, record, folder)
     return record
 
@@ -156,7 +162,7 @@ def evaluate_rows(
 
 
 def _model(task: Task, recipe: Recipe) -> tuple[Any, Any]:
-    """The base model with fresh LoRA factors (and head), and its tokenizer."""
+    """Return the base model with fresh LoRA factors (and head), and its tokenizer."""
     import transformers
     from peft import LoraConfig, get_peft_model
 
@@ -224,7 +230,7 @@ def _epoch(rows: EncodedRows, batch_size: int, pad: int, key: str) -> Iterator[B
 
 
 def _side(rows: EncodedRows) -> str:
-    """A decoder's prompts end together; an encoder's positions count from the left."""
+    """Return the padding's side: decoders' prompts end together, encoders' begin together."""
     return "left" if rows.label_ids is not None else "right"
 
 

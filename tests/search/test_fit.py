@@ -261,9 +261,14 @@ def test_min_nll_is_not_misled_by_part_of_the_anchors(cost: float) -> None:
     30 x / sqrt(2 * 50) = 3 x, and the fall that is looked for is about 1/4."""
     for seed in range(40):
         fit, loss, _ = find(
-            lambda _: 1.0, spread=30.0, rows=400, make=WavyLoss, seed=seed, cost=cost,
+            lambda _: 1.0,
+            spread=30.0,
+            rows=400,
+            make=WavyLoss,
+            seed=seed,
+            cost=cost,
             objective="min_nll",
-        )  # fmt: skip
+        )
         tried = torch.tensor([fit.sigma, *(p.sigma for p in fit.curve)], dtype=torch.float64)
         answer, *losses = loss.at(tried, torch.arange(400)).mean(1).tolist()
         for sigma, on_all in zip(tried[1:].tolist(), losses, strict=True):

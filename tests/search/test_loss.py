@@ -136,9 +136,12 @@ def test_lists_are_tensors_and_rows_are_named() -> None:
     found = AnchorSet.of([lists])
     assert found.batches[0]["label_ids"].tolist() == [5, 6] and len(found) == 2
     assert found.labels is not None and found.labels.tolist() == [0, 1]
-    assert found.content_hash == AnchorSet.of(
-        [lists | {"labels": torch.tensor([0, 1]), "label_ids": torch.tensor([5, 6])}]
-    ).content_hash  # fmt: skip
+    assert (
+        found.content_hash
+        == AnchorSet.of(
+            [lists | {"labels": torch.tensor([0, 1]), "label_ids": torch.tensor([5, 6])}]
+        ).content_hash
+    )
     with pytest.raises(TypeError, match=r"got Row; write anchors = encode\(bayes, data"):
         AnchorSet.of([Row("a", text="b")])  # type: ignore[list-item]
 

@@ -38,12 +38,19 @@ def test_settings_differ_and_vary_one_thing() -> None:
     assert DEFAULTS["tolerance"] == TOLERANCE and DEFAULTS["draws"] == SEARCH_DRAWS
     for s in points:
         changed = {k for k, v in s.options.items() if v != DEFAULTS.get(k)}
-        assert changed <= {
-            "family": {"objective"}, "metric": {"metric", "tolerance"},
-            "objective": {"objective", "metric", "kl_weight"}, "tolerance": {"tolerance"},
-            "draws": set(), "search_draws": {"draws"}, "anchors": {"objective"},
-            "tail": {"objective"},
-        }[s.ablation]  # fmt: skip
+        assert (
+            changed
+            <= {
+                "family": {"objective"},
+                "metric": {"metric", "tolerance"},
+                "objective": {"objective", "metric", "kl_weight"},
+                "tolerance": {"tolerance"},
+                "draws": set(),
+                "search_draws": {"draws"},
+                "anchors": {"objective"},
+                "tail": {"objective"},
+            }[s.ablation]
+        )
 
 
 def test_samples_of_anchors_share_no_row(study: Study) -> None:
@@ -88,9 +95,13 @@ def test_rows_and_tables(study: Study, tmp_path: Path, monkeypatch: pytest.Monke
     ]
     monkeypatch.setattr(ablations, "settings", lambda sizes, training_rows, task: iter(points))
     bench = Bench(
-        device=torch.device("cpu"), dtype=torch.float32, toy=True, seconds=0.0, results=tmp_path,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        toy=True,
+        seconds=0.0,
+        results=tmp_path,
         ceilings=Ceilings(1.0, 1.0),
-    )  # fmt: skip
+    )
     measure(study, bench)
     rows = [json.loads(x) for x in (tmp_path / "ablations.jsonl").read_text().splitlines()]
     assert len(rows) == len(points) + 1

@@ -245,8 +245,21 @@ def test_a_toy_comparison_end_to_end(
     monkeypatch.setattr(comparison, "same_sources", lambda commit: True)
     monkeypatch.setattr(comparison, "_dirty", lambda row: False)
     names = ["mle", "temperature", "tfb_min_nll", "tfb_tail", "tfb_temperature"]
-    call = ["--task", "clinc-domain", "--seed", "0", "--rows", "20", "--anchors", "20",
-            "--shift-rows", "10", "--record", "--method", *names]  # fmt: skip
+    call = [
+        "--task",
+        "clinc-domain",
+        "--seed",
+        "0",
+        "--rows",
+        "20",
+        "--anchors",
+        "20",
+        "--shift-rows",
+        "10",
+        "--record",
+        "--method",
+        *names,
+    ]
     comparison.main(call)
     lines = (tmp_path / "calibration.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
@@ -273,8 +286,22 @@ def test_an_adapter_that_is_missing_ends_it_before_any_work(
 ) -> None:
     monkeypatch.setattr(comparison, "run", lambda *_: pytest.fail("work was begun"))
     with pytest.raises(FileNotFoundError, match=r"calibration.train .* --kind map --seed 0"):
-        comparison.main(["--task", "clinc-domain", "--seed", "0", "1", "--rows", "20",
-                         "--method", "mle", "map", "--adapters", str(tmp_path)])  # fmt: skip
+        comparison.main(
+            [
+                "--task",
+                "clinc-domain",
+                "--seed",
+                "0",
+                "1",
+                "--rows",
+                "20",
+                "--method",
+                "mle",
+                "map",
+                "--adapters",
+                str(tmp_path),
+            ]
+        )
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -289,26 +316,47 @@ def made_row(method: str, seed: int, nll: float, *, better: bool | None = None, 
         "ece": compared | {"significant": better is not None},
         "accuracy": {"difference": -0.005, "low": 0.0, "high": 0.0, "significant": False},
     }
-    point = {"task": "clinc-domain", "seed": seed, "method": method, "rows": 10, "anchors": 5,
-             "shift_rows": 5}  # fmt: skip
+    point = {
+        "task": "clinc-domain",
+        "seed": seed,
+        "method": method,
+        "rows": 10,
+        "anchors": 5,
+        "shift_rows": 5,
+    }
     environment = {
-        "gpu": None, "cpu": {"model": "c", "cores": 2}, "commit": {"id": "0" * 40, "dirty": False},
+        "gpu": None,
+        "cpu": {"model": "c", "cores": 2},
+        "commit": {"id": "0" * 40, "dirty": False},
         "versions": {"torch": "1", "transformers": "1", "peft": "1"},
-    }  # fmt: skip
+    }
     return {
-        "point": point, "nll": nll, "ece": nll / 10, "accuracy": 0.8, "brier": 0.3, "aurc": 0.1,
-        "miscalibration": 0.1, "passes": 1.0, "fitting": 0.0, "trained": 0,
+        "point": point,
+        "nll": nll,
+        "ece": nll / 10,
+        "accuracy": 0.8,
+        "brier": 0.3,
+        "aurc": 0.1,
+        "miscalibration": 0.1,
+        "passes": 1.0,
+        "fitting": 0.0,
+        "trained": 0,
         "auroc": {"errors": {"total": 0.7}, "oos": {"total": 0.8 + seed / 100}},
         "against": {} if method == "mle" else {"mle": against},
         "sizes": {"train": 9, "anchors": 5, "test": 10, "oos": 5},
-        "environment": environment, "date": "2026-01-01", **more,
-    }  # fmt: skip
+        "environment": environment,
+        "date": "2026-01-01",
+        **more,
+    }
 
 
 def test_table_means_spreads_and_marks() -> None:
     rows = [made_row("mle", s, 1.0 + s) for s in (0, 1, 2)]
-    rows += [made_row("tfb", 0, 0.5, better=True), made_row("tfb", 1, 0.7, better=True),
-             made_row("tfb", 2, 0.9, better=False)]  # fmt: skip
+    rows += [
+        made_row("tfb", 0, 0.5, better=True),
+        made_row("tfb", 1, 0.7, better=True),
+        made_row("tfb", 2, 0.9, better=False),
+    ]
     text = tables.calibration_table(rows)
     assert "2.000 ± 1.000 |" in text and "0.700 ± 0.200 (+2 −1)" in text
     assert "seeds 0, 1, 2" in text and "0.810, –" in text  # no epistemic uncertainty
@@ -321,8 +369,14 @@ def test_table_means_spreads_and_marks() -> None:
 def test_table_says_what_was_left_out() -> None:
     """A method without figures has a reason; one that failed at one seed keeps the others."""
     rows = [made_row("mle", 0, 1.0), made_row("tfb", 0, 0.5)]
-    rows += [{"point": {**rows[0]["point"], "method": "tfb_tail"}, "left_out": "an encoder",
-              "environment": rows[0]["environment"], "date": "2026-01-01"}]  # fmt: skip
+    rows += [
+        {
+            "point": {**rows[0]["point"], "method": "tfb_tail"},
+            "left_out": "an encoder",
+            "environment": rows[0]["environment"],
+            "date": "2026-01-01",
+        }
+    ]
     text = tables.calibration_table(rows)
     assert "- TFB, min_nll, tail k=1: an encoder (seeds 0)" in text
     assert "tail k=1" not in tables.evidence_table(rows)
@@ -352,8 +406,14 @@ def test_a_seed_without_an_answer_is_no_success() -> None:
     """Means pair by seed: MLE's AUROC of seeds 0 and 1 is .805, of all three .81."""
     rows = [made_row("mle", s, 1.0) for s in (0, 1, 2)]
     rows += [made_row("tfb", s, 0.5, better=True) for s in (0, 1)]
-    rows += [{"point": {**rows[2]["point"], "method": "tfb"}, "left_out": "no bracket",
-              "environment": rows[0]["environment"], "date": "2026-01-01"}]  # fmt: skip
+    rows += [
+        {
+            "point": {**rows[2]["point"], "method": "tfb"},
+            "left_out": "no bracket",
+            "environment": rows[0]["environment"],
+            "date": "2026-01-01",
+        }
+    ]
     found = {name: (value, ok) for name, value, ok in tables.judge(rows)}
     label = f"clinc-domain, {tables.LABELS['tfb']} (2 of 3 seeds)"
     assert found[f"{label}, NLL below MLE's"] == ("better in 2, worse in 0 of 3 seeds", False)
