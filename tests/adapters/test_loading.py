@@ -14,7 +14,13 @@ from support.models import CASES, LABELS, encoder, llama, randomize, run
 
 import tfb
 from tfb import AdapterError
-from tfb.adapters.loading import adapter_config, adapter_tensor_shapes, load_adapter, load_base
+from tfb.adapters.loading import (
+    adapter_config,
+    adapter_tensor_shapes,
+    class_names,
+    load_adapter,
+    load_base,
+)
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -264,3 +270,27 @@ def test_shapes_are_read_without_loading(adapter: Path) -> None:
     shapes = adapter_tensor_shapes(adapter)
     assert shapes == {k: list(v.shape) for k, v in load_file(adapter / WEIGHTS).items()}
     assert len(shapes) == 28
+
+
+def test_names_in_a_configuration() -> None:
+    class Config:
+        id2label: Any = None
+        num_labels = 2
+
+    found = Config()
+    for names, expected in (
+        ({0: "LABEL_0", 1: "LABEL_1"}, None),
+        ({1: "neg", 0: "pos"}, ("pos", "neg")),
+        ({0: "one"}, None),
+        (None, None),
+    ):
+        found.id2label = names
+        assert class_names("SEQ_CLS", found) == expected
+        assert class_names("SEQ_CLS", found, ["a", "b"]) == ("a", "b")
+        assert class_names("CAUSAL_LM", found) is None
+    assert class_names("CAUSAL_LM", None, "abc") == ("a", "b", "c")
+    with pytest.raises(ValueError, match="labels: 3 names, but the head has 2 classes; name all"):
+        class_names("SEQ_CLS", found, "abc")
+    assert class_names("SEQ_CLS", found, None, "xy") == ("x", "y")
+    with pytest.raises(ValueError, match="labels: the artifact has these names in another order"):
+        class_names("SEQ_CLS", found, "yx", "xy")

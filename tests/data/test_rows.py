@@ -12,7 +12,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tfb.adapters.loading import class_names
 from tfb.data.readers import iter_rows, read_rows
 from tfb.data.rows import Row, RowError, RowFormat, decode_object
 
@@ -303,30 +302,6 @@ def test_a_row_by_hand_says_what_to_write() -> None:
             Row(**wrong)
     with pytest.raises(RowError, match="the label 'yes' is no index; write the position"):
         Row("1", text="x", label="yes")  # type: ignore[arg-type]
-
-
-def test_names_in_a_configuration() -> None:
-    class Config:
-        id2label: Any = None
-        num_labels = 2
-
-    found = Config()
-    for names, expected in (
-        ({0: "LABEL_0", 1: "LABEL_1"}, None),
-        ({1: "neg", 0: "pos"}, ("pos", "neg")),
-        ({0: "one"}, None),
-        (None, None),
-    ):
-        found.id2label = names
-        assert class_names("SEQ_CLS", found) == expected
-        assert class_names("SEQ_CLS", found, ["a", "b"]) == ("a", "b")
-        assert class_names("CAUSAL_LM", found) is None
-    assert class_names("CAUSAL_LM", None, "abc") == ("a", "b", "c")
-    with pytest.raises(ValueError, match="labels: 3 names, but the head has 2 classes; name all"):
-        class_names("SEQ_CLS", found, "abc")
-    assert class_names("SEQ_CLS", found, None, "xy") == ("x", "y")
-    with pytest.raises(ValueError, match="labels: the artifact has these names in another order"):
-        class_names("SEQ_CLS", found, "yx", "xy")
 
 
 @given(st.data())

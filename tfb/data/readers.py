@@ -521,8 +521,6 @@ def _readable(source: Source) -> Iterator[None]:
     """Turn what the libraries raise for a file that is broken into a RowError that names it."""
     try:
         yield
-    except RowError:
-        raise
     except (OSError, EOFError, pa.ArrowException) as error:
         reason = getattr(error, "strerror", None) or error
         raise RowError(f"{source}: cannot be read ({reason}); check the file") from error
