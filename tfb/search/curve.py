@@ -94,17 +94,11 @@ class LossCurve:
     def decide(self, sigmas: Sequence[float], share: float = 1.0) -> None:
         """Measure sigmas on as many anchors as their decision takes, at most a ``share``."""
         for count in self._up_to(share):
-            open_ = [s for s in dict.fromkeys(sigmas) if not self._settled(s, count)]
-            for known in sorted({self._count(s) for s in open_}):
-                self._extend([s for s in open_ if self._count(s) == known], known, count)
+            self._reach([s for s in sigmas if not (self._count(s) and self.decided(s))], count)
 
     def _up_to(self, share: float) -> list[int]:
         """Return the blocks within a share of the anchors, at least the first."""
         return [b for b in self.blocks if b <= max(self.blocks[0], math.ceil(share * self.N))]
-
-    def _settled(self, sigma: float, count: int) -> bool:
-        known = self._count(sigma)
-        return known >= count or (known > 0 and self.decided(sigma))
 
     def _count(self, sigma: float) -> int:
         if sigma == 0.0:
