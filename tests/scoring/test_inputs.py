@@ -10,10 +10,11 @@ from support.models import CASES, LABELS
 from support.tables import COLUMNS, DATA, IN_MEMORY, NAMES, as_dataset
 
 import tfb
+from tfb.adapters.loading import load_tokenizer
 from tfb.data.encoding import RowEncoder
 from tfb.data.rows import Row, RowError
 from tfb.demo import digits
-from tfb.scoring.rows import encode, load_tokenizer
+from tfb.scoring.evaluate import encode
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def test_what_cannot_be_used_names_the_line_to_write(
 ) -> None:
     with pytest.raises(RowError, match=r"Row\('good'\): .* write Row\(id='1', text='\.\.\.'\)"):
         Row("good")
-    wrong = r"write anchors = tfb\.scoring\.encode\(bayes, data, tokenizer\)"
+    wrong = r"write anchors = encode\(bayes, data, tokenizer\)"
     for data in (DATA, "rows.jsonl", [Row("1", text="a")], as_dataset()):
         with pytest.raises(TypeError, match=wrong):
             tfb.fit_sigma(bayes, data)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import gzip
 import json
 import os
@@ -10,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,31 +21,43 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.command import Run
 
 import tfb
 from benchmarks.environment import REPOSITORY
-from tfb.cli import app as cli
+from tfb.adapters.artifact import file_sha256
+from tfb.adapters.loading import load_tokenizer
 from tfb.cli import score as score_command
+from tfb.data.readers import find_sources
 from tfb.data.rows import RowError
 from tfb.demo import digits
 from tfb.scoring import run as offline
-from tfb.scoring.job import Job, configuration_sha256, differences, model_sha256
+from tfb.scoring.job import Job, differences, model_sha256
 from tfb.scoring.output import OutputError
-from tfb.scoring.pipeline import LocalEngine, Stop
-from tfb.scoring.rows import load_tokenizer
-from tfb.scoring.run import Outcome, run
+from tfb.scoring.run import (
+    InputFile,
+    LocalEngine,
+    Outcome,
+    Stop,
+    input_files,
+    plan,
+    read_shards,
+    run,
+)
 
 MODEL, ADAPTER = str(digits.BASE), str(digits.ADAPTER)
 SINGLE = 2.0**-24
-COUNTS = {"rows": 21, "errors": 0, "truncated": 0, "parts": 4}
-KILLS = int(os.environ.get("TFB_KILLS", "6"))
+COUNTS = {"rows": 21, "errors": 0, "truncated": 0, "parts": 4, "total": 21}
+DONE = Outcome("complete", 21, 0, 0, None, False)
+KILLS = int(os.environ.get("TFB_KILLS", "30"))
 
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> str:
     bayes = tfb.bayesianize(tfb.load_adapter(tfb.load_base(MODEL, ADAPTER), ADAPTER), seed=3)
-    bayes.sigma, bayes.source = 0.008, Path(ADAPTER)
-    return str(bayes.save(tmp_path_factory.mktemp("made") / "artifact"))
+    bayes.configure(sigma=0.008)
+    bayes.source = Path(ADAPTER)
+    return str(tfb.save(bayes, tmp_path_factory.mktemp("made") / "artifact"))
 
 
 @pytest.fixture(scope="module")
@@ -65,18 +77,20 @@ def job(
             self._bayes, self._tokenizer = loaded
 
     monkeypatch.setitem(offline.ENGINES, "local", Loaded)
-    write(tmp_path / "rows.jsonl", ROWS)
-    return Job(
-        MODEL, artifact, (str(tmp_path / "rows.jsonl"),), str(tmp_path / "out"), draws=2,
-        part_rows=6, file_format="jsonl",
-    )  # fmt: skip
+    return small_job(artifact, tmp_path)
+
+
+def small_job(artifact: str, folder: Path) -> Job:
+    inputs = (str(write(folder / "rows.jsonl", ROWS)),)
+    output = str(folder / "out")
+    return Job(MODEL, artifact, inputs, output, draws=2, part_rows=6, format="jsonl")
 
 
 def cut(i: int, row: Any) -> dict[str, Any]:
     """A digit of which some lines are gone, with 4 or 10 choices."""
     lines = row["prompt"].split("\n")[i % 4 :]
-    return {**row, "prompt": "\n".join(lines), "choices": row["choices"][: 10 if i % 2 else 4],
-            "label": None, "tag": i}  # fmt: skip
+    choices = row["choices"][: 10 if i % 2 else 4]
+    return {**row, "prompt": "\n".join(lines), "choices": choices, "label": None, "tag": i}
 
 
 ROWS = [cut(i, row) for i, row in enumerate(digits.rows("test")[:21])]
@@ -111,38 +125,76 @@ def manifest(job: Job) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def whole(artifact: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The parts of an uninterrupted run of ``job``, from a model of its own."""
-    folder = tmp_path_factory.mktemp("whole")
-    file = write(folder / "rows.jsonl", ROWS)
-    job = Job(MODEL, artifact, (str(file),), str(folder / "out"), draws=2, part_rows=6,
-              file_format="jsonl")  # fmt: skip
-    assert run(job) == Outcome("complete", 21, 0, None, False)
+    job = small_job(artifact, tmp_path_factory.mktemp("whole"))
+    assert run(job) == DONE
     return files(job)
+
+
+# --- shards ---------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 9), max_size=5), st.integers(1, 4), st.none() | st.integers(1, 30))
+def test_shards_hold_every_record_once(counts: list[int], size: int, limit: int | None) -> None:
+    """In the input's order, which is that of the parts' names, and never of two files."""
+    job = Job("", "", (), "", part_rows=size, limit=limit)
+    shards = plan([InputFile(str(n), 0, "", count) for n, count in enumerate(counts)], job)
+    everything = [(n, i) for n, count in enumerate(counts) for i in range(count)]
+    found = [(s.file, i) for s in shards for i in range(s.start, s.stop)]
+    assert found == everything[:limit]
+    assert all(1 <= len(s) <= size and s.before == sum(counts[: s.file]) for s in shards)
+    names = [s.name for s in shards]
+    assert names == sorted(set(names))
+
+
+@given(st.sets(st.integers(0, 6)), st.integers(1, 4))
+def test_missing_shards_are_read_as_if_all_were(
+    job_of_texts: tuple[Job, list[Any]], finished: set[int], size: int
+) -> None:
+    """Whichever are finished: the same items, numbers and places."""
+    job, sources = replace(job_of_texts[0], part_rows=size), job_of_texts[1]
+    shards = plan([file for _, file in input_files(sources, None)], job)
+    every = list(read_shards(sources, shards, job))
+    assert [w.shard for w in every] == shards
+    assert [i.id for w in every for i in w.items] == [str(n) for n in range(11)]
+    missing = [s for n, s in enumerate(shards) if n not in finished]
+    left = list(read_shards(sources, missing, job))
+    assert left == [w for w in every if w.shard in missing]
+
+
+@pytest.fixture(scope="module")
+def job_of_texts(artifact: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Any]:
+    folder = tmp_path_factory.mktemp("texts")
+    rows = [{"prompt": f"row {n}", "choices": ["a", "b"]} for n in range(11)]
+    paths = [write(folder / "a.jsonl", rows[:7]), folder / "b.parquet"]
+    pq.write_table(pa.Table.from_pylist(rows[7:]), paths[1], row_group_size=3)
+    return Job(MODEL, artifact, tuple(map(str, paths)), ""), find_sources(paths)
 
 
 # --- what comes out -------------------------------------------------------------------------------
 
 
-def test_parts_and_manifest(
-    job: Job, whole: dict[str, bytes], artifact: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parts_and_manifest(job: Job, whole: dict[str, bytes], artifact: str) -> None:
     """Rows in = rows out, in order; the manifest tells what they depend on."""
-    monkeypatch.setattr(
-        "tfb.scoring.windows.BLOCK", 2
-    )  # so that this short input is read bit by bit
     seen: list[offline.Progress] = []
-    run(job, report=seen.append)
-    assert files(job) == whole and [f"part-0000{i}.jsonl" for i in range(4)] == list(whole)
-    found = results(job)
-    assert [r["id"] for r in found] == [r["id"] for r in ROWS]
-    assert len({r["key"] for r in found}) == 21
-    assert [p.rows for p in seen] == [6, 12, 18, 21] and seen[-1].share == 1
-    assert seen[0].seconds_left is None and seen[-1].seconds_left == 0
-    assert all(p.rows_per_second > 0 and p.tokens_per_second > 0 for p in seen)
+    assert run(job, report=seen.append) == DONE
+    assert files(job) == whole
+    assert list(whole) == [f"part-00000-{start:08d}.jsonl" for start in (0, 6, 12, 18)]
+    assert [r["id"] for r in results(job)] == [r["id"] for r in ROWS]
+    assert [p.rows for p in seen] == [6, 12, 18, 21] and {p.total for p in seen} == {21}
+    assert seen[0].seconds_left > 0 and seen[-1].seconds_left == 0
+    assert all(p.rows_per_second > 0 for p in seen)
     told = manifest(job)
-    configuration = told["configuration"]
+    configuration, file = told["configuration"], Path(job.inputs[0])
     assert told["status"] == "complete" and told["counts"] == COUNTS
-    assert told["configuration_sha256"] == configuration_sha256(configuration)
-    assert told["throughput"]["rows"] == 21 and told["inputs"] == list(job.inputs)
+    assert told["files"] == [
+        {
+            "name": str(file),
+            "size": file.stat().st_size,
+            "sha256": file_sha256(file),
+            "records": 21,
+        }
+    ]
+    assert told["throughput"]["rows"] == 21 and told["format_version"] == 2
     assert (configuration["sigma"], configuration["seed"]) == (0.008, 3)
     bayes = tfb.load(MODEL, artifact)
     assert configuration["model_sha256"] == model_sha256(bayes.base)
@@ -165,6 +217,7 @@ def test_values_are_those_of_the_iterator(job: Job, loaded: tuple[Any, Any]) -> 
         for p, q in zip(a["probs"], b["probs"], strict=True)
     )
     for found, wanted in zip(results(job), expected, strict=True):
+        assert set(found) - set(wanted) == {"error"}
         assert found["id"] == wanted["id"] and found["choice"] == wanted["choice"]
         assert found["probs"] == pytest.approx(wanted["probs"], abs=budget + 2 * SINGLE)
     assert budget < 1e-4
@@ -172,34 +225,31 @@ def test_values_are_those_of_the_iterator(job: Job, loaded: tuple[Any, Any]) -> 
 
 def test_formats_of_input_and_output(job: Job, whole: dict[str, bytes], tmp_path: Path) -> None:
     """The same rows from any file, to any format: the same values, bit for bit."""
-    expected = [{k: v for k, v in r.items() if k != "key"} for r in results_of(whole)]
+    expected = [json.loads(line) for data in whole.values() for line in data.splitlines()]
     table = pa.Table.from_pylist(ROWS)
-    pq.write_table(table.slice(0, 9), tmp_path / "a.parquet", row_group_size=2)
-    pq.write_table(table.slice(9), tmp_path / "b.parquet")
+    pq.write_table(table.slice(0, 12), tmp_path / "a.parquet", row_group_size=5)
+    pq.write_table(table.slice(12), tmp_path / "b.parquet")
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress((tmp_path / "rows.jsonl").read_bytes()))
     text = [{k: "|".join(v) if isinstance(v, list) else v for k, v in r.items()} for r in ROWS]
     pyarrow.csv.write_csv(pa.Table.from_pylist(text), tmp_path / "rows.csv")
     for number, (name, keep) in enumerate(
         [("*.parquet", ("tag",)), ("rows.jsonl.gz", ()), ("rows.csv", ("tag",))]
     ):
-        other = replace(
-            job, inputs=(str(tmp_path / name),), output=str(tmp_path / str(number)), keep=keep,
-            file_format="parquet",
-        )  # fmt: skip
+        changes: dict[str, Any] = {"output": str(tmp_path / str(number)), "format": "parquet"}
+        other = replace(job, inputs=(str(tmp_path / name),), keep=keep, **changes)
         assert run(other).rows == 21
-        found = [{k: v for k, v in r.items() if k not in ("key", "tag")} for r in results(other)]
+        found = [{k: v for k, v in r.items() if k != "tag"} for r in results(other)]
         assert found == expected
         if keep:
             tags = [str(r["tag"]) if "csv" in name else r["tag"] for r in ROWS]
             assert [r["tag"] for r in results(other)] == tags
+    assert list(files(replace(job, output=str(tmp_path / "0")))) == [
+        f"part-0000{file}-{start:08d}.parquet" for file, start in ((0, 0), (0, 6), (1, 0), (1, 6))
+    ]
 
 
-def results_of(parts: dict[str, bytes]) -> list[dict[str, Any]]:
-    return [json.loads(line) for data in parts.values() for line in data.splitlines()]
-
-
-def test_all_that_can_be_asked_for(job: Job, loaded: tuple[Any, Any], tmp_path: Path) -> None:
-    """Draws, logits, kept columns of any type, the user's names, tail mode, adaptive draws."""
+def test_all_that_can_be_asked_for(job: Job, tmp_path: Path) -> None:
+    """Draws, logits, kept columns of any type, the user's names, cut rows, adaptive draws."""
     rows = [
         {"uid": r["id"], "q": r["prompt"], "options": r["choices"], "note": note}
         for r, note in zip(ROWS, ["x", 1, None, {"a": [1.5]}], strict=False)
@@ -208,12 +258,13 @@ def test_all_that_can_be_asked_for(job: Job, loaded: tuple[Any, Any], tmp_path: 
     columns = {"id": "uid", "prompt": "q", "choices": "options"}
     asked = replace(job, inputs=(str(file),), columns=columns, keep=("note", "uid"))
     notes: dict[str, list[Any]] = {
-        "jsonl": [r["note"] for r in rows], "parquet": ["x", "1", None, '{"a": [1.5]}'],
-    }  # fmt: skip
-    for file_format, expected in notes.items():
-        output = str(tmp_path / file_format)
-        run(replace(asked, output=output, file_format=file_format, per_draw=True, logits=True))
-        found = results(replace(asked, output=output))
+        "jsonl": [r["note"] for r in rows],
+        "parquet": ["x", "1", None, '{"a": [1.5]}'],
+    }
+    for kind, expected in notes.items():
+        one = replace(asked, output=str(tmp_path / kind), format=kind, per_draw=True, logits=True)
+        run(one)
+        found = results(one)
         assert [r["note"] for r in found] == expected
         assert [r["uid"] for r in found] == [r["id"] for r in found] == [r["uid"] for r in rows]
         for row in found:
@@ -222,6 +273,10 @@ def test_all_that_can_be_asked_for(job: Job, loaded: tuple[Any, Any], tmp_path: 
     auto = replace(asked, output=str(tmp_path / "auto"), draws="auto")
     run(auto)
     assert {r["draws"] for r in results(auto)} <= {4, 8, 16, 32, 64}
+    write(file, [{**rows[0], "q": "a " * 200 + "\n="}, rows[1]])
+    short = replace(asked, output=str(tmp_path / "cut"), truncate="left")
+    assert run(short) == Outcome("complete", 2, 0, 1, None, False)
+    assert [r["truncated"] > 0 for r in results(short)] == [True, False]
 
 
 # --- stopped and continued ------------------------------------------------------------------------
@@ -240,17 +295,16 @@ def stopping(after: int, number: int) -> Callable[[Any], None]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_finishes_the_part(job: Job, whole: dict[str, bytes], number: int) -> None:
+def test_a_signal_finishes_the_shard(job: Job, whole: dict[str, bytes], number: int) -> None:
     """Then the run goes on where it was, and its parts are those of a run without a signal."""
     before = [signal.getsignal(s) for s in Stop.SIGNALS]
-    stopped = run(job, report=stopping(2, number))
-    assert stopped == Outcome("stopped", 12, 0, number, False)
+    assert run(job, report=stopping(2, number)) == Outcome("stopped", 12, 0, 0, number, False)
     assert [signal.getsignal(s) for s in Stop.SIGNALS] == before
     assert files(job) == dict(list(whole.items())[:2]) and manifest(job)["status"] == "stopped"
-    assert run(job, resume=True).status == "complete"
+    assert run(job, resume=True) == DONE
     assert files(job) == whole and manifest(job)["sessions"] == 2
     assert manifest(job)["counts"] == COUNTS
-    assert run(job, resume=True).rows == 21 and files(job) == whole  # nothing left to do
+    assert run(job, resume=True) == DONE and files(job) == whole  # nothing left to do
 
 
 def test_a_second_signal_acts_as_usual() -> None:
@@ -261,12 +315,13 @@ def test_a_second_signal_acts_as_usual() -> None:
 
 
 def test_parts_finished_in_any_order(job: Job, whole: dict[str, bytes]) -> None:
-    """Several workers leave gaps: the missing windows come back under the missing numbers."""
+    """Several workers leave gaps, which are filled."""
     run(job)
-    for name in ("part-00000.jsonl", "part-00002.jsonl"):
+    for name in list(whole)[::2]:
         (Path(job.output) / name).unlink()
-    run(job, resume=True)
-    assert files(job) == whole
+    seen: list[offline.Progress] = []
+    assert run(job, resume=True, report=seen.append) == DONE
+    assert files(job) == whole and [p.rows for p in seen] == [15, 21]
 
 
 KILLED = """
@@ -276,11 +331,12 @@ torch.set_num_threads(1)
 from pathlib import Path
 from tfb.scoring import run as offline
 from tfb.scoring.job import Job
-from tfb.scoring.run import run
-from tfb.scoring.pipeline import LocalEngine
+from tfb.scoring.run import LocalEngine, run
 
 kills, seed, job = int(sys.argv[1]), int(sys.argv[2]), Job(**json.loads(sys.argv[3]))
 loaded = LocalEngine(job)
+configuration = loaded.configuration()
+loaded.configuration = lambda: configuration
 offline.ENGINES["local"] = lambda _: loaded  # once: while it loads, nothing is written
 
 def work(at, total):
@@ -339,73 +395,104 @@ def test_killed_at_random_moments(artifact: str, tmp_path: Path) -> None:
     The parts are those of an uninterrupted run, byte for byte, at every moment. TFB_KILLS sets the
     number of kills.
     """
-    write(tmp_path / "rows.jsonl", [*ROWS, "{broken", ROWS[0], {"id": "x"}])
-    job = {
-        "model": MODEL, "artifact": artifact, "inputs": [str(tmp_path / "rows.jsonl")], "draws": 2,
-        "output": str(tmp_path / "out"), "part_rows": 5,
-    }  # fmt: skip
+    rows = [{"prompt": f"{c} {c}\n=", "choices": ["0", "1"]} for c in "abcdef"]
+    inputs = [str(write(tmp_path / "a.jsonl", [*rows[:2], "{broken"]))]
+    inputs += [str(write(tmp_path / "b.jsonl", [*rows[2:], {"id": "x"}]))]
+    job = {"model": MODEL, "artifact": artifact, "inputs": inputs, "draws": 2, "part_rows": 2}
+    job["output"] = str(tmp_path / "out")
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(KILLS), "11", json.dumps(job)],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=REPOSITORY,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=REPOSITORY,
+    )
     assert done.returncode == 0, done.stderr
     killed, finished, parts = map(int, done.stdout.split())
     assert killed == KILLS and finished >= 1 and parts == 5
 
 
-@pytest.mark.parametrize("at", range(1, 12, 2))
-def test_a_full_disk_at_any_write(
-    job: Job, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, at: int
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("name", ["manifest.json", "part"])
+def test_a_full_disk(
+    job: Job,
+    whole: dict[str, bytes],
+    name: str,
+    begun: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Each of a run's writes may be the one that fails; what is there can be gone on with."""
-    synced, count = os.fsync, 0
+    """The kernel has no space for the first or a later file; what is there can be gone on with."""
+    name = name if name == "manifest.json" else list(whole)[begun]
+    at = Path(job.output) / f".{name}.partial"
+    here = offline.ENGINES["local"]
 
-    def full(file: int) -> None:
-        nonlocal count
-        count += 1
-        if count >= at:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        synced(file)
+    def engine(job: Job) -> Any:
+        at.symlink_to("/dev/full")
+        return here(job)
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(OutputError, match=r"No space left on device.*continue with --resume"):
-            run(job)
-    assert all(whole[name] == data for name, data in files(job).items())
-    assert not list(Path(job.output).glob("*.partial"))
-    assert run(job, resume=True).status == "complete" and files(job) == whole
+        if not begun:
+            patch.setitem(offline.ENGINES, "local", engine)
+        said = rf"{name}: cannot be written \(No space left on device\).*: make room and continue"
+        with pytest.raises(OutputError, match=said):
+            run(job, report=lambda _: at.symlink_to("/dev/full"))
+    parts = len(whole) if begun is None else begun + (begun and name == "manifest.json")
+    assert files(job) == dict(list(whole.items())[:parts]) and not at.is_symlink()
+    assert run(job, resume=True) == DONE and files(job) == whole
 
 
-def test_input_that_breaks_off_keeps_what_was_done(
-    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An error of the thread that reads ahead ends the run, after the windows before it."""
-    monkeypatch.setattr("tfb.scoring.windows.BLOCK", 1)
-    first = write(tmp_path / "first.jsonl", ROWS[:9])
-    packed = tmp_path / "second.jsonl.gz"
-    data = gzip.compress(write(tmp_path / "second.jsonl", ROWS[9:]).read_bytes())
-    packed.write_bytes(data[:-40])
-    both = replace(job, inputs=(str(first), str(packed)), part_rows=2)
-    with pytest.raises(RowError, match=r"second\.jsonl\.gz: cannot be read"):
-        run(both)
-    assert [r["id"] for r in results(job)] == [r["id"] for r in ROWS[:8]]
-    assert manifest(job)["status"] == "running"
-    packed.write_bytes(data)
-    assert run(both, resume=True).rows == 21
-    assert [r["id"] for r in results(job)] == [r["id"] for r in ROWS]
+def test_an_input_that_changes_while_it_is_read(job: Job, whole: dict[str, bytes]) -> None:
+    """What was done stays; with the file as it was the run goes on."""
+    path = Path(job.inputs[0])
+    text = path.read_text()
+    few = replace(job, part_rows=1, output=f"{job.output}-few")
+
+    def shorten(_: Any) -> None:
+        path.write_text("".join(text.splitlines(keepends=True)[:9]))
+
+    lines = text.splitlines(keepends=True)
+    lines.insert(15, "\n" * (1 << 17))  # more than what a reader holds
+    path.write_text("".join(lines))
+    as_it_was = path.read_text()
+    with pytest.raises(RowError, match=r"rows\.jsonl: has changed while it was read"):
+        run(few, report=shorten)
+    assert manifest(few)["status"] == "running" and 1 <= len(files(few)) < 21
+    with pytest.raises(RowError, match=r"rows\.jsonl has changed \(size: \d+ -> \d+; sha256: "):
+        run(few, resume=True)
+    path.write_text(as_it_was)
+    assert run(few, resume=True).rows == 21
+    assert [r["id"] for r in results(few)] == [r["id"] for r in ROWS]
 
 
 # --- what is refused ------------------------------------------------------------------------------
 
+HOLD = "import fcntl, sys; f = open(sys.argv[1]); fcntl.flock(f, 2); print(); sys.stdin.read()"
+
+
+def test_a_second_process_is_refused(job: Job, whole: dict[str, bytes]) -> None:
+    """While the first has the folder; it may go on where the first was killed."""
+    run(job, report=stopping(1, signal.SIGTERM))
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, f"{job.output}/.lock"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline()
+        with pytest.raises(OutputError, match="out: another run is writing to it; wait for it"):
+            run(job, resume=True)
+        other.kill()
+    assert run(job, resume=True) == DONE and files(job) == whole
+
 
 def test_a_folder_is_not_continued_unasked(job: Job, tmp_path: Path) -> None:
     run(job)
-    with pytest.raises(OutputError, match=r"already holds a run \(complete, 21 rows\).*--resume"):
+    with pytest.raises(OutputError, match=r"already holds a run \(complete, 21 rows\).*resume=Tr"):
         run(job)
     held = replace(job, output=str(tmp_path))
     for resume in (False, True):
         with pytest.raises(OutputError, match="already holds something; choose a new folder"):
             run(held, resume=resume)
+    assert not (tmp_path / ".lock").exists()
 
 
 def test_a_changed_configuration_is_refused(
@@ -413,24 +500,26 @@ def test_a_changed_configuration_is_refused(
 ) -> None:
     """The message shows what it was and is, before any model is loaded where that can be told."""
     run(job)
+    changes: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"batch_tokens": 64}, "batch_tokens: 4096 -> 64"),
+        ({"draws": 4, "part_rows": 7}, r"draws: 2 -> 4; part_rows: 6 -> 7"),
+        ({"columns": {"id": "tag"}}, "columns.id: None -> tag"),
+        ({"keep": ("tag",)}, r"keep: \[\] -> \['tag'\]"),
+        ({"format": "parquet"}, "format: jsonl -> parquet"),
+        ({"limit": 9}, "limit: None -> 9"),
+    )
     with monkeypatch.context() as patch:
         patch.setitem(offline.ENGINES, "local", None)
-        for change, message in (
-            ({"batch_tokens": 64}, "batch_tokens: 4096 -> 64"),
-            ({"draws": 4, "part_rows": 7}, r"draws: 2 -> 4; part_rows: 6 -> 7"),
-            ({"columns": {"id": "tag"}}, "columns.id: None -> tag"),
-            ({"keep": ("tag",)}, r"keep: \[\] -> \['tag'\]"),
-            ({"file_format": "parquet"}, "file_format: jsonl -> parquet"),
-        ):
+        for change, message in changes:
             with pytest.raises(OutputError, match=f"another configuration .{message}"):
                 run(replace(job, **change), resume=True)
         patch.setattr(torch, "__version__", "9.9")
         with pytest.raises(OutputError, match=r"versions\.torch: .* -> 9\.9"):
             run(job, resume=True)
-    bayes = loaded[0]
-    monkeypatch.setattr(bayes, "sigma", 0.5)
+    loaded[0].configure(sigma=0.5)
     with pytest.raises(OutputError, match=r"sigma: 0\.008 -> 0\.5"):
         run(job, resume=True)
+    loaded[0].configure(sigma=0.008)
     assert files(job) == whole
 
 
@@ -438,106 +527,169 @@ def test_differences() -> None:
     was = {"a": 1, "b": {"x": 1, "y": 2}, "c": 3, "e": {"z": 1}}
     assert differences(was, {"a": 1, "b": {"x": 1, "y": 2}}) == []
     assert differences(was, {"a": 2, "b": {"x": 5}, "d": 4}) == [
-        "a: 1 -> 2", "b.x: 1 -> 5", "d: None -> 4", "b.y: 2 -> None",
-    ]  # fmt: skip
+        "a: 1 -> 2",
+        "b.x: 1 -> 5",
+        "b.y: 2 -> None",
+        "d: None -> 4",
+    ]
 
 
-def test_a_changed_input_is_refused_and_a_longer_one_is_not(job: Job) -> None:
-    run(replace(job, limit=9))
-    file, before = Path(job.inputs[0]), files(job)
-    write(file, [*ROWS[:3], {**ROWS[3], "prompt": "a\n="}, *ROWS[4:]])
-    with pytest.raises(
-        RowError, match=r"rows\.jsonl:4: the row .* has changed since it was scored"
-    ):
-        run(job, resume=True)
-    write(file, ROWS[2:])
-    with pytest.raises(RowError, match="2 finished rows are not in the input any more"):
-        run(job, resume=True)
-    assert files(job) == before
-    write(file, ROWS[::-1])
-    assert run(job, resume=True).rows == 21
-    assert sorted(r["id"] for r in results(job)) == sorted(r["id"] for r in ROWS)
+def test_a_changed_input_is_refused_and_a_longer_one_is_not(job: Job, tmp_path: Path) -> None:
+    """The message names every file; new files get the next numbers, wherever they are named."""
+    first, second = tmp_path / "m1.jsonl", tmp_path / "m2.jsonl"
+    write(first, [{**row, "id": None} for row in ROWS[:7]])
+    write(second, [{**row, "id": None} for row in ROWS[7:13]])
+    one = replace(job, inputs=(str(tmp_path / "m*.jsonl"),))
+    assert run(one).rows == 13
+    before, text = files(one), second.read_bytes()
+    second.write_bytes(text.replace(b"=", b"!", 1))
+    first.rename(tmp_path / "elsewhere")
+    with pytest.raises(RowError) as refused:
+        run(one, resume=True)
+    said = f"{first} is missing, {second} has changed (sha256: "
+    assert said in str(refused.value) and "size" not in str(refused.value)
+    assert files(one) == before
+    (tmp_path / "elsewhere").rename(first)
+    second.write_bytes(text)
+    write(tmp_path / "m0.jsonl", [{**row, "id": None} for row in ROWS[13:]])
+    assert run(one, resume=True).rows == 21
+    assert files(one).items() > before.items()
+    assert [r["id"] for r in results(one)] == [str(n) for n in range(21)]
+    told = [(file["name"], file["records"]) for file in manifest(one)["files"]]
+    assert told == [(str(first), 7), (str(second), 6), (str(tmp_path / "m0.jsonl"), 8)]
 
 
-def test_declared_columns_are_checked_first(
-    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_limit_is_the_first_records_of_all(job: Job, tmp_path: Path) -> None:
+    for n in range(3):
+        write(tmp_path / f"m{n}.jsonl", ROWS[7 * n : 7 * n + 7])
+    few = replace(job, inputs=(str(tmp_path / "m*.jsonl"),), limit=9)
+    assert run(few).rows == 9 and [r["id"] for r in results(few)] == [r["id"] for r in ROWS[:9]]
+    assert len(manifest(few)["files"]) == 2
+    assert run(few, resume=True).rows == 9
+
+
+def test_input_is_checked_first(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a model is loaded: declared columns, files that break off, no rows at all."""
     monkeypatch.setitem(offline.ENGINES, "local", None)
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
     other = replace(job, inputs=(str(tmp_path / "a.parquet"),), columns={"prompt": "question"})
     with pytest.raises(RowError, match=r"no column 'question'; there are 'id'.* by columns"):
         run(other)
-    with pytest.raises(RowError, match=r"no column 'source'"):
+    with pytest.raises(RowError, match=r"no column 'source' to keep"):
         run(replace(other, columns={}, keep=("source",)))
+    with pytest.raises(ValueError, match="keep=error: the output has a column of that name"):
+        run(replace(job, keep=("error",)))
+    assert not Path(job.output).exists()
+    packed = gzip.compress(Path(job.inputs[0]).read_bytes())
+    (tmp_path / "rows.jsonl.gz").write_bytes(packed[:-40])
+    with pytest.raises(RowError, match=r"rows\.jsonl\.gz: cannot be read"):
+        run(replace(job, inputs=(*job.inputs, str(tmp_path / "rows.jsonl.gz"))))
+    write(Path(job.inputs[0]), ["", " "])
+    with pytest.raises(RowError, match=r"rows\.jsonl: the input holds no rows; add some"):
+        run(job)
+    assert not files(job)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "csv"}, "format=csv: expected one of parquet, jsonl"),
+        ({"draws": 3}, "draws=3: "),
+        ({"draws": "many"}, "draws=many: expected an even number or auto"),
+        ({"draws": "auto", "logits": True}, "draws=auto: rows have different"),
+        ({"part_rows": 0}, "part_rows=0: expected at least 1"),
+        ({"limit": 0}, "limit=0: expected at least 1"),
+        ({"tail": 2}, "tail=2 belongs to mode='tail'"),
+        ({"truncate": "middle"}, "truncate='middle'"),
+        ({"workers": 2}, "workers and ray_address belong to engine=ray"),
+    ],
+)
+def test_settings_that_cannot_work(job: Job, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(replace(job, **change))
+    for how in ({"engine": "spark"}, {"max_error_rate": 2}):
+        with pytest.raises(ValueError, match=r"(engine=spark|max_error_rate=2): expected"):
+            run(job, **how)  # type: ignore[arg-type]
     assert not Path(job.output).exists()
 
 
 # --- errors are rows ------------------------------------------------------------------------------
 
 BAD: list[Any] = [
-    "{oops", {"id": "no prompt"}, {**ROWS[0], "id": "empty", "prompt": " "}, ROWS[1],
-    {**ROWS[0], "id": "long", "prompt": "a " * 200 + "\n="}, {**ROWS[0], "id": ["x"]},
-]  # fmt: skip
+    "{oops",
+    {"id": "no prompt"},
+    {**ROWS[0], "id": "empty", "prompt": " "},
+    {**ROWS[0], "id": "long", "prompt": "a " * 200 + "\n="},
+    {**ROWS[0], "id": ["x"]},
+]
+FAULTS = ("not valid JSON", "no column 'prompt'", "'prompt' is empty", "tokens, but the", "a list")
 
 
-@pytest.mark.parametrize("file_format", ["jsonl", "parquet"])
-def test_errors_are_rows_and_can_be_retried(
-    job: Job, file_format: str, loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = replace(job, file_format=file_format)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_errors_are_rows(job: Job, kind: str) -> None:
+    job = replace(job, format=kind)
     write(Path(job.inputs[0]), [*ROWS[:8], *BAD, *ROWS[8:]])
-    first = run(job, max_error_rate=1)
-    assert first == Outcome("complete", 27, 6, None, False)
+    assert run(job, max_error_rate=1) == Outcome("complete", 26, 5, 0, None, False)
     found = results(job)
-    assert [r["error"] is not None for r in found] == [False] * 8 + [True] * 6 + [False] * 13
-    assert [r["id"] for r in found[8:14]] == [
-        None,
-        "no prompt",
-        "empty",
-        ROWS[1]["id"],
-        "long",
-        None,
-    ]
-    for row, fault in zip(
-        found[8:14],
-        ("not valid JSON", "no column 'prompt'", "'prompt' is empty", "was already used",
-         "tokens, but the", "'id' is a list"),
-        strict=True,
-    ):  # fmt: skip
+    assert [r["error"] is not None for r in found] == [False] * 8 + [True] * 5 + [False] * 13
+    assert [r["id"] for r in found[8:13]] == [None, "no prompt", "empty", "long", None]
+    for row, fault in zip(found[8:13], FAULTS, strict=True):
         assert fault in row["error"] and "rows.jsonl:" in row["error"] and row["probs"] is None
-    # Repaired in the input: refused as changed, unless the errors are to be done again.
-    write(
-        Path(job.inputs[0]), [*ROWS[:8], *BAD[:2], {**ROWS[0], "id": "empty"}, *BAD[3:], *ROWS[8:]]
-    )
-    with pytest.raises(RowError, match=r"has changed since"):
-        run(job, resume=True, max_error_rate=1)
-    again = run(job, retry_errors=True, max_error_rate=1)
-    assert again == Outcome("complete", 27, 5, None, False)
-    good = {r["id"]: r for r in found if r["error"] is None}
-    repaired = {r["id"]: r for r in results(job) if r["error"] is None}
-    assert {k: v for k, v in repaired.items() if k != "empty"} == good and "empty" in repaired
-    assert len(results(job)) == 27
+
+
+class Crowded:
+    """A model on a GPU that others use: long rows find no memory."""
+
+    def __init__(self, bayes: tfb.BayesianModel) -> None:
+        self._bayes = bayes
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._bayes, name)
+
+    def logits(self, inputs: Any, *others: Any, **how: Any) -> Any:
+        if inputs["input_ids"].numel() > 60:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self._bayes.logits(inputs, *others, **how)
+
+
+def test_parts_with_errors_are_done_again(
+    job: Job, whole: dict[str, bytes], loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On request; parts without errors are not touched."""
+    with monkeypatch.context() as patch:
+        engine = offline.ENGINES["local"](job)
+        patch.setattr(engine, "_bayes", Crowded(loaded[0]))
+        patch.setitem(offline.ENGINES, "local", lambda _: engine)
+        first = run(job, max_error_rate=1)
+        assert first == Outcome("complete", 21, 6, 0, None, False)
+    name, good = next(iter(whole.items()))
+    (Path(job.output) / name).write_bytes(good)
+    assert run(job, resume=True, max_error_rate=1).errors == 4
+    seen: list[offline.Progress] = []
+    assert run(job, retry_errors=True, report=seen.append) == DONE
+    assert files(job) == whole and [p.rows for p in seen] == [12, 18, 21]
+    assert run(job, retry_errors=True, report=seen.append) == DONE and len(seen) == 3
 
 
 def test_too_many_errors_stop_the_run(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offline, "LEAST_ROWS", 8)
     write(Path(job.inputs[0]), [*ROWS[:5], *["{"] * 8, *ROWS[5:]])
     stopped = run(job, max_error_rate=0.2)
-    assert stopped == Outcome("too many errors", 12, 7, None, True)
+    assert stopped == Outcome("too many errors", 12, 7, 0, None, True)
     assert len(results(job)) == 12 and manifest(job)["status"] == "too many errors"
-    end = run(job, resume=True, max_error_rate=0.5)
-    assert end == Outcome("complete", 29, 8, None, False) and len(results(job)) == 29
+    end = run(job, resume=True, max_error_rate=0.7)
+    assert end == Outcome("complete", 29, 8, 0, None, False) and len(results(job)) == 29
     # A short input is scored to its end, and its share of errors is told all the same.
     monkeypatch.setattr(offline, "LEAST_ROWS", 1000)
     small = replace(job, output=f"{job.output}-small")
-    assert run(small, max_error_rate=0.2) == Outcome("complete", 29, 8, None, True)
+    assert run(small, max_error_rate=0.2) == Outcome("complete", 29, 8, 0, None, True)
 
 
 ANY = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=4), x, max_size=3),
     max_leaves=6,
-)  # fmt: skip
+)
 CHOICES = st.lists(st.sampled_from(["0", "1", "2", "3", " 3", "x", ""]), max_size=4)
 PROMPTS = st.sampled_from(["a b c\n=", "a" * 3000, "", " ", "\x00\x1b[", "q p =", "\ud800"])
 FIELDS = st.fixed_dictionaries(
@@ -550,7 +702,7 @@ FIELDS = st.fixed_dictionaries(
         "text": ANY,
         "tag": ANY,
     },
-)  # fmt: skip
+)
 BYTES = st.binary(max_size=20).map(lambda b: b.replace(b"\n", b""))
 LINES = st.lists(FIELDS.map(lambda f: json.dumps(f).encode()) | BYTES, min_size=1, max_size=12)
 
@@ -558,15 +710,13 @@ LINES = st.lists(FIELDS.map(lambda f: json.dumps(f).encode()) | BYTES, min_size=
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
 @given(LINES, st.sampled_from(["jsonl", "parquet"]))
 def test_rows_in_are_rows_out(
-    job: Job, tmp_path_factory: pytest.TempPathFactory, given_lines: list[bytes], file_format: str
+    job: Job, tmp_path_factory: pytest.TempPathFactory, given_lines: list[bytes], kind: str
 ) -> None:
     """Whatever the lines hold: one row for each, good or an error, or a refusal at the start."""
     folder = tmp_path_factory.mktemp("fuzz")
     (folder / "rows.jsonl").write_bytes(b"".join(line + b"\n" for line in given_lines))
-    fuzzed = replace(
-        job, inputs=(str(folder / "rows.jsonl"),), output=str(folder / "out"), part_rows=4,
-        keep=("tag",), file_format=file_format,
-    )  # fmt: skip
+    inputs, output = (str(folder / "rows.jsonl"),), str(folder / "out")
+    fuzzed = replace(job, inputs=inputs, output=output, part_rows=4, keep=("tag",), format=kind)
     first = given_lines[0].removeprefix(b"\xef\xbb\xbf")
     lines = sum(bool(line.strip()) for line in [first, *given_lines[1:]])
     if lines == 0:
@@ -578,8 +728,7 @@ def test_rows_in_are_rows_out(
     assert done.rows == len(found) == lines
     assert done.errors == sum(r["error"] is not None for r in found)
     assert all((r["error"] is None) == (r["probs"] is not None) for r in found)
-    good = [r["id"] for r in found if r["error"] is None]
-    assert len(set(good)) == len(good) and None not in good
+    assert None not in [r["id"] for r in found if r["error"] is None]
     assert run(fuzzed, resume=True, max_error_rate=1).rows == lines and results(fuzzed) == found
 
 
@@ -587,23 +736,11 @@ def test_rows_in_are_rows_out(
 
 
 @pytest.fixture
-def command(
-    job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Callable[..., tuple[int, str, str]]]:
+def command(job: Job, tfb_command: Run) -> Iterator[Callable[..., tuple[int, str, str]]]:
     """Exit status, stdout and stderr of ``tfb score`` on the job's input."""
-
-    def call(*options: object) -> tuple[int, str, str]:
-        words = [
-            "tfb", "score", "--model", MODEL, "--artifact", job.artifact, "--input", job.inputs[0],
-            "--output", job.output, "--draws", 2, "--part-rows", 6, "--format", "jsonl", *options,
-        ]  # fmt: skip
-        monkeypatch.setattr(sys, "argv", [str(w) for w in words])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(left.value.code or 0), out, err
-
-    return call
+    words = ("--model", MODEL, "--artifact", job.artifact, "--input", job.inputs[0])
+    words += ("--output", job.output, "--draws", "2", "--part-rows", "6", "--format", "jsonl")
+    yield lambda *options: tfb_command("score", *words, *options)
 
 
 def test_exit_status(
@@ -614,20 +751,21 @@ def test_exit_status(
 ) -> None:
     """143 after SIGTERM, 1 for a refusal, 0 at the end, 3 for too many errors."""
     with monkeypatch.context() as patch:
-        from contextlib import nullcontext
-
         patch.setattr(score_command, "_bar", lambda: nullcontext(stopping(1, signal.SIGTERM)))
         code, out, _ = command()
     assert code == 143 and f"stopped: 6 rows, 0 of them errors: {job.output}" in out
     code, out, err = command()
-    assert code == 1 and err.startswith("error: ") and "--resume" in err and out == ""
+    assert code == 1 and err.startswith("error: ") and "with --resume, or" in err and out == ""
     code, out, _ = command("--resume")
     assert code == 0 and "complete: 21 rows" in out and files(job) == whole
-    write(Path(job.inputs[0]), [*ROWS, *BAD])
-    code, out, err = command("--resume")
-    assert code == 3 and "complete: 27 rows, 6 of them errors" in out
-    assert "6 of 27 rows are errors, more than --max-error-rate 0.05" in err
-    monkeypatch.setitem(offline.ENGINES, "local", LocalEngine)
-    code, _, err = command("--retry-errors", "--mode", "tail", "--tail", 1)
+    with monkeypatch.context() as patch:
+        patch.setitem(offline.ENGINES, "local", LocalEngine)
+        code, _, err = command("--resume", "--mode", "tail", "--tail", 1)
     assert code == 1 and "note: sigma was searched with mode=full" in err
     assert "mode: full -> tail; tail: None -> 1" in err
+    write(Path(job.inputs[0]), [*ROWS, *BAD])
+    code, _, err = command("--resume")
+    assert code == 1 and "rows.jsonl has changed (size: " in err
+    code, out, err = command("--output", f"{job.output}-bad")
+    assert code == 3 and "complete: 26 rows, 5 of them errors" in out
+    assert "5 of 26 rows are errors, more than --max-error-rate 0.05" in err

@@ -1,4 +1,4 @@
-"""One window to the rows of one part: the numbers of ``predict``, and errors as rows."""
+"""Rows to results: the numbers of ``predict``, and errors as rows."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from transformers import AutoTokenizer
 
 import tfb
 from tfb.data.batching import batches
-from tfb.data.rows import Row
+from tfb.data.readers import Record
+from tfb.data.rows import Row, RowFormat
 from tfb.demo import digits
-from tfb.scoring.rows import encode
-from tfb.scoring.scorer import Scored, Scorer
-from tfb.scoring.windows import Item, Window
+from tfb.scoring.evaluate import encode
+from tfb.scoring.scorer import Item, Result, Scorer, read_item, result_rows
 
 SINGLE = 2.0**-24
 CLOSE = {"rtol": 4 * SINGLE, "atol": 4 * SINGLE}  # two float32 roundings of a float64 model's value
@@ -32,7 +32,7 @@ def tokenizer() -> Any:
 def bayes(tokenizer: Any) -> tfb.BayesianModel:
     """A random Llama with the demo's vocabulary, in float64: batches round far below float32."""
     model = tfb.bayesianize(exact(CASES["llama"].build()), seed=3)
-    model.sigma = 0.1
+    model.configure(sigma=0.1)
     return model
 
 
@@ -45,18 +45,8 @@ def rows(n: int = 12) -> list[Row]:
     return made
 
 
-def window(given: list[Row | str]) -> Window:
-    """Rows, and texts of errors found before."""
-    items = [
-        Item(i, None, None, x) if isinstance(x, str) else Item(i, x.id, x, None)
-        for i, x in enumerate(given)
-    ]
-    return Window(5, items, 0.5)
-
-
-def score(bayes: Any, tokenizer: Any, given: list[Row | str], **how: Any) -> Scored:
-    scorer = Scorer(bayes, tokenizer, **({"draws": 4} | how))
-    return scorer.compute(scorer.prepare(window(given)))
+def score(bayes: Any, tokenizer: Any, given: list[Row], **how: Any) -> list[Result]:
+    return Scorer(bayes, tokenizer, **({"draws": 4} | how))(given)
 
 
 def same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
@@ -76,9 +66,9 @@ MODES = [("full", None), ("tail", 2)]
 
 @pytest.fixture(params=MODES, ids=lambda m: m[0])
 def mode(request: pytest.FixtureRequest, bayes: tfb.BayesianModel) -> Iterator[str]:
-    bayes.set_mode(*request.param)
+    bayes.configure(mode=request.param[0], tail=request.param[1])
     yield request.param[0]
-    bayes.set_mode("full")
+    bayes.configure(mode="full")
 
 
 @pytest.mark.parametrize("draws", [4, "auto"])
@@ -87,18 +77,15 @@ def test_values_are_those_of_predict(
 ) -> None:
     """Row by row, in the window's order, in both modes and with adaptive draws."""
     given = rows(6)
-    found = score(bayes, tokenizer, given, draws=draws, budget=60)
-    assert (found.number, found.errors, found.share) == (5, 0, 0.5)
+    found = score(bayes, tokenizer, given, draws=draws, batch_tokens=60)
     encoded = encode(bayes, given, tokenizer)
-    assert found.tokens == sum(map(len, encoded.input_ids))
-    for i, (row, values) in enumerate(zip(given, found.rows, strict=True)):
+    for i, (row, values) in enumerate(zip(given, found, strict=True)):
         (batch,) = batches(encoded.subset([i]), batch_size=1, pad_token_id=0)
         p = bayes.predict(batch.model_inputs(), draws, label_ids=batch.label_ids)
         best = int(p.prediction)
         assert (values["id"], values["label"], values["error"]) == (row.id, row.label, None)
         assert values["prediction"] == best and values["choice"] == (row.choices or ())[best]
         assert values["draws"] == (4 if p.draw_counts is None else int(p.draw_counts))
-        assert values["key"] == f"{i:016x}"
         for name, wanted in (
             ("probs", p.probs[0]), ("total", p.total[0]), ("aleatoric", p.aleatoric[0]),
             ("epistemic", p.epistemic[0]), ("agreement", p.agreement[0]),
@@ -111,10 +98,10 @@ def test_values_are_those_of_predict(
 def test_without_noise_one_draw(tokenizer: Any, mode: tuple[str, int | None]) -> None:
     """The deterministic adapter, exactly sure of itself; all draws where they are kept."""
     still = tfb.bayesianize(exact(CASES["llama"].build()), seed=3)
-    still.sigma = 0.0
-    still.set_mode(*mode)
-    found = score(still, tokenizer, rows(6)).rows
-    kept = score(still, tokenizer, rows(6), per_draw=True).rows
+    still.configure(sigma=0.0)
+    still.configure(mode=mode[0], tail=mode[1])
+    found = score(still, tokenizer, rows(6))
+    kept = score(still, tokenizer, rows(6), per_draw=True)
     for one, all_ in zip(found, kept, strict=True):
         assert (one["draws"], all_["draws"], len(all_["draw_probs"])) == (1, 4, 4)
         assert (one["epistemic"], one["standard_error"], one["agreement"]) == (0.0, 0.0, 1.0)
@@ -128,25 +115,26 @@ def test_budget_and_order_do_not_matter(
     bayes: tfb.BayesianModel, tokenizer: Any, mode: str, budget: int
 ) -> None:
     given = rows()
-    expected = score(bayes, tokenizer, given, budget=64).rows
-    same(score(bayes, tokenizer, given, budget=budget).rows, expected)
+    expected = score(bayes, tokenizer, given, batch_tokens=64)
+    same(score(bayes, tokenizer, given, batch_tokens=budget), expected)
+    same(score(bayes, tokenizer, given, batch_size=1 + budget % 7), expected)
     mixed = [given[i] for i in torch.randperm(12, generator=torch.Generator().manual_seed(1))]
-    found = {r["id"]: r for r in score(bayes, tokenizer, mixed, budget=budget).rows}
-    same([found[r["id"]] | {"key": r["key"]} for r in expected], expected)
+    found = {r["id"]: r for r in score(bayes, tokenizer, mixed, batch_tokens=budget)}
+    same([found[r["id"]] for r in expected], expected)
 
 
-def test_the_same_window_gives_the_same_bits(tokenizer: Any) -> None:
+def test_the_same_rows_give_the_same_bits(tokenizer: Any) -> None:
     """In float32, whatever was scored before."""
     single = tfb.bayesianize(CASES["llama"].build(), seed=3)
-    single.sigma = 0.1
-    first = score(single, tokenizer, rows(), budget=50)
-    score(single, tokenizer, rows(5), budget=20)
-    assert score(single, tokenizer, rows(), budget=50) == first
+    single.configure(sigma=0.1)
+    first = score(single, tokenizer, rows(), batch_tokens=50)
+    score(single, tokenizer, rows(5), batch_tokens=20)
+    assert score(single, tokenizer, rows(), batch_tokens=50) == first
 
 
 def test_draws_and_logits_on_request(bayes: tfb.BayesianModel, tokenizer: Any) -> None:
-    found = score(bayes, tokenizer, rows(), per_draw=True, logits=True).rows
-    plain = score(bayes, tokenizer, rows()).rows
+    found = score(bayes, tokenizer, rows(), per_draw=True, logits=True)
+    plain = score(bayes, tokenizer, rows())
     extra = {"draw_probs", "draw_logits"}
     same([{k: v for k, v in r.items() if k not in extra} for r in found], plain)
     for row in found:
@@ -157,44 +145,45 @@ def test_draws_and_logits_on_request(bayes: tfb.BayesianModel, tokenizer: Any) -
         # Logits of size |z| in float32 err by |z| 2^-24, and so do the probabilities.
         bound = 4 * SINGLE * (1 + float(logits.abs().max()))
         torch.testing.assert_close(logits.softmax(-1), draws, rtol=bound, atol=bound)
-    with pytest.raises(ValueError, match="draws 'auto'"):
+    with pytest.raises(ValueError, match="draws='auto'"):
         Scorer(bayes, tokenizer, draws="auto", per_draw=True)
 
 
 def test_bad_rows_are_rows(bayes: tfb.BayesianModel, tokenizer: Any) -> None:
-    """Those that came with an error, and those that the tokenizer or the model cannot take."""
-    (a, b, c, d, *_) = good = rows(6)
-    given: list[Row | str] = [
-        "broken", a, replace(b, id="long", prompt="a " * 90 + "="),
-        c, replace(d, id="twin", choices=("0", " 0")), d, Row("t", text="a b", source="f:9"),
-    ]  # fmt: skip
+    """Those that the tokenizer or the model cannot take; the others are as without them."""
+    (a, b, c, d, *_) = rows(6)
+    given = [
+        a,
+        replace(b, id="long", prompt="a " * 90 + "="),
+        c,
+        replace(d, id="twin", choices=("0", " 0")),
+        d,
+        Row("t", text="a b", source="f:9"),
+    ]
     found = score(bayes, tokenizer, given)
-    assert found.errors == 4 and [r["key"] for r in found.rows] == [f"{i:016x}" for i in range(7)]
-    assert [r["id"] for r in found.rows] == [None, a.id, "long", c.id, "twin", d.id, "t"]
-    errors = [r["error"] for r in found.rows]
-    assert [e is None for e in errors] == [False, True, False, True, False, True, False]
-    assert errors[0] == "broken" and "f:1 (id 'long'): 92 tokens, but the model takes" in errors[2]
-    assert "the same token" in errors[4] or "does not know" in errors[4]
-    assert "f:9 (id 't'): this is a text row" in errors[6]
-    assert not {"probs", "label", "prediction"} & set(found.rows[2])
-    expected = {r["id"]: r for r in score(bayes, tokenizer, list(good)).rows}
-    for row in (found.rows[1], found.rows[3], found.rows[5]):
-        same([row | {"key": ""}], [expected[row["id"]] | {"key": ""}])
-    nothing = score(bayes, tokenizer, ["broken", "broken"])
-    assert nothing.errors == 2 and nothing.tokens == 0
+    assert [r["id"] for r in found] == [a.id, "long", c.id, "twin", d.id, "t"]
+    errors = [r["error"] for r in found]
+    assert [e is None for e in errors] == [True, False] * 3
+    assert "f:1 (id 'long'): 92 tokens, but the model takes" in errors[1]
+    assert "the same token" in errors[3] or "does not know" in errors[3]
+    assert "f:9 (id 't'): this is a text row" in errors[5]
+    assert set(found[1]) == {"id", "error"}
+    same(found[::2], score(bayes, tokenizer, [a, c, d]))
+    assert [r["id"] for r in score(bayes, tokenizer, given[1::2])] == ["long", "twin", "t"]
+    assert score(bayes, tokenizer, []) == []
 
 
 def test_nan_is_an_error_of_its_row(tokenizer: Any) -> None:
     broken = tfb.bayesianize(CASES["llama"].build(), seed=3)
-    broken.sigma = 0.1
+    broken.configure(sigma=0.1)
     given = rows()
     poison = tokenizer.convert_tokens_to_ids("e")
     with torch.no_grad():
         broken.base.model.embed_tokens.weight[poison] = float("nan")
     hit = ["e" in (r.prompt or "") for r in given]
     found = score(broken, tokenizer, given)
-    assert True in hit and False in hit and found.errors == sum(hit)
-    for row, bad in zip(found.rows, hit, strict=True):
+    assert True in hit and False in hit
+    for row, bad in zip(found, hit, strict=True):
         assert (row["error"] is not None) == bad and ("probs" in row) != bad
         assert not bad or f"(id '{row['id']}'): the model returned NaN or Inf" in row["error"]
 
@@ -205,25 +194,25 @@ def test_what_the_engine_refuses_is_an_error_of_its_row(
     """Here tokens beyond the model's vocabulary, which only a pass finds."""
     given = rows(8)
     scorer = Scorer(bayes, tokenizer, draws=4)
-    prepared = scorer.prepare(window(list(given)))
+    prepared = scorer.prepare(given)
     assert prepared.encoded is not None
     prepared.encoded.input_ids[3][0] = 9999
     found = scorer.compute(prepared)
-    assert [r["id"] for r in found.rows if r["error"]] == ["r3"] and found.errors == 1
-    assert "f:3 (id 'r3'): the model refuses it (index out of range" in found.rows[3]["error"]
-    expected = score(bayes, tokenizer, given).rows
-    same(found.rows[:3] + found.rows[4:], expected[:3] + expected[4:])
+    assert [r["id"] for r in found if r["error"]] == ["r3"]
+    assert "f:3 (id 'r3'): the model refuses it (index out of range" in found[3]["error"]
+    expected = score(bayes, tokenizer, given)
+    same(found[:3] + found[4:], expected[:3] + expected[4:])
 
 
 def test_text_rows(tokenizer: Any) -> None:
     head = tfb.bayesianize(exact(CASES["llama_classifier"].build()), seed=3)
-    head.sigma = 0.1
+    head.configure(sigma=0.1)
     given = [
         Row(f"t{i}", text=" ".join("abc" * (i + 1)), label=2, source=f"f:{i}") for i in range(4)
     ]
     found = score(head, tokenizer, [*given, Row("x", text="a", label=3, source="f:4")])
-    assert found.errors == 1 and "the label 3 is outside" in found.rows[4]["error"]
-    for row, values in zip(given, found.rows, strict=False):
+    assert "the label 3 is outside" in found[4]["error"]
+    for row, values in zip(given, found, strict=False):
         inputs = tokenizer(row.text, return_tensors="pt")
         batch = {k: inputs[k] for k in ("input_ids", "attention_mask")}
         wanted = head.predict(batch, 4).probs[0].float()
@@ -252,15 +241,15 @@ class SmallMemory:
 
 
 def test_out_of_memory_splits_the_batch(bayes: tfb.BayesianModel, tokenizer: Any) -> None:
-    """The same rows come out, and the budget that worked is kept for later windows."""
+    """The same rows come out, and the budget that worked is kept for later rows."""
     given, small = [replace(r, choices=("0", "1")) for r in rows(30)], SmallMemory(bayes, 40)
-    scorer = Scorer(small, tokenizer, draws=4, budget=10_000)  # type: ignore[arg-type]
-    found = scorer.compute(scorer.prepare(window(list(given))))
-    same(found.rows, score(bayes, tokenizer, given, budget=64).rows)
-    assert found.errors == 0 and scorer.budget <= 40
+    scorer = Scorer(small, tokenizer, draws=4, batch_tokens=10_000)  # type: ignore[arg-type]
+    found = scorer(given)
+    same(found, score(bayes, tokenizer, given, batch_tokens=64))
+    assert not any(r["error"] for r in found) and scorer.batch_tokens <= 40
     before = len(small.shapes)
-    again = scorer.compute(scorer.prepare(window(list(given))))
-    same(again.rows, found.rows)
+    again = scorer(given)
+    same(again, found)
     assert all(b * t <= 40 for b, t, _ in small.shapes[before:])
 
 
@@ -268,13 +257,13 @@ def test_a_row_that_fails_alone_is_an_error(bayes: tfb.BayesianModel, tokenizer:
     """After a last try with two draws in a pass; the budget does not go down for it."""
     given, small = rows(), SmallMemory(bayes, 10)
     lengths = list(map(len, encode(bayes, given, tokenizer).input_ids))
-    scorer = Scorer(small, tokenizer, draws=4, budget=10)  # type: ignore[arg-type]
-    found = scorer.compute(scorer.prepare(window(list(given))))
+    scorer = Scorer(small, tokenizer, draws=4, batch_tokens=10)  # type: ignore[arg-type]
+    found = scorer(given)
     hopeless = [n > 20 for n in lengths]
     assert any(hopeless) and any(10 < n <= 20 for n in lengths) and min(lengths) <= 10
-    assert [r["error"] is not None for r in found.rows] == hopeless
-    assert all("out of memory" in r["error"] for r in found.rows if r["error"])
-    assert scorer.budget == 10
+    assert [r["error"] is not None for r in found] == hopeless
+    assert all("out of memory" in r["error"] for r in found if r["error"])
+    assert scorer.batch_tokens == 10
     assert {d for b, t, d in small.shapes if b * t > 20} == {None, 2}
 
 
@@ -285,4 +274,49 @@ def test_other_failures_are_not_hidden(bayes: tfb.BayesianModel, tokenizer: Any)
 
     scorer = Scorer(Broken(bayes, 1), tokenizer, draws=4)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="CUDA error"):
-        scorer.compute(scorer.prepare(window(list(rows()))))
+        scorer(rows())
+
+
+# --- records --------------------------------------------------------------------------------------
+
+
+def item(fields: dict[str, Any] | None, number: int = 0, keep: tuple[str, ...] = ()) -> Item:
+    fault = "not JSON" if fields is None else None
+    return read_item(Record("f:1", fields, fault), number, RowFormat(task="SEQ_CLS"), keep)
+
+
+def test_a_record_is_a_row_or_an_error() -> None:
+    """Which keeps what can be told of it."""
+    good = item({"id": 7, "text": "a", "tag": 1, "label": 2}, keep=("tag", "none"))
+    row = Row("7", text="a", label=2, source="f:1")
+    assert good == Item("7", row, None, {"tag": 1, "none": None})
+    assert item({"text": "a"}, number=12).id == "12"
+    assert item(None) == Item(None, None, "f:1: not JSON")
+    empty = item({"id": "x", "text": "", "tag": 1}, keep=("tag",))
+    assert (empty.id, empty.row, empty.kept) == ("x", None, {"tag": 1})
+    assert "nothing in column 'text'" in str(empty.error)
+    surrogate = item({"id": "x\ud800", "text": "a"})
+    assert surrogate.id is None and "f:1" in str(surrogate.error)
+    kept = item({"id": "x", "text": "a", "tag": "\ud800"}, keep=("tag",))
+    assert kept.id == "x" and "a column that is to be kept ('tag') cannot" in str(kept.error)
+    nested: Any = []
+    for _ in range(20_000):
+        nested = [nested]
+    assert "(RecursionError)" in str(item({"text": "a", "tag": nested}, keep=("tag",)).error)
+
+
+def test_results_come_beside_what_was_kept() -> None:
+    items = [Item("a", Row("a", text="x"), None, {"tag": 1}), Item(None, None, "bad", {"tag": 2})]
+    found = result_rows(items, [{"id": "a", "probs": [1.0], "error": None}])
+    assert found == [
+        {"id": "a", "tag": 1, "probs": [1.0], "error": None},
+        {"id": None, "tag": 2, "error": "bad"},
+    ]
+
+
+def test_error_texts_are_bounded_and_plain() -> None:
+    long = item({"id": "x" * 10_000, "text": "a", "label": "y"}).error
+    assert long is not None and len(long) < 2100
+    record = Record("f:1", None, "a\ud800" + "x" * 10_000)
+    text = str(read_item(record, 0, RowFormat()).error)
+    assert text.startswith("f:1: a\\ud800xxx") and text.endswith("x ...") and len(text) < 2100

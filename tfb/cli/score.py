@@ -12,8 +12,13 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from tfb.cli.console import (
+    Artifact,
     Columns,
     Labels,
+    Limit,
+    Mode,
+    Model,
+    Tail,
     Truncate,
     choose_label_tokens,
     note_mode,
@@ -31,21 +36,21 @@ SIGNALLED = 128  # plus the signal's number, as shells have it
 
 
 def score(
-    model: Annotated[str, typer.Option(help="base model: folder or hub name")],
-    artifact: Annotated[str, typer.Option(help="folder written by tfb fit")],
+    model: Model,
+    artifact: Artifact,
     inputs: Annotated[
         list[str],
         typer.Option("--input", help="JSONL, CSV, Parquet, Arrow; folder or pattern; repeatable"),
     ],
     output: Annotated[str, typer.Option(help="folder for part files and manifest.json")],
-    file_format: Annotated[str, typer.Option("--format", help="parquet or jsonl")] = "parquet",
-    mode: Annotated[
-        str | None, typer.Option(help="full or tail; default: as sigma was searched")
-    ] = None,
-    tail: Annotated[int | None, typer.Option(help="positions with noise in --mode tail")] = None,
+    format: Annotated[str, typer.Option(help="parquet or jsonl")] = "parquet",
+    mode: Mode = None,
+    tail: Tail = None,
     draws: Annotated[str, typer.Option(help="posterior draws (an even number), or auto")] = "10",
-    batch_tokens: Annotated[int, typer.Option(help="tokens of a batch, padding included")] = 4096,
-    part_rows: Annotated[int, typer.Option(help="most rows of a part file")] = 2048,
+    batch_tokens: Annotated[
+        int, typer.Option(help="tokens of a batch, padding included", min=1)
+    ] = 4096,
+    part_rows: Annotated[int, typer.Option(help="most rows of a part file", min=1)] = 2048,
     columns: Columns = None,
     labels: Labels = None,
     truncate: Truncate = None,
@@ -54,24 +59,27 @@ def score(
     ] = None,
     per_draw: Annotated[bool, typer.Option(help="keep every draw's probabilities")] = False,
     logits: Annotated[bool, typer.Option(help="keep every draw's logits")] = False,
-    limit: Annotated[int | None, typer.Option(help="use only the first rows")] = None,
+    limit: Limit = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with what is there")] = False,
     retry_errors: Annotated[
-        bool, typer.Option("--retry-errors", help="go on, and do the error rows again")
+        bool, typer.Option("--retry-errors", help="go on, and do the parts with errors again")
     ] = False,
-    max_error_rate: Annotated[float, typer.Option(help="stop above this share of errors")] = 0.05,
+    max_error_rate: Annotated[
+        float, typer.Option(help="stop above this share of errors", min=0, max=1)
+    ] = 0.05,
     engine: Annotated[
-        str, typer.Option(help="local: this process; ray: Ray Data (extra tfb\\[ray])")
+        str, typer.Option(help="local: this process; ray: workers of Ray (extra tfb\\[ray])")
     ] = "local",
     workers: Annotated[
-        int | None, typer.Option(help="models with --engine ray; default: as many as fit")
+        int | None,
+        typer.Option(help="models with --engine ray; default: as many as fit", min=1),
     ] = None,
     ray_address: Annotated[
         str | None, typer.Option(help="cluster of --engine ray; default: this machine")
     ] = None,
     device: Annotated[str | None, typer.Option(help="default: a GPU if there is one")] = None,
 ) -> None:
-    """Predictions and uncertainties of any number of rows, as part files; can be resumed.
+    """Score any number of rows into a folder of part files; can be resumed.
 
     Exit status: 0 all rows are done; 1 refused or broken off (a full disk), 3 more errors than
     --max-error-rate, 130 or 143 stopped by SIGINT or SIGTERM after the part in flight. What was
@@ -84,13 +92,13 @@ def score(
     quiet()
     job = Job(
         model=model,
-        artifact=artifact,
+        artifact=str(artifact),
         inputs=tuple(inputs),
         output=output,
         draws=int(draws) if draws.lstrip("-").isdecimal() else draws,
         mode=mode,
         tail=tail,
-        file_format=file_format,
+        format=format,
         batch_tokens=batch_tokens,
         part_rows=part_rows,
         columns=parse_columns(columns),
@@ -107,7 +115,7 @@ def score(
     job.check()
     sidecar = read_sidecar(artifact)
     note_mode((sidecar["mode"], sidecar.get("tail")), mode, tail)
-    choose_label_tokens(artifact, sidecar)
+    choose_label_tokens(sidecar)
     with _bar() as report:
         done = run(
             job,
@@ -117,30 +125,26 @@ def score(
             engine=engine,
             report=report,
         )
-    out.print(
-        f"{done.status}: {done.rows} rows, {done.errors} of them errors"
-        + (f", {done.truncated} cut on the {truncate}" if truncate else "")
-        + f": {output}",
-        markup=False,
-        soft_wrap=True,
-    )
+    cut = f", {done.truncated} cut on the {truncate}" if truncate else ""
+    ended = f"{done.status}: {done.rows} rows, {done.errors} of them errors{cut}: {output}"
+    out.print(ended, markup=False, soft_wrap=True)
     if done.signal is not None:
         raise typer.Exit(SIGNALLED + done.signal)
     if done.too_many_errors:
-        Console(stderr=True).print(
+        said = (
             f"error: {done.errors} of {done.rows} rows are errors, more than --max-error-rate "
-            f"{max_error_rate:g}; see the column 'error', then go on with --retry-errors",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
+            f"{max_error_rate:g}; see the column 'error', then go on with --retry-errors"
         )
+        Console(stderr=True).print(said, markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(TOO_MANY_ERRORS)
 
 
 @contextmanager
 def _bar() -> Iterator[Callable[[Progress], None]]:
-    """A bar on stderr, so that stdout stays clean; yields what takes reports. It appears with the
-    first of them: a refusal is one clear line."""
+    """Show a bar on stderr, so that stdout stays clean; yield what takes reports.
+
+    It appears with the first of them: a refusal is one clear line.
+    """
     columns = (
         TextColumn("scoring"),
         BarColumn(),
@@ -148,17 +152,16 @@ def _bar() -> Iterator[Callable[[Progress], None]]:
         TextColumn("{task.fields[said]}"),
     )
     bar = Bar(*columns, console=Console(stderr=True), transient=True)
-    task = bar.add_task("", total=1.0, said="")
+    task = bar.add_task("", said="")
 
     def report(p: Progress) -> None:
         bar.start()
-        minutes, seconds = divmod(round(p.seconds_left or 0), 60)
-        left = "?" if p.seconds_left is None else f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+        minutes, seconds = divmod(round(p.seconds_left), 60)
         said = (
-            f"{p.rows:,} rows, {p.errors:,} errors, {p.rows_per_second:,.1f} rows/s, "
-            f"{p.tokens_per_second:,.0f} tokens/s, ETA {left}"
+            f"{p.rows:,} of {p.total:,} rows, {p.errors:,} errors, {p.rows_per_second:,.1f} "
+            f"rows/s, ETA {minutes // 60}:{minutes % 60:02}:{seconds:02}"
         )
-        bar.update(task, completed=p.share, said=said)
+        bar.update(task, completed=p.rows, total=p.total, said=said)
 
     try:
         yield report

@@ -5,26 +5,33 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import pyarrow as pa
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from tfb.adapters.artifact import SIDECAR, file_sha256, library_versions, load, read_sidecar
-from tfb.adapters.loading import base_config, class_names
+from tfb.adapters.loading import (
+    base_config,
+    class_names,
+    load_tokenizer,
+    set_padding,
+    to_device,
+)
 from tfb.data.encoding import check_truncate
 from tfb.data.readers import Source, schema_of
-from tfb.data.rows import RowError, RowFormat
+from tfb.data.rows import Row, RowError, RowFormat
+from tfb.draws import check_even
 from tfb.model import BayesianModel
 from tfb.sampling.config import check_mode
-from tfb.scoring.output import FORMATS
-from tfb.scoring.rows import load_tokenizer, set_padding, to_device
-from tfb.scoring.scorer import Scorer
-from tfb.scoring.windows import Reading
+from tfb.scoring.output import FORMATS, part_schema
+from tfb.scoring.scorer import BATCH_TOKENS, Item, Result, Scorer
 
 
 @dataclass(frozen=True)
@@ -32,16 +39,26 @@ class Job:
     """One scoring run.
 
     Attributes:
-        model: base model, a folder or hub name. artifact: folder written by ``tfb fit``.
-        inputs: files, folders and patterns, see :mod:`tfb.data.readers`. output: the folder of parts.
-        draws: antithetic draws (even), or "auto". mode, tail: None: as sigma was searched.
-        file_format: "parquet" or "jsonl". batch_tokens: padded tokens of a batch (of one copy of
-            its rows). part_rows: most rows of a part. keep: columns that pass through.
-        columns, labels: see :class:`tfb.data.rows.RowFormat`; labels None: the artifact's. truncate:
-            see :class:`tfb.data.encoding.RowEncoder`.
-        per_draw, logits: keep every draw's probabilities, logits. limit: records to read.
-        device: None: a GPU if there is one. workers, ray_address: of the engine "ray", see
-            :class:`tfb.scoring.ray.RayEngine`.
+        model: base model, a folder or hub name.
+        artifact: folder written by ``tfb fit``.
+        inputs: files, folders and patterns, see :func:`tfb.data.readers.find_sources`.
+        output: the folder of parts.
+        draws: antithetic draws (even), or "auto".
+        mode: how draws reach the model; None: as sigma was searched.
+        tail: positions with noise in tail mode.
+        format: "parquet" or "jsonl".
+        batch_tokens: most padded tokens of a batch, of one copy of its rows.
+        part_rows: most rows of a part.
+        columns: for our names of columns those of the data, where they differ.
+        labels: names of the classes, or choices of rows without any; None: the artifact's.
+        truncate: the side on which rows that are too long are cut; None: they are errors.
+        keep: columns that pass through.
+        per_draw: keep each draw's probabilities.
+        logits: keep each draw's logits.
+        limit: records to read, the first ones; None: all.
+        device: None: a GPU if there is one.
+        workers: models of the engine "ray"; None: as many as fit.
+        ray_address: cluster of the engine "ray"; None: this machine.
     """
 
     model: str
@@ -51,8 +68,8 @@ class Job:
     draws: int | str = 10
     mode: str | None = None
     tail: int | None = None
-    file_format: str = "parquet"
-    batch_tokens: int = 4096
+    format: str = "parquet"
+    batch_tokens: int = BATCH_TOKENS
     part_rows: int = 2048
     columns: Mapping[str, str] = field(default_factory=dict)
     labels: tuple[str, ...] | None = None
@@ -66,92 +83,108 @@ class Job:
     ray_address: str | None = None
 
     def check(self) -> None:
-        """Raise ValueError for settings that cannot work, named as the command line names them."""
-        if self.file_format not in FORMATS:
-            raise ValueError(f"--format {self.file_format}: expected one of {', '.join(FORMATS)}")
+        """Refuse settings that cannot work, before anything is read.
+
+        Raises:
+            ValueError: names the setting.
+        """
+        if self.format not in FORMATS:
+            raise ValueError(f"format={self.format}: expected one of {', '.join(FORMATS)}")
         check_mode(self.mode or "full", self.tail)
         check_truncate(self.truncate)
-        if isinstance(self.draws, str):
-            if self.draws != "auto":
-                raise ValueError(f"--draws {self.draws}: expected an even number or auto")
-            if self.per_draw or self.logits:
-                raise ValueError("--draws auto: rows have different numbers of draws; keep none")
-        elif self.draws < 2 or self.draws % 2:
-            raise ValueError(
-                f"--draws {self.draws}: expected a positive even number (antithetic pairs) or auto"
-            )
-        for name, value in (
-            ("--batch-tokens", self.batch_tokens),
-            ("--part-rows", self.part_rows),
-            ("--limit", 1 if self.limit is None else self.limit),
-            ("--workers", 1 if self.workers is None else self.workers),
-        ):
-            if value < 1:
-                raise ValueError(f"{name} {value}: expected at least 1")
+        if not isinstance(self.draws, str):
+            check_even(self.draws)
+        elif self.draws != "auto":
+            raise ValueError(f"draws={self.draws}: expected an even number or auto")
+        elif self.per_draw or self.logits:
+            raise ValueError("draws=auto: rows have different numbers of draws; keep none of them")
+        for name in ("batch_tokens", "part_rows", "limit", "workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: expected at least 1")
 
-    def reading(self, sources: list[Source]) -> Reading:
-        """How the input is read, its columns checked where a file declares them.
+    def check_columns(self, sources: Iterable[Source]) -> None:
+        """Refuse files that declare their columns and lack one of ours.
 
         Raises:
-            RowError: a declared file lacks a column, or there are no rows at all.
-            ArtifactError: no artifact.
+            RowError: names the file and the column.
         """
-        form = self.form
-        reading = Reading(sources, form, b"", self.keep, self.limit)
         for source in sources:
-            names = getattr(schema_of(source), "names", None)
-            if names is not None:
-                form.check(names, str(source))
-                if lacks := [name for name in self.keep if name not in names]:
-                    raise RowError(
-                        f"{source}: no column {lacks[0]!r} to keep; it has "
-                        f"{', '.join(map(repr, names))}"
-                    )
-        if next(reading.records(), None) is None:
-            raise RowError(f"{', '.join(map(str, sources))}: the input holds no rows; add some")
-        return reading
+            if (schema := schema_of(source)) is None:
+                continue
+            self.row_format.check(schema.names, str(source))
+            if lacks := [name for name in self.keep if name not in schema.names]:
+                raise RowError(
+                    f"{source}: no column {lacks[0]!r} to keep; it has "
+                    f"{', '.join(map(repr, schema.names))}"
+                )
 
     @cached_property
-    def form(self) -> RowFormat:
-        """How records become rows: the columns' names, the classes' names (given here, or the
-        artifact's) and the task.
+    def row_format(self) -> RowFormat:
+        """How records become rows, by the job's or the artifact's labels and the task.
 
         Raises:
-            ValueError: another number of names than the artifact's head has classes.
+            ArtifactError: no artifact.
+            ValueError: another number of labels than the artifact's head has classes.
         """
         sidecar = read_sidecar(self.artifact)
         task, saved = str(sidecar["task"]), sidecar.get("labels")
         config = base_config(self.model, self.artifact) if task == "SEQ_CLS" else None
         return RowFormat(self.columns, class_names(task, config, self.labels, saved), task)
 
-    def load(self) -> tuple[BayesianModel, Any]:
-        """The model, on its device and in the job's mode, and the tokenizer."""
+    def part_schema(self, sources: Sequence[Source]) -> pa.Schema:
+        """Return the columns of a part.
+
+        Those that pass through have the type that all files declare, else they are text.
+        """
+        schemas = [schema_of(source) for source in sources]
+        kept = {}
+        for name in self.keep:
+            types = {None if schema is None else schema.field(name).type for schema in schemas}
+            kept[name] = types.pop() if len(types) == 1 and None not in types else pa.string()
+        return part_schema(
+            kept,
+            truncated=self.truncate is not None,
+            per_draw=self.per_draw,
+            logits=self.logits,
+        )
+
+    def load(self) -> tuple[BayesianModel, PreTrainedTokenizerBase]:
+        """Load the model, on its device and in the job's mode, and the tokenizer."""
         tokenizer = load_tokenizer(self.model)
         bayes = load(self.model, self.artifact)
-        set_padding(bayes, tokenizer)
+        set_padding(bayes.base, tokenizer)
         if self.mode is not None:
             bayes.configure(mode=self.mode, tail=self.tail)
-        to_device(bayes, self.device)
+        to_device(bayes.model, self.device)
         return bayes, tokenizer
 
-    def scorer(self, bayes: BayesianModel, tokenizer: Any) -> Scorer:
-        """What scores this job's windows."""
+    def scorer(self, bayes: BayesianModel, tokenizer: PreTrainedTokenizerBase) -> Scorer:
+        """Return what scores this job's rows."""
         return Scorer(
             bayes,
             tokenizer,
             draws=self.draws,
-            budget=self.batch_tokens,
+            batch_tokens=self.batch_tokens,
             per_draw=self.per_draw,
             logits=self.logits,
             truncate=self.truncate,
-            labels=self.form.labels,
+            labels=self.row_format.labels,
         )
 
     def declared(self) -> dict[str, Any]:
-        """The part of the configuration that is known before a model is loaded."""
-        names = ("draws", "batch_tokens", "part_rows", "file_format", "per_draw", "logits",
-                 "truncate")  # fmt: skip
-        labels = self.form.labels
+        """Return the part of the configuration that is known before a model is loaded."""
+        names = (
+            "draws",
+            "batch_tokens",
+            "part_rows",
+            "format",
+            "per_draw",
+            "logits",
+            "truncate",
+            "limit",
+        )
+        labels = self.row_format.labels
         return {
             **{name: getattr(self, name) for name in names},
             "columns": dict(self.columns),
@@ -161,15 +194,14 @@ class Job:
             "versions": {"python": platform.python_version(), **library_versions()},
         }
 
-    def configuration(self, bayes: BayesianModel, tokenizer: Any) -> dict[str, Any]:
-        """All that a row's result depends on, beside the row."""
+    def configuration(
+        self, bayes: BayesianModel, tokenizer: PreTrainedTokenizerBase
+    ) -> dict[str, Any]:
+        """Return all that a row's result depends on, beside the rows, as plain data."""
         return {
             **self.declared(),
+            **asdict(bayes.config),
             "task": bayes.task,
-            "sigma": bayes.sigma,
-            "seed": bayes.config.seed,
-            "mode": bayes.config.mode,
-            "tail": bayes.config.tail,
             "label_tokens": bayes.label_tokens,
             "device": bayes.device.type,
             "dtype": str(bayes.dtype).removeprefix("torch."),
@@ -178,48 +210,71 @@ class Job:
         }
 
 
-def kept_types(sources: list[Source], keep: tuple[str, ...]) -> dict[str, Any]:
-    """Arrow types of the columns that pass through: those that all files declare, else text."""
-    import pyarrow as pa
+@dataclass(frozen=True)
+class Shard:
+    """The unit of a run: a range of records of one input file, which becomes one part.
 
-    schemas = [schema_of(source) for source in sources]
-    found = {}
-    for name in keep:
-        types = {None if schema is None else schema.field(name).type for schema in schemas}
-        found[name] = types.pop() if len(types) == 1 and None not in types else pa.string()
+    Attributes:
+        file: number of the input file.
+        start: number of its first record in the file.
+        stop: number of the record after its last.
+        before: records of the files in front.
+    """
+
+    file: int
+    start: int
+    stop: int
+    before: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def name(self) -> str:
+        """The name of its part, without the suffix."""
+        return f"part-{self.file:05d}-{self.start:08d}"
+
+
+@dataclass(frozen=True)
+class Work:
+    """A shard and its records, as they were read."""
+
+    shard: Shard
+    items: list[Item]
+
+    @property
+    def rows(self) -> list[Row]:
+        """The rows that are to be scored."""
+        return [item.row for item in self.items if item.row is not None]
+
+
+class Engine(Protocol):
+    """Scores the rows of a job, in one process or in many."""
+
+    def configuration(self) -> dict[str, Any]:
+        """Return what :meth:`Job.configuration` says of the models."""
+
+    def results(self, work: Iterable[Work]) -> Iterator[tuple[Work, list[Result]]]:
+        """Score shards, in any order; an error in reading is raised after the shards before it."""
+
+
+def differences(was: Mapping[str, Any], now: Mapping[str, Any], group: str = "") -> list[str]:
+    """Return the fields of ``now`` that were something else, as "field: was -> now"."""
+    found = []
+    for name, value in now.items():
+        before = was.get(name)
+        if isinstance(value, Mapping) and isinstance(before, Mapping):
+            both = {**dict.fromkeys(before), **value}
+            found += differences(before, both, f"{group}{name}.")
+        elif before != value:
+            found.append(f"{group}{name}: {before} -> {value}")
     return found
 
 
-def configuration_sha256(configuration: Mapping[str, Any]) -> str:
-    """SHA-256, in hex, of a configuration."""
-    return hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()
-
-
-def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The fields of ``now`` that were something else, as "field: was -> now"."""
-    before, after = dict(_flat(was)), dict(_flat(now))
-    # A field that is gone counts only where its group is there to be compared.
-    groups = tuple(f"{name}." for name, value in now.items() if isinstance(value, Mapping))
-    names = [*after, *(n for n in before if n not in after and groups and n.startswith(groups))]
-    return [
-        f"{name}: {before.get(name)} -> {after.get(name)}"
-        for name in names
-        if before.get(name) != after.get(name)
-    ]
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
 def model_sha256(base: nn.Module) -> str:
-    """SHA-256, in hex, of every parameter and buffer of the base model, adapters left out.
+    """Return the SHA-256, in hex, of every parameter and buffer of the base model.
 
-    About a second for each gigabyte.
+    Adapters are left out: the artifact has a hash of its own. About a second for each gigabyte.
     """
     digest = hashlib.sha256()
     tensors = {**dict(base.named_parameters()), **dict(base.named_buffers())}
@@ -232,12 +287,15 @@ def model_sha256(base: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def tokenizer_sha256(tokenizer: Any) -> str:
-    """SHA-256, in hex, of a tokenizer's rules (or its vocabulary, where they cannot be written),
-    and of its chat template."""
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the SHA-256, in hex, of a tokenizer's rules and chat template.
+
+    Where the rules cannot be written, the vocabulary stands for them.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    text = (
-        json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
-    )
+    if backend is None:
+        text = json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    else:
+        text = backend.to_str()
     template = getattr(tokenizer, "chat_template", None)
     return hashlib.sha256((text + str(template or "")).encode()).hexdigest()

@@ -1,44 +1,30 @@
-"""The engine of several GPUs or machines. Ray Data reads, places and repeats.
+"""The engine of several GPUs or machines: plain actors of Ray, one model each.
 
-One read task cuts the input into windows, on the machine that runs ``tfb score``; each is one
-block, so that Ray Data's back-pressure bounds how many are ahead. Blocks go to a pool of actors of
-one model each, and results come back in the order in which they are finished to this process, the
-only one that writes. So parts, manifest and resume are those of the local engine. Windows and
-results travel as Ray sends everything between a run's own processes, pickled; no file is.
-
-**Bit-identity.** A row's bits depend on its window, the model, the libraries (in the manifest), the
-kind of device and, on a CPU, the number of torch threads: workers take that of this process
-(``OMP_NUM_THREADS``). GPUs of different models round differently. A worker whose configuration is
-not that of the run, such as another copy of the model on another machine, refuses.
-
-**Failures.** The read task is a function of the files: lost blocks are read again. A worker that
-died is replaced by Ray and its window repeated, without end: attempts are counted here, and after
-``RETRIES`` more the run ends with an error. What was finished is kept.
+The driver, the process of ``tfb score``, is the only one that reads and writes: it hands the rows
+of a shard to an actor that has room, and writes what comes back. So parts and resume are those of
+the local engine. A row's bits depend on its shard, the model, the libraries, the kind of device
+and, on a CPU, the number of torch threads, which workers take from the driver.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import pickle
 import signal
-import sys
 import threading
-import warnings
-from collections import Counter
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tfb.scoring.job import Job, differences
-from tfb.scoring.scorer import Scored
-from tfb.scoring.windows import Window
+from tfb.data.rows import Row
+from tfb.scoring.job import Job, Work, differences
+from tfb.scoring.scorer import Result
 
-RETRIES = 3
+RETRIES = 3  # of an actor that died, and of the shard that it had
+IN_FLIGHT = 2  # shards of an actor: one that is scored, one that waits
 
 
 class EngineError(ValueError):
@@ -46,26 +32,24 @@ class EngineError(ValueError):
 
 
 def import_ray() -> Any:
-    """Ray with Ray Data.
+    """Import Ray.
 
     Raises:
-        ImportError: they are missing; names the extra.
+        ImportError: it is missing; names the extra.
     """
     # No word of a run leaves the machine. Ray reads this once.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        with _quietly():
-            import ray
-            import ray.data
+        import ray
     except ImportError as error:
         raise ImportError(
-            '--engine ray needs Ray Data, which is not installed; pip install "tfb[ray]"'
+            'engine=ray needs Ray, which is not installed; pip install "tfb[ray]"'
         ) from error
     return ray
 
 
 class RayEngine:
-    """A model in each of ``job.workers`` actors; see :class:`tfb.scoring.pipeline.LocalEngine`.
+    """A model in each of ``job.workers`` actors; see :class:`tfb.scoring.job.Engine`.
 
     Joins the cluster at ``job.ray_address`` (None: ``RAY_ADDRESS``, or a Ray of its own on this
     machine, which ends with the process). A worker takes one GPU where the cluster has any and
@@ -73,196 +57,112 @@ class RayEngine:
     under the same names on every machine, the input only here.
 
     Raises:
-        ImportError: no Ray. ConnectionError: no cluster there. ValueError: more workers than fit
-            on this machine.
+        ImportError: no Ray.
+        ConnectionError: no cluster there.
+        ValueError: more workers than fit on this machine.
     """
 
     def __init__(self, job: Job) -> None:
         self._ray = ray = import_ray()
         if not ray.is_initialized():
             _connect(ray, job.ray_address)
-        self._job = replace(job, model=_absolute(job.model), artifact=_absolute(job.artifact))
-        self._threads = torch.get_num_threads()
+        job = replace(job, model=_absolute(job.model), artifact=_absolute(job.artifact))
+        threads = torch.get_num_threads()
         total = ray.cluster_resources()
         gpu = total.get("GPU", 0) >= 1 and not (job.device or "cuda").startswith("cpu")
-        self._needs: dict[str, Any] = (
-            {"num_cpus": 1, "num_gpus": 1} if gpu else {"num_cpus": self._threads}
-        )
-        fit = int(total["GPU"]) if gpu else int(total.get("CPU", 0)) // self._threads
-        self._workers = job.workers or max(1, fit)
+        needs = {"num_cpus": 1, "num_gpus": 1} if gpu else {"num_cpus": threads}
+        fit = int(total["GPU"]) if gpu else int(total.get("CPU", 0)) // threads
+        workers = job.workers or max(1, fit)
         # A cluster may grow to what is asked for, this machine does not.
-        if self._workers > fit and job.ray_address is None:
-            each = "one GPU" if gpu else f"{self._threads} CPUs, one a torch thread"
+        if workers > fit and job.ray_address is None:
+            each = "one GPU" if gpu else f"{threads} CPUs, one a torch thread"
             raise ValueError(
-                f"--workers {self._workers}: each takes {each}, so {fit} fit; lower --workers"
-                + ("" if gpu else " or OMP_NUM_THREADS")
+                f"workers={workers}: each takes {each}, so {fit} fit; take fewer workers"
+                + ("" if gpu else " or a smaller OMP_NUM_THREADS")
             )
+        actor = ray.remote(Worker).options(max_restarts=RETRIES, max_task_retries=RETRIES, **needs)
+        self._actors = [actor.remote(job, threads) for _ in range(workers)]
 
     def configuration(self) -> dict[str, Any]:
-        """See :meth:`Job.configuration`; a worker's, since this machine may have no GPU."""
-        remote = self._ray.remote(_configuration).options(**self._needs)
-        with self._failures():
-            self._expected: dict[str, Any] = self._ray.get(remote.remote(self._job, self._threads))
+        """Return that of the first worker that is ready: this machine may have no GPU."""
+        asked = [actor.configuration.remote() for actor in self._actors]
+        self._expected = self._first(asked)[1]
         return self._expected
 
-    def scored(self, windows: Iterable[Window]) -> Generator[Scored, None, None]:
-        """Score windows in any order; the reader's error is raised after the windows before it.
-
-        Args:
-            windows: can be sent to the process that reads.
+    def results(self, work: Iterable[Work]) -> Iterator[tuple[Work, list[Result]]]:
+        """See :class:`tfb.scoring.job.Engine`; shards come as they are finished.
 
         Raises:
             EngineError: a worker has another configuration, or failed for good.
         """
-        broken: Exception | None = None
-        with self._failures():
-            batches = iter(self._dataset(windows).iter_batches(
-                batch_size=None, batch_format="pyarrow", prefetch_batches=0
-            ))  # fmt: skip
-            for table in batches:
-                for found in map(pickle.loads, table["result"].to_pylist()):
-                    if isinstance(found, EngineError):
-                        raise found
-                    if isinstance(found, Exception):
-                        broken = found
-                    else:
-                        yield found
-        if broken is not None:
-            raise broken
-
-    def _dataset(self, windows: Iterable[Window]) -> Any:
-        data = self._ray.data
-        with _quietly():
-            context = data.DataContext.get_current().copy()
-        attempts = self._ray.remote(_Attempts).options(num_cpus=0).remote(1 + RETRIES)
-        context.target_max_block_size = 1  # bytes: each window is a block
-        context.enable_progress_bars = False
-        with data.DataContext.current(context):
-            read = data.read_datasource(
-                _source(windows),
-                override_num_blocks=1,
-                num_cpus=0,  # it waits most of the time
-                label_selector={"ray.io/node-id": self._ray.get_runtime_context().get_node_id()},
-            )
-            return read.map_batches(
-                _Worker,
-                fn_constructor_args=(self._job, self._threads, self._expected, attempts),
-                batch_size=1,
-                batch_format="pyarrow",
-                compute=data.ActorPoolStrategy(size=self._workers),
-                **self._needs,
-            )
-
-    @contextmanager
-    def _failures(self) -> Iterator[None]:
+        shards = iter(work)
+        next_ = next(shards, None)
+        # A worker that is not there yet, as where a cluster is still growing, gets no shard.
+        flying: dict[Any, tuple[Any, Work | None]] = {
+            actor.configuration.remote(): (actor, None) for actor in self._actors
+        }
         try:
-            yield
+            while next_ is not None or any(found for _, found in flying.values()):
+                task, answer = self._first(list(flying))
+                actor, found = flying.pop(task)
+                for _ in range(IN_FLIGHT if found is None else 1):
+                    if next_ is not None:
+                        task = actor.score.remote(next_.rows, self._expected)
+                        flying[task] = actor, next_
+                        next_ = next(shards, None)
+                if found is not None:
+                    yield found, self._checked(answer)
+        finally:
+            for actor in self._actors:
+                self._ray.kill(actor)
+
+    def _first(self, tasks: list[Any]) -> tuple[Any, Any]:
+        """Wait for one of the tasks; return it and its answer."""
+        (task,), _ = self._ray.wait(tasks, num_returns=1)
+        try:
+            return task, self._ray.get(task)
         except self._ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None) or error
-            said = (str(cause).splitlines() or [""])[0]  # Ray's own are whole tracebacks
+            said = [line for line in str(cause).splitlines() if line.strip()] or [""]
             raise EngineError(
-                f"a Ray worker failed for good ({type(cause).__name__}: {said}); what was finished "
-                "is kept: see to it and continue with --resume"
+                f"a Ray worker failed for good ({type(cause).__name__}: {said[-1].strip()}); what "
+                "was finished is kept: see to it and continue with resume=True"
             ) from error
 
+    @staticmethod
+    def _checked(answer: tuple[list[str], list[Result]]) -> list[Result]:
+        others, results = answer
+        if others:
+            raise EngineError(
+                f"a worker has another configuration ({'; '.join(others)}); give all machines the "
+                "same files and libraries"
+            )
+        return results
 
-class _Worker:
-    """One model; scores one window a call."""
 
-    def __init__(self, job: Job, threads: int, expected: dict[str, Any], attempts: Any) -> None:
+class Worker:
+    """One model; scores the rows of one shard a call."""
+
+    def __init__(self, job: Job, threads: int) -> None:
         torch.set_num_threads(threads)
         bayes, tokenizer = job.load()
         self._scorer = job.scorer(bayes, tokenizer)
-        self._other = differences(expected, job.configuration(bayes, tokenizer))
-        self._attempts = attempts
+        self._configuration = job.configuration(bayes, tokenizer)
 
-    def __call__(self, batch: Any) -> Any:
-        (window,) = map(pickle.loads, batch["window"].to_pylist())
-        failed = isinstance(window, Exception)
-        return _column("result", window if failed else self._result(window))
+    def configuration(self) -> dict[str, Any]:
+        """Return what its results depend on."""
+        return self._configuration
 
-    def _result(self, window: Window) -> Scored | EngineError:
-        import ray
-
-        if self._other:
-            return EngineError(
-                f"a worker on {os.uname().nodename} has another configuration "
-                f"({'; '.join(self._other)}); give all machines the same files and libraries"
-            )
-        if not ray.get(self._attempts.another.remote(window.number)):
-            first = next((item.id for item in window.items if item.row), None)
-            return EngineError(
-                f"the {len(window.items)} rows from {first!r} on have ended each worker that took "
-                "them (out of memory?); what was finished is kept: see to it and continue with "
-                "--resume"
-            )
-        return self._score(window)
-
-    def _score(self, window: Window) -> Scored:
-        return self._scorer.compute(self._scorer.prepare(window))
-
-
-class _Attempts:
-    """Counts how often each window was begun."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._begun: Counter[int] = Counter()
-
-    def another(self, number: int) -> bool:
-        """Whether a window may be begun once more."""
-        self._begun[number] += 1
-        return self._begun[number] <= self._most
-
-
-def _configuration(job: Job, threads: int) -> dict[str, Any]:
-    torch.set_num_threads(threads)
-    return job.configuration(*job.load())
-
-
-def _source(windows: Iterable[Window]) -> Any:
-    """Windows as a source of Ray Data; in place of the one that cannot be read, the error."""
-    from ray.data import Datasource, ReadTask
-    from ray.data.block import BlockMetadata
-
-    folder = Path.cwd()
-
-    def read() -> Iterator[Any]:
-        os.chdir(folder)  # names of files in messages and keys stay as they were given
-        try:
-            for window in windows:
-                yield _column("window", window)
-        except (ValueError, OSError) as error:
-            yield _column("window", error)
-
-    class Windows(Datasource):
-        def estimate_inmemory_data_size(self) -> None:
-            return None
-
-        def get_read_tasks(self, *_: Any, **__: Any) -> list[Any]:
-            unknown = BlockMetadata(
-                num_rows=None, size_bytes=None, input_files=None, exec_stats=None
-            )
-            return [ReadTask(read, unknown)]
-
-    return Windows()
-
-
-def _column(name: str, value: Any) -> Any:
-    """A block of one row."""
-    import pyarrow as pa
-
-    limit = sys.getrecursionlimit()
-    sys.setrecursionlimit(4 * limit)  # pickle takes two levels where JSON, which was read, took one
-    try:
-        data = pickle.dumps(value)
-    finally:
-        sys.setrecursionlimit(limit)
-    return pa.table({name: pa.array([data], pa.binary())})
+    def score(
+        self, rows: Sequence[Row], expected: dict[str, Any]
+    ) -> tuple[list[str], list[Result]]:
+        """Return results, or how the configuration differs from that of the run."""
+        others = differences(expected, self._configuration)
+        return others, [] if others else self._scorer(rows)
 
 
 def _absolute(name: str) -> str:
-    """A folder's full name, since workers may run elsewhere; a hub's name stays."""
+    """Return a folder's full name, since workers may run elsewhere; a hub's name stays."""
     return str(Path(name).absolute()) if Path(name).exists() else name
 
 
@@ -270,19 +170,7 @@ def _connect(ray: Any, address: str | None) -> None:
     main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        with _quietly():
-            ray.init(
-                address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
-            )
+        ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     finally:
         if main:  # Ray sets its own
             signal.signal(signal.SIGTERM, handler)
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Ray Data announces every run, and warns of its own deprecated settings."""
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        yield

@@ -1,182 +1,315 @@
-"""One window of rows to the rows of one part: encode, predict, and errors as rows.
+"""Rows to result rows: encoded, batched by tokens, predicted. What cannot be scored is an error.
 
-A window's result depends on the window, the model and the settings alone (see
-:mod:`tfb.scoring.windows`), so it does not matter which process computes it, or when. Only where memory ran
-out are batches other ones; results are then the same to rounding.
+Results depend on the rows that are given together, the model and the settings alone, so it does
+not matter which process computes them, or when. Only where memory ran out are batches other ones;
+results are then the same to rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from tfb.data.batching import Batch, EncodedRows, batches, padded_tokens, token_batches
-from tfb.data.rows import Row, RowError
+from tfb.adapters.loading import class_names
+from tfb.data.batching import EncodedRows, batches, padded_tokens, token_batches
+from tfb.data.encoding import RowEncoder
+from tfb.data.readers import Record, iter_records
+from tfb.data.rows import Row, RowError, RowFormat
+from tfb.draws import Draws
 from tfb.model import BayesianModel
 from tfb.predictive import Predictive
-from tfb.sampling.adaptive import MOST
-from tfb.scoring.output import UNCERTAINTIES
-from tfb.scoring.rows import encoder, pad_token
-from tfb.scoring.windows import Item, Window, error_text
+from tfb.sampling.adaptive import Adaptive
+
+Result = dict[str, Any]
+"""A row of the output by column; one with an error has ``id`` and ``error`` alone."""
+
+UNCERTAINTIES = ("total", "aleatoric", "epistemic", "agreement", "standard_error")
+BATCH_TOKENS = 4096
+WINDOW = 1024  # rows that are encoded together while streaming
+LONGEST_ERROR = 2000  # characters
+OUT_OF_MEMORY = "out of memory, even alone in its batch; shorten it"
+NOT_FINITE = "the model returned NaN or Inf; check the adapter and the dtype"
+
+
+# --- what a model reads and gives -----------------------------------------------------------------
+
+
+def row_format(bayes: BayesianModel, columns: Mapping[str, str] | None = None) -> RowFormat:
+    """Return how data become rows for a model, by its task and ``labels``.
+
+    Raises:
+        ValueError: another number of labels than the model has classes.
+    """
+    names = class_names(bayes.task, bayes.base.config, bayes.labels)
+    return RowFormat(columns or {}, names, bayes.task)
+
+
+def row_encoder(
+    bayes: BayesianModel,
+    tokenizer: PreTrainedTokenizerBase,
+    truncate: str | None = None,
+    label_tokens: str | None = None,
+) -> RowEncoder:
+    """Return what encodes rows for a model, by its own ``label_tokens`` unless they are given."""
+    return RowEncoder.of(
+        tokenizer,
+        bayes.task,
+        bayes.base.config,
+        label_tokens=label_tokens or bayes.label_tokens,
+        length_normalization=bayes.config.length_normalization,
+        truncate=truncate,
+    )
+
+
+def result_columns(p: Predictive) -> dict[str, Tensor]:
+    """Return the computed columns of B rows, in float32 on the CPU.
+
+    ``prediction``, ``draws`` [B] int64; ``probs`` [B, K]; ``UNCERTAINTIES`` [B], the standard error
+    that of the predicted class; ``draw_probs`` [B, S, K] where draws were kept.
+    """
+    counts = p.draw_counts
+    found = {
+        "prediction": p.prediction,
+        "probs": p.probs,
+        **{name: getattr(p, name) for name in UNCERTAINTIES},
+        "standard_error": p.standard_error.gather(-1, p.prediction[:, None])[:, 0],
+        "draws": torch.full_like(p.prediction, len(p.draws)) if counts is None else counts,
+    }
+    if p.draw_probs is not None:
+        found["draw_probs"] = p.draw_probs.transpose(0, 1)
+    return {n: (t.float() if t.is_floating_point() else t).cpu() for n, t in found.items()}
+
+
+# --- records of the input, and their results ------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Item:
+    """One record of the input: a row to score, or what is wrong with it.
+
+    Attributes:
+        id: None where none could be read.
+        row: None with an error.
+        error: None with a row.
+        kept: the columns that pass through.
+    """
+
+    id: str | None
+    row: Row | None
+    error: str | None = None
+    kept: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_item(record: Record | Row, number: int, form: RowFormat, keep: Sequence[str] = ()) -> Item:
+    """Make a row of a record, or an error.
+
+    Args:
+        record: as it was read; a row stays as it is.
+        number: the record's number in the input, the id of one that brings none.
+        form: how fields become rows.
+        keep: columns that pass through.
+    """
+    if isinstance(record, Row):
+        return Item(record.id, record)
+    name, kept = None, dict[str, Any]()
+    try:
+        if record.fields is None:
+            raise RowError(record.fault or "cannot be read")
+        name = form.row_id(record.fields, record.place, number)
+        kept = _kept(record.fields, keep, record.place)
+        return Item(name, form.row(record.fields, record.place, number), None, kept)
+    except RowError as error:
+        return Item(name, None, _error(str(error), record.place), kept)
+
+
+def result_rows(items: Iterable[Item], results: Iterable[Result]) -> list[Result]:
+    """Return one result for each item, from the ``results`` of those that hold a row."""
+    found = iter(results)
+    return [
+        {"id": item.id, **item.kept, **({"error": item.error} if item.row is None else next(found))}
+        for item in items
+    ]
+
+
+def _kept(fields: Mapping[str, Any], keep: Sequence[str], place: str) -> dict[str, Any]:
+    kept = {name: fields.get(name) for name in keep}
+    try:
+        json.dumps(kept, ensure_ascii=False, default=str).encode()
+    except (ValueError, RecursionError) as error:
+        raise RowError(
+            f"{place}: a column that is to be kept ({', '.join(map(repr, keep))}) cannot be "
+            f"written ({type(error).__name__}); write it as proper Unicode"
+        ) from error
+    return kept
+
+
+def _error(text: str, place: str) -> str:
+    """Return a message that names its place and that any file can hold."""
+    text = text if text.startswith(place) else f"{place}: {text}"
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= LONGEST_ERROR else text[:LONGEST_ERROR] + " ..."
+
+
+# --- scoring --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A window, encoded."""
+    """Rows that were encoded, and the results of those that could not be.
 
-    window: Window
+    Attributes:
+        rows: those that were encoded.
+        encoded: their tokens; None if there are none.
+        faults: the results of the others, by position among all.
+    """
+
+    rows: list[Row]
     encoded: EncodedRows | None
-    """The rows without an error; None if there are none."""
-    positions: list[int]
-    """Of the encoded rows in the window."""
-    errors: dict[int, str]
-    """By position, what is wrong with the others."""
-
-
-@dataclass(frozen=True)
-class Scored:
-    """The rows of one part, in the order of the window."""
-
-    number: int
-    rows: list[dict[str, Any]]
-    errors: int
-    tokens: int
-    """Of the prompts that were scored."""
-    truncated: int
-    """Rows that were cut."""
-    share: float
-    """Of the input, up to the end of this window."""
+    faults: dict[int, Result]
 
 
 class Scorer:
-    """Scores windows with one model.
+    """Scores rows with one model.
 
     Args:
-        draws: antithetic draws of every row, or "auto". budget: padded tokens of a batch, of one
-            copy of the rows. per_draw: keep each draw's probabilities. logits: and logits.
-        truncate: see :class:`tfb.data.encoding.RowEncoder`. labels: names of the classes of text rows.
+        bayes: the model.
+        tokenizer: its tokenizer.
+        draws: a number of antithetic draws, :class:`Draws`, or "auto" or :class:`Adaptive`.
+        batch_tokens: most padded tokens of a batch, of one copy of its rows.
+        batch_size: most rows of a batch; None: any number.
+        per_draw: keep each draw's probabilities.
+        logits: keep each draw's logits, as the model gives them.
+        truncate: the side on which rows that are too long are cut; None: they are errors.
+        labels: names of the classes of text rows.
 
     Raises:
-        ValueError: ``per_draw`` or ``logits`` with "auto", where rows have different numbers.
+        ValueError: draws that the model cannot sample, or adaptive ones that are to be kept.
     """
 
     def __init__(
         self,
         bayes: BayesianModel,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         *,
-        draws: int | str = 10,
-        budget: int = 4096,
+        draws: int | Draws | Adaptive | str = 10,
+        batch_tokens: int = BATCH_TOKENS,
+        batch_size: int | None = None,
         per_draw: bool = False,
         logits: bool = False,
         truncate: str | None = None,
         labels: Sequence[str] | None = None,
     ) -> None:
-        if draws == "auto" and (per_draw or logits):
-            raise ValueError(
-                "draws 'auto': rows have different numbers of draws, keep none of them"
-            )
         self.bayes, self.labels = bayes, labels
-        self.encoder = encoder(bayes, tokenizer, truncate)
-        self.draws, self.per_draw, self.logits = draws, per_draw, logits
-        self.budget = budget
-        self._pad = pad_token(bayes, tokenizer)
-        # On a GPU the engine would go by the memory that happens to be free, and a pass of another
+        self.encoder = row_encoder(bayes, tokenizer, truncate)
+        self.batch_tokens, self.batch_size = batch_tokens, batch_size
+        self.per_draw, self.logits = per_draw, logits
+        self._draws = _resolved(bayes, draws, kept=per_draw or logits)
+        most = self._draws.most if isinstance(self._draws, Adaptive) else len(self._draws)
+        # On a GPU the model would go by the memory that happens to be free, and a pass of another
         # shape rounds differently.
-        all_draws = MOST if isinstance(draws, str) else draws
-        self._draws_per_pass = None if bayes.device.type == "cpu" else all_draws
-        self._copies = all_draws if bayes.mode == "full" else 1
+        self._draws_per_pass = None if bayes.device.type == "cpu" else most
+        self._copies = most if bayes.config.mode == "full" else 1
 
-    def prepare(self, window: Window) -> Prepared:
-        """Encode a window; touches the tokenizer only, so that another thread may do it."""
-        errors = {i: item.error for i, item in enumerate(window.items) if item.error is not None}
-        rows = {i: item.row for i, item in enumerate(window.items) if item.row is not None}
-        encoded, faulty = self._encode(rows)
-        if faulty:
-            rows = {i: row for i, row in rows.items() if i not in faulty}
-            encoded, _ = self._encode(rows)
-        return Prepared(window, encoded, list(rows), errors | faulty)
+    def __call__(self, rows: Sequence[Row]) -> list[Result]:
+        """Return one result for each row, in order."""
+        return self.compute(self.prepare(rows))
 
-    def compute(self, prepared: Prepared) -> Scored:
-        """Predict what was prepared."""
-        results: dict[int, dict[str, Any]] = {}
-        encoded, tokens, truncated = prepared.encoded, 0, 0
-        if encoded is not None:
-            tokens = sum(map(len, encoded.input_ids))
-            found = self._predict(encoded)
-            for i, cut in enumerate(encoded.truncated or ()):
-                if "error" not in found[i]:
-                    found[i]["truncated"] = cut
-                    truncated += cut > 0
-            results = {prepared.positions[i]: values for i, values in found.items()}
-        failed = {i: {"error": text} for i, text in prepared.errors.items()}
-        values = failed | results
-        rows = [self._row(item, values[i]) for i, item in enumerate(prepared.window.items)]
-        errors = sum(row["error"] is not None for row in rows)
-        window = prepared.window
-        return Scored(window.number, rows, errors, tokens, truncated, window.share)
-
-    def _encode(self, rows: dict[int, Row]) -> tuple[EncodedRows | None, dict[int, str]]:
-        """The rows encoded, or by position what is wrong with some of them, found by halving."""
-        if not rows:
-            return None, {}
-        at = list(rows)
+    def prepare(self, rows: Sequence[Row]) -> Prepared:
+        """Encode rows. Touches the tokenizer only, so that another thread may do it."""
         try:
-            encoded = self.encoder(list(rows.values()))
-        except RowError as error:
-            if len(rows) == 1:
-                return None, {at[0]: str(error)}
-            half = len(at) // 2
-            parts = ({i: rows[i] for i in at[:half]}, {i: rows[i] for i in at[half:]})
-            return None, {i: text for part in parts for i, text in self._encode(part)[1].items()}
-        empty = [i for i, ids in zip(at, encoded.input_ids, strict=True) if not ids]
-        return encoded, dict.fromkeys(empty, "no tokens; write text that the tokenizer knows")
+            return Prepared(list(rows), self._encoded(rows), {})
+        except RowError:
+            faults = self._faults(rows, range(len(rows)))
+        good = [row for i, row in enumerate(rows) if i not in faults]
+        return Prepared(good, self._encoded(good), faults)
+
+    def compute(self, prepared: Prepared) -> list[Result]:
+        """Predict what was prepared: one result for each row, in order."""
+        encoded, faults = prepared.encoded, prepared.faults
+        found = {} if encoded is None else self._predict(prepared.rows, encoded)
+        good = iter(range(len(found)))
+        n = len(found) + len(faults)
+        return [faults[i] if i in faults else found[next(good)] for i in range(n)]
 
     def batches(self, encoded: EncodedRows, rows: Iterable[int] | None = None) -> list[list[int]]:
-        """The rows of a window (positions; None: all) as this scorer batches them."""
-        return token_batches(encoded, self.budget, rows, copies=self._copies)
+        """Return the positions of encoded rows (None: of all) as this scorer batches them."""
+        found = token_batches(encoded, self.batch_tokens, rows, copies=self._copies)
+        n = self.batch_size or max(1, len(encoded))
+        return [batch[start : start + n] for batch in found for start in range(0, len(batch), n)]
 
-    def _predict(self, encoded: EncodedRows) -> dict[int, dict[str, Any]]:
-        """Results by position. Where memory runs out, the batch is split and the budget lowered."""
-        results: dict[int, dict[str, Any]] = {}
+    def _encoded(self, rows: Sequence[Row]) -> EncodedRows | None:
+        if not rows:
+            return None
+        encoded = self.encoder(rows)
+        for row, ids in zip(rows, encoded.input_ids, strict=True):
+            if not ids:
+                raise RowError(f"{_named(row)}: no tokens; write text that the tokenizer knows")
+        return encoded
+
+    def _faults(self, rows: Sequence[Row], at: Sequence[int]) -> dict[int, Result]:
+        """Find by halving which of the rows at these positions cannot be encoded."""
+        half = len(at) // 2
+        try:
+            self._encoded([rows[i] for i in at])
+        except RowError as error:
+            if half:
+                return self._faults(rows, at[:half]) | self._faults(rows, at[half:])
+            return {at[0]: _fault(rows[at[0]], str(error))}
+        return {}
+
+    def _predict(self, rows: Sequence[Row], encoded: EncodedRows) -> dict[int, Result]:
+        """Return results by position. Where memory runs out, the batch is split."""
+        results: dict[int, Result] = {}
         waiting = self.batches(encoded)
         while waiting:
             batch = waiting.pop(0)
+            half = len(batch) // 2
             try:
-                found = self._batch(encoded, batch, self._draws_per_pass)
-                if found is None and len(batch) == 1:
-                    found = self._batch(encoded, batch, 2)
-            except (ValueError, IndexError) as error:  # the engine refuses one of the rows
-                half = len(batch) // 2
+                found = self._batch(rows, encoded, batch, self._draws_per_pass)
+                if found is None and not half:
+                    found = self._batch(rows, encoded, batch, 2)
+            except (ValueError, IndexError) as error:  # the model refuses one of the rows
                 if half:
                     waiting[:0] = [batch[:half], batch[half:]]
-                else:
-                    results[batch[0]] = {"error": f"the model refuses it ({error})"}
-                continue
+                    continue
+                found = {batch[0]: _fault(rows[batch[0]], f"the model refuses it ({error})")}
             if found is not None:
                 results |= found
-            elif len(batch) == 1:
-                results[batch[0]] = {"error": "out of memory, even alone in its batch; shorten it"}
+            elif not half:
+                results[batch[0]] = _fault(rows[batch[0]], OUT_OF_MEMORY)
             else:
-                self.budget = max(1, min(self.budget, padded_tokens(encoded, batch)) // 2)
-                left = [i for b in [batch, *waiting] for i in b]
-                waiting = self.batches(encoded, left)
+                tokens = min(self.batch_tokens, padded_tokens(encoded, batch))
+                self.batch_tokens = max(1, tokens // 2)
+                waiting = self.batches(encoded, [i for b in [batch, *waiting] for i in b])
         return results
 
     def _batch(
-        self, encoded: EncodedRows, rows: list[int], draws_per_pass: int | None
-    ) -> dict[int, dict[str, Any]] | None:
-        """Results of one batch; None if memory ran out."""
-        results: dict[int, dict[str, Any]] = {}
-        chosen = encoded.subset(rows)
+        self,
+        rows: Sequence[Row],
+        encoded: EncodedRows,
+        at: Sequence[int],
+        draws_per_pass: int | None,
+    ) -> dict[int, Result] | None:
+        """Return the results of one batch by position; None if memory ran out."""
+        chosen, pad = encoded.subset(at), self.bayes.pad_token_id
+        results: dict[int, Result] = {}
         try:
-            for batch in batches(chosen, batch_size=len(rows), pad_token_id=self._pad):
-                values = self._values(batch, draws_per_pass)
-                at = [rows[i] for i in batch.indices.tolist()]
-                results |= zip(at, values, strict=True)
+            for batch in batches(chosen, batch_size=len(at), pad_token_id=pad):
+                columns = self._columns(batch.model_inputs(), batch.label_ids, draws_per_pass)
+                if self.encoder.truncate is not None and chosen.truncated is not None:
+                    columns["truncated"] = torch.tensor(chosen.truncated)[batch.indices]
+                table = zip(*(values.tolist() for values in columns.values()), strict=True)
+                for i, values in zip(batch.indices.tolist(), table, strict=True):
+                    found = dict(zip(columns, values, strict=True))
+                    results[at[i]] = self._result(rows[at[i]], found)
             return results
         except torch.OutOfMemoryError:
             pass  # left before the cache is emptied: the traceback holds the tensors
@@ -184,46 +317,116 @@ class Scorer:
             torch.cuda.empty_cache()
         return None
 
-    def _values(self, batch: Batch, draws_per_pass: int | None) -> list[dict[str, Any]]:
-        """The computed columns of each row of a batch."""
-        inputs, logits = batch.model_inputs(), None
-        if isinstance(self.draws, str):
+    def _columns(
+        self, inputs: dict[str, Tensor], label_ids: Tensor | None, draws_per_pass: int | None
+    ) -> dict[str, Tensor]:
+        if isinstance(self._draws, Adaptive):
             p = self.bayes.predict(
-                inputs, self.draws, label_ids=batch.label_ids, draws_per_pass=draws_per_pass
+                inputs, self._draws, label_ids=label_ids, draws_per_pass=draws_per_pass
             )
-        else:
-            draws = self.bayes.distinct_draws(self.draws, kept=self.per_draw or self.logits)
-            logits = self.bayes.logits(
-                inputs, draws, batch.label_ids, draws_per_pass=draws_per_pass
-            )
-            p = Predictive.from_logits(logits, draws, keep_draws=self.per_draw)
-        error = p.standard_error.gather(-1, p.prediction[:, None])[:, 0]
-        columns: dict[str, list[Any]] = {
-            "prediction": p.prediction.tolist(),
-            "probs": p.probs.float().tolist(),
-            **{n: getattr(p, n).float().tolist() for n in UNCERTAINTIES[:-1]},
-            UNCERTAINTIES[-1]: [None if e != e else e for e in error.float().tolist()],
-        }
-        counts = p.draw_counts
-        columns["draws"] = [len(p.draws)] * len(batch) if counts is None else counts.tolist()
-        if p.draw_probs is not None:
-            columns["draw_probs"] = p.draw_probs.float().transpose(0, 1).tolist()
-        if self.logits and logits is not None:
-            columns["draw_logits"] = logits.float().transpose(0, 1).tolist()
-        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        finite = p.probs.isfinite().all(-1).tolist()
-        fault = "the model returned NaN or Inf; check the adapter and the dtype"
-        return [row if good else {"error": fault} for row, good in zip(rows, finite, strict=True)]
+            return result_columns(p)
+        logits = self.bayes.logits(inputs, self._draws, label_ids, draws_per_pass=draws_per_pass)
+        p = self.bayes.predictive(logits, self._draws, keep_draws=self.per_draw)
+        kept = {"draw_logits": logits.float().transpose(0, 1).cpu()} if self.logits else {}
+        return result_columns(p) | kept
 
-    def _row(self, item: Item, values: dict[str, Any]) -> dict[str, Any]:
-        """A row of the output; columns that are not there are null."""
-        row: dict[str, Any] = {"id": item.id, **item.kept, **values}
-        error = values.get("error")
-        if item.row is not None and error is None:
-            row["label"] = item.row.label
-            names = item.row.choices or self.labels
-            row["choice"] = None if names is None else names[values["prediction"]]
-        elif item.row is not None and error and not error.startswith(item.row.source):
-            error = f"{item.row.source} (id {item.id!r}): {error}"
-        row["error"] = None if error is None else error_text(error)
-        return {**row, "key": f"{item.key:016x}"}
+    def _result(self, row: Row, values: Result) -> Result:
+        if not all(map(math.isfinite, values["probs"])):
+            return _fault(row, NOT_FINITE)
+        if math.isnan(values["standard_error"]):  # one independent draw tells of no error
+            values["standard_error"] = None
+        best, names = values["prediction"], row.choices or self.labels
+        choice = None if names is None else names[best]
+        first = {"id": row.id, "prediction": best, "choice": choice}
+        return {**first, **values, "label": row.label, "error": None}
+
+
+def _named(row: Row) -> str:
+    return f"{row.source} (id {row.id!r})"
+
+
+def _fault(row: Row, text: str) -> Result:
+    named = text if text.startswith(row.source) else f"{_named(row)}: {text}"
+    return {"id": row.id, "error": _error(named, row.source)}
+
+
+def _resolved(
+    bayes: BayesianModel, draws: int | Draws | Adaptive | str, *, kept: bool
+) -> Draws | Adaptive:
+    if isinstance(draws, str):
+        if draws != "auto":
+            raise ValueError(f"draws={draws!r}: expected a number, tfb.Draws or 'auto'")
+        draws = Adaptive()
+    if not isinstance(draws, Adaptive):
+        return bayes.distinct_draws(draws, kept=kept)
+    if kept:
+        raise ValueError("draws='auto': rows have different numbers of draws; keep none of them")
+    bayes.draws(2)  # refuses a model without sigma
+    return draws
+
+
+def score(
+    data: Any,
+    bayes: BayesianModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    draws: int | Draws | Adaptive | str = 10,
+    batch_size: int = 50,
+    per_draw: bool = False,
+    columns: Mapping[str, str] | None = None,
+    truncate: str | None = None,
+    errors: str = "raise",
+) -> Iterator[Result]:
+    """Stream one result for each row, in order, reading at most ``WINDOW`` rows ahead.
+
+    A result is a dict: id, prediction (index), choice (its text, or the class's name), probs,
+    total, aleatoric and epistemic (nats), agreement, standard_error, draws, label (None where there
+    is none); with ``truncate`` truncated (tokens left out), with ``per_draw`` draw_probs.
+
+    Args:
+        data: anything that holds rows, see :func:`tfb.data.readers.iter_rows`.
+        bayes: the model.
+        tokenizer: its tokenizer.
+        draws: as for ``bayes.predict``, "auto" included.
+        batch_size: most rows of a batch.
+        per_draw: keep each draw's probabilities.
+        columns: for our names of columns those of the data, where they differ.
+        truncate: "left" or "right": the side on which rows that are too long are cut.
+        errors: "raise", or "rows": a row that cannot be scored is a result with its reason in
+            ``error``, which is None in others.
+
+    Returns:
+        An iterator of results.
+
+    Raises:
+        RowError: a row that cannot be scored, with ``errors="raise"``; a file that cannot be read.
+        TypeError: data that holds no rows.
+        ValueError: settings that cannot work.
+    """
+    if errors not in ("raise", "rows"):
+        raise ValueError(f"errors={errors!r}: expected 'raise' or 'rows'")
+    form = row_format(bayes, columns)
+    scorer = Scorer(
+        bayes,
+        tokenizer,
+        draws=draws,
+        batch_size=batch_size,
+        per_draw=per_draw,
+        truncate=truncate,
+        labels=form.labels,
+    )
+    found = _stream(data, form, scorer)
+    return found if errors == "rows" else map(_good, found)
+
+
+def _stream(data: Any, form: RowFormat, scorer: Scorer) -> Iterator[Result]:
+    stream = enumerate(iter_records(data, form))
+    while window := [read_item(record, n, form) for n, record in islice(stream, WINDOW)]:
+        rows = [item.row for item in window if item.row is not None]
+        yield from result_rows(window, scorer(rows))
+
+
+def _good(result: Result) -> Result:
+    if (error := result.pop("error")) is not None:
+        raise RowError(error)
+    return result

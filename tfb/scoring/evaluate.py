@@ -1,0 +1,206 @@
+"""Predictions over an encoded set, as tensors in the rows' order, and what is measured by them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import PreTrainedTokenizerBase
+
+from tfb.data.batching import EncodedRows, batches
+from tfb.data.encoding import LABEL_TOKENS
+from tfb.data.readers import read_rows
+from tfb.data.rows import Row, RowError
+from tfb.draws import Draws
+from tfb.evaluation.metrics import PROBABILITY_FLOOR, Evaluation, apply_temperature
+from tfb.model import BayesianModel
+from tfb.predictive import Predictive
+from tfb.sampling.adaptive import Adaptive
+from tfb.scoring.scorer import NOT_FINITE, row_encoder, row_format
+from tfb.search.loss import passes_per_row
+
+
+def encode(
+    bayes: BayesianModel,
+    data: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    columns: Mapping[str, str] | None = None,
+    truncate: str | None = None,
+) -> EncodedRows:
+    """Read and encode rows for the model's task, by its ``label_tokens`` and ``labels``.
+
+    Args:
+        bayes: the model.
+        data: anything that holds rows, see :func:`tfb.data.readers.iter_rows`.
+        tokenizer: the model's.
+        columns: for our names of columns those of the data, where they differ.
+        truncate: "left" or "right": the side on which rows that are too long are cut.
+
+    Raises:
+        RowError: a row that the task, the tokenizer or the model cannot take.
+        ValueError: another number of labels than the model has classes.
+    """
+    rows = read_rows(data, row_format(bayes, columns))
+    return row_encoder(bayes, tokenizer, truncate)(rows)
+
+
+def predict_rows(
+    bayes: BayesianModel,
+    encoded: EncodedRows,
+    draws: int | Draws | Adaptive | str = 10,
+    *,
+    batch_size: int = 50,
+    keep_draws: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Predictive:
+    """Predict every encoded row; in float32 on the CPU.
+
+    Classes that a row does not have, where another has more, are zeros.
+
+    Args:
+        bayes: the model.
+        encoded: the rows.
+        draws: as for ``bayes.predict``. A number of draws at sigma = 0 is one draw, unless they are
+            kept.
+        batch_size: most rows of a batch.
+        keep_draws: keep each draw's probabilities.
+        progress: gets the number of rows just finished.
+
+    Raises:
+        ValueError: the model returned NaN or Inf; names the row.
+    """
+    chosen = draws
+    if not isinstance(draws, str | Adaptive):
+        chosen = bayes.distinct_draws(draws, kept=keep_draws)
+    widest = max(map(encoded.num_choices, range(len(encoded))))
+    found: dict[str, list[Tensor]] = {}
+    order: list[Tensor] = []
+    for batch in batches(
+        encoded, batch_size=batch_size, pad_token_id=bayes.pad_token_id, sort_by_length=True
+    ):
+        p = bayes.predict(
+            batch.model_inputs(), chosen, label_ids=batch.label_ids, keep_draws=keep_draws
+        )
+        if not bool(p.probs.isfinite().all()):
+            bad = int(batch.indices[(~p.probs.isfinite()).any(-1).cpu()][0])
+            raise ValueError(f"row {encoded.ids[bad]}: {NOT_FINITE}")
+        order.append(batch.indices)
+        for name in ("probs", "total", "aleatoric", "agreement", "standard_error", "draw_probs"):
+            if (value := getattr(p, name)) is not None:
+                wide = (0, widest - value.shape[-1]) if value.dim() > 1 else (0, 0)
+                found.setdefault(name, []).append(pad(value.float().cpu(), wide))
+        if progress is not None:
+            progress(len(batch))
+    back = torch.cat(order).argsort()
+    whole = {n: torch.cat(v, 1 if n == "draw_probs" else 0) for n, v in found.items()}
+    whole = {n: v[:, back] if n == "draw_probs" else v[back] for n, v in whole.items()}
+    return Predictive(**whole, draws=p.draws)
+
+
+def evaluations(
+    bayes: BayesianModel,
+    encoded: EncodedRows,
+    *,
+    dataset: str,
+    draws: int,
+    batch_size: int,
+    temperature: float | None = None,
+    sigmas: Mapping[str, float] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Evaluation]:
+    """Evaluate rows by the deterministic adapter, optionally with a temperature, and by TFB.
+
+    At sigma = 0 TFB is one pass, the deterministic one, without epistemic uncertainty.
+
+    Args:
+        bayes: the model.
+        encoded: the rows, all or none of them labelled.
+        dataset: their name.
+        draws: antithetic draws of each row.
+        batch_size: most rows of a batch.
+        temperature: adds the deterministic adapter at this temperature.
+        sigmas: a name for each sigma to sample at; None: {"tfb": bayes.sigma}.
+        progress: gets the number of rows just finished, once for each sigma.
+    """
+    labels = torch.tensor([-1 if y is None else y for y in encoded.labels])
+    known = None if bool((labels < 0).any()) else labels
+    cost = passes_per_row([len(ids) for ids in encoded.input_ids], draws, bayes.config.tail)
+
+    def predicted(draws_: Draws) -> Predictive:
+        return predict_rows(bayes, encoded, draws_, batch_size=batch_size, progress=progress)
+
+    def evaluation(name: str, probs: Tensor, total: Tensor, **more: Any) -> Evaluation:
+        return Evaluation(name, dataset, probs, known, total=total, **({"passes": 1.0} | more))
+
+    mean = predicted(Draws.mean())
+    found = [evaluation("deterministic", mean.probs, mean.total)]
+    if temperature is not None:
+        scaled = apply_temperature(mean.probs.clamp_min(1e-30).log(), temperature)
+        entropy = torch.special.entr(scaled).sum(-1)
+        found.append(evaluation("temperature-scaled", scaled, entropy))
+    sampled = (
+        {"tfb": bayes.draws(draws)}
+        if sigmas is None
+        else {
+            name: Draws.antithetic(draws, sigma, seed=bayes.config.seed)
+            for name, sigma in sigmas.items()
+        }
+    )
+    for name, chosen in sampled.items():
+        if chosen.sigmas[0] == 0.0:  # there is nothing to draw
+            found.append(evaluation(name, mean.probs, mean.total, draws=1))
+            continue
+        p = predicted(chosen)
+        parts = {"aleatoric": p.aleatoric, "epistemic": p.epistemic}
+        found.append(evaluation(name, p.probs, p.total, **parts, draws=draws, passes=cost))
+    return found
+
+
+def compare_label_tokens(
+    bayes: BayesianModel,
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    truncate: str | None = None,
+    batch_size: int = 50,
+) -> dict[str, float] | None:
+    """Measure by which tokens of the choices an adapter was trained.
+
+    Args:
+        bayes: the model.
+        rows: labelled choice rows.
+        tokenizer: the model's.
+        truncate: as for :func:`encode`.
+        batch_size: most rows of a batch.
+
+    Returns:
+        The NLL, in nats, by each of ``LABEL_TOKENS``, from one pass each. None where both give the
+        same tokens, one of them cannot be used, their difference is within two standard errors,
+        neither is better than a guess, or no more than half of the labels occur: then a model that
+        always says the same may have the lower NLL.
+    """
+    found: dict[str, EncodedRows] = {}
+    for name in LABEL_TOKENS:
+        try:
+            found[name] = row_encoder(bayes, tokenizer, truncate, name)(rows)
+        except RowError:
+            return None
+    if len({encoded.content_hash for encoded in found.values()}) == 1:
+        return None
+    losses: dict[str, Tensor] = {}
+    for name, encoded in found.items():
+        probs = predict_rows(bayes, encoded, Draws.mean(), batch_size=batch_size).probs.double()
+        chosen = probs.gather(1, torch.tensor(encoded.labels)[:, None])[:, 0]
+        losses[name] = -chosen.clamp_min(PROBABILITY_FLOOR).log()
+    all_, last = (losses[name] for name in LABEL_TOKENS)
+    guess = sum(math.log(len(row.choices or ())) for row in rows) / len(rows)
+    unsure = 2 * float((all_ - last).std()) / math.sqrt(len(rows)) if len(rows) > 1 else math.inf
+    figures = {name: float(loss.mean()) for name, loss in losses.items()}
+    told = abs(figures["all"] - figures["last"]) > unsure and min(figures.values()) < guess
+    most = max(len(row.choices or ()) for row in rows)
+    return figures if told and len({row.label for row in rows}) > most / 2 else None
