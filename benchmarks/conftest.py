@@ -1,4 +1,4 @@
-"""Options of the benchmarks, and what is measured once for all: the device's ceilings."""
+"""Options of the benchmarks, and what is measured once for all: the device's bandwidth."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks.environment import results_folder, shared_folder
-from benchmarks.timing import Bench, measure_ceilings
+from benchmarks.timing import Bench, measure_bandwidth
 
 _BENCH = pytest.StashKey[Bench]()
 
@@ -30,7 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def bench(request: pytest.FixtureRequest) -> Bench:
-    """Return the session's device, sizes and results; ceilings are measured here, once."""
+    """Return the session's device, sizes and results; its bandwidth is measured here, once."""
     _refuse_interpreter()
     option = request.config.getoption
     if option("--threads"):
@@ -43,7 +43,7 @@ def bench(request: pytest.FixtureRequest) -> Bench:
         toy=option("--toy"),
         seconds=option("--point-seconds") or (1.0 if device.type == "cuda" else 120.0),
         results=results_folder() if option("--record") else None,
-        ceilings=measure_ceilings(device, dtype),
+        bandwidth=measure_bandwidth(device),
     )
     request.config.stash[_BENCH] = made
     return made

@@ -30,6 +30,7 @@ MAX_COPIES = 64
 LOSS = 1.03  # a contender faster than ours by more than this is flagged
 MAX_REPEATS = 1000
 KERNELS = 8  # of a profile
+CPU = torch.device("cpu")
 QUANTILES = {"median": 0.5, "q10": 0.1, "q25": 0.25, "q75": 0.75, "q90": 0.9}
 
 Step = Callable[[int], object]
@@ -37,30 +38,9 @@ Step = Callable[[int], object]
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """What the device can do, measured here.
-
-    Attributes:
-        copy: Bytes/s of a copy; read and written bytes both count.
-        matmul: FLOP/s of a matrix product in one dtype.
-    """
-
-    copy: float
-    matmul: float
-
-
-@dataclass(frozen=True)
-class Work:
-    """The least that an operation must move (bytes) and compute (FLOP)."""
-
-    bytes: float
-    flops: float
-
-
 @dataclass
 class Bench:
-    """What the points of a session share; made once by conftest.
+    """What the points of a session share; without arguments for figures that no clock decides.
 
     Attributes:
         device: Where everything runs.
@@ -68,22 +48,17 @@ class Bench:
         toy: Whether sizes are tiny and rows no results.
         seconds: Time for one point's rounds; the number of rounds follows from it.
         results: Folder of the JSON lines; None to write nothing.
-        ceilings: Of the device.
+        bandwidth: Bytes/s of a copy on the device; read and written bytes both count.
         rows: What was measured so far.
     """
 
-    device: torch.device
-    dtype: torch.dtype
-    toy: bool
-    seconds: float
-    results: Path | None
-    ceilings: Ceilings
+    device: torch.device = CPU
+    dtype: torch.dtype = torch.float32
+    toy: bool = False
+    seconds: float = 0.0
+    results: Path | None = None
+    bandwidth: float = math.nan
     rows: list[Row] = field(default_factory=list)
-
-    @classmethod
-    def untimed(cls, results: Path | None, *, toy: bool = False) -> Bench:
-        """Return a session on a CPU in float32, for figures that no clock decides."""
-        return cls(torch.device("cpu"), torch.float32, toy, 0.0, results, Ceilings(1.0, 1.0))
 
     @property
     def dtype_name(self) -> str:
@@ -122,27 +97,15 @@ def elapsed(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Take the best of several copies of a large tensor, and products of large matrices."""
-    large = device.type == "cuda"
-    nbytes, size = 64 << 20, 1024
-    if large:
+def measure_bandwidth(device: torch.device) -> float:
+    """Return the bytes/s of the best of several copies of a large tensor."""
+    nbytes = 64 << 20
+    if device.type == "cuda":
         nbytes = min(8 << 30, torch.cuda.get_device_properties(0).total_memory // 8)
-        size = 8192
     source = torch.empty(nbytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    a = torch.randn(size, size, dtype=dtype, device=device)
-
-    def best(call: Callable[[], object]) -> float:
-        call()
-        return min(elapsed(call, device) for _ in range(10))
-
-    if large:
-        elapsed(lambda: [a @ a for _ in range(200)], device)  # so that clocks are up
-    return Ceilings(
-        copy=2 * nbytes / best(lambda: target.copy_(source)),
-        matmul=2 * size**3 / best(lambda: a @ a),
-    )
+    # Many, so that clocks are up.
+    return 2 * nbytes / min(elapsed(lambda: target.copy_(source), device) for _ in range(30))
 
 
 class Contender:
@@ -235,7 +198,7 @@ def compare(
     unit: str | None = None,
     parts: Collection[str] = (),
     skipped: Mapping[str, str] | None = None,
-    work: Work | None = None,
+    least_bytes: float | None = None,
     judge: Callable[[Row], list[Row]] | None = None,
     rounds: tuple[int, int] = (15, 40),
     details: Mapping[str, Any] | None = None,
@@ -254,7 +217,7 @@ def compare(
         unit: A step in whose time the others are expressed as well, paired like the ratios.
         parts: Steps that are part of the work and no rivals, so never a loss.
         skipped: Contenders that are left out, and why.
-        work: The least that ours must move and compute.
+        least_bytes: What ours must move at least.
         judge: From the finished row to its targets (see :func:`target`).
         rounds: The fewest and the most; between them ``bench.seconds`` decides.
         details: Further fields of the row.
@@ -276,8 +239,10 @@ def compare(
     }
     if unit is not None:
         row["in_units_of"] = {"name": unit, "ratios": _ratios(times, unit)}
-    if work is not None:
-        row["floor"] = _floor(work, bench.ceilings, found["ours"]["median"])
+    if least_bytes is not None:
+        least = least_bytes / bench.bandwidth
+        fraction = least / found["ours"]["median"]
+        row["floor"] = {"seconds": least, "fraction": fraction, "bytes": least_bytes}
     row["losses"] = [
         f"{k} is {1 / r['median']:.2f}x faster"
         for k, r in row["ratios"].items()
@@ -408,19 +373,6 @@ def quartiles(values: np.ndarray) -> dict[str, float]:
 
 def _ratios(times: Mapping[str, np.ndarray], unit: str) -> dict[str, dict[str, float]]:
     return {k: quartiles(v / times[unit]) for k, v in times.items() if k != unit}
-
-
-def _floor(work: Work, ceilings: Ceilings, ours: float) -> dict[str, float]:
-    """Return the time that the measured ceilings allow, and the share of it in ours."""
-    seconds = max(work.bytes / ceilings.copy, work.flops / ceilings.matmul)
-    return {
-        "seconds": seconds,
-        "fraction": seconds / ours,
-        "bytes": work.bytes,
-        "flops": work.flops,
-        "copy_bytes_per_second": ceilings.copy,
-        "matmul_flops_per_second": ceilings.matmul,
-    }
 
 
 def target(name: str, value: float, bound: float, *, at_least: bool) -> Row:

@@ -214,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("last-layer Laplace needs laplace-torch: pip install 'tfb[calibration]'")
     if options.threads:
         torch.set_num_threads(options.threads)
-    bench = Bench.untimed(RESULTS if options.record else None)
+    bench = Bench(results=RESULTS if options.record else None)
     environment()  # of the sources that are loaded now; they may change while this runs
     shared = shared_folder()
     wanted = []

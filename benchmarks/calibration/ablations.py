@@ -338,7 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    bench = Bench.untimed(RESULTS if options.record else None)
+    bench = Bench(results=RESULTS if options.record else None)
     studies = [load_study(name, options.adapters, SIZES[name]) for name in options.task]
     for study in studies:
         measure(study, bench)

@@ -138,7 +138,7 @@ def main() -> None:
         shared = shared_folder()
     except FileNotFoundError as error:
         raise SystemExit(str(error)) from error
-    measure(shared, Bench.untimed(results_folder() if options.record else None))
+    measure(shared, Bench(results=results_folder() if options.record else None))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from benchmarks.environment import environment
 from benchmarks.kernels import contenders
 from benchmarks.kernels.contenders import SIGMA, Layer, make_layer
-from benchmarks.timing import LOSS, Bench, Row, Step, Work, compare, record_skip, target
+from benchmarks.timing import LOSS, Bench, Row, Step, compare, record_skip, target
 from tfb.draws import Draws
 from tfb_kernels import gaussian_noise
 from tfb_kernels.noise import weight_noise
@@ -208,9 +208,9 @@ def judge_update(bench: Bench, point: Point, row: Row) -> list[Row]:
 
 
 def expand_floor(bench: Bench, point: Point) -> float:
-    """Return the seconds that expand's bytes or instructions take at the ceilings."""
+    """Return the seconds that expand's bytes or instructions take at least."""
     nbytes = sizes(bench, point)
-    by_bytes = (nbytes.base + nbytes.outputs) / bench.ceilings.copy
+    by_bytes = (nbytes.base + nbytes.outputs) / bench.bandwidth
     gpu = environment()["gpu"] or {}
     if torch.version.hip or not gpu.get("sm_clock_max_mhz"):
         return by_bytes
@@ -286,7 +286,7 @@ def test_update(benchmark: Any, kernels: Bench, wrong: dict[str, str], point: Po
         unit="base",
         parts=("expand",),
         skipped=skipped,
-        work=Work(nbytes.update, flops=0.0),
+        least_bytes=nbytes.update,
         judge=partial(judge_update, kernels, point),
         rounds=(20, 20),
     )

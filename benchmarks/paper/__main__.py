@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         setattr(options, name, tuple(dict.fromkeys(getattr(options, name))))
     setting = run.Setting(**{name: getattr(options, name) for name in NAMES})
     results = results_folder() if options.record else None
-    bench = Bench.untimed(results, toy=options.limit is not None)
+    bench = Bench(results=results, toy=options.limit is not None)
     found = []
     try:
         if options.json is not None and options.json.exists():

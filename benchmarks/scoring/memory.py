@@ -137,7 +137,7 @@ def main() -> None:
         shared = shared_folder()
     except FileNotFoundError as error:
         raise SystemExit(str(error)) from error
-    bench = Bench.untimed(results_folder() if options.record else None)
+    bench = Bench(results=results_folder() if options.record else None)
     row = measure(shared, bench, options.rows, options.threads)
     print(json.dumps({key: row[key] for key in ("bytes", "growth", "seconds", "targets")}))
 

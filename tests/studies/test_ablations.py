@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks.calibration import ablations
 from benchmarks.calibration.ablation_tables import ablations_table, plot_ablations
@@ -19,7 +18,7 @@ from benchmarks.calibration.ablations import (
     measure,
     settings,
 )
-from benchmarks.timing import Bench, Ceilings
+from benchmarks.timing import Bench
 from tfb.search.fit import SEARCH_DRAWS, TOLERANCE
 
 SIZES = Sizes(rows=24, shift_rows=16, anchors=20, counts=(16,))
@@ -94,14 +93,7 @@ def test_rows_and_tables(study: Study, tmp_path: Path, monkeypatch: pytest.Monke
         Setting("tail", 2, 16, tail=2, options={"objective": "min_nll"}),
     ]
     monkeypatch.setattr(ablations, "settings", lambda sizes, training_rows, task: iter(points))
-    bench = Bench(
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        toy=True,
-        seconds=0.0,
-        results=tmp_path,
-        ceilings=Ceilings(1.0, 1.0),
-    )
+    bench = Bench(toy=True, results=tmp_path)
     measure(study, bench)
     rows = [json.loads(x) for x in (tmp_path / "ablations.jsonl").read_text().splitlines()]
     assert len(rows) == len(points) + 1

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.kernels import sweep
-from benchmarks.kernels.sweep import NEVER, ROWS, UP_TO, Job, Sizes, Step
+from benchmarks.kernels import sweep, tiles
+from benchmarks.kernels.sweep import NEVER
+from benchmarks.kernels.tiles import Job, Sizes, Step
 from tfb_kernels import launch, tuning
 from tfb_kernels.launch import LaunchConfig
 
@@ -26,7 +27,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_candidates() -> None:
     """Ten to fifty a kernel and number of rows, none twice, and tiles that the kernels take:
     powers of two, products of at least 16 a side."""
-    for job in sweep.jobs(Sizes(), toy=False):
+    for job in tiles.jobs(Sizes(), toy=False):
         assert 10 <= len(job.candidates) == len(set(job.candidates)) <= 50, job.kernel
         for c in job.candidates:
             for size in (c.block_t, c.block_m, c.block_n, c.block_p, c.block_k, c.num_warps):
@@ -40,8 +41,8 @@ def test_candidates_that_come_to_one_launch_count_once() -> None:
     sizes = [LaunchConfig(block_m=m) for m in (64, 128, 256)]
     whole = Step(lambda made: None)
     shrunk = Step(lambda made: None, lambda config: min(config.block_m, 128))
-    assert sweep.distinct(sizes, {"a": whole, "b": shrunk}) == sizes
-    assert sweep.distinct(sizes, {"b": shrunk}) == sizes[:2]
+    assert tiles.distinct(sizes, {"a": whole, "b": shrunk}) == sizes
+    assert tiles.distinct(sizes, {"b": shrunk}) == sizes[:2]
 
 
 @pytest.mark.parametrize(
@@ -69,9 +70,10 @@ def test_launch_json_is_in_the_format_that_the_sweep_writes(table: Any, tmp_path
 def test_a_measured_entry_serves_every_rank_and_number_of_rows(table: Any, tmp_path: Path) -> None:
     """Rank 16's answers up to rank 32, by rows; the default's lines beyond."""
     default, kernels = table["architectures"]["default"]["kernels"], dict[str, Any]()
-    tiles = {rows: LaunchConfig(block_t=16 << i) for i, rows in enumerate(ROWS)}
-    for rows, up_to in zip(ROWS, UP_TO, strict=True):
-        sweep.add(kernels.setdefault("shrink", []), Job("shrink", rows, up_to, ()), tiles[rows])
+    sizes = Sizes()
+    best = {rows: LaunchConfig(block_t=16 << i) for i, rows in enumerate(sizes.rows)}
+    for rows, up_to in zip(sizes.rows, sizes.up_to, strict=True):
+        sweep.add(kernels.setdefault("shrink", []), Job("shrink", rows, up_to, ()), best[rows])
     sweep.finish(kernels, "shrink", default["shrink"])
     sweep.add(kernels.setdefault("mean", []), Job("mean", 50, None, ()), LaunchConfig(block_k=64))
     sweep.finish(kernels, "mean", default["mean"])
@@ -87,8 +89,8 @@ def test_a_measured_entry_serves_every_rank_and_number_of_rows(table: Any, tmp_p
     def chosen(kernel: str, rows: int, rank: int, arch: str = "sm_75") -> LaunchConfig:
         return launch.choose_config(kernel, rows=rows, rank=rank, arch=arch)
 
-    for rows in ROWS:
-        assert chosen("shrink", rows, 16) == chosen("shrink", rows, 32) == tiles[rows]
+    for rows in sizes.rows:
+        assert chosen("shrink", rows, 16) == chosen("shrink", rows, 32) == best[rows]
         for rank in (33, 64, 500):
             assert chosen("shrink", rows, rank) == chosen("shrink", rows, rank, "default")
     assert chosen("mean", 1 << 30, 0).block_k == 64
