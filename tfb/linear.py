@@ -33,9 +33,12 @@ MERGING = ("auto", "always", "never")
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """Noise that was generated: E [Q, r, n] float32 of one seed, and where each stream is in it.
+    """Noise that was generated; replaced as a whole, so that a thread never mixes two.
 
-    Replaced as a whole, so that a thread never pairs an index with another's noise.
+    Attributes:
+        seed: of all of it.
+        index: the place of each stream.
+        E: [Q, r, n] float32.
     """
 
     seed: int
@@ -44,8 +47,15 @@ class Pool:
 
 
 class Factors(NamedTuple):
-    """A' [r, n], B' [m, r] and 1 / d [r] on a device, which implementation takes them, and the
-    rows of a draw from which merging costs less than adding."""
+    """A layer's factors on a device.
+
+    Attributes:
+        A: A' [r, n].
+        B: B' [m, r].
+        inv_d: 1 / d [r].
+        impl: the implementation that takes them.
+        merge_rows: rows of a draw from which merging costs less than adding.
+    """
 
     A: Tensor
     B: Tensor
@@ -61,9 +71,10 @@ class LowRankSampler:
     streams in use, so that fixed draws generate their noise once and not once per batch.
 
     Attributes:
+        posterior: the layer's.
         merging: where each draw has an input of its own, a product with the merged weight W_s may
-            take the place of the base product and the update: "auto" from the number of rows on
-            where it costs less, "always" or "never".
+            take the place of the base product and the update. "auto": from the number of rows on
+            where it costs less. "always" or "never".
     """
 
     def __init__(self, posterior: LowRankPosterior) -> None:
@@ -81,24 +92,35 @@ class LowRankSampler:
         bias: Tensor | None = None,
         inplace: bool = False,
     ) -> Tensor:
-        """x [T, n] or [S, T, n], base likewise with m -> samples [S, T, m] in base's dtype.
+        """Add sampled updates to the base layer's output.
 
-        bias: [m], added to every draw. inplace: write into ``base`` (per-draw x).
+        Args:
+            x: [T, n], shared by all draws, or [S, T, n].
+            base: the base layer's output for x, [T, m] or [S, T, m].
+            draws: S draws.
+            bias: [m], added to every draw.
+            inplace: write into ``base`` (per-draw x).
+
+        Returns:
+            [S, T, m] in base's dtype.
         """
-        A, B, inv_d, impl, _ = self.factors(x.device, x.dtype)
-        t, p = draws.tensors(x.device), self.posterior
+        samples, pool, impl = self._samples(x, draws)
         if draws.noise == "token":  # there is no kernel for it
             impl = "reference"
-        drawn = (t.sigmas, t.streams, t.stream_index, t.draws_per_stream, t.seed)
-        samples = Samples(A, B, inv_d, *drawn, p.layer_id, p.scaling)
-        pool = self._kept_noise(draws, x.device)
         return add_samples(x, base, samples, draws.noise, pool, bias, impl, inplace)
 
     def merges(
         self, x: Tensor, rows: int, draws: Draws, weight: Tensor, *biases: Tensor | None
     ) -> bool:
-        """Whether x, an input of ``rows`` rows for each draw, is better multiplied by merged
-        weights than updated afterwards."""
+        """Tell whether to multiply by merged weights instead of adding updates afterwards.
+
+        Args:
+            x: an input for each draw.
+            rows: of one draw.
+            draws: S draws.
+            weight: of the base layer.
+            biases: what else is added.
+        """
         if self.merging == "never" or draws.noise != "weight" or x.dtype != weight.dtype:
             return False
         if self.merging == "auto" and rows < self.factors(x.device, x.dtype).merge_rows:
@@ -111,43 +133,49 @@ class LowRankSampler:
         )
 
     def merged(self, x: Tensor, weight: Tensor, bias: Tensor | None, draws: Draws) -> Tensor:
-        """x [S, T, n] -> x_s W_s^T + bias [S, T, m], W_s = weight [m, n] with draw s merged in."""
-        A, B, inv_d, impl, _ = self.factors(x.device, x.dtype)
-        t, p, noise = draws.tensors(x.device), self.posterior, self._kept_noise(draws, x.device)
-        S, m, run = len(draws), len(weight), t.draws_per_stream
+        """Compute x_s W_s^T + bias, W_s being the weight with draw s merged in.
 
-        def merge(start: int, end: int, out: Tensor | None) -> Tensor:
-            """Draws of whole streams, or of a part of one (or any, where run is 1)."""
-            index, streams, pool, together = t.stream_index[start:end], t.streams, noise, 1
-            if run > 1:
-                index, together = t.stream_index[: end - start], min(run, end - start)
-                of = slice(start // run, -(-end // run))
-                streams, pool = streams[of], None if pool is None else pool[of]
-            drawn = (t.sigmas[start:end], streams, index, together, t.seed)
-            samples = Samples(A, B, inv_d, *drawn, p.layer_id, p.scaling)
-            return merge_samples(weight, samples, pool, impl, out)
+        Args:
+            x: [S, T, n].
+            weight: [m, n].
+            bias: [m], or None.
+            draws: S draws.
 
+        Returns:
+            [S, T, m].
+        """
+        samples, pool, impl = self._samples(x, draws)
+        S, m, run = len(draws), len(weight), samples.run
         limit = MERGED_BYTES.get(x.device.type, MERGED_BYTES["cuda"])
         fit = max(1, limit // (weight.numel() * weight.itemsize))
+        # Whole streams, or equal parts of one.
         step = fit // run * run or next(k for k in range(fit, 0, -1) if run % k == 0)
-        parts = [(start, min(start + step, S)) for start in range(0, S, step)]
+        parts = [slice(start, min(start + step, S)) for start in range(0, S, step)]
         multiply: Any = torch.bmm if bias is None else partial(torch.baddbmm, bias)
         if torch.compiler.is_compiling() or _transformed(x):  # no memory of ours to write into
-            return torch.cat([multiply(x[a:b], merge(a, b, None).mT) for a, b in parts])
+            merged = (merge_samples(weight, *_part(samples, pool, p), impl, None) for p in parts)
+            return torch.cat([multiply(x[p], W.mT) for p, W in zip(parts, merged, strict=True)])
         scratch, y = _scratch(weight, min(step, S)), x.new_empty((S, x.shape[1], m))
-        for a, b in parts:
-            multiply(x[a:b], merge(a, b, scratch[: b - a]).mT, out=y[a:b])
+        for p in parts:
+            room = scratch[: p.stop - p.start]
+            W = merge_samples(weight, *_part(samples, pool, p), impl, room)
+            multiply(x[p], W.mT, out=y[p])
         return y
 
-    def _kept_noise(self, draws: Draws, device: torch.device) -> Tensor | None:
-        """What ``pool`` keeps where that is faster: a CPU generates fixed noise once; a GPU makes
-        it again faster than it reads it back, and a compiled graph that looked for it would be
-        compiled again for other streams."""
+    def _samples(self, x: Tensor, draws: Draws) -> tuple[Samples, Tensor | None, str]:
+        """Return what the operators are told, kept noise if there is any, the implementation."""
+        device = x.device
+        A, B, inv_d, impl, _ = self.factors(device, x.dtype)
+        t, p = draws.tensors(device), self.posterior
+        drawn = (t.sigmas, t.streams, t.stream_index, t.draws_per_stream, t.seed)
+        # A CPU generates fixed noise once. A GPU makes it again faster than it reads it back, and a
+        # compiled graph that looked for it would be compiled again for other streams.
         kept = draws.noise == "weight" and device.type == "cpu"
-        return self.pool(draws, device) if kept and not torch.compiler.is_compiling() else None
+        pool = self.pool(draws, device) if kept and not torch.compiler.is_compiling() else None
+        return Samples(A, B, inv_d, *drawn, p.layer_id, p.scaling), pool, impl
 
     def factors(self, device: torch.device, dtype: torch.dtype) -> Factors:
-        """The factors as the operators take them fastest where x has ``dtype``."""
+        """Return the factors as the operators take them fastest where x has ``dtype``."""
         key = device, dtype
         found = self._factors.get(key)
         if found is None:
@@ -165,7 +193,7 @@ class LowRankSampler:
         return found
 
     def pool(self, draws: Draws, device: torch.device) -> Tensor:
-        """E [Q, r, n] of these draws; each stream is generated on first use and kept.
+        """Return E [Q, r, n] of these draws; each stream is generated on first use and kept.
 
         Streams of one seed gather up to ``KEPT_STREAMS``, so that draws that run in parts, batch
         after batch, generate nothing twice.
@@ -178,10 +206,8 @@ class LowRankSampler:
         if new:
             if len(kept.index) + len(new) > KEPT_STREAMS:
                 kept, new = empty, list(wanted)  # start again with these draws alone
-            E = gaussian_noise(
-                draws.tensors(device).seed, self.posterior.layer_id,
-                torch.tensor(new, dtype=torch.int64, device=device), *self.posterior.A.shape,
-            )  # fmt: skip
+            seed, streams = draws.tensors(device).seed, torch.tensor(new, device=device)
+            E = gaussian_noise(seed, self.posterior.layer_id, streams, *self.posterior.A.shape)
             index = {**kept.index, **{q: len(kept.index) + i for i, q in enumerate(new)}}
             E = torch.cat([kept.E, E]) if kept.index else E
             self._pool = kept = Pool(draws.seed, index, E)
@@ -198,14 +224,29 @@ class LowRankSampler:
         _threads.scratch = None
 
 
+def _part(samples: Samples, pool: Tensor | None, part: slice) -> tuple[Samples, Tensor | None]:
+    """Return whole streams, or a part of one (or any draws, where ``run`` is 1)."""
+    run, sigmas = samples.run, samples.sigmas[part]
+    if run == 1:
+        return samples._replace(sigmas=sigmas, stream_index=samples.stream_index[part]), pool
+    of = slice(part.start // run, -(-part.stop // run))
+    found = samples._replace(
+        sigmas=sigmas,
+        streams=samples.streams[of],
+        stream_index=samples.stream_index[: part.stop - part.start],
+        run=min(run, part.stop - part.start),
+    )
+    return found, None if pool is None else pool[of]
+
+
 def _transformed(x: Tensor) -> bool:
-    """Whether x is inside a ``torch.func`` transform, or has a tangent."""
+    """Tell whether x is inside a ``torch.func`` transform, or has a tangent."""
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
     return wrapped or forward_ad.unpack_dual(x).tangent is not None
 
 
 def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Whether a module is one of ``kinds`` itself, and calling it runs nobody's hook."""
+    """Tell whether a module is one of ``kinds`` itself, and calling it runs nobody's hook."""
     held: Any = module
     hooks = held._forward_hooks or held._forward_pre_hooks
     hooks = hooks or every_module._global_forward_hooks or every_module._global_forward_pre_hooks
@@ -213,8 +254,10 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
 
 
 def plain_weight(base: nn.Module, *kinds: type[nn.Module]) -> tuple[Tensor | None, Tensor | None]:
-    """(weight, bias) of a layer that ``is_plain``, of ordinary tensors; (None, None) of any other
-    (quantized, offloaded)."""
+    """Return (weight, bias) of a layer that ``is_plain``.
+
+    (None, None) of any other, and where they are no ordinary tensors (quantized, offloaded).
+    """
     held: Any = base
     if not is_plain(base, *kinds) or type(held.weight) is not nn.Parameter:
         return None, None
@@ -225,8 +268,10 @@ _threads = threading.local()
 
 
 def _scratch(weight: Tensor, draws: int) -> Tensor:
-    """[draws, m, n] laid out as ``weight``; on a CPU the same memory for all layers of a thread,
-    since fresh pages cost as much as what is written to them."""
+    """Return room for [draws, m, n], laid out as ``weight``.
+
+    On a CPU it is the same for all layers of a thread: fresh pages cost as much as writing to them.
+    """
     if weight.device.type != "cpu":
         return like_weights(weight, draws)
     nbytes, kept = draws * weight.numel() * weight.itemsize, getattr(_threads, "scratch", None)
@@ -243,7 +288,12 @@ class BayesLoRALinear(nn.Module):
     """
 
     def __init__(self, base: nn.Module, posterior: LowRankPosterior) -> None:
-        """``base`` maps [..., n] to [..., m] (an nn.Linear, a quantized linear, Conv1D...)."""
+        """Put a posterior on a layer.
+
+        Args:
+            base: maps [..., n] to [..., m] (an nn.Linear, a quantized linear, Conv1D...).
+            posterior: of its update.
+        """
         super().__init__()
         self.base = base
         self.sampler = LowRankSampler(posterior)
@@ -252,10 +302,15 @@ class BayesLoRALinear(nn.Module):
     def from_weights(
         cls, base: nn.Module, A: Tensor, B: Tensor, scaling: float, layer_id: int = 0
     ) -> BayesLoRALinear:
-        """From LoRA's A [r, n], B [m, r] and scaling (alpha / r).
+        """Make the layer from LoRA's weights.
 
-        ``layer_id`` (unsigned 32 bits) names the layer's noise: give every layer of a model its
-        own, for example :func:`tfb.draws.stable_layer_id` of its name.
+        Args:
+            base: the layer that LoRA adapts.
+            A: LoRA's A [r, n].
+            B: LoRA's B [m, r].
+            scaling: LoRA's scaling (alpha / r).
+            layer_id: names the layer's noise, unsigned 32 bits. Give every layer of a model its
+                own, for example :func:`tfb.draws.stable_layer_id` of its name.
 
         Raises:
             AdapterError: weights that do not fit each other or the base, NaN or Inf, B = 0.
@@ -272,15 +327,16 @@ class BayesLoRALinear(nn.Module):
 
     @property
     def posterior(self) -> LowRankPosterior:
+        """The posterior of the layer's update."""
         return self.sampler.posterior
 
     def forward(self, x: Tensor, draws: Draws | None = None) -> Tensor:
-        """Deterministic, or S samples.
+        """Compute the deterministic output, or S samples.
 
         Args:
-            x: without draws [..., n]; with draws [T, n], shared by all (the base layer then runs
+            x: without draws [..., n]. With draws [T, n], shared by all (the base layer then runs
                 once), or [S, T, n], one input for each draw.
-            draws: the posterior draws, or None for the mean.
+            draws: the posterior draws. None: the mean.
 
         Returns:
             [..., m], or [S, T, m] with draws.
@@ -309,5 +365,6 @@ class BayesLoRALinear(nn.Module):
         return (base + self.posterior.scaling * update).to(base.dtype)
 
     def extra_repr(self) -> str:
+        """Say rank, scaling and noise identity."""
         p = self.posterior
         return f"rank={p.rank}, scaling={p.scaling:g}, layer_id={p.layer_id}"
