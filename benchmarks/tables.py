@@ -108,8 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"## {name}\n\n{content}\n")
         if options.readme and name in TABLES:
             page = PAGES.get(name, README)
-            text = fill(page.read_text(encoding="utf-8"), name, content)
-            page.write_text(text, encoding="utf-8")
+            before = page.read_text(encoding="utf-8")
+            if (after := fill(before, name, content)) != before:
+                page.write_text(after, encoding="utf-8")
     for name, draw in PLOTS.items():
         if options.plots and (rows := read(name, options.results)):
             draw(rows, FOLDER / "plots" / f"{name}.png")
