@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from tfb.data.batching import NO_LABEL, NO_TOKEN, EncodedRows, batches
+from tfb.data.batching import NO_LABEL, EncodedRows, batches
 from tfb.data.encoding import RowEncoder
 from tfb.data.readers import read_rows
 from tfb.data.rows import Row, RowError
@@ -388,119 +383,6 @@ def test_texts() -> None:
     assert batch.model_inputs().keys() == {"input_ids", "attention_mask", "token_type_ids"}
     assert batch.labels is not None and batch.labels.tolist() == [2, NO_LABEL]
     assert batch.label_ids is None
-
-
-def test_batch_of_choices() -> None:
-    rows = [
-        row("xyz", "A", "B", label=1, id="1"),
-        row("x", "A", "B", "C", id="2"),
-        row("xyzx", "A", "B", label=0, id="3"),
-    ]
-    encoded = encode_choices(rows, byte_bpe())
-    first, second = batches(encoded, batch_size=8, pad_token_id=0)
-    assert first.indices.tolist() == [0, 2] and second.indices.tolist() == [1]
-    assert first.attention_mask.tolist() == [[0, 1, 1, 1], [1, 1, 1, 1]]
-    assert first.position_ids.tolist() == [[0, 0, 1, 2], [0, 1, 2, 3]]
-    assert first.input_ids[0, 1:].tolist() == encoded.input_ids[0]
-    assert first.label_ids is not None and first.label_ids.shape == (2, 2)
-    assert first.labels is not None and first.labels.tolist() == [1, 0]
-    assert second.label_ids is not None and second.label_ids.shape == (1, 3)
-    assert second.labels is None and len(second) == 1
-    (longest, *_) = batches(encoded, batch_size=1, pad_token_id=0, sort_by_length=True)
-    assert longest.indices.tolist() == [2]
-    assert longest.to("cpu").input_ids.equal(longest.input_ids)
-
-
-def test_batches_of_one_kind_of_choices() -> None:
-    """Rows scored by label columns and rows scored by several tokens never share a batch."""
-    rows = [
-        row("x", "A", "B", id="1"),
-        row("x", "A", "Bxy", id="2"),
-        row("y", "B", "C", id="3"),
-        row("xx", "Ax", "C", id="4"),
-    ]
-    encoded = encode_choices(rows, byte_bpe())
-    single, several = batches(encoded, batch_size=8, pad_token_id=0)
-    assert single.indices.tolist() == [0, 2] and several.indices.tolist() == [1, 3]
-    assert single.label_ids is not None and single.label_ids.shape == (2, 2)
-    assert several.label_ids is not None and several.label_ids.shape == (2, 2, 3)
-    assert encoded.choice_ids is not None
-    expected = [[[*c, *[NO_TOKEN] * (3 - len(c))] for c in encoded.choice_ids[i]] for i in (1, 3)]
-    assert several.label_ids.tolist() == expected
-    assert encoded.subset([3, 0]).choice_ids == [encoded.choice_ids[3], None]
-
-
-def test_batch_arguments() -> None:
-    encoded = encode_choices([row("x", "A", "B")], byte_bpe())
-    with pytest.raises(ValueError, match="batch_size"):
-        batches(encoded, batch_size=0, pad_token_id=0)
-    with pytest.raises(ValueError, match="padding_side"):
-        batches(encoded, batch_size=1, pad_token_id=0, padding_side="top")
-
-
-@given(
-    shapes=st.lists(st.tuples(st.integers(1, 9), st.integers(2, 4)), min_size=1, max_size=20),
-    batch_size=st.integers(1, 6),
-    side=st.sampled_from(["left", "right"]),
-    sort=st.booleans(),
-)
-def test_batches_hold_every_row_once(
-    shapes: list[tuple[int, int]], batch_size: int, side: str, sort: bool
-) -> None:
-    encoded = EncodedRows(
-        ids=[str(i) for i in range(len(shapes))],
-        input_ids=[[100 * i + t for t in range(1, n + 1)] for i, (n, _) in enumerate(shapes)],
-        label_ids=[tuple(range(k)) for _, k in shapes],
-        labels=[0] * len(shapes),
-        choices=[LETTERS[:k] for _, k in shapes],
-    )
-    seen: list[int] = []
-    for batch in batches(
-        encoded, batch_size=batch_size, pad_token_id=0, padding_side=side, sort_by_length=sort
-    ):
-        assert 1 <= len(batch) <= batch_size
-        assert batch.attention_mask.sum(-1).max() == batch.input_ids.shape[1]
-        for ids, mask, index in zip(
-            batch.input_ids, batch.attention_mask, batch.indices.tolist(), strict=True
-        ):
-            assert ids[mask.bool()].tolist() == encoded.input_ids[index]
-            assert mask[-1 if side == "left" else 0] == 1
-            seen.append(index)
-    assert sorted(seen) == list(range(len(shapes)))
-
-
-def test_subset_and_content_hash() -> None:
-    rows = [row("x", "A", "B", label=i, id=str(i)) for i in range(2)]
-    encoded = encode_choices(rows, byte_bpe())
-    again = encode_choices(rows, byte_bpe())
-    assert encoded.content_hash == again.content_hash and len(encoded.content_hash) == 64
-    assert encoded.subset(range(2)).content_hash == encoded.content_hash
-    swapped = encoded.subset([1, 0])
-    assert swapped.ids == ["1", "0"] and swapped.labels == [1, 0] and len(swapped) == 2
-    changed = [
-        swapped,
-        encoded.subset([0]),
-        replace(encoded, labels=[0, 0]),
-        replace(encoded, ids=["0", "2"]),
-        replace(encoded, input_ids=[[1], [2]]),
-        replace(encoded, label_ids=[(1, 2), (3, 4)]),
-    ]
-    assert len({e.content_hash for e in [encoded, *changed]}) == 1 + len(changed)
-
-
-def test_hash_of_choices_of_several_tokens() -> None:
-    """It follows their tokens; a row without them keeps the hash it had before there were any."""
-    (plain,) = (encode_choices([row("x", "A", "B", label=1)], byte_bpe()),)
-    before = hashlib.sha256(json.dumps(["tfb-rows-1", None]).encode())
-    fields = ["r", plain.input_ids[0], (plain.label_ids or [])[0], 1, ["A", "B"], None]
-    before.update(json.dumps(fields, separators=(",", ":")).encode() + b"\n")
-    assert plain.content_hash == before.hexdigest()
-    assert replace(plain, choice_ids=[None]).content_hash == plain.content_hash
-    several = [
-        replace(plain, label_ids=[()], choice_ids=[ids])
-        for ids in (((1,), (2, 3)), ((1,), (2, 4)), ((1, 2), (3,)))
-    ]
-    assert len({e.content_hash for e in [plain, *several]}) == 4
 
 
 # --- the reference model --------------------------------------------------------------------------
