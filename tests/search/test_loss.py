@@ -221,6 +221,15 @@ def test_row_losses_are_those_of_predict_on_the_same_draws(
         assert float((table.rows - loss.baseline).abs().min()) > 1e3 * EXACT  # noise has an effect
 
 
+def test_losses_are_those_at_the_models_temperature() -> None:
+    bayes = build().configure(temperature=1.7, seed=5)
+    loss = loss_of(bayes, config=None)
+    draws = Draws.antithetic(6, 0.1, seed=5)
+    wanted = torch.cat([explicit(bayes, b, draws, "nll") for b in loss.anchors.batches])
+    torch.testing.assert_close(loss([0.1]).rows[0], wanted, rtol=EXACT, atol=EXACT)
+    assert float((loss.baseline - loss_of(bayes).baseline).abs().min()) > 1e3 * EXACT
+
+
 def test_classification_head() -> None:
     bayes = build("llama_classifier")
     text = EncodedRows(

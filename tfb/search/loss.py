@@ -278,7 +278,7 @@ class AnchorLoss:
             anchors: N rows.
             metric: one of ``METRICS``.
             draws: antithetic draws at each sigma.
-            config: its mode, tail and seed count. None: the model's.
+            config: its mode, tail, seed and temperature count. None: the model's.
             progress: called with the rows finished (rows x draws) after each pass.
         """
         anchors.check(metric)
@@ -391,7 +391,7 @@ class AnchorLoss:
                 mode=self.config.mode,
                 tail=self.config.tail,
             )
-            out = logits.double().softmax(-1).cpu()
+            out = (logits.double() / self.config.temperature).softmax(-1).cpu()
         _check_finite(out, draws)
         return self._label_loss(out, at) if self.metric == "expected_nll" else out
 
