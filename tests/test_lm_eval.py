@@ -16,10 +16,10 @@ from support.models import add_lora, causal, exact, llama, randomize
 
 import tfb
 from tfb import BayesianModel, Draws
+from tfb.adapters.loading import load_tokenizer
 from tfb.data.batching import batches
 from tfb.data.encoding import RowEncoder
 from tfb.data.readers import read_rows
-from tfb.scoring.rows import load_tokenizer, pad_token
 
 pytest.importorskip("lm_eval", reason='lm-evaluation-harness is an extra: "tfb[lm-eval]"')
 
@@ -53,7 +53,7 @@ def model_of(shared: Path, *, double: bool = True) -> Any:
 @pytest.fixture(scope="module")
 def bayes(shared: Path) -> BayesianModel:
     made = tfb.bayesianize(model_of(shared), seed=SEED)
-    made.sigma = SIGMA
+    made.configure(sigma=SIGMA)
     return made
 
 
@@ -223,8 +223,9 @@ def test_figures_of_a_task_are_our_own(
     exp(tfb's score); without noise, normalized over the choices, it is tfb's prediction."""
     model = shared / "models" / "stories260K"
     made = tfb.bayesianize(model_of(shared, double=False), seed=SEED)
-    made.sigma, made.source = SIGMA, shared / "adapters" / "stories260K-clinc-domain"
-    made.save(tmp_path / "artifact")
+    made.configure(sigma=SIGMA)
+    made.source = shared / "adapters" / "stories260K-clinc-domain"
+    tfb.save(made, tmp_path / "artifact")
     results = lm_eval.simple_evaluate(
         model="tfb",
         model_args=f"pretrained={model},artifact={tmp_path / 'artifact'},draws={DRAWS}",
@@ -237,7 +238,7 @@ def test_figures_of_a_task_are_our_own(
     assert encoded.choice_ids is not None and None not in encoded.choice_ids
     hits = 0
     values: dict[int, list[float]] = {}
-    for batch in batches(encoded, batch_size=8, pad_token_id=pad_token(made, tokenizer)):
+    for batch in batches(encoded, batch_size=8, pad_token_id=made.pad_token_id):
         # Not normalized over the choices in each draw: the harness compares them as they are.
         scores = made.logits(batch.model_inputs(), made.draws(DRAWS), batch.label_ids)
         assert batch.labels is not None
@@ -284,10 +285,10 @@ def test_refusals(bayes: BayesianModel, tokenizer: Any, monkeypatch: pytest.Monk
     refused("draws=3: antithetic draws come in pairs", bayes, tokenizer=tokenizer, draws=3)
     token = Draws.antithetic(2, SIGMA, noise="token")
     refused("needs weight noise", bayes, tokenizer=tokenizer, draws=token)
+    bayes.configure(mode="tail", tail=1)
+    refused("mode='tail', noise at the last positions", bayes, tokenizer=tokenizer)
+    bayes.configure(mode="full")
     with monkeypatch.context() as patch:
-        patch.setattr(bayes, "mode", "tail")
-        refused("mode='tail', noise at the last positions", bayes, tokenizer=tokenizer)
-        patch.setattr(bayes, "mode", "full")
         patch.setattr(bayes, "task", "SEQ_CLS")
         refused("a causal language model, not SEQ_CLS", bayes, tokenizer=tokenizer)
     lm = BayesianLM(bayes, tokenizer=tokenizer, draws=2, max_length=4)

@@ -2,32 +2,23 @@
 
     python -m tfb.lm_eval --model tfb --model_args pretrained=M,artifact=DIR,draws=10 --tasks ...
 
-    loglikelihood           log mean_s prod_t p_s(token t | context and earlier tokens): a draw is
-                            one weight sample for the whole continuation, so products come before
-                            the average
-    is_greedy               every token is the most likely one of mean_s p_s(. | what is before
-                            it), the distribution that bayes.generate takes its tokens from
-    loglikelihood_rolling   likewise over all windows of a text
-    generate_until          bayes.generate
-
-Tokenization, windows, truncation from the left with a warning, stop sequences and chat templates
-are the harness's own (its HFLM), so that at sigma = 0 results are those of model ``hf``. Unlike
-``tfb evaluate``, the harness does not normalize over the choices of a row in each draw.
-
-Importing this file imports lm_eval, an extra: pip install "tfb[lm-eval]".
+Tokenization, windows, truncation, stop sequences and chat templates are the harness's own (its
+HFLM), so that at sigma = 0 results are those of model ``hf``. The harness does not normalize over
+the choices of a row in each draw, as ``tfb evaluate`` does. Extra: pip install "tfb[lm-eval]".
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 try:
     from lm_eval.api.registry import register_model
@@ -46,15 +37,19 @@ from tfb.sampling.forward import draws_that_fit, evaluating, split
 from tfb_kernels import NOISE_VERSION
 
 log = logging.getLogger(__name__)
-Encoded = tuple[list[int], list[int]]  # tokens of the context and of what follows it
+Encoded = tuple[list[int], list[int]]  # tokens of the context and of its continuation
 
-# Log-probabilities of one pass, draws x rows x positions x vocabulary: 1 GiB of float32.
-_MOST = 1 << 28
+_MOST = 1 << 28  # log-probabilities of one pass: 1 GiB of float32
 
 
 @register_model("tfb")
 class BayesianLM(HFLM):
-    """A :class:`BayesianModel` as the harness sees a causal language model."""
+    """A :class:`BayesianModel` as the harness sees a causal language model.
+
+    A draw is one weight sample for all tokens of a continuation, and for all windows of a text:
+    log-likelihoods are log mean_s prod_t p_s(token t | what is before it). Greedy is a continuation
+    whose every token is the most likely one of mean_s p_s, as ``bayes.generate`` writes it.
+    """
 
     def __init__(
         self,
@@ -76,12 +71,14 @@ class BayesianLM(HFLM):
             pretrained: the base model's folder or hub name; or a BayesianModel, which then needs
                 ``tokenizer``.
             artifact: the folder written by ``tfb fit``, with the base model's name.
-            tokenizer: a tokenizer or the name of one; default: the base model's.
+            tokenizer: a tokenizer or the name of one. Default: the base model's.
             draws: a number of antithetic draws at the artifact's sigma and seed, or Draws.
-            draws_per_pass: most draws in one forward pass; None: as many as fit into memory.
+            draws_per_pass: most draws in one forward pass. None: as many as fit into memory.
             batch_size: rows in a pass, a number ("auto" is not supported).
-            max_length, add_bos_token, prefix_token_id: as for the harness's model ``hf``.
-            device: where to move the model; None, or a GPU that is not there: where it is.
+            max_length: as for the harness's model ``hf``.
+            add_bos_token: likewise.
+            prefix_token_id: likewise.
+            device: where to move the model. None, or a GPU that is not there: where it is.
 
         Raises:
             ValueError: artifact or tokenizer missing, not a causal language model, tail mode,
@@ -96,21 +93,12 @@ class BayesianLM(HFLM):
                 raise ValueError("tfb: artifact is missing; name the folder written by tfb fit")
             bayes = load(pretrained, artifact)
             tokenizer = pretrained if tokenizer is None else tokenizer
-        if bayes.task != "CAUSAL_LM":
-            raise ValueError(f"tfb: needs a causal language model, not {bayes.task}")
-        if bayes.config.mode != "full":
-            raise ValueError(
-                f"tfb: sigma was searched with mode={bayes.config.mode!r}, noise at the last positions "
-                "of a prompt only, which continuations of several tokens do not have; fit with "
-                "mode 'full'"
-            )
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ValueError(f"tfb: batch_size={batch_size!r} is not supported; give a number")
         self.bayes = bayes
         self.draws = bayes.draws(draws)
         self.draws_per_pass = draws_per_pass
-        if self.draws.noise != "weight":
-            raise ValueError("tfb: needs weight noise, one weight sample for all tokens")
+        _check(bayes, self.draws)
         if device is not None and not torch.cuda.is_available() and device.startswith("cuda"):
             # The harness asks for "cuda:0" where its user asked for nothing.
             log.warning("no %s here: the model stays on %s", device, bayes.device)
@@ -130,7 +118,7 @@ class BayesianLM(HFLM):
         self._model = bayes.base
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness writes beside its results, and what was sampled."""
+        """Return what the harness writes beside its results, and what was sampled."""
         posterior = {
             "sigma": sorted({abs(sigma) for sigma in self.draws.sigmas}),
             "seed": self.draws.seed,
@@ -153,7 +141,7 @@ class BayesianLM(HFLM):
         return found
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Texts' log-probabilities; a draw is the same weight sample in all windows of a text."""
+        """Return the texts' log-probabilities."""
         windows: list[Encoded] = []
         owner: list[int] = []
         for i, request in enumerate(requests):
@@ -173,11 +161,13 @@ class BayesianLM(HFLM):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, answer)
         return found
 
+    @torch.no_grad()
     def score(self, requests: Sequence[Encoded]) -> tuple[Tensor, list[bool]]:
-        """Log-probability of each continuation under each draw, [S, N] float64 on the CPU, and
-        whether greedy decoding from the averaged distribution would write it.
+        """Score continuations; those that differ in their last token alone share a row.
 
-        Continuations that differ in their last token alone share a row of the batch.
+        Returns:
+            The log-probability of each under each draw, [S, N] float64 on the CPU; and whether
+            greedy decoding from the averaged distribution would write it.
 
         Raises:
             ValueError: an empty context or continuation, or a continuation longer than the model.
@@ -191,62 +181,54 @@ class BayesianLM(HFLM):
                 )
             tokens = (context + rest)[-(self.max_length + 1) :]
             shared.setdefault(tuple(tokens[:-1]), []).append(i)
-        cut = sum(len(context) + len(rest) > self.max_length + 1 for context, rest in requests)
-        if cut:
-            log.warning(
-                "%d of %d requests are cut from the left to %d tokens",
-                cut, len(requests), self.max_length,
-            )  # fmt: skip
+        if cut := sum(len(c) + len(rest) > self.max_length + 1 for c, rest in requests):
+            told = "%d of %d requests are cut from the left to %d tokens"
+            log.warning(told, cut, len(requests), self.max_length)
         by_draw = torch.zeros(len(self.draws), len(requests), dtype=torch.float64)
         greedy = [False] * len(requests)
-        rows = sorted(shared, key=lambda row: -len(row))  # what is too large for memory fails first
+        rows = sorted(shared, key=len, reverse=True)  # what is too large for memory fails first
         for start in range(0, len(rows), self.batch_size):
             part = rows[start : start + self.batch_size]
             asked = [(j, i) for j, row in enumerate(part) for i in shared[row]]
-            keep = max(len(requests[i][1]) for _, i in asked)
-            mean: Tensor | None = None
-            done = 0
+            targets = {i: torch.tensor(requests[i][1]) for _, i in asked}
+            keep = max(map(len, targets.values()))
+            mean, done = torch.tensor(-math.inf), 0
             for log_p in self._log_probabilities(part, keep):  # [s, B, keep, V]
                 for j, i in asked:
-                    target = torch.tensor(requests[i][1], device=log_p.device)
-                    own = log_p[:, j, keep - len(target) :]
-                    picked = own.gather(-1, target.expand(len(own), -1)[..., None])
-                    by_draw[done : done + len(own), i] = picked.double().sum((1, 2)).cpu()
+                    own = log_p[:, j, -len(targets[i]) :]
+                    target = targets[i].to(own.device).expand(len(own), -1)[..., None]
+                    each = own.gather(-1, target).double().sum((1, 2))
+                    by_draw[done : done + len(own), i] = each.cpu()
                 done += len(log_p)
-                total = log_p.logsumexp(0) if len(log_p) > 1 else log_p[0]
-                mean = total if mean is None else torch.logaddexp(mean, total)
-            assert mean is not None
+                mean = torch.logaddexp(mean.to(log_p), log_p.logsumexp(0))
             best = mean.argmax(-1).cpu()
             for j, i in asked:
-                target = torch.tensor(requests[i][1])
-                greedy[i] = best[j, keep - len(target) :].equal(target)
+                greedy[i] = best[j, -len(targets[i]) :].equal(targets[i])
         return by_draw, greedy
 
-    @torch.no_grad()
-    def _log_probabilities(self, rows: Sequence[tuple[int, ...]], keep: int) -> Any:
-        """Parts of the draws, [s, B, keep, V]: after each of the last ``keep`` tokens of a row."""
-        width = max(len(row) for row in rows)
-        ids = torch.zeros(len(rows), width, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for j, row in enumerate(rows):
-            ids[j, width - len(row) :], mask[j, width - len(row) :] = torch.tensor(row), 1
-        inputs, _ = self.bayes.inputs({"input_ids": ids, "attention_mask": mask}, "full")
-        last = dict.fromkeys(self.bayes.last_logits, keep)
-        V = int(self.bayes.base.config.get_text_config().vocab_size)
-        device = self.bayes.device
-        fit = draws_that_fit(self.bayes.base, len(self.draws), ids.numel(), device)
-        most = self.draws_per_pass or max(1, min(fit, _MOST // (len(rows) * keep * V)))
-        with evaluating(self.bayes.model):
-            for draws in split(self.draws, most, device):
-                with self.bayes.sampling(draws):
-                    logits = self.bayes.model(**inputs, **last).logits[:, -keep:]
+    def _log_probabilities(self, rows: Sequence[tuple[int, ...]], keep: int) -> Iterator[Tensor]:
+        """Yield [s, B, keep, V] for parts of the draws, after the last ``keep`` tokens of a row."""
+        bayes = self.bayes
+        ids = [torch.tensor(row) for row in rows]
+        mask = pad_sequence([torch.ones_like(i) for i in ids], batch_first=True)
+        batch = {"input_ids": pad_sequence(ids, batch_first=True), "attention_mask": mask}
+        inputs, _ = bayes.inputs(batch, "full")
+        last = dict.fromkeys(bayes.last_logits, keep)
+        scored = len(rows) * keep
+        fit = draws_that_fit(bayes.base, len(self.draws), mask.numel(), bayes.device)
+        vocabulary = int(bayes.base.config.get_text_config().vocab_size)
+        most = self.draws_per_pass or max(1, min(fit, _MOST // (scored * vocabulary)))
+        with evaluating(bayes.model):
+            for draws in split(self.draws, most, bayes.device):
+                with bayes.sampling(draws):
+                    logits = bayes.model(**inputs, **last).logits[:, -keep:]
                 logits = logits if logits.dtype == torch.float64 else logits.float()
                 yield logits.log_softmax(-1).unflatten(0, (len(draws), -1))
 
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], **options: Any
     ) -> Tensor:
-        """Whole sequences [B, T + L]; options that cannot work with several draws are refused."""
+        """Return whole sequences [B, T + L]."""
         if not options.get("do_sample"):
             options |= {"do_sample": False}
             options.pop("temperature", None)  # greedy decoding has none
@@ -262,8 +244,21 @@ class BayesianLM(HFLM):
         ).sequences
 
 
+def _check(bayes: BayesianModel, draws: Draws) -> None:
+    if bayes.task != "CAUSAL_LM":
+        raise ValueError(f"tfb: needs a causal language model, not {bayes.task}")
+    if bayes.config.mode != "full":
+        raise ValueError(
+            f"tfb: sigma was searched with mode={bayes.config.mode!r}, noise at the last positions "
+            "of a prompt only, which continuations of several tokens do not have; fit with "
+            "mode 'full'"
+        )
+    if draws.noise != "weight":
+        raise ValueError("tfb: needs weight noise, one weight sample for all tokens")
+
+
 def _averaged(by_draw: Tensor) -> Tensor:
-    """log mean_s exp: [S, N] -> [N]."""
+    """Compute log mean_s exp: [S, N] -> [N]."""
     return torch.logsumexp(by_draw, 0) - math.log(len(by_draw))
 
 
