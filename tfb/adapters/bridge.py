@@ -138,7 +138,8 @@ def bayesianize(
     check_label_tokens(label_tokens)
     task = _check_adapter(peft_model, adapter)
     assert isinstance(peft_model, PeftModel)  # _check_adapter said so
-    adapted = _adapted_modules(peft_model.get_base_model(), adapter)
+    base: Any = peft_model.get_base_model()
+    adapted = _adapted_modules(base, adapter)
     names = select_layers(list(adapted), layers)
     _check_layers({name: adapted[name] for name in names}, adapter)
     if posteriors is None:
@@ -148,7 +149,7 @@ def bayesianize(
         raise AdapterError(f"saved posterior and adapter differ in modules: {', '.join(odd[:8])}")
     samplers = {name: LowRankSampler(posteriors[name]) for name in names}
     config = SamplingConfig(seed=seed) if config is None else config
-    check_possible(config, peft_model.get_base_model(), task)
+    check_possible(config, base, task)
     return BayesianModel(
         peft_model,
         adapter,

@@ -183,7 +183,7 @@ def _sampled(
     bayes: BayesianModel, sigma: float, stream: int, seed: int, dtype: str, rounding: Rounding
 ) -> dict[str, Tensor]:
     """Return the sampled modules' tensors of one draw, by their names in the file."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, p in bayes.posteriors.items():
         kind = p.A.dtype if dtype == "auto" else getattr(torch, dtype)
         exact = p.sample_A(sigma, stream, seed)
