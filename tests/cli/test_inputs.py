@@ -48,7 +48,8 @@ def test_every_command_reads_every_file(
         assert code == 0, (command, err)
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["metrics"]["tfb"]["rows"] == 9 and figures["truncated"] == 0
-    scored = pq.read_table(tmp_path / "out" / "part-00000.parquet").to_pylist()
+    (part,) = (tmp_path / "out").glob("part-*")
+    scored = pq.read_table(part).to_pylist()
     assert [(r["id"], r["label"], int(r["weight"])) for r in scored] == [
         (str(i), i % 3, i) for i in range(9)
     ]
@@ -84,11 +85,11 @@ def test_what_the_options_cannot_be(
         ((), "rows.csv: no column 'text'"),
         (("--columns", "text=sentence"), "no label; metric nll needs one on every row"),
         (("--columns", "text=sentence,label=gold"), "the label 'bad' is text; classes lack names"),
-        (("--labels", "yes,no,"), "labels: a name is empty"),
+        (("--labels", "yes,no,"), "none of them empty"),
         (("--labels", "a,b"), "labels: 2 names, but the head has 3 classes"),
         (("--labels", "a,a,b"), "'a' stands twice"),
-        (("--truncate", "top"), "truncate='top': expected one of left, right"),
-        (("--label-tokens", "first"), "label_tokens='first': expected one of all, last"),
+        (("--truncate", "top"), "truncate top: expected one of left, right"),
+        (("--label-tokens", "first"), "label-tokens first: expected one of all, last"),
     ):
         code, out, err = tfb_command(*fit, *options)
         assert code == 1 and out == "" and message in err, (options, err)
@@ -125,11 +126,11 @@ def test_truncation_is_said_by_every_command(
     score = ("score", *common, "--input", data, "--output", tmp_path / "out", "--part-rows", 4)
     code, out, err = tfb_command(*score)
     assert code == 0 and "8 rows, 0 of them errors, 3 cut on the right: " in out, err
-    (tmp_path / "out" / "part-00001.parquet").unlink()
+    max((tmp_path / "out").glob("part-*")).unlink()
     code, out, err = tfb_command(*score, "--resume")
     assert code == 0 and "3 cut on the right" in out, err
     counts = json.loads((tmp_path / "out" / "manifest.json").read_text())["counts"]
-    assert counts == {"rows": 8, "errors": 0, "truncated": 3, "parts": 2}
+    assert (counts["rows"], counts["errors"], counts["truncated"]) == (8, 0, 3)
     parts = sorted((tmp_path / "out").glob("part-*"))
     cut = [r["truncated"] for p in parts for r in pq.read_table(p).to_pylist()]
     assert cut == [160 - limit, 0, 0, 160 - limit, 0, 0, 160 - limit, 0]

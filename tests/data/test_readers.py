@@ -335,7 +335,7 @@ def test_classes_of_a_dataset_are_mapped_by_name(tmp_path: Path) -> None:
         named = read_rows(given, RowFormat(labels=NAMES, task="SEQ_CLS"))
         assert [row.label for row in named] == [2, 0, None]
         assert [row.label for row in read_rows(given)] == [0, 1, None]
-    with pytest.raises(RowError, match=r"'good' is none of the classes \['a', 'b', 'c'\]"):
+    with pytest.raises(RowError, match=r"'good' is none of the 3 classes \['a', 'b', 'c'\]"):
         read_rows(data, RowFormat(labels=["a", "b", "c"], task="SEQ_CLS"))
 
 

@@ -10,6 +10,7 @@ class, and ``id`` may be left out. Every fault names the place, the fault and th
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,7 +18,6 @@ from typing import Any, NoReturn
 
 CHOICE_COLUMNS = ("id", "prompt", "messages", "choices", "label")
 COLUMNS = {"SEQ_CLS": ("id", "text", "label"), None: (*CHOICE_COLUMNS, "text")}
-MOST_SHOWN = 12  # names in a message
 
 
 class RowError(ValueError):
@@ -96,10 +96,8 @@ class RowFormat:
         names = self.labels
         if names is None:
             return
-        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"labels: expected a list of names, got {names!r}")
-        if not all(name.strip() for name in names):
-            raise ValueError(f"labels: a name is empty in {names}; leave it out")
+        if isinstance(names, str) or not all(isinstance(n, str) and n.strip() for n in names):
+            raise ValueError(f"labels: expected a list of names, none of them empty, got {names!r}")
         if len(names) < 2:
             raise ValueError(f"labels: expected at least two names, got {names}")
         if twice := [name for name in names if list(names).count(name) > 1]:
@@ -324,8 +322,7 @@ def _index_of(label: str, names: Sequence[str], what: str, source: str) -> int:
     if not names:
         fault = f"the label {label!r} is text; {what} lack names"
         _fail(source, fault, "use its index, or name them by labels")
-    more = f" and {len(names) - MOST_SHOWN} more" if len(names) > MOST_SHOWN else ""
-    fault = f"the label {label!r} is none of the {what} {list(names[:MOST_SHOWN])}{more}"
+    fault = f"the label {label!r} is none of the {len(names)} {what} {reprlib.repr(list(names))}"
     _fail(source, fault, "use one of these")
 
 
