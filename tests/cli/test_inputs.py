@@ -37,12 +37,27 @@ def test_every_command_reads_every_file(
     (tmp_path / "names.txt").write_text("bad\nfair\n\ngood\n")
     common = ("--model", model, "--artifact", artifact, *columns, "--draws", 2)
     steps = {
-        "fit": ("--model", model, "--adapter", adapter, "--anchors", data, "--out", artifact,
-                *columns, "--labels", names, "--draws", 2, "--objective", "min_nll"),
+        "fit": (
+            "--model",
+            model,
+            "--adapter",
+            adapter,
+            "--anchors",
+            data,
+            "--out",
+            artifact,
+            *columns,
+            "--labels",
+            names,
+            "--draws",
+            2,
+            "--objective",
+            "min_nll",
+        ),
         "evaluate": (*common, "--data", data, "--json", tmp_path / "figures.json"),
         "score": (*common, "--input", data, "--output", tmp_path / "out", "--keep", "weight"),
         "report": (*common, "--data", data, "--output", tmp_path / "page"),
-    }  # fmt: skip
+    }
     for command, options in steps.items():
         code, _, err = tfb_command(command, *options)
         assert code == 0, (command, err)
@@ -98,8 +113,19 @@ def test_what_the_options_cannot_be(
     made.configure(sigma=0.1)
     made.source = Path(adapter)
     tfb.save(made, tmp_path / "artifact")
-    job = ("score", "--model", model, "--artifact", tmp_path / "artifact", "--input", data,
-           "--output", tmp_path / "out", "--columns", "text=sentence")  # fmt: skip
+    job = (
+        "score",
+        "--model",
+        model,
+        "--artifact",
+        tmp_path / "artifact",
+        "--input",
+        data,
+        "--output",
+        tmp_path / "out",
+        "--columns",
+        "text=sentence",
+    )
     code, _, err = tfb_command(*job, "--labels", "a,b")
     assert code == 1 and "labels: 2 names, but the head has 3 classes" in err
     assert not (tmp_path / "out").exists()
@@ -113,8 +139,21 @@ def test_truncation_is_said_by_every_command(
     data, artifact = tmp_path / "rows.csv", tmp_path / "artifact"
     rows = "".join(f"{'a b c d ' * (40 if i % 3 == 0 else 1)},{i % 3}\n" for i in range(8))
     data.write_text("text,label\n" + rows)
-    fit = ("fit", "--model", model, "--adapter", adapter, "--anchors", data, "--out", artifact,
-           "--objective", "min_nll", "--draws", 2)  # fmt: skip
+    fit = (
+        "fit",
+        "--model",
+        model,
+        "--adapter",
+        adapter,
+        "--anchors",
+        data,
+        "--out",
+        artifact,
+        "--objective",
+        "min_nll",
+        "--draws",
+        2,
+    )
     code, _, err = tfb_command(*fit)
     assert code == 1 and "160 tokens, but the model takes" in err and "truncate" in err
     limit = CASES["llama_classifier"].base().config.max_position_embeddings

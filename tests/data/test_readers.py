@@ -212,9 +212,12 @@ def test_a_faulty_csv_line_is_one_record(tmp_path: Path) -> None:
     path.write_bytes(b'id,text\n1,a\n2\n3,b,c\n\n4,"x\ny"\n5,\xff\n')
     found = records(path)
     assert [r.fields for r in found] == [
-        {"id": "1", "text": "a"}, None, None, {"id": "4", "text": "x\ny"},
+        {"id": "1", "text": "a"},
+        None,
+        None,
+        {"id": "4", "text": "x\ny"},
         {"id": "5", "text": "\udcff"},
-    ]  # fmt: skip
+    ]
     assert found[1].fault == (
         f"{path}:3: 1 values, but the header names 2 columns; quote values with separators"
     )

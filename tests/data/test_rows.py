@@ -40,9 +40,19 @@ def test_both_shapes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("label", "index"),
-    [(0, 0), (1, 1), ("A", 0), ("B", 1), (None, None), ("1", 1), (" A", 0), ("", None), (1.0, 1),
-     (float("nan"), None)],
-)  # fmt: skip
+    [
+        (0, 0),
+        (1, 1),
+        ("A", 0),
+        ("B", 1),
+        (None, None),
+        ("1", 1),
+        (" A", 0),
+        ("", None),
+        (1.0, 1),
+        (float("nan"), None),
+    ],
+)
 def test_label_is_an_index_or_a_choice(label: Any, index: int | None) -> None:
     assert parse_row(json.dumps({**CHOICE, "label": label})).label == index
 
