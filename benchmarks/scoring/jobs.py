@@ -93,7 +93,7 @@ def run_job(task: Task, **options: Any) -> None:
 def finish(job: Job, **how: Any) -> None:
     """Run a job to its end, without errors."""
     outcome = offline.run(job, **how)
-    if outcome.status != offline.COMPLETE or outcome.errors:
+    if outcome.status != offline.COMPLETE or outcome.counts.errors:
         raise RuntimeError(f"the job ended as {outcome}")
 
 

@@ -45,8 +45,8 @@ from benchmarks.timing import (
 from tfb.adapters.loading import load_tokenizer
 from tfb.draws import Draws
 from tfb.linear import LowRankSampler
+from tfb.scoring.output import Counts
 from tfb.scoring.ray import import_ray
-from tfb.scoring.run import Progress
 from tfb_kernels.testing import error_budget
 
 DRAWS, SIGMA, TAIL = 10, 0.01, 1
@@ -190,8 +190,8 @@ def seconds_a_row(task: Task, workers: int, part_rows: int) -> float:
     """Return those of a run with Ray, from the first part after ``STARTING`` to the last."""
     times: list[tuple[int, float]] = []
 
-    def note(progress: Progress) -> None:
-        times.append((progress.rows, time.perf_counter()))
+    def note(counts: Counts, _: int) -> None:
+        times.append((counts.rows, time.perf_counter()))
 
     with tempfile.TemporaryDirectory() as folder:
         job = task.job(Path(folder) / "out", draws=DRAWS, workers=workers, part_rows=part_rows)

@@ -20,12 +20,25 @@ from tfb.scoring.output import (
     OutputError,
     OutputFolder,
     as_text,
-    part_schema,
     plain,
 )
-from tfb.scoring.scorer import UNCERTAINTIES
 
-KEPT = {"when": pa.timestamp("us"), "note": pa.string()}
+NUMBER, TEXT = pa.int32(), pa.string()
+SCHEMA = pa.schema(
+    {
+        "id": TEXT,
+        "when": pa.timestamp("us"),
+        "note": TEXT,
+        "prediction": NUMBER,
+        "choice": TEXT,
+        "probs": pa.list_(pa.float32()),
+        "total": pa.float32(),
+        "draws": NUMBER,
+        "label": NUMBER,
+        "truncated": NUMBER,
+        "error": TEXT,
+    }
+)
 MANIFEST: dict[str, Any] = {
     "format_version": 2,
     "status": "stopped",
@@ -36,7 +49,7 @@ MANIFEST: dict[str, Any] = {
 
 
 def folder(path: Path, kind: str = "parquet") -> OutputFolder:
-    return OutputFolder(path, part_schema(KEPT, truncated=True), kind)
+    return OutputFolder(path, SCHEMA, kind)
 
 
 def good(n: int) -> dict[str, Any]:
@@ -59,28 +72,18 @@ def bad(name: str | None) -> dict[str, Any]:
     return {"id": name, "error": "bad"}
 
 
-def test_schema() -> None:
-    names = part_schema({"a": pa.int8()}, truncated=True, per_draw=True, logits=True).names
-    first = ["id", "a", "prediction", "choice", "probs", *UNCERTAINTIES, "draws", "label"]
-    assert names == [*first, "truncated", "draw_probs", "draw_logits", "error"]
-    assert "truncated" not in part_schema({}).names
-    with pytest.raises(ValueError, match="keep=error: the output has a column of that name"):
-        part_schema({"error": pa.string()})
-
-
 def test_both_formats(tmp_path: Path) -> None:
     """Every column in every row; what has no type is JSON in Parquet, itself in JSONL."""
     for kind in FORMATS:
         with folder(tmp_path / kind, kind) as out:
             out.write_part("part-3", [good(0), bad(None)])
-            names = out.schema.names
     table = pq.read_table(tmp_path / "parquet" / "part-3.parquet")
-    assert table.schema.names == names
+    assert table.schema == SCHEMA
     first, second = table.to_pylist()
     assert first["note"] == '{"a": [0]}' and first["when"] == datetime(2026, 1, 2)
     lines = (tmp_path / "jsonl" / "part-3.jsonl").read_text().splitlines()
     one, two = map(json.loads, lines)
-    assert list(one) == list(two) == names
+    assert list(one) == list(two) == SCHEMA.names
     assert one == first | {"note": {"a": [0]}, "when": "2026-01-02 00:00:00"}
     assert two == second and two["probs"] is None and two["error"] == "bad"
 

@@ -33,22 +33,14 @@ from tfb.data.rows import RowError
 from tfb.demo import digits
 from tfb.scoring import run as offline
 from tfb.scoring.job import Job, differences, model_sha256
-from tfb.scoring.output import OutputError
-from tfb.scoring.run import (
-    InputFile,
-    LocalEngine,
-    Outcome,
-    Stop,
-    input_files,
-    plan,
-    read_shards,
-    run,
-)
+from tfb.scoring.output import Counts, OutputError
+from tfb.scoring.run import LocalEngine, Outcome, input_files, noted_signals, plan, read_shards, run
+from tfb.scoring.scorer import UNCERTAINTIES
 
 MODEL, ADAPTER = str(digits.BASE), str(digits.ADAPTER)
 SINGLE = 2.0**-24
-COUNTS = {"rows": 21, "errors": 0, "truncated": 0, "parts": 4, "total": 21}
-DONE = Outcome("complete", 21, 0, 0, None, False)
+COUNTS = {"rows": 21, "errors": 0, "truncated": 0, "total": 21}
+DONE = Outcome("complete", Counts(21))
 KILLS = int(os.environ.get("TFB_KILLS", "30"))
 
 
@@ -137,7 +129,7 @@ def whole(artifact: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 def test_shards_hold_every_record_once(counts: list[int], size: int, limit: int | None) -> None:
     """In the input's order, which is that of the parts' names, and never of two files."""
     job = Job("", "", (), "", part_rows=size, limit=limit)
-    shards = plan([InputFile(str(n), 0, "", count) for n, count in enumerate(counts)], job)
+    shards = plan(counts, job)
     everything = [(n, i) for n, count in enumerate(counts) for i in range(count)]
     found = [(s.file, i) for s in shards for i in range(s.start, s.stop)]
     assert found == everything[:limit]
@@ -152,7 +144,7 @@ def test_missing_shards_are_read_as_if_all_were(
 ) -> None:
     """Whichever are finished: the same items, numbers and places."""
     job, sources = replace(job_of_texts[0], part_rows=size), job_of_texts[1]
-    shards = plan([file for _, file in input_files(sources, None)], job)
+    shards = plan([entry["records"] for _, entry in input_files(sources, None)], job)
     every = list(read_shards(sources, shards, job))
     assert [w.shard for w in every] == shards
     assert [i.id for w in every for i in w.items] == [str(n) for n in range(11)]
@@ -175,14 +167,12 @@ def job_of_texts(artifact: str, tmp_path_factory: pytest.TempPathFactory) -> tup
 
 def test_parts_and_manifest(job: Job, whole: dict[str, bytes], artifact: str) -> None:
     """Rows in = rows out, in order; the manifest tells what they depend on."""
-    seen: list[offline.Progress] = []
-    assert run(job, report=seen.append) == DONE
+    seen: list[tuple[Counts, int]] = []
+    assert run(job, report=lambda *now: seen.append(now)) == DONE
     assert files(job) == whole
     assert list(whole) == [f"part-00000-{start:08d}.jsonl" for start in (0, 6, 12, 18)]
     assert [r["id"] for r in results(job)] == [r["id"] for r in ROWS]
-    assert [p.rows for p in seen] == [6, 12, 18, 21] and {p.total for p in seen} == {21}
-    assert seen[0].seconds_left > 0 and seen[-1].seconds_left == 0
-    assert all(p.rows_per_second > 0 for p in seen)
+    assert seen == [(Counts(rows), 21) for rows in (6, 12, 18, 21)]
     told = manifest(job)
     configuration, file = told["configuration"], Path(job.inputs[0])
     assert told["status"] == "complete" and told["counts"] == COUNTS
@@ -194,7 +184,7 @@ def test_parts_and_manifest(job: Job, whole: dict[str, bytes], artifact: str) ->
             "records": 21,
         }
     ]
-    assert told["throughput"]["rows"] == 21 and told["format_version"] == 2
+    assert told["format_version"] == 2
     assert (configuration["sigma"], configuration["seed"]) == (0.008, 3)
     bayes = tfb.load(MODEL, artifact)
     assert configuration["model_sha256"] == model_sha256(bayes.base)
@@ -237,7 +227,7 @@ def test_formats_of_input_and_output(job: Job, whole: dict[str, bytes], tmp_path
     ):
         changes: dict[str, Any] = {"output": str(tmp_path / str(number)), "format": "parquet"}
         other = replace(job, inputs=(str(tmp_path / name),), keep=keep, **changes)
-        assert run(other).rows == 21
+        assert run(other).counts.rows == 21
         found = [{k: v for k, v in r.items() if k != "tag"} for r in results(other)]
         assert found == expected
         if keep:
@@ -267,6 +257,8 @@ def test_all_that_can_be_asked_for(job: Job, tmp_path: Path) -> None:
         found = results(one)
         assert [r["note"] for r in found] == expected
         assert [r["uid"] for r in found] == [r["id"] for r in found] == [r["uid"] for r in rows]
+        first = ["id", "note", "uid", "prediction", "choice", "probs", *UNCERTAINTIES, "draws"]
+        assert list(found[0]) == [*first, "label", "draw_probs", "draw_logits", "error"]
         for row in found:
             draws = torch.tensor(row["draw_logits"]).softmax(-1)
             assert torch.tensor(row["draw_probs"]).shape == draws.shape == (2, len(row["probs"]))
@@ -275,19 +267,19 @@ def test_all_that_can_be_asked_for(job: Job, tmp_path: Path) -> None:
     assert {r["draws"] for r in results(auto)} <= {4, 8, 16, 32, 64}
     write(file, [{**rows[0], "q": "a " * 200 + "\n="}, rows[1]])
     short = replace(asked, output=str(tmp_path / "cut"), truncate="left")
-    assert run(short) == Outcome("complete", 2, 0, 1, None, False)
+    assert run(short) == Outcome("complete", Counts(2, 0, 1))
     assert [r["truncated"] > 0 for r in results(short)] == [True, False]
 
 
 # --- stopped and continued ------------------------------------------------------------------------
 
 
-def stopping(after: int, number: int) -> Callable[[Any], None]:
+def stopping(after: int, number: int) -> Callable[[Counts, int], None]:
     """A report that sends a signal to this process after so many parts."""
     seen: list[Any] = []
 
-    def report(progress: Any) -> None:
-        seen.append(progress)
+    def report(counts: Counts, _: int) -> None:
+        seen.append(counts)
         if len(seen) == after:
             os.kill(os.getpid(), number)
 
@@ -297,20 +289,20 @@ def stopping(after: int, number: int) -> Callable[[Any], None]:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_the_shard(job: Job, whole: dict[str, bytes], number: int) -> None:
     """Then the run goes on where it was, and its parts are those of a run without a signal."""
-    before = [signal.getsignal(s) for s in Stop.SIGNALS]
-    assert run(job, report=stopping(2, number)) == Outcome("stopped", 12, 0, 0, number, False)
-    assert [signal.getsignal(s) for s in Stop.SIGNALS] == before
+    before = [signal.getsignal(s) for s in offline.SIGNALS]
+    assert run(job, report=stopping(2, number)) == Outcome("stopped", Counts(12), number)
+    assert [signal.getsignal(s) for s in offline.SIGNALS] == before
     assert files(job) == dict(list(whole.items())[:2]) and manifest(job)["status"] == "stopped"
     assert run(job, resume=True) == DONE
-    assert files(job) == whole and manifest(job)["sessions"] == 2
+    assert files(job) == whole
     assert manifest(job)["counts"] == COUNTS
     assert run(job, resume=True) == DONE and files(job) == whole  # nothing left to do
 
 
 def test_a_second_signal_acts_as_usual() -> None:
-    with pytest.raises(KeyboardInterrupt), Stop() as stop:
+    with pytest.raises(KeyboardInterrupt), noted_signals() as caught:
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.signal == signal.SIGINT
+        assert caught == [signal.SIGINT]
         os.kill(os.getpid(), signal.SIGINT)
 
 
@@ -319,9 +311,9 @@ def test_parts_finished_in_any_order(job: Job, whole: dict[str, bytes]) -> None:
     run(job)
     for name in list(whole)[::2]:
         (Path(job.output) / name).unlink()
-    seen: list[offline.Progress] = []
-    assert run(job, resume=True, report=seen.append) == DONE
-    assert files(job) == whole and [p.rows for p in seen] == [15, 21]
+    seen: list[int] = []
+    assert run(job, resume=True, report=lambda now, _: seen.append(now.rows)) == DONE
+    assert files(job) == whole and seen == [15, 21]
 
 
 KILLED = """
@@ -331,6 +323,7 @@ torch.set_num_threads(1)
 from pathlib import Path
 from tfb.scoring import run as offline
 from tfb.scoring.job import Job
+from tfb.scoring.scorer import UNCERTAINTIES
 from tfb.scoring.run import LocalEngine, run
 
 kills, seed, job = int(sys.argv[1]), int(sys.argv[2]), Job(**json.loads(sys.argv[3]))
@@ -435,7 +428,7 @@ def test_a_full_disk(
             patch.setitem(offline.ENGINES, "local", engine)
         said = rf"{name}: cannot be written \(No space left on device\).*: make room and continue"
         with pytest.raises(OutputError, match=said):
-            run(job, report=lambda _: at.symlink_to("/dev/full"))
+            run(job, report=lambda *_: at.symlink_to("/dev/full"))
     parts = len(whole) if begun is None else begun + (begun and name == "manifest.json")
     assert files(job) == dict(list(whole.items())[:parts]) and not at.is_symlink()
     assert run(job, resume=True) == DONE and files(job) == whole
@@ -447,7 +440,7 @@ def test_an_input_that_changes_while_it_is_read(job: Job, whole: dict[str, bytes
     text = path.read_text()
     few = replace(job, part_rows=1, output=f"{job.output}-few")
 
-    def shorten(_: Any) -> None:
+    def shorten(*_: Any) -> None:
         path.write_text("".join(text.splitlines(keepends=True)[:9]))
 
     lines = text.splitlines(keepends=True)
@@ -460,7 +453,7 @@ def test_an_input_that_changes_while_it_is_read(job: Job, whole: dict[str, bytes
     with pytest.raises(RowError, match=r"rows\.jsonl has changed \(size: \d+ -> \d+; sha256: "):
         run(few, resume=True)
     path.write_text(as_it_was)
-    assert run(few, resume=True).rows == 21
+    assert run(few, resume=True).counts.rows == 21
     assert [r["id"] for r in results(few)] == [r["id"] for r in ROWS]
 
 
@@ -540,7 +533,7 @@ def test_a_changed_input_is_refused_and_a_longer_one_is_not(job: Job, tmp_path: 
     write(first, [{**row, "id": None} for row in ROWS[:7]])
     write(second, [{**row, "id": None} for row in ROWS[7:13]])
     one = replace(job, inputs=(str(tmp_path / "m*.jsonl"),))
-    assert run(one).rows == 13
+    assert run(one).counts.rows == 13
     before, text = files(one), second.read_bytes()
     second.write_bytes(text.replace(b"=", b"!", 1))
     first.rename(tmp_path / "elsewhere")
@@ -552,7 +545,7 @@ def test_a_changed_input_is_refused_and_a_longer_one_is_not(job: Job, tmp_path: 
     (tmp_path / "elsewhere").rename(first)
     second.write_bytes(text)
     write(tmp_path / "m0.jsonl", [{**row, "id": None} for row in ROWS[13:]])
-    assert run(one, resume=True).rows == 21
+    assert run(one, resume=True).counts.rows == 21
     assert files(one).items() > before.items()
     assert [r["id"] for r in results(one)] == [str(n) for n in range(21)]
     told = [(file["name"], file["records"]) for file in manifest(one)["files"]]
@@ -563,9 +556,11 @@ def test_limit_is_the_first_records_of_all(job: Job, tmp_path: Path) -> None:
     for n in range(3):
         write(tmp_path / f"m{n}.jsonl", ROWS[7 * n : 7 * n + 7])
     few = replace(job, inputs=(str(tmp_path / "m*.jsonl"),), limit=9)
-    assert run(few).rows == 9 and [r["id"] for r in results(few)] == [r["id"] for r in ROWS[:9]]
+    assert run(few).counts.rows == 9 and [r["id"] for r in results(few)] == [
+        r["id"] for r in ROWS[:9]
+    ]
     assert len(manifest(few)["files"]) == 2
-    assert run(few, resume=True).rows == 9
+    assert run(few, resume=True).counts.rows == 9
 
 
 def test_input_is_checked_first(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -629,7 +624,7 @@ FAULTS = ("not valid JSON", "no column 'prompt'", "'prompt' is empty", "tokens, 
 def test_errors_are_rows(job: Job, kind: str) -> None:
     job = replace(job, format=kind)
     write(Path(job.inputs[0]), [*ROWS[:8], *BAD, *ROWS[8:]])
-    assert run(job, max_error_rate=1) == Outcome("complete", 26, 5, 0, None, False)
+    assert run(job, max_error_rate=1) == Outcome("complete", Counts(26, 5))
     found = results(job)
     assert [r["error"] is not None for r in found] == [False] * 8 + [True] * 5 + [False] * 13
     assert [r["id"] for r in found[8:13]] == [None, "no prompt", "empty", "long", None]
@@ -661,28 +656,31 @@ def test_parts_with_errors_are_done_again(
         patch.setattr(engine, "_bayes", Crowded(loaded[0]))
         patch.setitem(offline.ENGINES, "local", lambda _: engine)
         first = run(job, max_error_rate=1)
-        assert first == Outcome("complete", 21, 6, 0, None, False)
+        assert first == Outcome("complete", Counts(21, 6))
     name, good = next(iter(whole.items()))
     (Path(job.output) / name).write_bytes(good)
-    assert run(job, resume=True, max_error_rate=1).errors == 4
-    seen: list[offline.Progress] = []
-    assert run(job, retry_errors=True, report=seen.append) == DONE
-    assert files(job) == whole and [p.rows for p in seen] == [12, 18, 21]
-    assert run(job, retry_errors=True, report=seen.append) == DONE and len(seen) == 3
+    assert run(job, resume=True, max_error_rate=1).counts.errors == 4
+    seen: list[int] = []
+    assert run(job, retry_errors=True, report=lambda now, _: seen.append(now.rows)) == DONE
+    assert files(job) == whole and seen == [12, 18, 21]
+    assert (
+        run(job, retry_errors=True, report=lambda now, _: seen.append(now.rows)) == DONE
+        and len(seen) == 3
+    )
 
 
 def test_too_many_errors_stop_the_run(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offline, "LEAST_ROWS", 8)
     write(Path(job.inputs[0]), [*ROWS[:5], *["{"] * 8, *ROWS[5:]])
     stopped = run(job, max_error_rate=0.2)
-    assert stopped == Outcome("too many errors", 12, 7, 0, None, True)
+    assert stopped == Outcome("too many errors", Counts(12, 7), None, True)
     assert len(results(job)) == 12 and manifest(job)["status"] == "too many errors"
     end = run(job, resume=True, max_error_rate=0.7)
-    assert end == Outcome("complete", 29, 8, 0, None, False) and len(results(job)) == 29
+    assert end == Outcome("complete", Counts(29, 8)) and len(results(job)) == 29
     # A short input is scored to its end, and its share of errors is told all the same.
     monkeypatch.setattr(offline, "LEAST_ROWS", 1000)
     small = replace(job, output=f"{job.output}-small")
-    assert run(small, max_error_rate=0.2) == Outcome("complete", 29, 8, 0, None, True)
+    assert run(small, max_error_rate=0.2) == Outcome("complete", Counts(29, 8), None, True)
 
 
 ANY = st.recursive(
@@ -725,11 +723,13 @@ def test_rows_in_are_rows_out(
         return
     done = run(fuzzed, max_error_rate=1)
     found = results(fuzzed)
-    assert done.rows == len(found) == lines
-    assert done.errors == sum(r["error"] is not None for r in found)
+    assert done.counts.rows == len(found) == lines
+    assert done.counts.errors == sum(r["error"] is not None for r in found)
     assert all((r["error"] is None) == (r["probs"] is not None) for r in found)
     assert None not in [r["id"] for r in found if r["error"] is None]
-    assert run(fuzzed, resume=True, max_error_rate=1).rows == lines and results(fuzzed) == found
+    assert (
+        run(fuzzed, resume=True, max_error_rate=1).counts.rows == lines and results(fuzzed) == found
+    )
 
 
 # --- the command ----------------------------------------------------------------------------------

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, TaskProgressColumn, TextColumn
-from rich.progress import Progress as Bar
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tfb.cli.console import (
     Artifact,
@@ -29,7 +28,7 @@ from tfb.cli.console import (
 )
 
 if TYPE_CHECKING:
-    from tfb.scoring.run import Progress
+    from tfb.scoring.output import Counts
 
 TOO_MANY_ERRORS = 3
 SIGNALLED = 128  # plus the signal's number, as shells have it
@@ -125,14 +124,15 @@ def score(
             engine=engine,
             report=report,
         )
-    cut = f", {done.truncated} cut on the {truncate}" if truncate else ""
-    ended = f"{done.status}: {done.rows} rows, {done.errors} of them errors{cut}: {output}"
+    rows, errors = done.counts.rows, done.counts.errors
+    cut = f", {done.counts.truncated} cut on the {truncate}" if truncate else ""
+    ended = f"{done.status}: {rows} rows, {errors} of them errors{cut}: {output}"
     out.print(ended, markup=False, soft_wrap=True)
     if done.signal is not None:
         raise typer.Exit(SIGNALLED + done.signal)
     if done.too_many_errors:
         said = (
-            f"error: {done.errors} of {done.rows} rows are errors, more than --max-error-rate "
+            f"error: {errors} of {rows} rows are errors, more than --max-error-rate "
             f"{max_error_rate:g}; see the column 'error', then go on with --retry-errors"
         )
         Console(stderr=True).print(said, markup=False, highlight=False, soft_wrap=True)
@@ -140,7 +140,7 @@ def score(
 
 
 @contextmanager
-def _bar() -> Iterator[Callable[[Progress], None]]:
+def _bar() -> Iterator[Callable[[Counts, int], None]]:
     """Show a bar on stderr, so that stdout stays clean; yield what takes reports.
 
     It appears with the first of them: a refusal is one clear line.
@@ -148,20 +148,16 @@ def _bar() -> Iterator[Callable[[Progress], None]]:
     columns = (
         TextColumn("scoring"),
         BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[said]}"),
+        MofNCompleteColumn(),
+        TextColumn("rows, {task.fields[errors]} errors"),
+        TimeRemainingColumn(),
     )
-    bar = Bar(*columns, console=Console(stderr=True), transient=True)
-    task = bar.add_task("", said="")
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    task = bar.add_task("", errors=0)
 
-    def report(p: Progress) -> None:
+    def report(counts: Counts, total: int) -> None:
         bar.start()
-        minutes, seconds = divmod(round(p.seconds_left), 60)
-        said = (
-            f"{p.rows:,} of {p.total:,} rows, {p.errors:,} errors, {p.rows_per_second:,.1f} "
-            f"rows/s, ETA {minutes // 60}:{minutes % 60:02}:{seconds:02}"
-        )
-        bar.update(task, completed=p.rows, total=p.total, said=said)
+        bar.update(task, completed=counts.rows, total=total, errors=counts.errors)
 
     try:
         yield report

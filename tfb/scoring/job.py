@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -30,8 +30,8 @@ from tfb.data.rows import Row, RowError, RowFormat
 from tfb.draws import check_even
 from tfb.model import BayesianModel
 from tfb.sampling.config import check_mode
-from tfb.scoring.output import FORMATS, part_schema
-from tfb.scoring.scorer import BATCH_TOKENS, Item, Result, Scorer
+from tfb.scoring.output import FORMATS
+from tfb.scoring.scorer import BATCH_TOKENS, UNCERTAINTIES, Item, Scorer
 
 
 @dataclass(frozen=True)
@@ -136,18 +136,27 @@ class Job:
         """Return the columns of a part.
 
         Those that pass through have the type that all files declare, else they are text.
+
+        Raises:
+            ValueError: one that passes through has the name of one of ours.
         """
         schemas = [schema_of(source) for source in sources]
         kept = {}
         for name in self.keep:
             types = {None if schema is None else schema.field(name).type for schema in schemas}
             kept[name] = types.pop() if len(types) == 1 and None not in types else pa.string()
-        return part_schema(
-            kept,
-            truncated=self.truncate is not None,
-            per_draw=self.per_draw,
-            logits=self.logits,
-        )
+        number, text, real = pa.int32(), pa.string(), pa.float32()
+        ours = {"prediction": number, "choice": text, "probs": pa.list_(real)}
+        ours |= {**dict.fromkeys(UNCERTAINTIES, real), "draws": number, "label": number}
+        if self.truncate is not None:
+            ours["truncated"] = number
+        if self.per_draw:
+            ours["draw_probs"] = pa.list_(pa.list_(real))
+        if self.logits:
+            ours["draw_logits"] = pa.list_(pa.list_(real))
+        if taken := sorted(set(kept) & {"id", *ours, "error"}):
+            raise ValueError(f"keep={taken[0]}: the output has a column of that name; rename yours")
+        return pa.schema({"id": text, **kept, **ours, "error": text})
 
     def load(self) -> tuple[BayesianModel, PreTrainedTokenizerBase]:
         """Load the model, on its device and in the job's mode, and the tokenizer."""
@@ -201,8 +210,6 @@ class Job:
         return {
             **self.declared(),
             **asdict(bayes.config),
-            "task": bayes.task,
-            "label_tokens": bayes.label_tokens,
             "device": bayes.device.type,
             "dtype": str(bayes.dtype).removeprefix("torch."),
             "model_sha256": model_sha256(bayes.base),
@@ -246,16 +253,6 @@ class Work:
     def rows(self) -> list[Row]:
         """The rows that are to be scored."""
         return [item.row for item in self.items if item.row is not None]
-
-
-class Engine(Protocol):
-    """Scores the rows of a job, in one process or in many."""
-
-    def configuration(self) -> dict[str, Any]:
-        """Return what :meth:`Job.configuration` says of the models."""
-
-    def results(self, work: Iterable[Work]) -> Iterator[tuple[Work, list[Result]]]:
-        """Score shards, in any order; an error in reading is raised after the shards before it."""
 
 
 def differences(was: Mapping[str, Any], now: Mapping[str, Any], group: str = "") -> list[str]:

@@ -12,13 +12,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import date, datetime, time, timedelta
-from decimal import Decimal
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tfb import atomic
-from tfb.scoring.scorer import UNCERTAINTIES, Result
+from tfb.scoring.scorer import Result
 
 FORMATS = ("parquet", "jsonl")
 FORMAT_VERSION = 2
@@ -54,42 +53,8 @@ class Counts:
         return cls(len(rows), errors, sum(bool(row.get("truncated")) for row in rows))
 
     def __add__(self, other: Counts) -> Counts:
-        return Counts(
-            self.rows + other.rows, self.errors + other.errors, self.truncated + other.truncated
-        )
-
-
-def part_schema(
-    kept: Mapping[str, pa.DataType],
-    *,
-    truncated: bool = False,
-    per_draw: bool = False,
-    logits: bool = False,
-) -> pa.Schema:
-    """Return the columns of a part.
-
-    Args:
-        kept: types of the columns that pass through.
-        truncated: rows may be cut.
-        per_draw: each draw's probabilities are kept.
-        logits: each draw's logits are kept.
-
-    Raises:
-        ValueError: a kept column with the name of one of ours.
-    """
-    reals = pa.list_(pa.float32())
-    ours = {"prediction": pa.int32(), "choice": pa.string(), "probs": reals}
-    ours |= {**dict.fromkeys(UNCERTAINTIES, pa.float32()), "draws": pa.int32(), "label": pa.int32()}
-    optional = {
-        "truncated": (truncated, pa.int32()),
-        "draw_probs": (per_draw, pa.list_(reals)),
-        "draw_logits": (logits, pa.list_(reals)),
-    }
-    ours |= {name: kind for name, (there, kind) in optional.items() if there}
-    ours["error"] = pa.string()
-    if taken := sorted(set(kept) & {"id", *ours}):
-        raise ValueError(f"keep={taken[0]}: the output has a column of that name; rename yours")
-    return pa.schema({"id": pa.string(), **kept, **ours})
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return Counts(*(a + b for a, b in pairs))
 
 
 class OutputFolder:
@@ -247,10 +212,10 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
     if isinstance(value, float):
-        return value if value - value == 0 else None
-    if isinstance(value, bytes | date | datetime | time | timedelta | Decimal):
-        return value.hex() if isinstance(value, bytes) else str(value)
-    return value
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    return value.hex() if isinstance(value, bytes) else str(value)
 
 
 def _write(path: Path, data: bytes) -> None:

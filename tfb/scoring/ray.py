@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ def import_ray() -> Any:
 
 
 class RayEngine:
-    """A model in each of ``job.workers`` actors; see :class:`tfb.scoring.job.Engine`.
+    """A model in each of ``job.workers`` actors; see :class:`tfb.scoring.run.LocalEngine`.
 
     Joins the cluster at ``job.ray_address`` (None: ``RAY_ADDRESS``, or a Ray of its own on this
     machine, which ends with the process). A worker takes one GPU where the cluster has any and
@@ -84,13 +84,13 @@ class RayEngine:
         self._actors = [actor.remote(job, threads) for _ in range(workers)]
 
     def configuration(self) -> dict[str, Any]:
-        """Return that of the first worker that is ready: this machine may have no GPU."""
+        """Return what results depend on, as the first worker that is ready has it."""
         asked = [actor.configuration.remote() for actor in self._actors]
         self._expected = self._first(asked)[1]
         return self._expected
 
-    def results(self, work: Iterable[Work]) -> Iterator[tuple[Work, list[Result]]]:
-        """See :class:`tfb.scoring.job.Engine`; shards come as they are finished.
+    def results(self, work: Iterable[Work]) -> Generator[tuple[Work, list[Result]]]:
+        """Score shards; they come as they are finished.
 
         Raises:
             EngineError: a worker has another configuration, or failed for good.

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import groupby, islice
 from pathlib import Path
@@ -24,32 +23,14 @@ from typing import Any
 from tfb.adapters.artifact import file_sha256
 from tfb.data.readers import Source, count_records, find_sources, read
 from tfb.data.rows import RowError
-from tfb.scoring.job import Engine, Job, Shard, Work, differences
+from tfb.scoring.job import Job, Shard, Work, differences
 from tfb.scoring.output import FORMAT_VERSION, Counts, OutputError, OutputFolder
 from tfb.scoring.ray import RayEngine, import_ray
 from tfb.scoring.scorer import Prepared, Result, read_item, result_rows
 
 LEAST_ROWS = 1000  # before which no share of errors stops a run
 RUNNING, COMPLETE, STOPPED, TOO_MANY_ERRORS = "running", "complete", "stopped", "too many errors"
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run has come.
-
-    Attributes:
-        rows: of all parts.
-        errors: of all parts.
-        total: rows of all shards.
-        rows_per_second: since this process began to score.
-        seconds_left: at that speed.
-    """
-
-    rows: int
-    errors: int
-    total: int
-    rows_per_second: float
-    seconds_left: float
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -58,19 +39,15 @@ class Outcome:
 
     Attributes:
         status: "complete", "stopped" (by a signal) or "too many errors" (before the end).
-        rows: of all parts, those of earlier runs included.
-        errors: of all parts.
-        truncated: rows that were cut.
+        counts: of all parts, those of earlier runs included.
         signal: what stopped it, if anything.
         too_many_errors: their share is above what was allowed.
     """
 
     status: str
-    rows: int
-    errors: int
-    truncated: int
-    signal: int | None
-    too_many_errors: bool
+    counts: Counts
+    signal: int | None = None
+    too_many_errors: bool = False
 
 
 def run(
@@ -80,7 +57,7 @@ def run(
     retry_errors: bool = False,
     max_error_rate: float = 0.05,
     engine: str = "local",
-    report: Callable[[Progress], None] | None = None,
+    report: Callable[[Counts, int], None] | None = None,
 ) -> Outcome:
     """Score a job's input into its folder.
 
@@ -93,7 +70,7 @@ def run(
         max_error_rate: the run stops once more than this share of all rows, of ``LEAST_ROWS`` at
             least, are errors.
         engine: "local" or "ray".
-        report: is told of every finished shard.
+        report: is told after every finished shard the counts of all parts, and the rows of the run.
 
     Raises:
         ValueError: settings that cannot work.
@@ -111,33 +88,45 @@ def run(
     folder.earlier(resume=resume or retry_errors)
     with folder:
         earlier = folder.earlier(resume=resume or retry_errors)  # another run may have ended now
-        if earlier is not None:
-            _compare(folder, earlier, job.declared())
+        _compare(folder, earlier, job.declared())
         files = input_files(sources, job.limit, () if earlier is None else earlier["files"])
-        shards = plan([file for _, file in files], job)
+        shards = plan([entry["records"] for _, entry in files], job)
         finished = folder.finished({shard.name: len(shard) for shard in shards})
         if retry_errors:
-            finished = {name: found for name, found in finished.items() if not found.errors}
+            finished = {name: counts for name, counts in finished.items() if not counts.errors}
         scoring = ENGINES[engine](job)
         configuration = scoring.configuration()
-        if earlier is not None:
-            _compare(folder, earlier, configuration)
-        ledger = _Ledger(
-            _fixed(configuration, [file for _, file in files], earlier),
-            sum(map(len, shards)),
-            max_error_rate,
-            sum(finished.values(), Counts()),
-            len(finished),
-        )
-        folder.write_manifest(ledger.manifest(RUNNING))
+        _compare(folder, earlier, configuration)
+        total, counts = sum(map(len, shards)), sum(finished.values(), Counts())
+        manifest = {
+            "status": RUNNING,
+            "format_version": FORMAT_VERSION,
+            "configuration": configuration,
+            "files": [entry for _, entry in files],
+            "started": _now() if earlier is None else earlier["started"],
+        }
+
+        def note(**changes: Any) -> None:
+            manifest.update(changes, updated=_now(), counts={"total": total, **asdict(counts)})
+            folder.write_manifest(manifest)
+
+        note()
         missing = [shard for shard in shards if shard.name not in finished]
         work = read_shards([source for source, _ in files], missing, job)
-        stopped_by = _write_parts(scoring.results(work), folder, ledger, report)
-        status = ledger.status(stopped_by)
-        folder.write_manifest(ledger.manifest(status))
-    return Outcome(
-        status, **asdict(ledger.done), signal=stopped_by, too_many_errors=ledger.too_many
-    )
+        with noted_signals() as caught, closing(scoring.results(work)) as scored:
+            for done, results in scored:
+                rows = result_rows(done.items, results)
+                folder.write_part(done.shard.name, rows)
+                counts += Counts.of(rows)
+                note()
+                if report is not None:
+                    report(counts, total)
+                if caught or _stops(counts, max_error_rate):
+                    break
+        status = STOPPED if caught else COMPLETE
+        note(status=TOO_MANY_ERRORS if _stops(counts, max_error_rate) else status)
+    too_many = counts.errors > max_error_rate * counts.rows
+    return Outcome(str(manifest["status"]), counts, caught[0] if caught else None, too_many)
 
 
 def _check(job: Job, engine: str, max_error_rate: float) -> None:
@@ -151,109 +140,105 @@ def _check(job: Job, engine: str, max_error_rate: float) -> None:
         raise ValueError(f"max_error_rate={max_error_rate}: expected a share from 0 to 1")
 
 
-def _compare(folder: OutputFolder, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    if found := differences(earlier["configuration"], now):
+def _compare(
+    folder: OutputFolder, earlier: Mapping[str, Any] | None, now: Mapping[str, Any]
+) -> None:
+    if earlier is not None and (found := differences(earlier["configuration"], now)):
         raise OutputError(
             f"{folder.path}: was begun with another configuration ({'; '.join(found)}); go back to "
             "that one, or choose a new folder"
         )
 
 
-def _write_parts(
-    scored: Iterator[tuple[Work, list[Result]]],
-    folder: OutputFolder,
-    ledger: _Ledger,
-    report: Callable[[Progress], None] | None,
-) -> int | None:
-    """Write a part for each scored shard; return the signal that ended it, if any."""
-    with Stop() as stop, closing(scored):  # type: ignore[type-var]
-        for work, results in scored:
-            rows = result_rows(work.items, results)
-            folder.write_part(work.shard.name, rows)
-            ledger.add(Counts.of(rows))
-            folder.write_manifest(ledger.manifest(RUNNING))
-            if report is not None:
-                report(ledger.progress())
-            if stop.signal is not None or ledger.stops:
-                break
-    return stop.signal
+def _stops(counts: Counts, max_error_rate: float) -> bool:
+    """Whether errors end the run here."""
+    return counts.rows >= LEAST_ROWS and counts.errors > max_error_rate * counts.rows
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in place of acting on them; a second one acts as usual."""
+    caught: list[int] = []
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number: int, _: FrameType | None) -> None:
+        caught.append(number)
+        restore()
+
+    if threading.current_thread() is not threading.main_thread():
+        before = {}  # no other thread may set handlers
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield caught
+    finally:
+        restore()
 
 
 # --- the input ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class InputFile:
-    """What the manifest tells of an input file.
-
-    Attributes:
-        name: as it was given.
-        size: in bytes.
-        sha256: of its bytes.
-        records: their number.
-    """
-
-    name: str
-    size: int
-    sha256: str
-    records: int
-
-
 def input_files(
     sources: Sequence[Source], limit: int | None, earlier: Sequence[Mapping[str, Any]] = ()
-) -> list[tuple[Source, InputFile]]:
-    """Return the files of a run: those of ``earlier`` under their numbers, then the new ones.
+) -> list[tuple[Source, dict[str, Any]]]:
+    """Return the files of a run, those of ``earlier`` under their numbers, then the new ones.
 
     Args:
         sources: the input files.
         limit: records of the run; files behind them are left out.
         earlier: what the manifest of a resumed run tells of its files.
 
+    Returns:
+        Each with what the manifest tells of it: name, size, sha256, records.
+
     Raises:
         RowError: a file of the earlier run is missing or has changed, or there are no records.
     """
     left = {str(source): source for source in sources}
-    found: list[tuple[Source, InputFile]] = []
-    faults = []
-    for entry in earlier:
-        was = InputFile(**entry)
-        source = left.pop(was.name, None)
+    found, faults = list[tuple[Source, dict[str, Any]]](), []
+    for entry in map(dict, earlier):
+        source = left.pop(entry["name"], None)
         if source is None:
-            faults.append(f"{was.name} is missing")
+            faults.append(f"{entry['name']} is missing")
         elif changes := differences(entry, _identity(source)):
-            faults.append(f"{was.name} has changed ({'; '.join(changes)})")
+            faults.append(f"{source} has changed ({'; '.join(changes)})")
         else:
-            found.append((source, was))
+            found.append((source, entry))
     if faults:
         raise RowError(
             f"the input is not that of the finished parts: {', '.join(faults)}; give the same "
             "files under the same names, or choose a new folder"
         )
     for source in left.values():
-        if limit is not None and sum(file.records for _, file in found) >= limit:
+        if limit is not None and sum(entry["records"] for _, entry in found) >= limit:
             break
-        found.append((source, InputFile(**_identity(source), records=count_records(source))))
-    if not any(file.records for _, file in found):
+        found.append((source, {**_identity(source), "records": count_records(source)}))
+    if not any(entry["records"] for _, entry in found):
         raise RowError(f"{', '.join(map(str, sources))}: the input holds no rows; add some")
     return found
 
 
 def _identity(source: Source) -> dict[str, Any]:
-    try:
-        size, digest = source.path.stat().st_size, file_sha256(source.path)
-    except OSError as error:
-        raise RowError(f"{source}: cannot be read ({error.strerror}); check the file") from error
+    size, digest = source.path.stat().st_size, file_sha256(source.path)
     return {"name": str(source), "size": size, "sha256": digest}
 
 
-def plan(files: Iterable[InputFile], job: Job) -> list[Shard]:
-    """Cut files into shards of ``part_rows`` records, up to the job's limit."""
+def plan(records: Iterable[int], job: Job) -> list[Shard]:
+    """Cut files with these numbers of records into shards, up to the job's limit."""
     shards, before = list[Shard](), 0
-    for number, file in enumerate(files):
-        end = file.records if job.limit is None else min(file.records, job.limit - before)
+    for number, count in enumerate(records):
+        end = count if job.limit is None else min(count, job.limit - before)
         for start in range(0, end, job.part_rows):
             shards.append(Shard(number, start, min(start + job.part_rows, end), before))
-        before += file.records
+        before += count
     return shards
 
 
@@ -292,11 +277,11 @@ class LocalEngine:
         self._bayes, self._tokenizer = job.load()
 
     def configuration(self) -> dict[str, Any]:
-        """See :class:`tfb.scoring.job.Engine`."""
+        """Return what results depend on, see :meth:`Job.configuration`."""
         return self._job.configuration(self._bayes, self._tokenizer)
 
-    def results(self, work: Iterable[Work]) -> Iterator[tuple[Work, list[Result]]]:
-        """See :class:`tfb.scoring.job.Engine`."""
+    def results(self, work: Iterable[Work]) -> Generator[tuple[Work, list[Result]]]:
+        """Score shards in turn; an error in reading is raised after the shards before it."""
         scorer = self._job.scorer(self._bayes, self._tokenizer)
         stream = iter(work)
 
@@ -311,103 +296,7 @@ class LocalEngine:
                 yield ready[0], scorer.compute(ready[1])
 
 
-ENGINES: dict[str, Callable[[Job], Engine]] = {"local": LocalEngine, "ray": RayEngine}
-
-
-class Stop:
-    """Within this context SIGINT and SIGTERM only set ``signal``; a second one acts as usual."""
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Stop:
-        if threading.current_thread() is threading.main_thread():  # no other may set handlers
-            self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._restore()
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        self.signal = number
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-# --- counts ---------------------------------------------------------------------------------------
-
-
-def _fixed(
-    configuration: Mapping[str, Any],
-    files: Iterable[InputFile],
-    earlier: Mapping[str, Any] | None,
-) -> dict[str, Any]:
-    """Return the part of the manifest that a run does not change."""
-    before = earlier or {}
-    return {
-        "format_version": FORMAT_VERSION,
-        "configuration": configuration,
-        "files": [asdict(file) for file in files],
-        "started": before.get("started", _now()),
-        "sessions": before.get("sessions", 0) + 1,
-    }
-
-
-@dataclass
-class _Ledger:
-    """Counts and speed of a run, and the manifest that tells them."""
-
-    fixed: Mapping[str, Any]
-    total: int
-    max_error_rate: float
-    done: Counts
-    parts: int
-    new: int = 0
-    begun: float = field(default_factory=time.monotonic)
-
-    def add(self, counts: Counts) -> None:
-        self.done += counts
-        self.parts += 1
-        self.new += counts.rows
-
-    @property
-    def too_many(self) -> bool:
-        return self.done.errors > self.max_error_rate * self.done.rows
-
-    @property
-    def stops(self) -> bool:
-        """Whether errors end the run here."""
-        return self.too_many and self.done.rows >= LEAST_ROWS
-
-    def status(self, stopped_by: int | None) -> str:
-        if self.stops:
-            return TOO_MANY_ERRORS
-        return COMPLETE if stopped_by is None else STOPPED
-
-    def progress(self) -> Progress:
-        speed = self.new / max(time.monotonic() - self.begun, 1e-9)
-        left = (self.total - self.done.rows) / max(speed, 1e-9)
-        return Progress(self.done.rows, self.done.errors, self.total, speed, left)
-
-    def manifest(self, status: str) -> dict[str, Any]:
-        return {
-            "status": status,
-            **self.fixed,
-            "updated": _now(),
-            "counts": {**asdict(self.done), "parts": self.parts, "total": self.total},
-            "throughput": {  # of the latest session
-                "rows": self.new,
-                "seconds": round(time.monotonic() - self.begun, 3),
-                "rows_per_second": round(self.progress().rows_per_second, 3),
-            },
-        }
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+ENGINES: dict[str, Callable[[Job], LocalEngine | RayEngine]] = {
+    "local": LocalEngine,
+    "ray": RayEngine,
+}
