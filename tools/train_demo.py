@@ -145,7 +145,9 @@ def question_ids(
     return torch.tensor(tails)
 
 
-def one_cycle(optimizer: torch.optim.Optimizer, rate: float, steps: int):
+def one_cycle(
+    optimizer: torch.optim.Optimizer, rate: float, steps: int
+) -> torch.optim.lr_scheduler.OneCycleLR:
     return torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=rate, total_steps=steps, pct_start=0.1
     )

@@ -1,32 +1,34 @@
-"""Pictures: all kinds of curves and of rows can be drawn, without touching pyplot."""
+"""Panels: every kind of curve and of rows can be drawn, in the page's colours, without pyplot."""
 
 from __future__ import annotations
 
-import struct
-from dataclasses import replace
-from pathlib import Path
+import re
+import sys
 from typing import Any
+from xml.etree import ElementTree
 
-import fits
 import pytest
 import torch
+from support.fits import fit
 
 from tfb.evaluation import figures
 from tfb.evaluation.metrics import Evaluation
 from tfb.search.result import CurvePoint
 
-NAN = float("nan")
+SHAPE = "{http://www.w3.org/2000/svg}"
 
 
-def fit(**changes: Any) -> dict[str, Any]:
-    return fits.fit(**{"interval": (0.01, 0.03), **changes})
+def evaluation(rows: int = 60) -> Evaluation:
+    probs = torch.randn(rows, 4, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    total = torch.special.entr(probs).sum(-1)
+    return Evaluation("tfb", "test", probs, torch.arange(rows) % 4, total, 0.7 * total, 0.3 * total)
 
 
-def size(path: Path) -> tuple[int, int]:
-    png = path.read_bytes()
-    assert png.startswith(b"\x89PNG\r\n\x1a\n") and png.endswith(b"IEND\xaeB`\x82")
-    width, height = struct.unpack(">II", png[16:24])
-    return width, height
+def texts(svg: str) -> list[str]:
+    """The words of a panel, which has to be well-formed."""
+    name = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    root = ElementTree.fromstring(svg.replace("<svg ", f"<svg {name} ", 1))
+    return [t.text or "" for t in root.iter(f"{SHAPE}text")]
 
 
 @pytest.mark.parametrize(
@@ -40,33 +42,73 @@ def size(path: Path) -> tuple[int, int]:
         {"curve": (CurvePoint(0.0, 0.8, 0.0, 0.0), CurvePoint(0.02, 0.8, 0.0, 0.0))},
     ],
 )
-def test_sigma_curves_of_all_kinds_can_be_drawn(tmp_path: Path, changes: dict[str, Any]) -> None:
-    figures.plot_sigma_curve(fit(**changes), tmp_path / "a.png")
-    assert size(tmp_path / "a.png")[0] >= 600
+def test_sigma_curves_of_all_kinds_can_be_drawn(changes: dict[str, Any]) -> None:
+    words = texts(figures.sigma_panel(fit(**changes)))
+    assert "σ" in words and figures.LOSS_LABELS[fit(**changes)["metric"]] in words
+
+
+def test_sigma_panel_reads_records_of_0_1_0() -> None:
+    """Their points say no number of anchors: all of them."""
+    record = fit() | {"compat": None, "family": "low_rank"}
+    for point in record["curve"]:
+        del point["anchors"]
+    assert figures.sigma_panel(record).count("<use") == figures.sigma_panel(fit()).count("<use")
+
+
+def test_points_of_part_of_the_anchors_are_not_on_the_line() -> None:
+    """The line of four points has one vertex fewer where one of them is of part of the anchors."""
+
+    def vertices(anchors: int) -> list[int]:
+        losses = ((0.0, 0.8, 60), (0.01, 0.7, anchors), (0.02, 0.8, 60), (0.03, 0.9, 60))
+        curve = tuple(CurvePoint(s, loss, 0.01, 0.0, n) for s, loss, n in losses)
+        svg = figures.sigma_panel(fit(curve=curve, interval=None, limit=None))
+        lines = re.findall(r'd="([^"]*)"[^>]*style="[^"]*stroke: var\(--after\)', svg)
+        return [len(re.findall("[ML] ", path)) for path in lines]
+
+    assert max(vertices(60)) == 4 and max(vertices(15)) == 3
 
 
 @pytest.mark.parametrize("sigma", [0.0, 0.02])
-@pytest.mark.parametrize("error", [0.0, 0.01, 100.0])
-def test_the_deciding_part_fills_the_picture(sigma: float, error: float) -> None:
-    """The loss at 0, the limit and the answer are inside, whatever the bars; the far end, where
-    the loss is 3, is not."""
-    curve = fit(sigma=sigma)
-    low, high = figures._deciding_range(curve, [error] * 5)
+def test_the_deciding_part_fills_the_panel(sigma: float) -> None:
+    """The loss at 0, the limit and the answer are inside; the far end, where it is 3, is not."""
+    record = fit(sigma=sigma)
+    low, high = figures.shown_losses(record, record["curve"])
     assert low < 0.7 < 0.8024 < high < 3.0
 
 
-def test_two_rows_of_one_kind_can_be_drawn(tmp_path: Path) -> None:
-    """Nothing wrong, every uncertainty 0, and fewer rows than the first share."""
+@pytest.mark.parametrize(("rows", "dots"), [(1, 1), (34, 2), (600, 10)])
+def test_reliability_counts_rows_and_has_few_bins_for_few(rows: int, dots: int) -> None:
+    words = texts(figures.reliability_panel(evaluation(rows), "after"))
+    counts = [int(w) for w in words if w.isdigit()]
+    assert sum(counts) == rows and 1 <= len(counts) <= dots
+
+
+def test_rows_that_are_all_right_or_alike_can_be_drawn() -> None:
     zeros = torch.zeros(2)
-    e = Evaluation("tfb", "d", torch.tensor([[1.0, 0.0]] * 2), torch.tensor([0, 0]), zeros, zeros,
-                   zeros)  # fmt: skip
-    figures.plot_risk_coverage([e], tmp_path / "a.png")
-    figures.plot_shift([e], [replace(e, dataset="other", labels=None)], tmp_path / "b.png")
-    for name in ("a.png", "b.png"):
-        assert min(size(tmp_path / name)) >= 300
+    probs = torch.tensor([[1.0, 0.0]] * 2)
+    e = Evaluation("sure", "d", probs, torch.tensor([0, 0]), zeros, zeros, zeros)
+    figures.reliability_panel(e, "before")
+    figures.risk_coverage_panel({"before": e})
+    figures.uncertainty_panel({"right": zeros, "wrong": zeros[:0], "ood": zeros}, "total")
 
 
-def test_counterpart_is_the_same_method_on_the_first_data_set() -> None:
-    probs = torch.tensor([[0.5, 0.5]])
-    found = [Evaluation(n, d, probs) for d in ("first", "second") for n in ("a", "b")]
-    assert figures.counterpart(found, Evaluation("b", "other", probs)) is found[1]
+def test_panels_take_colours_and_font_from_the_page() -> None:
+    svg = figures.risk_coverage_panel({"before": evaluation(), "after": evaluation(30)})
+    assert {"var(--before)", "var(--after)", "var(--soft)"} <= set(re.findall(r"var\([^)]*\)", svg))
+    assert "#0000" not in svg and "font-family" not in svg and "<style" not in svg
+    other = figures.uncertainty_panel({"right": torch.rand(30)}, "total")
+    ids = [set(re.findall(r'id="([^"]*)"', x)) for x in (svg, other)]
+    assert not ids[0] & ids[1]  # both stand in one page
+
+
+def test_pyplot_is_not_imported() -> None:
+    """A caller's own plotting state is untouched."""
+    known = set(sys.modules)
+    figures.sigma_panel(fit())
+    assert "matplotlib.pyplot" not in set(sys.modules) - known
+
+
+def test_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r'matplotlib, which .*pip install "tfb\[report\]"'):
+        figures.require_matplotlib()

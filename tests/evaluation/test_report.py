@@ -1,27 +1,25 @@
-"""The report: pictures and one page, all or nothing, in a folder of its own."""
+"""The report: one page, whole or not at all, that states each number once and escapes all data."""
 
 from __future__ import annotations
 
-import base64
 import re
-import struct
-import sys
 from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import fits
 import pytest
 import torch
 from markupsafe import escape
+from support.fits import fit
 
-from tfb.evaluation import figures, findings, report
-from tfb.evaluation.compare import compare
-from tfb.evaluation.figures import plot_reliability
-from tfb.evaluation.metrics import Evaluation, auroc, evaluate, risk_coverage
-from tfb.evaluation.report import PAGE, PICTURES, check_report_folder, write_report
+from tfb.data.rows import Row
+from tfb.evaluation import figures
+from tfb.evaluation.compare import compare, compare_auroc
+from tfb.evaluation.metrics import Evaluation
+from tfb.evaluation.report import EXAMPLES, HEAD, PAGE, SCALES, TAIL, page_path, write_report
 
-PNG = b"\x89PNG\r\n\x1a\n"
+VOID = {"meta", "br", "input", "link"}
 
 
 def evaluation(name: str = "tfb", dataset: str = "test", *, seed: int = 0) -> Evaluation:
@@ -29,264 +27,257 @@ def evaluation(name: str = "tfb", dataset: str = "test", *, seed: int = 0) -> Ev
     generator = torch.Generator().manual_seed(seed)
     probs = torch.randn(60, 4, generator=generator).mul(2).softmax(-1)
     labels = torch.multinomial(probs, 1, generator=generator)[:, 0]
-    entropy = torch.special.entr(probs).sum(-1)
-    return Evaluation(name, dataset, probs, labels, entropy, 0.7 * entropy, 0.3 * entropy)
+    total = torch.special.entr(probs).sum(-1)
+    rows = [Row(f"{dataset}-{i}", prompt=f"question {i}?", choices=("A", "B", "C", "D"))
+            for i in range(60)]  # fmt: skip
+    return Evaluation(name, dataset, probs, labels, total, 0.7 * total, 0.3 * total, 10, 10.0, rows)
 
 
-def plain(name: str = "deterministic", dataset: str = "test") -> Evaluation:
-    return replace(evaluation(name, dataset), aleatoric=None, epistemic=None)
+def plain(name: str = "adapter", dataset: str = "test", **changes: Any) -> Evaluation:
+    """Another method on the rows of ``evaluation``, without draws."""
+    e = evaluation(name, dataset, seed=1)
+    changes = {"labels": evaluation().labels, "aleatoric": None, "epistemic": None} | changes
+    return replace(e, **changes)
 
 
-def fit(**changes: Any) -> dict[str, Any]:
-    return fits.fit(**{"notes": ("the loss first falls",), **changes})
+BOTH = [plain(), evaluation()]
+OOD = [replace(e, dataset="unfamiliar", labels=None) for e in (plain(), evaluation(seed=2))]
 
 
-BOTH = [
-    plain(), evaluation(), plain(dataset="shifted"),
-    replace(evaluation(dataset="shifted", seed=1), labels=plain().labels),
-]  # fmt: skip
-SHIFTS = [replace(e, dataset="unfamiliar", labels=None) for e in (plain(), evaluation(seed=2))]
+class Page(HTMLParser):
+    """The text of a page, tag by tag; raises where tags do not match."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.text = ""
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.text += data
 
 
-@pytest.fixture
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests of the page's words: drawing takes most of the time."""
-    monkeypatch.setattr(report, "_draw", lambda *_: [])
+def page(tmp_path: Path, *args: Any, **kwargs: Any) -> str:
+    return write_report(tmp_path / "r.html", *args, title="A title", **kwargs).read_text()
 
 
-def size(png: bytes) -> tuple[int, int]:
-    assert png.startswith(PNG) and png.endswith(b"IEND\xaeB`\x82")
-    width, height = struct.unpack(">II", png[16:24])
-    return width, height
+def cells(table: str) -> list[list[str]]:
+    """The text of each body row's cells, without what the scale means."""
+    rows = re.findall(r"<tr><t[hd].*?</tr>", table.split("<tbody>")[1], flags=re.S)
+    plain_rows = [re.sub(r'<span class="meaning">.*?</span>', "", row, flags=re.S) for row in rows]
+    found = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, flags=re.S) for row in plain_rows]
+    return [[re.sub(r"\s+", " ", re.sub("<[^>]*>", " ", c)).strip() for c in row] for row in found]
 
 
-@pytest.mark.parametrize(
-    ("interval", "said"),
-    [
-        ((0.012, 0.034), "it lies between 0.012 and 0.034."),
-        ((0.012, None), "it is at least 0.012; what was measured shows no upper end."),
-        (None, "was not worked out."),
-    ],
-)
-def test_page_states_the_interval(
-    tmp_path: Path, interval: tuple[float, float | None] | None, said: str
-) -> None:
-    page = write_report(tmp_path / "report", [plain()], fit(interval=interval), title="A title")
-    assert said in page.read_text()
-    assert ("the shaded band its 95 % interval" in page.read_text()) == (interval is not None)
+def test_page_holds_everything_and_loads_nothing(tmp_path: Path) -> None:
+    text = page(tmp_path, BOTH, fit(), ood=OOD, facts={"Seed": "7"})
+    found = Page(text)
+    assert found.tags.count("svg") == 2 + 1 + 1 + 3  # reliability, risk, sigma, uncertainties
+    for number, name in enumerate(("Reliability", "Risk–coverage", "Loss", "Uncertainty"), 1):
+        assert f"Figure {number}. {name}" in found.text
+    assert not {"script", "img", "link", "iframe"} & set(found.tags)
+    assert not re.search(r'(src|href)="(?!#)', text)
+    assert "@import" not in text and not re.search(r"url\((?!#)", text)
+    assert "<title>A title</title>" in text and "<dt>Seed</dt><dd>7</dd>" in text
+    assert "the loss first falls" in found.text and "σ = 0.02 (objective max_variance)" in text
+    assert "mean of 10 draws" in text and "prefers-color-scheme: dark" in text
+    assert found.text.index("Flipped") < found.text.index("Figure 1")
 
 
-def test_pictures_and_page(tmp_path: Path) -> None:
-    page = write_report(
-        tmp_path / "new" / "report", BOTH, fit(), title="A title", notes=["So."], shifts=SHIFTS,
-        facts={"Seed": "7"},
-    )  # fmt: skip
-    assert page == tmp_path / "new" / "report" / PAGE
-    assert sorted(p.name for p in page.parent.iterdir()) == sorted([*PICTURES, PAGE])
-    assert [p.name for p in (tmp_path / "new").iterdir()] == ["report"]  # no staging folder left
-    text = page.read_text()
-    embedded = re.findall(r'<img alt="([^"]+)" src="data:image/png;base64,([^"]+)">', text)
-    assert len(embedded) == len(PICTURES) and all(len(alt) > 40 for alt, _ in embedded)
-    for name, (_, data) in zip(PICTURES, embedded, strict=True):
-        png = (page.parent / name).read_bytes()
-        assert base64.b64decode(data) == png
-        width, height = size(png)
-        assert width >= 600 and height >= 300 and len(png) > 5_000  # axes and text, not a blank
-    assert not re.search(r'(src|href)="(?!data:|#)', text)  # self-contained
-    assert "@import" not in text and "url(" not in text and "<script" not in text
-    assert "<title>A title</title>" in text and "<p>So.</p>" in text
-    assert "The loss first falls" in text and "σ = 0.02" in text and "141 passes" in text
-    assert "<dt>Seed</dt><dd>7</dd>" in text
-    assert findings.headline(BOTH, findings.comparisons(BOTH)) in text
-    for line in findings.decision(fit()):
-        assert escape(line) in text
+def test_every_metric_has_its_change_and_verdict(tmp_path: Path) -> None:
+    """Before, after, change and limits of tfb.evaluation.compare; worse is said as better is."""
+    text = page(tmp_path, BOTH, ood=OOD)
+    rows = cells(text.split('class="verdicts"')[1].split("</table>")[0])
+    changes = compare(*BOTH) | {"auroc": compare_auroc((OOD[0], BOTH[0]), (OOD[1], BOTH[1]))}
+    assert len(rows) == len(changes) == len(SCALES)
+    for row, (name, change) in zip(rows, changes.items(), strict=True):
+        scale = SCALES[name]
+        assert row[0].startswith(scale.name)
+        assert row[1:3] == [scale.write(change.before), scale.write(change.after)]
+        low, high = (scale.write(v, "+") for v in (change.low, change.high))
+        assert row[3] == f"{scale.write(change.change, '+')} {low} to {high}"
+        assert row[4] == scale.verdict(change)
+    assert rows[-1][0].endswith("of unfamiliar")
 
 
-@pytest.mark.usefixtures("no_pictures")
-def test_table_holds_the_metrics_and_marks_the_best(tmp_path: Path) -> None:
-    """The first evaluation of a data set is the reference for flips."""
-    other = evaluation(seed=3)
-    e = replace(plain(), labels=other.labels)
-    text = write_report(tmp_path / "r", [e, other], title="t").read_text()
-    table = text.split("Figures of each method")[1].split("</table>")[0]
-    rows = re.findall(r'<tr><td class="text">test</td><td class="text">(\w+)</td>(.*)</tr>', table)
-    assert [name for name, _ in rows] == ["deterministic", "tfb"]
-    assert e.labels is not None and other.labels is not None
-    first = evaluate(e.probs, e.labels)
-    second = evaluate(other.probs, other.labels, reference_predictions=e.probs.argmax(-1))
-    assert second.flip_ratio is not None and second.flip_ratio > 0
-    for (_, cells), m, x in zip(rows, (first, second), (e, other), strict=True):
-        assert x.total is not None
-        values = re.findall(r"<td[^>]*>([^<]*)</td>", cells)
-        assert values == [
-            f"{100 * m.accuracy:.2f}", f"{m.nll:.4f}", f"{100 * m.ece:.2f}", f"{m.brier:.4f}",
-            f"{100 * risk_coverage(x.total, x.correct).aurc:.2f}",
-            f"{100 * m.miscalibration:+.2f}", f"{100 * (m.flip_ratio or 0):.2f}", "–",
-        ]  # fmt: skip
-        best = re.findall(r'<td class="best">([^<]*)</td>', cells)
-        assert (f"{m.nll:.4f}" in best) == (m.nll == min(first.nll, second.nll))
+@pytest.mark.parametrize("name", ["accuracy", "nll"])
+def test_verdicts(name: str) -> None:
+    """Better is up for accuracy and down for NLL."""
+    change = compare(*BOTH)[name]
+    up = replace(change, before=0.5, after=0.7, low=0.1, high=0.3)
+    down = replace(change, before=0.7, after=0.5, low=-0.3, high=-0.1)
+    words = ["better", "worse"] if name == "accuracy" else ["worse", "better"]
+    assert [SCALES[name].verdict(c) for c in (up, down)] == words
+    assert SCALES[name].verdict(replace(up, low=-0.1)) == "within noise"
 
 
-def test_pictures_that_have_nothing_to_show_are_left_out(tmp_path: Path) -> None:
-    bare = replace(plain(), total=None)
-    page = write_report(tmp_path / "r", [bare], title="t")
-    assert sorted(p.name for p in page.parent.iterdir()) == [PAGE, "reliability.png"]
-    text = page.read_text()
-    assert text.count("<img") == 1 and "Nothing was compared with it" in text
-    for heading in ("How σ was chosen", "Risk–coverage)", "(Uncertainty)", "(Shift)"):
-        assert heading not in text
+def test_examples_are_the_flipped_and_the_most_uncertain(tmp_path: Path) -> None:
+    before, after = BOTH
+    flipped, uncertain = page(tmp_path, BOTH).split("<h3>Most uncertain</h3>")
+    flips = before.probs.argmax(-1) != after.probs.argmax(-1)
+    count = int(flips.sum())
+    gained = int((~before.correct & after.correct).sum())
+    assert f"{count} predictions of 60 differ: {gained} became right" in flipped
+    ids = re.findall(r'<p class="id">test-(\d+)</p>', flipped)
+    assert len(ids) == min(count, EXAMPLES) and all(flips[int(i)] for i in ids)
+    assert after.total is not None
+    most = after.total.argsort(descending=True)[:EXAMPLES].tolist()
+    assert re.findall(r'<p class="id">test-(\d+)</p>', uncertain) == list(map(str, most))
+    assert f"question {most[0]}?" in uncertain
+    answer = "ABCD"[int(after.probs[most[0]].argmax())]
+    shown = re.sub("<[^>]*>", " ", uncertain.split("<li>")[1])
+    assert f"{answer}  {100 * float(after.probs[most[0]].max()):.0f} %" in shown
 
 
-@pytest.mark.usefixtures("no_pictures")
-def test_changes_carry_their_limits_and_marks(tmp_path: Path) -> None:
-    """The cells are those of tfb.evaluation.compare; only what is beyond noise is marked."""
-    sure = replace(plain(), probs=plain().probs.pow(8) / plain().probs.pow(8).sum(-1, keepdim=True))
-    changes = compare(sure, evaluation())
-    text = write_report(tmp_path / "r", [sure, evaluation()], title="t").read_text()
-    table = text.split("Change against")[1].split("</table>")[0]
-    cells = re.findall(r"<td( class=\"best\")?>([^<]*)<small>([^<]*)</small></td>", table)
-    assert len(cells) == 5 and changes["nll"].beyond_noise and not changes["accuracy"].beyond_noise
-    names = ("accuracy", "nll", "ece", "brier", "aurc")
-    for name, (mark, change, _) in zip(names, cells, strict=True):
-        d, factor = changes[name], 1 if name in ("nll", "brier") else 100
-        assert bool(mark) == d.beyond_noise
-        assert float(change.replace("−", "-")) == pytest.approx(factor * d.change, abs=0.005)
+def test_rows_that_are_not_known_are_numbered(tmp_path: Path) -> None:
+    bare = [replace(e, rows=()) for e in BOTH]
+    text = page(tmp_path, bare)
+    assert re.search(r"row \d+", text) and "class 3" in text and "<blockquote>" not in text
+    assert "billing" in page(tmp_path / "b", [replace(e, classes=("billing",) * 4) for e in bare])
 
 
-@pytest.mark.usefixtures("no_pictures")
-def test_mean_uncertainties_add_up(tmp_path: Path) -> None:
-    text = write_report(tmp_path / "r", [plain(), evaluation()], title="t").read_text()
-    table = text.split("total = aleatoric + epistemic")[1].split("</table>")[0]
-    rows = re.findall(r'<td class="text">(all|right|wrong)</td>(.*)</tr>', table)
-    numbers = {w: [float(x) for x in re.findall(r"<td>([^<]*)</td>", r)] for w, r in rows}
-    assert numbers["all"][0] == 60 == numbers["right"][0] + numbers["wrong"][0]
-    for _, total, aleatoric, epistemic in numbers.values():
-        assert total == pytest.approx(aleatoric + epistemic, abs=0.0015)  # three roundings
+@pytest.mark.parametrize("row", [
+    Row("1", text="x" * 1000),
+    Row("1", messages=({"role": "user", "content": "x" * 1000},), choices=("A", "B", "C", "D")),
+])  # fmt: skip
+def test_long_texts_are_shortened(tmp_path: Path, row: Row) -> None:
+    text = page(tmp_path, [replace(e, rows=[row] * 60) for e in BOTH])
+    assert max(map(len, re.findall("x+", text))) == max(HEAD, TAIL)
 
 
-@pytest.mark.usefixtures("no_pictures")
-def test_shift_is_told_by_auroc(tmp_path: Path) -> None:
-    """Unlabelled rows; a method that the first data set lacks is refused."""
-    text = write_report(tmp_path / "r", BOTH, title="t", shifts=SHIFTS).read_text()
-    table = text.split("Uncertainty on usual and on unfamiliar rows")[1].split("</table>")[0]
-    for usual, other in zip(BOTH[:2], SHIFTS, strict=True):
-        assert usual.total is not None and other.total is not None
-        assert f"<td>{100 * auroc(other.total, usual.total):.1f}</td>" in table
-    with pytest.raises(ValueError, match="shifts: other was not evaluated on test"):
-        write_report(tmp_path / "s", BOTH, title="t", shifts=[replace(SHIFTS[0], name="other")])
-    assert not (tmp_path / "s").exists()
+def test_sigma_zero_stands_once(tmp_path: Path) -> None:
+    before = plain()
+    same = replace(before, name="tfb", draws=1)
+    text = page(tmp_path, [before, same], fit(sigma=0.0, objective="min_nll", limit=None))
+    assert "σ = 0: the predictive is the adapter, so every number stands once." in text
+    assert text.count("<svg") == 1 + 1 + 1 + 1 and "Verdict" not in text and "Flipped" not in text
+    assert all(len(row) == 2 for row in cells(text.split('class="verdicts"')[1]))
 
 
-@pytest.mark.usefixtures("no_pictures")
-def test_sigma_zero_and_one_class(tmp_path: Path) -> None:
-    """Draws that agree in full, and rows that all have one right answer."""
-    e = evaluation()
-    assert e.total is not None
-    flat = replace(e, aleatoric=e.total, epistemic=torch.zeros(60),
-                   labels=torch.zeros(60, dtype=torch.int64))  # fmt: skip
-    before = replace(plain(), labels=flat.labels)
-    zero = fit(sigma=0.0, objective="min_nll", limit=None, interval=(0.0, 0.001))
-    text = write_report(tmp_path / "r", [before, flat], zero, title="t").read_text()
-    assert "changed nothing on 60 rows of test" in text and "So σ = 0" in text
-    assert "have the same right answer" in text and "only 60 rows" in text
+def test_one_evaluation_is_described_alone(tmp_path: Path) -> None:
+    """Without uncertainty and search two figures have nothing to show; another data set is no
+    counterpart."""
+    bare = plain(total=None)
+    text = page(tmp_path, [bare])
+    assert text.count("<svg") == 1 and "Verdict" not in text and "stands once" not in text
+    assert "Figure 2." not in text and "Figure 3." not in text and "Figure 4." not in text
+    text = page(tmp_path / "b", [bare, plain(dataset="other")])
+    assert "Verdict" not in text
 
 
-def test_all_rows_right_or_alike_can_be_drawn(tmp_path: Path) -> None:
-    probs = torch.tensor([[1.0, 0.0]] * 3)
-    zeros = torch.zeros(3)
-    sure = Evaluation("sure", "d", probs, torch.tensor([0, 0, 0]), zeros, zeros, zeros)
-    write_report(tmp_path / "r", [sure], title="t")
-    for name in ("uncertainty.png", "risk_coverage.png"):
-        assert size((tmp_path / "r" / name).read_bytes())
-    assert "<td>–</td>" in (tmp_path / "r" / PAGE).read_text()  # no wrong row to average over
+def test_other_methods_and_data_sets_are_a_table(tmp_path: Path) -> None:
+    """Each beside the first method of its data set."""
+    more = [*BOTH, plain("third"), plain(dataset="other"), replace(evaluation(), dataset="other")]
+    assert "Every method" not in page(tmp_path / "two", BOTH)
+    table = page(tmp_path, more).split("Every method and data set")[1].split("</table>")[0]
+    rows = cells(table)
+    names = ["test: adapter", "test: tfb", "test: third", "other: adapter", "other: tfb"]
+    assert [row[0] for row in rows] == names
+    for row, e in zip(rows, more, strict=True):
+        first = next(f for f in more if f.dataset == e.dataset)
+        changes = compare(first, e)
+        written = [SCALES[n].write(c.after) for n, c in changes.items()]
+        assert row[2:7] == written and row[7] == "10"
+    marks = [bool(re.search(f'class="{word}"', table)) for word in ("better", "worse")]
+    verdicts = {SCALES[n].verdict(c) for e in more for n, c in compare(
+        next(f for f in more if f.dataset == e.dataset), e).items()}  # fmt: skip
+    assert marks == ["better" in verdicts, "worse" in verdicts]
 
 
-@pytest.mark.parametrize("name", ["<b>x</b> & $a_b$ {{ 1 }}", "a" * 200, r"\alpha $\frac$"])
-def test_names_and_titles_are_plain_text(tmp_path: Path, name: str) -> None:
-    """No markup in the page, no TeX in the pictures, no template in either."""
-    e = evaluation(name, name)
-    text = write_report(tmp_path / "r", [e], fit(), title=name, notes=[name]).read_text()
-    escaped = name.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    assert text.count(escaped) > 5  # title twice, note, two cells, sentences
-    assert "<b>x" not in text
+def test_few_rows_and_one_label_are_said(tmp_path: Path) -> None:
+    labels = torch.zeros(60, dtype=torch.int64)
+    text = page(tmp_path, [replace(e, labels=labels) for e in BOTH])
+    assert "Only 60 rows" in text and "All rows have the same label" in text
+    many = replace(plain(), probs=plain().probs.repeat(2, 1), labels=torch.arange(120) % 4,
+                   total=None, rows=())  # fmt: skip
+    assert "Only" not in page(tmp_path / "b", [many])
 
 
-# --- the folder ---------------------------------------------------------------------------------
+HOSTILE = ["<script>alert('x')</script>", '"onload="x', "{{ 1 + 1 }} $a_b$ \\frac", "-->]]>&amp;"]
 
 
-def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
-    used = tmp_path / "used"
-    used.mkdir()
-    write_report(used, [plain()], title="t")  # empty: may be used
-    for overwrite in (False, True):
-        (used / "notes.txt").write_text("mine")
-        with pytest.raises(ValueError, match="used already holds something; choose a new folder"):
-            write_report(used, [plain()], title="t", overwrite=overwrite)
-    (used / "notes.txt").unlink()
-    with pytest.raises(ValueError, match="used already holds something"):
-        write_report(used, [plain()], title="t")
-    file = tmp_path / "file"
-    file.write_text("mine")
-    with pytest.raises(ValueError, match="file already holds something"):
-        check_report_folder(file, overwrite=True)
-    assert file.read_text() == "mine" and check_report_folder(tmp_path / "new").name == "new"
+@pytest.mark.parametrize("word", HOSTILE)
+def test_all_data_are_escaped(tmp_path: Path, word: str) -> None:
+    """Names, ids, texts, choices, facts, notes: text in the page, and tags that match."""
+    row = Row(word, prompt=f"{word} ?", choices=(word,) * 4, label=0)
+    found = [replace(e, name=f"{word} {i}", dataset=word, rows=[row] * 60)
+             for i, e in enumerate(BOTH)]  # fmt: skip
+    ood = [replace(e, dataset=f"far {word}", labels=None) for e in found]
+    text = write_report(
+        tmp_path / "r.html",
+        found,
+        fit(notes=(word,), objective=word),
+        title=word,
+        ood=ood,
+        facts={word: word},
+    ).read_text()
+    parsed = Page(text)
+    usual = Page(page(tmp_path / "usual", BOTH, fit(), ood=OOD, facts={"a": "b"}))
+    assert sorted(set(parsed.tags)) == sorted(set(usual.tags))
+    assert parsed.text.count(word) > 30 and text.count(str(escape(word))) > 30
+    assert word not in text or word == str(escape(word)) or word == HOSTILE[2]
 
 
-def test_overwrite_replaces_an_earlier_report(tmp_path: Path) -> None:
-    """All of it: a picture that the new report lacks does not stay behind."""
-    folder = tmp_path / "r"
-    write_report(folder, BOTH[:2], fit(), title="old")
-    page = write_report(folder, [plain()], title="new", overwrite=True)
-    assert sorted(p.name for p in folder.iterdir()) == [
-        PAGE,
-        "reliability.png",
-        "risk_coverage.png",
-    ]
-    assert "<h1>new</h1>" in page.read_text()
+# --- the file -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("step", "existing"),
-    [("plot_reliability", False), ("plot_uncertainty", False), ("_page", False), ("_page", True)],
-)
+def test_output_is_a_file_or_a_folder_for_it(tmp_path: Path) -> None:
+    assert page_path(tmp_path / "new") == tmp_path / "new" / PAGE
+    assert page_path(tmp_path / "a" / "b.html") == tmp_path / "a" / "b.html"
+    made = write_report(tmp_path / "new" / "folder", BOTH, title="t")
+    assert made == tmp_path / "new" / "folder" / PAGE and list(made.parent.iterdir()) == [made]
+
+
+def test_an_earlier_page_is_replaced_only_if_asked(tmp_path: Path) -> None:
+    made = write_report(tmp_path, [plain()], title="old")
+    with pytest.raises(ValueError, match=r"index\.html exists already; choose another name"):
+        write_report(tmp_path, [plain()], title="new")
+    assert "old" in made.read_text()
+    write_report(made, [plain()], title="new", overwrite=True)
+    assert "<h1>new</h1>" in made.read_text()
+    held = tmp_path / "held"
+    held.write_text("mine")
+    for path in (held, held / "r.html"):  # below a file
+        with pytest.raises(ValueError, match="exists already"):
+            page_path(path, overwrite=True)
+
+
+@pytest.mark.parametrize("existing", [False, True])
 def test_failure_leaves_things_as_they_were(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, existing: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: bool
 ) -> None:
-    folder = tmp_path / "r"
+    file = tmp_path / "r.html"
     if existing:
-        write_report(folder, [plain()], title="old")
-    before = {p: p.read_bytes() for p in sorted(tmp_path.rglob("*")) if p.is_file()}
+        file.write_text("old")
 
-    def broken(*_: Any, **__: Any) -> None:
-        raise RuntimeError("no picture")
+    def broken(*_: Any) -> str:
+        raise RuntimeError("no figure")
 
-    monkeypatch.setattr(report if step == "_page" else figures, step, broken)
-    with pytest.raises(RuntimeError, match="no picture"):
-        write_report(folder, BOTH[:2], fit(), title="new", overwrite=existing)
-    assert {p: p.read_bytes() for p in sorted(tmp_path.rglob("*")) if p.is_file()} == before
-    assert folder.exists() == existing and len(list(tmp_path.iterdir())) == existing
+    monkeypatch.setattr(figures, "uncertainty_panel", broken)
+    with pytest.raises(RuntimeError, match="no figure"):
+        write_report(file, BOTH, fit(), title="new", overwrite=existing)
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["old"] * existing
 
 
-def test_evaluations_without_labels_or_none_at_all_are_refused(tmp_path: Path) -> None:
+def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one evaluation"):
-        write_report(tmp_path / "r", [], title="t")
+        page(tmp_path, [])
     with pytest.raises(ValueError, match="tfb on oos: no labels; a report needs them"):
-        write_report(
-            tmp_path / "r", [plain(), replace(evaluation(dataset="oos"), labels=None)], title="t"
-        )
+        page(tmp_path, [plain(), replace(evaluation(dataset="oos"), labels=None)])
+    with pytest.raises(ValueError, match="ood: other was not evaluated on test"):
+        page(tmp_path, BOTH, ood=[replace(OOD[0], name="other")])
     assert not list(tmp_path.iterdir())
-
-
-def test_missing_matplotlib_names_the_extra(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r'matplotlib, which .*pip install "tfb\[report\]"'):
-        plot_reliability([plain()], tmp_path / "a.png")
-
-
-def test_pyplot_is_not_imported(tmp_path: Path) -> None:
-    """A caller's own plotting state is untouched."""
-    known = set(sys.modules)
-    write_report(tmp_path / "r", BOTH[:2], fit(), title="t", shifts=SHIFTS)
-    assert "matplotlib.pyplot" not in set(sys.modules) - known

@@ -110,8 +110,8 @@ def print_changes(found: list[Evaluation]) -> None:
             for name, factor in (("accuracy", 100), ("nll", 1), ("ece", 100), ("aurc", 100)):
                 c = changes[name]
                 cells.append(
-                    f"{factor * c.change:+.3g} ({factor * c.low:+.3g} to {factor * c.high:+.3g})"
-                    f"{' *' if c.significant else ''}"
+                    f"{factor * c.change:+.3g}{' *' if c.significant else ''}\n"
+                    f"{factor * c.low:+.3g} to {factor * c.high:+.3g}"
                 )
             table.add_row(e.dataset, e.name, *cells)
     out.print(table)

@@ -21,14 +21,13 @@ from tfb.evaluation.metrics import (
     auroc,
     brier_of_rows,
     confidence_bins,
-    evaluate,
     nll_of_rows,
     risk_coverage,
     risks,
 )
 
 LEVEL = 0.95
-RESAMPLES = 2000
+RESAMPLES, SEED = 2000, 0
 FEWEST = 6  # rows: with fewer even a sign test, all rows alike, reaches no 95 %
 ROUNDING = 1e-6  # of metrics of float32 probabilities
 BLOCK = 1_000_000  # resampled rows in memory at a time
@@ -65,22 +64,12 @@ class Change:
         return self.low > 0 if self.change > 0 else self.high < 0
 
 
-def compare(
-    before: Evaluation,
-    after: Evaluation,
-    *,
-    n_bins: int = BINS,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> dict[str, Change]:
+def compare(before: Evaluation, after: Evaluation) -> dict[str, Change]:
     """Return changes of "accuracy", "nll", "ece", "brier", and "aurc" if both have a total.
 
     Args:
         before: one method on N labelled rows.
         after: another one on the same rows.
-        n_bins: of the ECE.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
 
     Raises:
         ValueError: no labels, or not the same rows (as far as labels tell).
@@ -88,32 +77,26 @@ def compare(
     if not torch.equal(before.known_labels, after.known_labels):
         raise ValueError(f"{before.name} and {after.name}: other labels, so not the same rows")
     N = len(before.probs)
-    was, now = (_values(e, n_bins) for e in (before, after))
-    resampled = [_of_resamples(e, n_bins) for e in (before, after)]
-    names = [name for name in resampled[0] if name in resampled[1]]
+    was, now = (_values(e) for e in (before, after))
+    then, later = (_of_resamples(e) for e in (before, after))
+    names = [name for name in then if name in later]
 
     def changes(rows: np.ndarray, axis: int) -> np.ndarray:
-        return np.stack([resampled[1][name](rows) - resampled[0][name](rows) for name in names])
+        return np.stack([later[name](rows) - then[name](rows) for name in names])
 
     found = {"accuracy": _accuracy_limits(before, after)}
-    found |= dict(zip(names, _limits(changes, N, resamples=resamples, seed=seed), strict=True))
+    found |= dict(zip(names, _limits(changes, N), strict=True))
     return {name: Change(was[name], now[name], *limits, N) for name, limits in found.items()}
 
 
 def compare_auroc(
-    before: tuple[Evaluation, Evaluation],
-    after: tuple[Evaluation, Evaluation],
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
+    before: tuple[Evaluation, Evaluation], after: tuple[Evaluation, Evaluation]
 ) -> Change:
     """Return the change of the AUROC of OOD rows against test rows, by total uncertainty.
 
     Args:
         before: one method's OOD rows and test rows.
-        after: another method's, of the same rows.
-        resamples: of the bootstrap, over both kinds of rows.
-        seed: of the bootstrap.
+        after: another method's, of the same rows. Both kinds of rows are resampled.
 
     Raises:
         ValueError: an evaluation without total uncertainty, or not the same numbers of rows.
@@ -127,13 +110,11 @@ def compare_auroc(
     def change(ood: np.ndarray, rows: np.ndarray, axis: int) -> np.ndarray:
         return np.stack([_auroc(x[ood], y[rows]) - _auroc(u[ood], v[rows])])
 
-    [limits] = _limits(change, *sizes[:2], resamples=resamples, seed=seed)
+    [limits] = _limits(change, *sizes[:2])
     return Change(auroc(*totals[:2]), auroc(*totals[2:]), *limits, min(sizes))
 
 
-def _limits(
-    statistic: Callable[..., np.ndarray], *sizes: int, resamples: int, seed: int
-) -> list[tuple[float, float]]:
+def _limits(statistic: Callable[..., np.ndarray], *sizes: int) -> list[tuple[float, float]]:
     """Percentile limits of each of a statistic's values [F, ...] of row numbers [..., N]."""
     samples = [np.arange(n) for n in sizes]
     if min(sizes) < 2:
@@ -141,31 +122,31 @@ def _limits(
     found = bootstrap(
         samples,
         statistic,
-        n_resamples=resamples,
+        n_resamples=RESAMPLES,
         batch=max(1, BLOCK // sum(sizes)),
         vectorized=True,
         confidence_level=LEVEL,
         method="percentile",
-        random_state=np.random.default_rng(seed),
+        random_state=np.random.default_rng(SEED),
     ).confidence_interval
     return list(zip(found.low.tolist(), found.high.tolist(), strict=True))
 
 
-def _values(e: Evaluation, n_bins: int) -> dict[str, float]:
-    m = evaluate(e.probs, e.known_labels, n_bins=n_bins)
+def _values(e: Evaluation) -> dict[str, float]:
+    m = e.metrics
     found = {"accuracy": m.accuracy, "nll": m.nll, "ece": m.ece, "brier": m.brier}
     return found if e.total is None else found | {"aurc": risk_coverage(e.total, e.correct).aurc}
 
 
-def _of_resamples(e: Evaluation, n_bins: int) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+def _of_resamples(e: Evaluation) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
     """Metrics of resamples, from row numbers [..., N] to [...]."""
     p, labels = e.probs.double(), e.known_labels
     nll, brier = nll_of_rows(p, labels).numpy(), brier_of_rows(p, labels).numpy()
     confidence, wrong = p.amax(-1), ~e.correct.numpy()
-    bins, gap = confidence_bins(confidence, n_bins).numpy(), confidence.numpy() - ~wrong
+    bins, gap = confidence_bins(confidence).numpy(), confidence.numpy() - ~wrong
     found = {
         "nll": lambda rows: nll[rows].mean(-1),
-        "ece": lambda rows: _ece(bins[rows], gap[rows], n_bins),
+        "ece": lambda rows: _ece(bins[rows], gap[rows]),
         "brier": lambda rows: brier[rows].mean(-1),
     }
     if e.total is not None:
@@ -174,11 +155,11 @@ def _of_resamples(e: Evaluation, n_bins: int) -> dict[str, Callable[[np.ndarray]
     return found
 
 
-def _ece(bins: np.ndarray, gap: np.ndarray, n_bins: int) -> np.ndarray:
+def _ece(bins: np.ndarray, gap: np.ndarray) -> np.ndarray:
     """ECE [...] from each row's bin and its confidence - correctness [..., N]."""
     sets = np.arange(bins[..., 0].size).reshape(*bins.shape[:-1], 1)
-    sums = np.bincount((sets * n_bins + bins).ravel(), gap.ravel(), sets.size * n_bins)
-    of_bins: np.ndarray = np.abs(sums.reshape(*bins.shape[:-1], n_bins))
+    sums = np.bincount((sets * BINS + bins).ravel(), gap.ravel(), sets.size * BINS)
+    of_bins: np.ndarray = np.abs(sums.reshape(*bins.shape[:-1], BINS))
     return of_bins.sum(-1) / bins.shape[-1]
 
 

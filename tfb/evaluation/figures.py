@@ -68,7 +68,7 @@ def _panel(draw: Callable[Concatenate[Axes, P], None]) -> Callable[P, str]:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
 
-        style: dict[str, Any] = {
+        style: Any = {
             "svg.fonttype": "none",
             "font.size": 10,
             "text.color": COLOURS["ink"],
@@ -156,7 +156,7 @@ def sigma_panel(axes: Axes, fit: Mapping[str, Any]) -> None:
         axes.set_xlim(-0.1 * min(positive), 1.3 * max(positive))
         axes.set_xticks([0, *_decades(min(positive), max(positive))], minor=False)
         axes.set_xticks([], minor=True)
-    axes.set(ylim=_shown_losses(fit, whole), xlabel="σ", ylabel=LOSS_LABELS[fit["metric"]])
+    axes.set(ylim=shown_losses(fit, whole), xlabel="σ", ylabel=LOSS_LABELS[fit["metric"]])
     axes.axvline(fit["sigma"], color=COLOURS["ink"], linewidth=1.2, zorder=1)
     if fit.get("interval") is not None:
         low, high = fit["interval"]
@@ -181,9 +181,7 @@ def _error(point: Mapping[str, Any]) -> float:
     return math.hypot(point["standard_error"] or 0.0, point["draw_standard_error"] or 0.0)
 
 
-def _shown_losses(
-    fit: Mapping[str, Any], whole: Sequence[Mapping[str, Any]]
-) -> tuple[float, float]:
+def shown_losses(fit: Mapping[str, Any], whole: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
     """Return limits of the loss axis; far beyond the answer, losses would flatten what decides."""
     near = [p for i, p in enumerate(whole) if i < 3 or p["sigma"] <= 1.6 * fit["sigma"]]
     levels = [p["loss"] + side * Z * _error(p) for p in near for side in (-1, 1)]
