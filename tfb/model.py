@@ -6,6 +6,7 @@ import contextlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -342,22 +343,16 @@ class BayesianModel:
             if draws != "auto":
                 raise ValueError(f"draws={draws!r}: expected a number, tfb.Draws or 'auto'")
             draws = Adaptive()
+        logits_of = partial(self.logits, mode=mode, tail=tail, draws_per_pass=draws_per_pass)
         if isinstance(draws, Adaptive):
             if keep_draws:
                 raise ValueError("keep_draws: rows have different numbers of draws under 'auto'")
+            first = self.draws(draws.first)
             return predict_adaptively(
-                self,
-                batch,
-                draws,
-                label_ids=label_ids,
-                mode=mode,
-                tail=tail,
-                draws_per_pass=draws_per_pass,
+                logits_of, batch, label_ids, draws, first, self.config.temperature
             )
         chosen = self.draws(draws)
-        logits = self.logits(
-            batch, chosen, label_ids, mode=mode, tail=tail, draws_per_pass=draws_per_pass
-        )
+        logits = logits_of(batch, chosen, label_ids)
         return self.predictive(logits, chosen, keep_draws=keep_draws)
 
     @torch.no_grad()

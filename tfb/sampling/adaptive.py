@@ -7,7 +7,9 @@ depends on that row alone, so its result does not depend on the rows beside it n
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from tfb.draws import Draws, check_even
 from tfb.predictive import Predictive
-from tfb.sampling.state import Batch, SampledModel
+from tfb.sampling.state import Batch
 from tfb_kernels.reference import compute_dtype
 
 FIRST = 4  # draws of the first round: two pairs, the fewest that tell an error
@@ -47,25 +49,26 @@ class Adaptive:
 
 
 def predict_adaptively(
-    bayes: SampledModel,
+    logits_of: Callable[[Batch, Draws, Tensor | None], Tensor],
     batch: Batch,
+    label_ids: Tensor | None,
     settings: Adaptive,
-    *,
-    label_ids: Tensor | None = None,
-    **how: Any,
+    first: Draws,
+    temperature: float,
 ) -> Predictive:
     """Predict a batch's rows with ``draw_counts`` of their own.
 
     Args:
-        bayes: the model.
-        batch: as for its ``logits``.
+        logits_of: gives logits [S, b, K] of some rows.
+        batch: of all rows.
+        label_ids: [K], or of all rows.
         settings: when a row stops.
-        label_ids: as for its ``logits``.
-        how: other arguments of its ``logits``.
+        first: the draws of the first round.
+        temperature: of the likelihood.
     """
     ids = batch.get("input_ids")
     rows = len(ids) if isinstance(ids, Tensor) else 1  # anything else is refused by logits()
-    sigma, seed = bayes.draws(2).sigmas[0], bayes.config.seed
+    some_draws = partial(Draws.antithetic, sigma=first.sigmas[0], seed=first.seed)
 
     def some(value: Any, index: Tensor) -> Any:
         by_row = isinstance(value, Tensor) and value.dim() > 1 and len(value) == rows
@@ -78,14 +81,12 @@ def predict_adaptively(
     done, size = 0, settings.first
     while len(active):
         size = min(size, settings.most - done)
-        draws = Draws.antithetic(size, sigma, seed=seed, first_stream=done // 2)
+        draws = some_draws(size, first_stream=done // 2)
         part = {k: some(v, active) for k, v in batch.items()}
-        logits = bayes.logits(part, draws, some(label_ids, active), **how)
-        logits = logits / bayes.config.temperature
+        logits = logits_of(part, draws, some(label_ids, active)) / temperature
         kept.append(logits.to(compute_dtype(logits.dtype)).softmax(-1).cpu())
         done += size
-        so_far = Draws.antithetic(done, sigma, seed=seed)
-        found = Predictive.from_probs(torch.cat(kept), so_far)
+        found = Predictive.from_probs(torch.cat(kept), some_draws(done))
         error = found.standard_error.gather(-1, found.prediction[:, None])[:, 0]
         stop = (error <= settings.tolerance) | (done >= settings.most)
         results.append((active[stop], found.rows(stop)))

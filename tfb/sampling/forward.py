@@ -205,9 +205,11 @@ def scored_logits(
     state = SamplingState(bayes.base, draws, columns=columns)
     with evaluating(bayes.model):
         if draws_per_pass is None:
-            draws_per_pass = draws_that_fit(bayes.base, len(draws), tokens, bayes.device, scored)
+            draws_per_pass = draws_that_fit(
+                bayes.base, len(draws), tokens, bayes.base.device, scored
+            )
         passes = Passes(bayes, inputs, state, tail=tail, choices=choices)
-        parts = split(draws, draws_per_pass, bayes.device)
+        parts = split(draws, draws_per_pass, bayes.base.device)
         found = [labels.reduce(logits) for logits in passes.run(parts)]
     return found[0] if len(found) == 1 else torch.cat(found)
 
@@ -351,9 +353,11 @@ class Passes:
         each = k + L - 1  # tokens of one draw
         for draws in parts:
             S = len(draws)
-            start = torch.arange(S, device=bayes.device)[:, None] * each
-            scored = (start + torch.arange(k - 1, each, device=bayes.device)).flatten()
-            tokens = tail_inputs(rest, config, each, S, bayes.dtype) | {"past_key_values": cache}
+            start = torch.arange(S, device=bayes.base.device)[:, None] * each
+            scored = (start + torch.arange(k - 1, each, device=bayes.base.device)).flatten()
+            tokens = tail_inputs(rest, config, each, S, bayes.base.dtype) | {
+                "past_key_values": cache
+            }
             logits = self._tree_logits(tokens, replace(self.state, draws=draws, tree=True), scored)
             cache.crop(-S * each)  # the draws' own tokens are not the next part's
             yield logits.unflatten(1, (S, L)).transpose(0, 1)
@@ -372,13 +376,13 @@ class Passes:
     def _prefixes(self, shared: SharedPrefix, state: SamplingState) -> tuple[Inputs, DynamicCache]:
         """Return the rest of the batch, and a cache of every row's prefix."""
         bayes, inputs, c = self.bayes, self.inputs, shared.length
-        ids, owner = shared.ids.to(bayes.device), shared.owner.to(bayes.device)
+        ids, owner = shared.ids.to(bayes.base.device), shared.owner.to(bayes.base.device)
         # Without the configuration no layer forgets what lies outside its window.
         cache = DynamicCache()
         first = {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
-            "position_ids": torch.arange(c, device=bayes.device).expand(len(ids), c),
+            "position_ids": torch.arange(c, device=bayes.base.device).expand(len(ids), c),
             "use_cache": True,
             "past_key_values": cache,
         }
@@ -391,7 +395,7 @@ class Passes:
         spread_cache(cache, owner, len(ids))
         mask, T = inputs["attention_mask"], inputs["input_ids"].shape[1]
         # Left-padded rows: token c of a row lies at column T - length + c.
-        column = torch.arange(c, T, device=bayes.device)[None, :]
+        column = torch.arange(c, T, device=bayes.base.device)[None, :]
         real = column >= T - mask.sum(1)[:, None] + c
         rest = {
             **inputs,

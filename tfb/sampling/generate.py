@@ -156,7 +156,7 @@ def run_generation(
     model: Any = bayes.model
     defaults: Any = bayes.base.generation_config
     check_arguments(options, defaults)
-    inputs = align(batch, "left", bayes.device)
+    inputs = align(batch, "left", bayes.base.device)
     T, S = inputs["input_ids"].shape[1], len(draws)
     averager = None if per_draw else Averager(S)
     state = SamplingState(bayes.base, draws, cached=True, diverged=per_draw, reduce=averager)

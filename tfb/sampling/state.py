@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from tfb.draws import Draws
@@ -184,14 +183,6 @@ class SampledModel(Protocol):
         """How the model samples."""
 
     @property
-    def device(self) -> torch.device:
-        """Where batches go."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of activations."""
-
-    @property
     def blocks_below(self) -> list[nn.Module]:
         """The blocks below the first noisy module."""
 
@@ -203,9 +194,6 @@ class SampledModel(Protocol):
     def last_logits(self) -> dict[str, int]:
         """What tells a causal LM that only the last position is scored."""
 
-    def draws(self, n: int | Draws) -> Draws:
-        """Return ``n`` antithetic draws."""
-
     def inputs(self, batch: Batch, mode: str) -> tuple[dict[str, Any], int]:
         """Return the aligned batch, and its number of rows."""
 
@@ -214,15 +202,3 @@ class SampledModel(Protocol):
 
     def sampling_as(self, state: SamplingState) -> contextlib.AbstractContextManager[None]:
         """Sample with everything that a state can say."""
-
-    def logits(
-        self,
-        batch: Batch,
-        draws: Draws,
-        label_ids: Tensor | None = None,
-        *,
-        mode: str | None = None,
-        tail: int | None = None,
-        draws_per_pass: int | None = None,
-    ) -> Tensor:
-        """Compute the logits [S, B, K] of the scored position."""
