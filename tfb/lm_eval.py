@@ -215,7 +215,7 @@ class BayesianLM(HFLM):
         inputs, _ = bayes.inputs(batch, "full")
         last = dict.fromkeys(bayes.last_logits, keep)
         scored = len(rows) * keep
-        fit = draws_that_fit(bayes.base, len(self.draws), mask.numel(), bayes.device)
+        fit = draws_that_fit(bayes.base, len(self.draws), mask.numel())
         vocabulary = int(bayes.base.config.get_text_config().vocab_size)
         most = self.draws_per_pass or max(1, min(fit, _MOST // (scored * vocabulary)))
         with evaluating(bayes.model):

@@ -79,7 +79,7 @@ def test_draws_that_fit_a_cpu(tokens: int) -> None:
     each = tokens * 2 * HIDDEN * 4  # bytes
     base = KINDS["llama"].make()
     for draws in (1, 10, 10**6):
-        found = draws_that_fit(base, draws, tokens, torch.device("cpu"))
+        found = draws_that_fit(base, draws, tokens)
         assert 1 <= found <= draws
         assert found * each <= CPU_BYTES or found == 1
         assert found == draws or (found + 1) * each > CPU_BYTES

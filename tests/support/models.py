@@ -176,9 +176,7 @@ CASES: dict[str, Case] = {
         ),
     ),
     "bf16": Case(llama, causal(), base_dtype=torch.bfloat16),
-    "gpt2": Case(
-        gpt2, causal(target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True)
-    ),
+    "gpt2": Case(gpt2, causal(target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True)),
     "llama_classifier": Case(llama_classifier, classifier("q_proj", "v_proj"), pad="right"),
     "bert": Case(
         lambda: encoder("Bert"), classifier(*BERT), pad="right", extras=("token_type_ids",)
@@ -191,7 +189,7 @@ CASES: dict[str, Case] = {
     ),
     "roberta": Case(lambda: encoder("Roberta"), classifier(*BERT[:3]), pad="right", extras=()),
     "distilbert": Case(distilbert, classifier("q_lin", "v_lin"), pad="right", extras=()),
-}  # fmt: skip
+}
 
 
 # --- batches and outputs ------------------------------------------------------------------------

@@ -124,19 +124,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 # --- draws in parts -------------------------------------------------------------------------------
 
 
-def draws_that_fit(
-    base: PreTrainedModel, draws: int, tokens: int, device: torch.device, scored: int = 0
-) -> int:
+def draws_that_fit(base: PreTrainedModel, draws: int, tokens: int, scored: int = 0) -> int:
     """Return how many draws one pass should take, at most ``draws`` and at least 1.
 
     Args:
         base: the base model.
         draws: how many there are.
         tokens: of one draw, over all rows.
-        device: of the inputs.
         scored: positions of one draw that have logits over the whole vocabulary.
     """
-    config = base.config.get_text_config()
+    config, device = base.config.get_text_config(), base.device
     hidden = int(config.hidden_size)
     inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
     size = next(p.dtype.itemsize for p in base.parameters() if p.is_floating_point())
@@ -205,9 +202,7 @@ def scored_logits(
     state = SamplingState(bayes.base, draws, columns=columns)
     with evaluating(bayes.model):
         if draws_per_pass is None:
-            draws_per_pass = draws_that_fit(
-                bayes.base, len(draws), tokens, bayes.base.device, scored
-            )
+            draws_per_pass = draws_that_fit(bayes.base, len(draws), tokens, scored)
         passes = Passes(bayes, inputs, state, tail=tail, choices=choices)
         parts = split(draws, draws_per_pass, bayes.base.device)
         found = [labels.reduce(logits) for logits in passes.run(parts)]
@@ -338,26 +333,25 @@ class Passes:
         return rest, cache
 
     def _tail(self, parts: Sequence[Draws], k: int) -> Iterator[Tensor]:
-        bayes, choices, L = self.bayes, self.choices, self._length
-        inputs, config, cache = self.inputs, bayes.base.config, DynamicCache()
+        base, choices, L = self.bayes.base, self.choices, self._length
+        inputs, cache = self.inputs, DynamicCache()
         if self.shared is not None:
             inputs, cache = self._prefixes(self.shared, self.state)
         B, prefix = len(inputs["input_ids"]), prefix_inputs(inputs, k)
         rest = inputs if choices is None else choices.extend(inputs, k)
         if prefix["input_ids"].shape[1]:
-            check_angles(config, prefix["position_ids"], rest["position_ids"])
-            with bayes.sampling_as(mean_state(self.state, B)):
+            check_angles(base.config, prefix["position_ids"], rest["position_ids"])
+            with self.bayes.sampling_as(mean_state(self.state, B)):
                 self._backbone(**prefix, past_key_values=cache)
         if choices is not None:
             spread_cache(cache, choices.owner, B)
         each = k + L - 1  # tokens of one draw
         for draws in parts:
             S = len(draws)
-            start = torch.arange(S, device=bayes.base.device)[:, None] * each
-            scored = (start + torch.arange(k - 1, each, device=bayes.base.device)).flatten()
-            tokens = tail_inputs(rest, config, each, S, bayes.base.dtype) | {
-                "past_key_values": cache
-            }
+            tokens = tail_inputs(rest, base.config, each, S, base.dtype)
+            tokens["past_key_values"] = cache
+            start = torch.arange(S, device=base.device)[:, None] * each
+            scored = (start + torch.arange(k - 1, each, device=base.device)).flatten()
             logits = self._tree_logits(tokens, replace(self.state, draws=draws, tree=True), scored)
             cache.crop(-S * each)  # the draws' own tokens are not the next part's
             yield logits.unflatten(1, (S, L)).transpose(0, 1)
@@ -375,36 +369,17 @@ class Passes:
 
     def _prefixes(self, shared: SharedPrefix, state: SamplingState) -> tuple[Inputs, DynamicCache]:
         """Return the rest of the batch, and a cache of every row's prefix."""
-        bayes, inputs, c = self.bayes, self.inputs, shared.length
-        ids, owner = shared.ids.to(bayes.base.device), shared.owner.to(bayes.base.device)
+        bayes, first = self.bayes, shared.inputs(self.bayes.base.device)
         # Without the configuration no layer forgets what lies outside its window.
-        cache = DynamicCache()
-        first = {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            "position_ids": torch.arange(c, device=bayes.base.device).expand(len(ids), c),
-            "use_cache": True,
-            "past_key_values": cache,
-        }
+        cache, U = DynamicCache(), len(shared.ids)
         if self.tail is not None:
-            with bayes.sampling_as(mean_state(state, len(ids))):
-                self._backbone(**first)
+            with bayes.sampling_as(mean_state(state, U)):
+                self._backbone(**first, past_key_values=cache)
         else:
             with bayes.sampling_as(replace(state, cached=True)):
-                bayes.model(**first, **bayes.last_logits)
-        spread_cache(cache, owner, len(ids))
-        mask, T = inputs["attention_mask"], inputs["input_ids"].shape[1]
-        # Left-padded rows: token c of a row lies at column T - length + c.
-        column = torch.arange(c, T, device=bayes.base.device)[None, :]
-        real = column >= T - mask.sum(1)[:, None] + c
-        rest = {
-            **inputs,
-            "input_ids": inputs["input_ids"][:, c:],
-            "attention_mask": torch.cat([torch.ones_like(mask[:, :c]), real.to(mask.dtype)], dim=1),
-            "position_ids": inputs["position_ids"][:, c:],
-            "use_cache": True,
-        }
-        return rest, cache
+                bayes.model(**first, past_key_values=cache, **bayes.last_logits)
+        spread_cache(cache, shared.owner.to(bayes.base.device), U)
+        return shared.rest(self.inputs), cache
 
 
 def mean_state(state: SamplingState, batch: int) -> SamplingState:

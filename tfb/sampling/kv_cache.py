@@ -45,6 +45,30 @@ class SharedPrefix:
     ids: Tensor
     owner: Tensor
 
+    def inputs(self, device: torch.device) -> Inputs:
+        """Return the arguments of the prefixes' pass."""
+        ids = self.ids.to(device)
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "position_ids": torch.arange(self.length, device=device).expand(len(ids), self.length),
+            "use_cache": True,
+        }
+
+    def rest(self, inputs: Inputs) -> Inputs:
+        """Return the arguments of the pass after it, from left-padded ``inputs`` [B, T]."""
+        c, T, mask = self.length, inputs["input_ids"].shape[1], inputs["attention_mask"]
+        # Token c of a row lies at column T - length + c.
+        column = torch.arange(c, T, device=mask.device)[None, :]
+        real = column >= T - mask.sum(1)[:, None] + c
+        return {
+            **inputs,
+            "input_ids": inputs["input_ids"][:, c:],
+            "attention_mask": torch.cat([torch.ones_like(mask[:, :c]), real.to(mask.dtype)], dim=1),
+            "position_ids": inputs["position_ids"][:, c:],
+            "use_cache": True,
+        }
+
 
 def find_shared_prefix(rows: Sequence[Sequence[int]], keep: int = 1) -> SharedPrefix | None:
     """Find the prefix length that leaves the fewest tokens to compute.
