@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.environment import results_folder, shared_folder
 from benchmarks.timing import Bench, measure_bandwidth
+from tfb_kernels.launch import INTERPRET
 
 _BENCH = pytest.StashKey[Bench]()
 
@@ -73,8 +74,6 @@ def _inference() -> Iterator[None]:
 
 
 def _refuse_interpreter() -> None:
-    from tfb_kernels.launch import INTERPRET
-
     if INTERPRET:
         raise pytest.UsageError(
             "Triton interprets its kernels in this process (were tests/ collected with "

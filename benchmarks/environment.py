@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+import tfb
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results"
 LAUNCH_TABLE = REPOSITORY / "tfb_kernels" / "data" / "launch.json"  # as at the first call
@@ -124,8 +126,6 @@ def _versions() -> dict[str, str | None]:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = None
-    import tfb
-
     found["tfb"] = tfb.__version__  # also right where tfb is on the path and not installed
     found["cuda"] = torch.version.cuda
     found["hip"] = torch.version.hip

@@ -23,7 +23,7 @@ from benchmarks.kernels import contenders
 from benchmarks.kernels.contenders import SIGMA, Layer, make_layer
 from benchmarks.timing import LOSS, Bench, Row, Step, compare, record_skip, target
 from tfb.draws import Draws
-from tfb_kernels import gaussian_noise
+from tfb_kernels import gaussian_noise, launch, tuning
 from tfb_kernels.noise import weight_noise
 
 S, RANK = 10, 16
@@ -214,10 +214,9 @@ def expand_floor(bench: Bench, point: Point) -> float:
     gpu = environment()["gpu"] or {}
     if torch.version.hip or not gpu.get("sm_clock_max_mhz"):
         return by_bytes
-    from tfb_kernels.aot import expand_instructions
-    from tfb_kernels.tuning import architecture
+    from tfb_kernels.aot import expand_instructions  # needs Triton's compiler
 
-    arch = architecture(bench.device)
+    arch = launch.architecture(bench.device)
     each = expand_instructions(arch, "bf16", RANK, S * point.T, shared=point.shared)
     issued = LANES * gpu["processors"] * gpu["sm_clock_max_mhz"] * 1e6
     return max(by_bytes, each * nbytes.outputs / bench.dtype.itemsize / issued)
@@ -294,7 +293,7 @@ def test_update(benchmark: Any, kernels: Bench, wrong: dict[str, str], point: Po
 
 def expand_step(case: Operands, base: list[Tensor]) -> Step:
     """Return expand alone on z [S, T, r], finalised."""
-    from tfb_kernels import launch, triton_expand, tuning
+    from tfb_kernels import triton_expand
 
     x, (T, m) = case.x[0], base[0].shape[-2:]
     B = case.layers[0].sampler.factors(x.device, x.dtype).B

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import tfb
 from benchmarks.calibration.reference_rule import fit_reference
@@ -166,8 +167,6 @@ def run(setting: Setting, bench: Bench) -> Iterator[Row]:
 
 
 def _base(name: str) -> tuple[Any, Any]:
-    from transformers import AutoConfig
-
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False), load_tokenizer(name)
     except (OSError, ValueError) as error:
@@ -214,8 +213,6 @@ def check_fits(config: Any, folder: Path) -> None:
     Raises:
         AdapterError: Another task than CAUSAL_LM, or keys or shapes that do not fit.
     """
-    from transformers import AutoModelForCausalLM
-
     if (task := adapter_config(folder).get("task_type")) != "CAUSAL_LM":
         raise AdapterError(f"{folder}: task_type {task}; the table is one of CAUSAL_LM adapters")
     with torch.device("meta"):

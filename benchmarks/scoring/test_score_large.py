@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import tfb
 from benchmarks.fixtures import GPU, TOY, copy_of, random_model, reparameterized
@@ -37,9 +39,6 @@ CHOICES = ("A", "B", "C", "D")
 
 def word_tokenizer(vocabulary: int) -> Any:
     """Return a tokenizer with one token for each word "w5" and each choice."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     names = ["<pad>", "<unk>", *CHOICES]
     names += [f"w{i}" for i in range(min(vocabulary, 4096) - len(names))]
     made = Tokenizer(models.WordLevel({n: i for i, n in enumerate(names)}, unk_token="<unk>"))
