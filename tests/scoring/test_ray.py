@@ -195,7 +195,9 @@ def test_a_worker_with_another_configuration_is_refused(
     job: Job, whole: dict[str, bytes], cluster: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray_engine, "Worker", Moved)
-    said = r"a worker has another configuration \(model_sha256: \w+ -> f00\); give all machines"
+    said = (
+        r"a worker on \S+ has another configuration \(model_sha256: \w+ -> f00\); give all machines"
+    )
     with pytest.raises(EngineError, match=said):
         run(replace(job, workers=1), engine="ray", max_error_rate=1)
     assert len(files(job)) == 1 and files(job).items() < whole.items()

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
+import re
 import signal
 import threading
 from collections.abc import Generator, Iterable, Sequence
@@ -24,6 +26,7 @@ from tfb.scoring.job import Job, Work, differences
 from tfb.scoring.scorer import Result
 
 RETRIES = 3  # of an actor that died, and of the shard that it had
+RAISED = re.compile(r"[\w.]+(Error|Exception): ")  # the end of a traceback
 IN_FLIGHT = 2  # shards of an actor: one that is scored, one that waits
 
 
@@ -110,8 +113,10 @@ class RayEngine:
                         task = actor.score.remote(next_.rows, self._expected)
                         flying[task] = actor, next_
                         next_ = next(shards, None)
+                if isinstance(answer, str):
+                    raise EngineError(answer)
                 if found is not None:
-                    yield found, self._checked(answer)
+                    yield found, answer
         finally:
             for actor in self._actors:
                 self._ray.kill(actor)
@@ -122,22 +127,10 @@ class RayEngine:
         try:
             return task, self._ray.get(task)
         except self._ray.exceptions.RayError as error:
-            cause = getattr(error, "cause", None) or error
-            said = [line for line in str(cause).splitlines() if line.strip()] or [""]
             raise EngineError(
-                f"a Ray worker failed for good ({type(cause).__name__}: {said[-1].strip()}); what "
-                "was finished is kept: see to it and continue with resume=True"
+                f"a Ray worker failed for good ({_reason(error)}); what was finished is kept: see "
+                "to it and continue with resume=True"
             ) from error
-
-    @staticmethod
-    def _checked(answer: tuple[list[str], list[Result]]) -> list[Result]:
-        others, results = answer
-        if others:
-            raise EngineError(
-                f"a worker has another configuration ({'; '.join(others)}); give all machines the "
-                "same files and libraries"
-            )
-        return results
 
 
 class Worker:
@@ -153,12 +146,23 @@ class Worker:
         """Return what its results depend on."""
         return self._configuration
 
-    def score(
-        self, rows: Sequence[Row], expected: dict[str, Any]
-    ) -> tuple[list[str], list[Result]]:
-        """Return results, or how the configuration differs from that of the run."""
-        others = differences(expected, self._configuration)
-        return others, [] if others else self._scorer(rows)
+    def score(self, rows: Sequence[Row], expected: dict[str, Any]) -> list[Result] | str:
+        """Return results, or why this worker's are not those of the run."""
+        if others := differences(expected, self._configuration):
+            return (
+                f"a worker on {platform.node()} has another configuration ({'; '.join(others)}); "
+                "give all machines the same files and libraries"
+            )
+        return self._scorer(rows)
+
+
+def _reason(error: Exception) -> str:
+    """Return one line of an error of Ray, which holds whole tracebacks."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, Exception):
+        return f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}"
+    lines = str(error).splitlines() or [""]
+    return next((line for line in lines if RAISED.match(line)), lines[-1])
 
 
 def _absolute(name: str) -> str:
