@@ -110,7 +110,7 @@ def write_report(
     usual = {e.name: e for e in evaluations if e.dataset == before.dataset}
     if other := [e.name for e in ood if e.name not in usual]:
         raise ValueError(f"ood: {other[0]} was not evaluated on {before.dataset}")
-    after = evaluations[1] if evaluations[1:] and evaluations[1].name in usual else before
+    after = next((e for e in evaluations[1:2] if e.dataset == before.dataset), before)
     same = after is not before and torch.equal(before.probs, after.probs)
     shown = {"before": before} | ({} if same or after is before else {"after": after})
     environment = jinja2.Environment(
@@ -202,7 +202,7 @@ def _example(i: int, shown: Mapping[str, Evaluation]) -> dict[str, Any]:
         for colour, e in shown.items()
         for k in [int(e.probs[i].argmax())]
     ]
-    chat = row.messages[-1]["content"] if row and row.messages else ""
+    chat = str(row.messages[-1]["content"]) if row and row.messages else ""
     return {
         "id": _short(row.id if row else f"row {i}"),
         "text": _short((row.text or row.prompt or chat) if row else ""),
