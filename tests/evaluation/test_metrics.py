@@ -216,8 +216,20 @@ def test_fitted_temperature_is_stationary(temperature: float) -> None:
     assert again == pytest.approx(found, rel=1e-4)  # the bounded search ends within 1e-5 in log T
 
 
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_classes_that_a_row_does_not_have_stay_without(temperature: float) -> None:
+    """Columns of zeros change neither the fit nor what it gives."""
+    logits, labels = drawn(2.0, 200)
+    probs = logits.softmax(-1)
+    padded = torch.nn.functional.pad(probs, (0, 3))
+    assert fit_temperature(padded.log(), labels) == fit_temperature(probs.log(), labels)
+    scaled = apply_temperature(padded.log(), temperature)
+    torch.testing.assert_close(scaled[:, :5], apply_temperature(probs.log(), temperature))
+    assert not scaled[:, 5:].any()
+
+
 def test_apply_temperature_keeps_the_prediction() -> None:
-    scaled = apply_temperature(PROBS.clamp_min(1e-30).log(), 4.0)
+    scaled = apply_temperature(PROBS.log(), 4.0)
     torch.testing.assert_close(scaled.sum(-1), torch.ones(4, dtype=torch.float64))
     assert torch.equal(scaled.argmax(-1), PROBS.argmax(-1))
     torch.testing.assert_close(apply_temperature(PROBS.log(), 1.0), PROBS)

@@ -62,7 +62,7 @@ def demo(
     print_fit(fit)
     mean = predict_rows(bayes, anchors, PosteriorDraws.mean())
     labels = torch.tensor(anchors.labels)
-    temperature = fit_temperature(mean.probs.clamp_min(1e-30).log(), labels)
+    temperature = fit_temperature(mean.probs.log(), labels)
     say(f"temperature fitted on the same anchors: {temperature:.3f}")
     with progress_bar("searching sigma (max_variance)", None) as advance:
         paper = tfb.fit_sigma(bayes, anchors, objective="max_variance", progress=advance)

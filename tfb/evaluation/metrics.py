@@ -272,17 +272,17 @@ def fit_temperature(log_probs: Tensor, labels: Tensor) -> float:
     """Return the temperature T of least NLL of softmax(log_probs / T) (Guo et al. 2017).
 
     Args:
-        log_probs: [N, K] log-probabilities or logits.
+        log_probs: [N, K] log-probabilities or logits; -inf where a row has no such class.
         labels: [N].
 
     Raises:
-        ValueError: empty input, NaN or Inf, labels out of range, shapes.
+        ValueError: empty input, NaN, labels out of range, shapes.
     """
     _check(log_probs.softmax(-1), labels)
     scores = log_probs.double()
 
     def nll(log_t: float) -> float:
-        return float(torch.nn.functional.cross_entropy(scores / math.exp(log_t), labels))
+        return float(nll_of_rows((scores / math.exp(log_t)).softmax(-1), labels).mean())
 
     found = minimize_scalar(nll, bounds=LOG_TEMPERATURE_BOUNDS, method="bounded")
     return math.exp(float(found.x))

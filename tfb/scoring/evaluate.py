@@ -140,7 +140,7 @@ def evaluations(
     mean = predicted(Draws.mean())
     found = [evaluation("deterministic", mean.probs, mean.total)]
     if temperature is not None:
-        scaled = apply_temperature(mean.probs.clamp_min(1e-30).log(), temperature)
+        scaled = apply_temperature(mean.probs.log(), temperature)
         entropy = torch.special.entr(scaled).sum(-1)
         found.append(evaluation("temperature-scaled", scaled, entropy))
     sampled = (
