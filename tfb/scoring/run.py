@@ -85,12 +85,13 @@ def run(
     sources = find_sources(job.inputs)
     job.check_columns(sources)
     folder = OutputFolder(Path(job.output), job.part_schema(sources), job.format)
-    folder.earlier(resume=resume or retry_errors)
+    earlier = folder.earlier(resume=resume or retry_errors)
+    _compare(folder, earlier, job.declared())
+    files = input_files(sources, job.limit, () if earlier is None else earlier["files"])
+    shards = plan([entry["records"] for _, entry in files], job)
     with folder:
-        earlier = folder.earlier(resume=resume or retry_errors)  # another run may have ended now
-        _compare(folder, earlier, job.declared())
-        files = input_files(sources, job.limit, () if earlier is None else earlier["files"])
-        shards = plan([entry["records"] for _, entry in files], job)
+        if folder.earlier(resume=True) != earlier:
+            raise OutputError(f"{folder.path}: another run has written to it meanwhile; run again")
         finished = folder.finished({shard.name: len(shard) for shard in shards})
         if retry_errors:
             finished = {name: counts for name, counts in finished.items() if not counts.errors}

@@ -216,7 +216,6 @@ class Scorer:
         # On a GPU the model would go by the memory that happens to be free, and a pass of another
         # shape rounds differently.
         self._draws_per_pass = None if bayes.device.type == "cpu" else most
-        self._copies = most if bayes.config.mode == "full" else 1
 
     def __call__(self, rows: Sequence[Row]) -> list[Result]:
         """Return one result for each row, in order."""
@@ -241,7 +240,7 @@ class Scorer:
 
     def batches(self, encoded: EncodedRows, rows: Iterable[int] | None = None) -> list[list[int]]:
         """Return the positions of encoded rows (None: of all) as this scorer batches them."""
-        found = token_batches(encoded, self.batch_tokens, rows, copies=self._copies)
+        found = token_batches(encoded, self.batch_tokens, rows)
         n = self.batch_size or max(1, len(encoded))
         return [batch[start : start + n] for batch in found for start in range(0, len(batch), n)]
 
