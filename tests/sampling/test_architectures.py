@@ -22,7 +22,6 @@ from support.architectures import (
     OTHERS,
     Kind,
     batch_of,
-    in_double,
     last_logits,
     single_runs,
     spread,
@@ -31,6 +30,7 @@ from support.architectures import (
 from support.models import (
     FIRST_TOKEN,
     VOCAB,
+    exact,
     make_batch,
     naive,
     randomize,
@@ -146,7 +146,7 @@ def test_encoder_decoders_from_rows_to_artifacts(tmp_path: Path) -> None:
     assert relative(predict_rows(bayes, rows, DRAWS, batch_size=2).probs, probs) < 1e-6
     bayes.configure(sigma=0.1)
     tfb.save(bayes, tmp_path / "artifact")
-    again = tfb.load(in_double(randomize(OTHERS["t5"].make(), 0)), tmp_path / "artifact")
+    again = tfb.load(exact(randomize(OTHERS["t5"].make(), 0)), tmp_path / "artifact")
     found = again.predict(batch, DRAWS, label_ids=torch.tensor(labels)).probs
     assert relative(found, probs) < 1e-6  # factors are kept in float32
 
@@ -335,7 +335,7 @@ def test_mode_goes_with_the_artifact(tmp_path: Any) -> None:
     fit = tfb.fit_sigma(bayes, [batch], tolerance=0.05, draws=2, mode="tail", tail=2)
     assert (bayes.config.mode, bayes.config.tail) == (fit.mode, fit.tail) == ("tail", 2)
     folder = tfb.save(bayes, tmp_path / "artifact", fit=fit)
-    base = in_double(randomize(KINDS["llama"].make(), 0))
+    base = exact(randomize(KINDS["llama"].make(), 0))
     again = tfb.load(base, folder)
     assert (again.config.mode, again.config.tail) == ("tail", 2)
     draws = Draws.antithetic(2, fit.sigma)

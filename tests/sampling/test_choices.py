@@ -17,14 +17,13 @@ from support.architectures import (
     DRAWS,
     KINDS,
     Kind,
-    in_double,
     prompts,
     rows_seen,
     single_runs,
     tokens_of,
     varying_angles,
 )
-from support.models import CASES, HIDDEN, make_batch, naive, randomize, relative, rows_of
+from support.models import CASES, HIDDEN, exact, make_batch, naive, randomize, relative, rows_of
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -467,7 +466,7 @@ def test_sigma_is_searched_and_kept_with_the_normalization(tmp_path: Path) -> No
     fit = tfb.fit_sigma(bayes, MIXED, "pseudo_nll", 0.05, draws=2, mode="tail", tail=2)
     assert bayes.sigma == fit.sigma > 0
     folder = tfb.save(bayes, tmp_path / "artifact", fit=fit)
-    again = tfb.load(in_double(randomize(kind.make(), 0)), folder)
+    again = tfb.load(exact(randomize(kind.make(), 0)), folder)
     assert again.config.length_normalization == "tokens"
     draws = Draws.antithetic(2, fit.sigma)
     assert relative(again.logits(batch_of(), draws, IDS), bayes.logits(batch_of(), draws, IDS)) == 0
@@ -477,7 +476,7 @@ def test_sigma_is_searched_and_kept_with_the_normalization(tmp_path: Path) -> No
         sidecar |= {"length_normalization": value}
         kept = {k: v for k, v in sidecar.items() if v is not None or k != "length_normalization"}
         (folder / "tfb.json").write_text(json.dumps(kept))
-        base = in_double(randomize(kind.make(), 0))
+        base = exact(randomize(kind.make(), 0))
         if value is None:
             assert tfb.load(base, folder).config.length_normalization == message
         else:

@@ -14,8 +14,8 @@ import torch
 from peft import IA3Config, LoraConfig, get_peft_model
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora.layer import Linear as LoraLinear
-from support.architectures import DRAWS, KINDS, OTHERS, batch_of, in_double
-from support.models import CASES, add_lora, encoder, make_batch, randomize, relative, run
+from support.architectures import DRAWS, KINDS, OTHERS, batch_of
+from support.models import CASES, add_lora, encoder, exact, make_batch, randomize, relative, run
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import register_module_forward_hook
@@ -156,7 +156,7 @@ def test_another_tuner_below_is_called() -> None:
                 p.data.fill_(1.5)
         config = LoraConfig(r=3, task_type="SEQ_2_SEQ_LM", target_modules=["q", "v", "wo"])
         model = get_peft_model(scaled, config, adapter_name="upper")
-        bayes = tfb.bayesianize(in_double(randomize(model, 1, ".upper.")).eval(), "upper")
+        bayes = tfb.bayesianize(exact(randomize(model, 1, ".upper.")).eval(), "upper")
         for sampler in bayes.samplers.values():
             sampler.merging = merging  # "always" itself refuses
         found.append(bayes.logits(batch_of(), DRAWS))

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from support.architectures import DRAWS, KINDS, SPLIT, Kind, batch_of, in_double, of, rows_seen
-from support.models import HIDDEN, VOCAB, make_batch, randomize, relative
+from support.architectures import DRAWS, KINDS, SPLIT, Kind, batch_of, of, rows_seen
+from support.models import HIDDEN, VOCAB, exact, make_batch, randomize, relative
 from torch import Tensor, nn
 
 import tfb
@@ -134,7 +134,7 @@ def test_two_posteriors_on_one_model() -> None:
     config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
     model.add_adapter("other", config)
     randomize(model, 3, ".other.")
-    in_double(model).eval()
+    exact(model).eval()
     first, second = tfb.bayesianize(model), tfb.bayesianize(model, "other")
     kept = first.logits(batch_of(), DRAWS, COMMON)
     check_columns(first)

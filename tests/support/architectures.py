@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from support.models import FIRST_TOKEN, VOCAB, distilbert, make_batch, randomize, relative
-from torch import Tensor, nn
+from support.models import FIRST_TOKEN, VOCAB, distilbert, exact, make_batch, randomize, relative
+from torch import Tensor
 
 from tfb import Draws
 
@@ -38,32 +38,6 @@ SPLIT = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 BERT = ["query", "key", "value", "dense"]
 # "dense" alone would meet RoBERTa's classifier too.
 INSIDE = r".*layer\.\d+\..*(query|key|value|dense)"
-
-
-class Norm(nn.Module):
-    """RMSNorm in its input's precision; ``offset`` is what Gemma adds to its weight."""
-
-    def __init__(self, weight: nn.Parameter, eps: float, offset: float) -> None:
-        super().__init__()
-        self.weight, self.eps, self.offset = weight, eps, offset
-
-    def forward(self, x: Tensor) -> Tensor:
-        scale = (x.pow(2).mean(-1, keepdim=True) + self.eps).rsqrt()
-        return (self.weight + self.offset) * x * scale
-
-
-def in_double(model: Any) -> Any:
-    """The model in float64 in place, RMS norms too."""
-    model.double()
-    for name, module in list(model.named_modules()):
-        kind = type(module).__name__
-        if not kind.endswith("RMSNorm"):
-            continue
-        parent, _, child = name.rpartition(".")
-        eps = getattr(module, "variance_epsilon", None) or module.eps
-        norm = Norm(module.weight, eps, 1.0 if kind.startswith("Gemma") else 0.0)
-        setattr(model.get_submodule(parent), child, norm)
-    return model
 
 
 @dataclass(frozen=True)
@@ -91,7 +65,7 @@ class Kind:
             warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
             model = get_peft_model(base, config)
         randomize(model, 1, ".default.")
-        return in_double(model).eval()
+        return exact(model).eval()
 
 
 def of(name: str, **settings: Any) -> Callable[[], Any]:

@@ -114,23 +114,29 @@ def add_lora(base: Any, seed: int = 1, adapter: str = "default", **config: Any) 
 
 
 class ExactNorm(nn.Module):
-    """RMSNorm in its input's precision; Llama's own works in float32, in a float64 model too."""
+    """RMSNorm in its input's precision; ``offset`` is what Gemma adds to its weight.
 
-    def __init__(self, weight: nn.Parameter, eps: float) -> None:
+    transformers' own work in float32, in a float64 model too.
+    """
+
+    def __init__(self, weight: nn.Parameter, eps: float, offset: float) -> None:
         super().__init__()
-        self.weight, self.eps = weight, eps
+        self.weight, self.eps, self.offset = weight, eps, offset
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight * x * (x.pow(2).mean(-1, keepdim=True) + self.eps).rsqrt()
+        scale = (x.pow(2).mean(-1, keepdim=True) + self.eps).rsqrt()
+        return (self.weight + self.offset) * x * scale
 
 
 def exact(model: Any) -> Any:
     """The model turned to float64 in place, to the last operation."""
     model.double()
     for name, module in list(model.named_modules()):
-        if type(module).__name__ == "LlamaRMSNorm":
+        kind = type(module).__name__
+        if kind.endswith("RMSNorm"):
             parent, _, child = name.rpartition(".")
-            norm = ExactNorm(module.weight, module.variance_epsilon)
+            eps = getattr(module, "variance_epsilon", None) or module.eps
+            norm = ExactNorm(module.weight, eps, 1.0 if kind.startswith("Gemma") else 0.0)
             setattr(model.get_submodule(parent), child, norm)
     return model
 

@@ -82,8 +82,19 @@ class Averager:
         self.aleatoric.append(torch.special.entr(log_p[:, :, -1].exp()).sum(-1).mean(0))
         return mean + normalizer.mean(0)
 
+    def generation(self, sequences: Tensor, prompt: int, ends: Sequence[int]) -> Generation:
+        """Return sequences [B, prompt + L] and what was kept, 0 after the first of ``ends``."""
+        new = sequences[:, prompt:]
+        # A prompt that is read in chunks comes by several times; only its last part gives a token.
+        total = torch.stack(self.total[-new.shape[1] :], 1)
+        aleatoric = torch.stack(self.aleatoric[-new.shape[1] :], 1)
+        ended = torch.isin(new, torch.tensor(ends, dtype=new.dtype, device=new.device))
+        running = (ended.cumsum(1) - ended.long() == 0).to(total.dtype)  # the end itself was drawn
+        total, aleatoric = total * running, aleatoric * running
+        return Generation(sequences, total, aleatoric, (total - aleatoric).clamp_min(0.0))
 
-def setting(options: dict[str, Any], name: str, default: Any = None) -> Any:
+
+def _setting(options: dict[str, Any], name: str, default: Any = None) -> Any:
     """Return what ``generate`` goes by: the argument, else its generation_config's."""
     if name in options:
         return options[name]
@@ -91,57 +102,28 @@ def setting(options: dict[str, Any], name: str, default: Any = None) -> Any:
     return default if given is None else given
 
 
-def check_arguments(options: dict[str, Any], config: GenerationConfig) -> None:
-    """Refuse, by name, what cannot work with several draws.
-
-    Raises:
-        ValueError: such an argument.
-    """
+def _check_arguments(options: dict[str, Any], config: GenerationConfig) -> None:
+    """Refuse, by name, what cannot work with several draws."""
     for name, reason in REFUSED.items():
-        if setting(options, name) is not None:
+        if _setting(options, name) is not None:
             raise ValueError(f"generate({name}=...): {reason}; not possible while sampling")
-    cache = setting(options, "cache_implementation")
+    cache = _setting(options, "cache_implementation")
     if cache is not None and cache not in CACHES:
         raise ValueError(
             f"generate(cache_implementation={cache!r}): expected one of {', '.join(CACHES)} while "
             "sampling"
         )
-    if cache == "static" and setting(options, "prefill_chunk_size") is not None:
+    if cache == "static" and _setting(options, "prefill_chunk_size") is not None:
         raise ValueError(
             "generate(prefill_chunk_size=...): makes a static cache of one row a prompt, where "
             "draws need S; leave one of the two out"
         )
-    beams = setting(options, "num_beams", getattr(config, "num_beams", 1)) or 1
+    beams = _setting(options, "num_beams", getattr(config, "num_beams", 1)) or 1
     if beams > 1:
         raise ValueError(
             f"generate(num_beams={beams}): beam search reorders the cache between rows, which "
             "holds every draw's keys and values; use greedy search or sampling"
         )
-
-
-def collect(sequences: Tensor, averager: Averager, prompt: int, ends: Sequence[int]) -> Generation:
-    """Return the result of a run.
-
-    Args:
-        sequences: [B, T + L].
-        averager: what was kept at every step.
-        prompt: T.
-        ends: ids that end a row.
-    """
-    new = sequences[:, prompt:]
-    # A prompt that is read in chunks comes by several times; only its last part gives a token.
-    total = torch.stack(averager.total[-new.shape[1] :], 1)
-    aleatoric = torch.stack(averager.aleatoric[-new.shape[1] :], 1)
-    ended = torch.isin(new, torch.tensor(ends, dtype=new.dtype, device=new.device))
-    running = (ended.cumsum(1) - ended.long() == 0).to(total.dtype)  # the end itself was drawn
-    total, aleatoric = total * running, aleatoric * running
-    return Generation(sequences, total, aleatoric, (total - aleatoric).clamp_min(0.0))
-
-
-def end_tokens(options: dict[str, Any], config: GenerationConfig) -> list[int]:
-    """Return the ids that end a row, from generate's options or the model's configuration."""
-    end = setting(options, "eos_token_id", config.eos_token_id)
-    return [] if end is None else [end] if isinstance(end, int) else [int(e) for e in end]
 
 
 @torch.no_grad()
@@ -155,7 +137,7 @@ def run_generation(
         raise ValueError("generate: needs weight noise, one weight sample for all steps")
     model: Any = bayes.model
     defaults: Any = bayes.base.generation_config
-    check_arguments(options, defaults)
+    _check_arguments(options, defaults)
     inputs = align(batch, "left", bayes.base.device)
     T, S = inputs["input_ids"].shape[1], len(draws)
     averager = None if per_draw else Averager(S)
@@ -173,4 +155,6 @@ def run_generation(
     sequences = getattr(found, "sequences", found)
     if averager is None:
         return Generation(sequences.unflatten(0, (S, -1)))
-    return collect(sequences, averager, T, end_tokens(options, defaults))
+    end = _setting(options, "eos_token_id", defaults.eos_token_id)
+    ends = [] if end is None else [end] if isinstance(end, int) else [int(e) for e in end]
+    return averager.generation(sequences, T, ends)
