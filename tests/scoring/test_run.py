@@ -552,6 +552,16 @@ def test_a_changed_input_is_refused_and_a_longer_one_is_not(job: Job, tmp_path: 
     assert told == [(str(first), 7), (str(second), 6), (str(tmp_path / "m0.jsonl"), 8)]
 
 
+def test_a_kept_column_keeps_its_type(job: Job, tmp_path: Path) -> None:
+    """A new file may not make text of what is a number in the parts that are there."""
+    pq.write_table(pa.Table.from_pylist(ROWS[:9]), tmp_path / "a.parquet")
+    kept = replace(job, inputs=(str(tmp_path / "a.parquet"),), keep=("tag",), format="parquet")
+    assert run(kept).counts.rows == 9
+    more = replace(kept, inputs=(*kept.inputs, *job.inputs))
+    with pytest.raises(OutputError, match=r"configuration \(schema\.tag: int64 -> string\)"):
+        run(more, resume=True)
+
+
 def test_limit_is_the_first_records_of_all(job: Job, tmp_path: Path) -> None:
     for n in range(3):
         write(tmp_path / f"m{n}.jsonl", ROWS[7 * n : 7 * n + 7])

@@ -103,22 +103,6 @@ class Job:
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: expected at least 1")
 
-    def check_columns(self, sources: Iterable[Source]) -> None:
-        """Refuse files that declare their columns and lack one of ours.
-
-        Raises:
-            RowError: names the file and the column.
-        """
-        for source in sources:
-            if (schema := schema_of(source)) is None:
-                continue
-            self.row_format.check(schema.names, str(source))
-            if lacks := [name for name in self.keep if name not in schema.names]:
-                raise RowError(
-                    f"{source}: no column {lacks[0]!r} to keep; it has "
-                    f"{', '.join(map(repr, schema.names))}"
-                )
-
     @cached_property
     def row_format(self) -> RowFormat:
         """How records become rows, by the job's or the artifact's labels and the task.
@@ -132,20 +116,25 @@ class Job:
         config = base_config(self.model, self.artifact) if task == "SEQ_CLS" else None
         return RowFormat(self.columns, class_names(task, config, self.labels, saved), task)
 
-    def part_schema(self, sources: Sequence[Source]) -> pa.Schema:
+    def part_schema(self, sources: Iterable[Source]) -> pa.Schema:
         """Return the columns of a part.
 
         Those that pass through have the type that all files declare, else they are text.
 
         Raises:
+            RowError: a file that declares its columns lacks one that is needed.
             ValueError: one that passes through has the name of one of ours.
         """
-        schemas = [schema_of(source) for source in sources]
-        kept = {}
-        for name in self.keep:
-            types = {None if schema is None else schema.field(name).type for schema in schemas}
-            kept[name] = types.pop() if len(types) == 1 and None not in types else pa.string()
+        types: dict[str, set[pa.DataType | None]] = {name: set() for name in self.keep}
+        for source in sources:
+            declared = schema_of(source)
+            if declared is not None:
+                self._check_columns(declared.names, source)
+            for name, found in types.items():
+                found.add(None if declared is None else declared.field(name).type)
         number, text, real = pa.int32(), pa.string(), pa.float32()
+        known = {name: found.pop() for name, found in types.items() if len(found) == 1}
+        kept = {name: known.get(name) or text for name in self.keep}
         ours = {"prediction": number, "choice": text, "probs": pa.list_(real)}
         ours |= {**dict.fromkeys(UNCERTAINTIES, real), "draws": number, "label": number}
         if self.truncate is not None:
@@ -157,6 +146,12 @@ class Job:
         if taken := sorted(set(kept) & {"id", *ours, "error"}):
             raise ValueError(f"keep={taken[0]}: the output has a column of that name; rename yours")
         return pa.schema({"id": text, **kept, **ours, "error": text})
+
+    def _check_columns(self, names: Sequence[str], source: Source) -> None:
+        self.row_format.check(names, str(source))
+        if lacks := [name for name in self.keep if name not in names]:
+            there = ", ".join(map(repr, names))
+            raise RowError(f"{source}: no column {lacks[0]!r} to keep; it has {there}")
 
     def load(self) -> tuple[BayesianModel, PreTrainedTokenizerBase]:
         """Load the model, on its device and in the job's mode, and the tokenizer."""

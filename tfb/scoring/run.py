@@ -83,10 +83,11 @@ def run(
     job.check()
     _check(job, engine, max_error_rate)
     sources = find_sources(job.inputs)
-    job.check_columns(sources)
-    folder = OutputFolder(Path(job.output), job.part_schema(sources), job.format)
+    schema = job.part_schema(sources)
+    columns = {"schema": {column.name: str(column.type) for column in schema}}
+    folder = OutputFolder(Path(job.output), schema, job.format)
     earlier = folder.earlier(resume=resume or retry_errors)
-    _compare(folder, earlier, job.declared())
+    _compare(folder, earlier, job.declared() | columns)
     files = input_files(sources, job.limit, () if earlier is None else earlier["files"])
     shards = plan([entry["records"] for _, entry in files], job)
     with folder:
@@ -96,7 +97,7 @@ def run(
         if retry_errors:
             finished = {name: counts for name, counts in finished.items() if not counts.errors}
         scoring = ENGINES[engine](job)
-        configuration = scoring.configuration()
+        configuration = scoring.configuration() | columns
         _compare(folder, earlier, configuration)
         total, counts = sum(map(len, shards)), sum(finished.values(), Counts())
         manifest = {
