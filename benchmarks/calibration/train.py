@@ -193,9 +193,8 @@ def _logits(model: Any, batch: Batch, task: Task) -> Tensor:
     """[B, K] logits of the classes or choices."""
     if batch.label_ids is None:
         return model(**batch.model_inputs()).logits
-    logits = model(
-        **batch.model_inputs(), position_ids=batch.position_ids, logits_to_keep=1
-    ).logits[:, -1]
+    position = (batch.attention_mask.cumsum(-1) - 1).clamp(min=0)
+    logits = model(**batch.model_inputs(), position_ids=position, logits_to_keep=1).logits[:, -1]
     return logits.gather(-1, batch.label_ids)
 
 

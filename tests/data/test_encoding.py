@@ -102,7 +102,6 @@ def test_first_tokens_that_all_choices_share_are_read() -> None:
     assert encode_one(tokenizer, "Topic", "A", "C") == expected
     assert encode_one(tokenizer, "Topic", " A", " C") == expected
     assert encode_one(tokenizer, "Topic ", "A", "C") == expected
-    assert encode_one(tokenizer, "Topic", "A", "B", separator="")[1] == ["A", "B"]
 
 
 def test_no_token_of_a_choice_is_left_out() -> None:
@@ -122,7 +121,7 @@ def test_the_last_token_alone() -> None:
     assert encode_one(tokenizer, "Topic ", "A", "B", **last) == expected
     assert encode_one(tokenizer, "Topic", "xyA", "xyC", **last)[1] == ["A", "C"]
     message = choice_error(tokenizer, "Topic", "xA", "yA", **last)
-    assert "'xA' and 'yA' are the same token by label_tokens 'last' (4)" in message
+    assert "'xA' and 'yA' are the same tokens by label_tokens 'last'" in message
     with pytest.raises(ValueError, match="label_tokens='first': expected one of all, last"):
         RowEncoder(tokenizer, label_tokens="first")
 
@@ -156,11 +155,6 @@ def choice_error(tokenizer: Any, prompt: str, *choices: str, **options: Any) -> 
     return str(caught.value)
 
 
-def test_merging_prompt() -> None:
-    message = choice_error(marked_bpe(), "xyz", "A", "B", separator="")
-    assert "merges" in message and "end the prompt differently" in message
-
-
 def tokens_of(tokenizer: Any, prompt: str, *choices: str, **options: Any) -> list[str] | None:
     (found,) = encode_choices([row(prompt, *choices)], tokenizer, **options).choice_ids or [None]
     return None if found is None else [" ".join(names(tokenizer, ids)) for ids in found]
@@ -187,7 +181,7 @@ def test_choices_of_several_tokens() -> None:
 
 def test_several_tokens_that_cannot_be_told_apart() -> None:
     message = choice_error(marked_bpe(), "Topic", "AC", "B", " AC")
-    assert "'AC' and ' AC' are the same tokens (3, 4, 6)" in message
+    assert "'AC' and ' AC' are the same tokens" in message
     assert "does not know the choice 'AQ'" in choice_error(marked_bpe(), "Topic", "A", "AQ")
 
 
@@ -201,7 +195,7 @@ def test_a_choices_last_token_is_not_read() -> None:
 
 def test_choices_that_collide() -> None:
     message = choice_error(marked_bpe(), "Topic", "A", " A")
-    assert "'A' and ' A' are the same tokens (3, 4)" in message and "use choices" in message
+    assert "'A' and ' A' are the same tokens" in message and "use choices" in message
 
 
 def test_unknown_choice() -> None:
@@ -284,7 +278,7 @@ def test_messages_go_through_the_template(bos: str, adds: bool) -> None:
     tokenizer = chat(
         marked_bpe("<s> $A" if adds else "$A"), f"'{bos}x' + m.content", "m.content", "':'"
     )
-    encoded = encode_choices([asks("Topic")], tokenizer, separator="")
+    encoded = encode_choices([asks("Topic")], tokenizer)
     (ids,) = encoded.input_ids
     plain = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Topic"}], add_generation_prompt=True, return_dict=False
@@ -307,6 +301,13 @@ def test_an_answer_follows_as_the_template_writes_it(between: str, labels: list[
     assert [names(tokenizer, ids) for ids in encoded.label_ids] == [labels, labels]
     (spaced,) = encode_choices([asks("Topic", choices=(" A", " C"))], tokenizer).input_ids
     assert names(tokenizer, spaced)[-2:] == [":", "▁"]  # a choice that brings its own
+
+
+def test_an_answer_that_merges_with_the_prompt() -> None:
+    """There is a token "zA", and the template writes nothing in front of an answer."""
+    tokenizer = chat(marked_bpe(), "m.content", "m.content")
+    with pytest.raises(RowError, match="merges with the first of a choice; end the prompt diff"):
+        encode_choices([asks("xyz", choices=("A", "B"))], tokenizer)
 
 
 def test_what_follows_messages_does_not_depend_on_other_rows() -> None:
@@ -416,7 +417,8 @@ def test_reference_accuracy_and_nll(shared: Path) -> None:
     for batch in batches(encoded, batch_size=100, pad_token_id=0, sort_by_length=True):
         assert batch.label_ids is not None
         with torch.inference_mode():
-            logits = model(**batch.model_inputs(), position_ids=batch.position_ids).logits[:, -1]
+            position = (batch.attention_mask.cumsum(-1) - 1).clamp(min=0)
+            logits = model(**batch.model_inputs(), position_ids=position).logits[:, -1]
         log_probs[batch.indices] = logits.gather(-1, batch.label_ids).log_softmax(-1)
     labels = torch.tensor([label for label in encoded.labels if label is not None])
     accuracy = (log_probs.argmax(-1) == labels).double().mean().item()

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import assume, event, example, given, settings
+from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 from support.tokenizers import (
     BOS,
     KINDS,
     MARKS,
     ROWS,
-    SEPARATORS,
     SPECIAL,
     SPECS,
     TEMPLATES,
@@ -28,8 +27,7 @@ from support.tokenizers import (
     tokens_of,
     wrapped,
 )
-from tokenizers import Tokenizer, models, normalizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models
 
 from tfb.data.batching import EncodedRows
 from tfb.data.encoding import RowEncoder
@@ -54,46 +52,15 @@ def outcome(encoder: RowEncoder, rows: Sequence[Row]) -> EncodedRows | str:
         return str(error)
 
 
-def slow(tokenizer: Any, **settings: Any) -> RowEncoder:
-    """An encoder that tokenizes every text as a whole."""
-    encoder = RowEncoder(tokenizer, **settings)
-    encoder.__dict__["_breaks_at_spaces"] = False
-    return encoder
-
-
-# --- the fast way and the slow one ----------------------------------------------------------------
-
-
-@settings(max_examples=1000)
-@given(SPECS, ROWS, st.sampled_from(["all", "last"]))
-# A mark begins a new stretch of text, in front of which a '▁' goes.
-@example(Spec("prepended", known=False), row_of("no<|x|>", "AB"), "last")
-# The space is the mark's, two spaces as well.
-@example(Spec("byte-level"), row_of("no<|r|>", [" A", "  B"]), "all")
-# A prompt that ends with what its tokenizer writes for a space, or takes for one.
-@example(Spec("prepended", known=False), row_of("Topic▁", "AB"), "all")
-@example(Spec("cleaned"), row_of("Topic\u200b", "AB"), "all")
-def test_splicing_changes_nothing(spec: Spec, row: Row, label_tokens: str) -> None:
-    """One text of a row and one of each choice give what all texts give. The first row's text is
-    that of its first choice, so each choice is put first."""
-    tokenizer = tokenizer_of(spec)
-    fast, whole = (make(tokenizer, label_tokens=label_tokens) for make in (RowEncoder, slow))
-    for turn in range(len(row.choices or ())):
-        turned = row_of(row.prompt or "", (row.choices or ())[turn:] + (row.choices or ())[:turn])
-        found = outcome(fast, [turned])
-        assert found == outcome(whole, [turned])
-    event("an error" if isinstance(found, str) else "tokens")
-
-
 @settings(max_examples=200)
-@given(SPECS, st.lists(ROWS, min_size=2, max_size=6), SEPARATORS)
-def test_a_row_is_itself_in_any_company(spec: Spec, rows: list[Row], separator: str) -> None:
+@given(SPECS, st.lists(ROWS, min_size=2, max_size=6))
+def test_a_row_is_itself_in_any_company(spec: Spec, rows: list[Row]) -> None:
     """The tokens of several rows, or the error of the first that has one, are those of each."""
     tokenizer = tokenizer_of(spec)
     rows = [row_of(row.prompt or "", row.choices or (), i) for i, row in enumerate(rows)]
-    alone = [outcome(slow(tokenizer, separator=separator), [row]) for row in rows]
+    alone = [outcome(RowEncoder(tokenizer), [row]) for row in rows]
     errors = [found for found in alone if isinstance(found, str)]
-    together = outcome(RowEncoder(tokenizer, separator=separator), rows)
+    together = outcome(RowEncoder(tokenizer), rows)
     if errors:
         assert together == errors[0]
         return
@@ -107,19 +74,19 @@ def test_a_row_is_itself_in_any_company(spec: Spec, rows: list[Row], separator: 
 
 
 @settings(max_examples=1000)
-@given(SPECS, ROWS, SEPARATORS)
-def test_all_tokens_are_those_of_the_whole_text(spec: Spec, row: Row, separator: str) -> None:
+@given(SPECS, ROWS)
+def test_all_tokens_are_those_of_the_whole_text(spec: Spec, row: Row) -> None:
     """What is read and a choice's tokens make up the text, no more and no less; an error is only
     raised where that is not possible, or choices are the same or unknown."""
-    split = split_of(spec, row, separator)
-    found = outcome(RowEncoder(tokenizer_of(spec), separator=separator), [row])
+    split = split_of(spec, row)
+    found = outcome(RowEncoder(tokenizer_of(spec)), [row])
     if split is None or not is_usable(split[1]):
         assert isinstance(found, str)
         assert ("merges with" in found) == (split is None)
         return
     assert isinstance(found, EncodedRows), found
     choices = choices_of(found)
-    whole = [tokens_of(spec, text) for text in joined(row, separator)]
+    whole = [tokens_of(spec, text) for text in joined(row)]
     assert [found.input_ids[0] + ids for ids in choices] == whole
     assert all(choices) and not equal(choices)
     assert 1 in map(len, choices) or len({ids[0] for ids in choices}) > 1
@@ -127,11 +94,11 @@ def test_all_tokens_are_those_of_the_whole_text(spec: Spec, row: Row, separator:
 
 
 @settings(max_examples=1000)
-@given(SPECS, ROWS, SEPARATORS)
-def test_last_tokens_come_right_after_the_prompt(spec: Spec, row: Row, separator: str) -> None:
+@given(SPECS, ROWS)
+def test_last_tokens_come_right_after_the_prompt(spec: Spec, row: Row) -> None:
     """The prompt is read alone; a label is the whole text's last token."""
-    split = split_of(spec, row, separator)
-    encoder = RowEncoder(tokenizer_of(spec), label_tokens="last", separator=separator)
+    split = split_of(spec, row)
+    encoder = RowEncoder(tokenizer_of(spec), label_tokens="last")
     found = outcome(encoder, [row])
     if split is None or not is_usable([ids[-1:] for ids in split[1]]):
         assert isinstance(found, str)
@@ -139,7 +106,7 @@ def test_last_tokens_come_right_after_the_prompt(spec: Spec, row: Row, separator
     assert isinstance(found, EncodedRows), found
     assert found.input_ids == [split[0]]
     assert found.choice_ids is None
-    texts = joined(row, separator)
+    texts = joined(row)
     assert found.label_ids == [tuple(tokens_of(spec, text)[-1] for text in texts)]
 
 
@@ -173,7 +140,7 @@ def test_truncation(
     row = row_of(f"<s>{row.prompt}" if brings else row.prompt or "", row.choices or ())
     how: dict[str, Any] = {"label_tokens": label_tokens}
     free = outcome(RowEncoder(tokenizer_of(spec), **how), [row])
-    split = split_of(spec, row, " ")
+    split = split_of(spec, row)
     assume(isinstance(free, EncodedRows) and split is not None)
     assert isinstance(free, EncodedRows) and split is not None
     assert free.truncated == [0]
@@ -220,40 +187,12 @@ def test_special_tokens_of_an_alphabet_of_its_own(
     assert found.label_ids == [(vocabulary["A"], vocabulary["G"])]
 
 
-def bare(pieces: str, merges: list[tuple[str, str]], **how: Any) -> Any:
-    """As Llama 2, over a small alphabet."""
-    vocabulary = {piece: i for i, piece in enumerate(pieces.split())}
-    made = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, **how))
-    made.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token=how.get("unk_token"))
-
-
-@pytest.mark.parametrize("choices", ["AB", "BA"])
-def test_a_prompts_last_character_without_a_token(choices: str) -> None:
-    """It may vanish, so that spaces meet over it, or become one <unk> with a space."""
-    merges = [("▁", "B"), ("▁", "▁"), ("▁", "A")]
-    for tokenizer, prompt in (
-        (bare("▁ A B a x ▁B ▁▁ ▁A", merges), "x q"),
-        (bare("<unk> x A B a", [], unk_token="<unk>", fuse_unk=True), "xq"),
-    ):
-        rows = [row_of(prompt, choices)]
-        found = outcome(RowEncoder(tokenizer), rows)
-        assert found == outcome(slow(tokenizer), rows)
-
-
 # --- the generated tokenizers are what they should be ---------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_vocabularies(kind: str) -> None:
-    """Pieces run over spaces where they may, and those of several characters are used."""
-    plain, over = (
-        [tokenizer_of(Spec(kind, over_spaces=may, seed=seed)) for seed in range(4)]
-        for may in (False, True)
-    )
-    assert all(RowEncoder(tokenizer)._breaks_at_spaces for tokenizer in plain)
-    assert not any(RowEncoder(tokenizer)._breaks_at_spaces for tokenizer in over)
+    """Pieces of several characters are used."""
+    plain = [tokenizer_of(Spec(kind, seed=seed)) for seed in range(4)]
     text = "Topic is it yes no bank Answer banking"
     assert any(len(t.tokenize(text)) < len(text) * 0.8 for t in plain)

@@ -81,7 +81,7 @@ class Setting:
 
     def probabilities(self, rows: Sequence[Row], draws: Draws, tail: int | None = None) -> Tensor:
         """The definition, [N, K] with zeros for what a row has not."""
-        splits = [split_of(self.spec, row, " ") for row in rows]
+        splits = [split_of(self.spec, row) for row in rows]
         K = max(len(row.choices or ()) for row in rows)
 
         def probs(model: Any) -> Tensor:
@@ -195,7 +195,7 @@ def test_the_fixed_rows_are_of_every_kind(name: str) -> None:
     encoded = here.encoder(rows)
     kinds = set()
     for i, row in enumerate(rows):
-        split = split_of(here.spec, row, " ")
+        split = split_of(here.spec, row)
         assert split is not None
         assert len(encoded.input_ids[i]) == len(split[0]) + shared(split[1])
         kinds.add((encoded.choice_tokens(i) is None, shared(split[1]) > 0))
@@ -225,7 +225,7 @@ def test_tails_end_with_what_choices_share(name: str, k: int, side: str) -> None
 def test_drawn_rows(name: str, rows: list[Row], side: str, tail: int | None) -> None:
     here = setting(name)
     rows = [replace(row, id=str(i)) for i, row in enumerate(rows)]
-    splits = [split_of(here.spec, row, " ") for row in rows]
+    splits = [split_of(here.spec, row) for row in rows]
     assume(all(split is not None and is_usable(split[1]) for split in splits))
     how = {} if tail is None else {"mode": "tail", "tail": tail}
     draws = DRAWS[:2]

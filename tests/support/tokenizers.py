@@ -266,17 +266,17 @@ def tokens_of(spec: Spec, text: str) -> list[int]:
     return [BOS, *ids] if spec.begins else ids
 
 
-def joined(row: Row, separator: str) -> list[str]:
+def joined(row: Row) -> list[str]:
     """The texts of a row, its prompt with each of its choices."""
     assert row.prompt is not None and row.choices is not None
     bare = not row.prompt[-1].isspace()
-    return [row.prompt + separator * (bare and not c[0].isspace()) + c for c in row.choices]
+    return [row.prompt + " " * (bare and not c[0].isspace()) + c for c in row.choices]
 
 
-def split_of(spec: Spec, row: Row, separator: str) -> Split | None:
+def split_of(spec: Spec, row: Row) -> Split | None:
     """The prompt's tokens and those that each choice adds, where the first begin every text."""
     assert row.prompt is not None
-    texts = [tokens_of(spec, text) for text in joined(row, separator)]
+    texts = [tokens_of(spec, text) for text in joined(row)]
     for prompt in dict.fromkeys([row.prompt, row.prompt.rstrip()]):
         ids = tokens_of(spec, prompt)
         if ids and all(text[: len(ids)] == ids for text in texts):
@@ -322,7 +322,6 @@ CHOICES = st.one_of(
         st.lists(st.sampled_from(["", "A", " B", "1", "s", " no"]), min_size=2, unique=True),
     ),
 )
-SEPARATORS = st.sampled_from([" ", " ", ""])
 
 
 def row_of(prompt: str, choices: Sequence[str], number: int = 0) -> Row:

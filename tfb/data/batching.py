@@ -11,7 +11,6 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from itertools import groupby
 from math import log
 from typing import Any
 
@@ -22,10 +21,8 @@ NO_LABEL = -100
 """Marks an unlabelled row in `Batch.labels`; torch's losses ignore it."""
 NO_TOKEN = -1
 """Fills `label_ids` [B, K, L] where a choice has fewer than L tokens."""
-BUCKET = 1.125
-"""Lengths of a bucket of `token_batches` differ by less than this factor."""
-FIXED = 256
-"""Tokens that cost about as much as one pass more: padding that is worth saving one."""
+PADDING = 0.1
+"""Most of a batch of `token_batches` that may be padding."""
 
 
 @dataclass(frozen=True)
@@ -126,11 +123,6 @@ class Batch:
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
-    @property
-    def position_ids(self) -> Tensor:
-        """[B, T], counted from the row's first token: decoders need them under left padding."""
-        return (self.attention_mask.cumsum(-1) - 1).clamp(min=0)
-
     def model_inputs(self) -> dict[str, Tensor]:
         """Return what a tokenizer would: input_ids, attention_mask[, token_type_ids]."""
         inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
@@ -226,47 +218,37 @@ def pad_choices(rows: Sequence[Sequence[Sequence[int]]]) -> Tensor:
 
 
 def token_batches(
-    encoded: EncodedRows, budget: int, rows: Iterable[int] | None = None, *, copies: int = 1
+    encoded: EncodedRows, budget: int, rows: Iterable[int] | None = None
 ) -> list[list[int]]:
-    """Part rows into batches whose rows x longest row stay within a budget; longest rows first.
+    """Part rows into batches of at most ``budget`` padded tokens; those of longest rows first.
 
-    Rows of a batch have the same number of choices. They come from one bucket of lengths, in which
-    rows that begin alike meet in a batch: the engine computes their prefix once. Then batches of
-    neighbouring buckets are joined where padding costs less than one more batch.
+    Rows of a batch have the same number of choices and similar lengths. Among rows of similar
+    length, those that begin alike meet in a batch: the engine computes their prefix once.
 
     Args:
         encoded: the rows.
         budget: most tokens of a batch; a row that is longer is a batch of its own.
-        rows: positions to be distributed, a set; None: all.
-        copies: of every row in a pass, the draws in full mode: they share what a batch costs.
+        rows: positions to be distributed, in any order; None: all.
     """
     ids, num_choices = encoded.input_ids, encoded.num_choices
 
-    def kind(i: int) -> tuple[int, int]:
-        return num_choices(i), -int(log(len(ids[i]), BUCKET))
+    def order(i: int) -> tuple[int, int, list[int], int]:
+        bucket = int(log(len(ids[i]), 1 / (1 - PADDING)))  # its lengths differ by less than PADDING
+        return num_choices(i), -bucket, ids[i], i
 
-    chosen = sorted(range(len(encoded)) if rows is None else rows)
     found: list[list[int]] = []
-    for _, bucket in groupby(sorted(chosen, key=lambda i: (*kind(i), ids[i])), kind):
-        batch: list[int] = []
-        longest = 0
-        for i in bucket:
-            longest = max(longest, len(ids[i]))
-            if batch and longest * (len(batch) + 1) > budget:
-                found.append(batch)
-                batch, longest = [], len(ids[i])
+    longest = tokens = 0
+    for i in sorted(range(len(encoded)) if rows is None else rows, key=order):
+        batch, n = found[-1] if found else [], len(ids[i])
+        longest, tokens = max(longest, n), tokens + n
+        padded = longest * (len(batch) + 1)
+        joins = padded <= budget and tokens >= (1 - PADDING) * padded
+        if batch and joins and num_choices(batch[0]) == num_choices(i):
             batch.append(i)
-        found.append(batch)
-    joined: list[list[int]] = []
-    for batch in found:
-        both = joined[-1] + batch if joined else []
-        if both and num_choices(both[0]) == num_choices(batch[0]):
-            apart = padded_tokens(encoded, joined[-1]) + padded_tokens(encoded, batch)
-            if padded_tokens(encoded, both) <= min(budget, apart + FIXED // copies):
-                joined[-1] = sorted(both, key=ids.__getitem__)
-                continue
-        joined.append(batch)
-    return sorted(joined, key=lambda batch: -max(len(ids[i]) for i in batch))
+        else:
+            found.append([i])
+            longest = tokens = n
+    return sorted(found, key=lambda batch: -max(len(ids[i]) for i in batch))
 
 
 def padded_tokens(encoded: EncodedRows, batch: list[int]) -> int:

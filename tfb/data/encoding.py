@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import re
-import string
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from itertools import chain
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from tfb.data.batching import EncodedRows
@@ -20,8 +17,7 @@ Tokens = tuple[list[int], list[list[int]]]  # the same as token ids
 
 LABEL_TOKENS = ("all", "last")
 SIDES = ("left", "right")
-CHUNK = 1024  # rows tokenized in one call: enough to occupy the tokenizer, few enough for memory
-_PUNCTUATION = frozenset(string.punctuation)
+CHUNK = 256  # rows tokenized in one call: enough to occupy the tokenizer, few enough for memory
 
 
 def check_label_tokens(value: str) -> None:
@@ -42,8 +38,8 @@ class RowEncoder:
     Which token follows a prompt, ' A' or 'A', is the tokenizer's business. So the prompt and each
     choice of a causal language model are tokenized as one text:
 
-    1. `separator` joins them where neither brings whitespace; after chat messages, the whitespace
-       that the template writes before an answer.
+    1. A space joins them where neither brings whitespace; after chat messages, the whitespace that
+       the template writes before an answer.
     2. The prompt's tokens must begin the whole text's. Where they do not ("Answer: " + "A", where
        most tokenizers have a token " A"), the whitespace that ends the prompt moves into all
        choices of the row. Where that does not help, the row is an error.
@@ -63,7 +59,6 @@ class RowEncoder:
         length_normalization: how a choice's tokens are scored, see :mod:`tfb.sampling.choices`.
         truncate: side on which a prompt or text that is too long loses tokens, "left" or "right";
             None: it is an error.
-        separator: " ", or "" for scripts without spaces.
 
     Raises:
         ValueError: an unknown setting, or fewer than two labels.
@@ -79,14 +74,13 @@ class RowEncoder:
         label_tokens: str = "all",
         length_normalization: str = "none",
         truncate: str | None = None,
-        separator: str = " ",
     ) -> None:
         check_label_tokens(label_tokens)
         check_truncate(truncate)
         if task == "SEQ_CLS" and (num_labels is None or num_labels < 2):
             raise ValueError(f"num_labels must be at least 2, got {num_labels}")
         self.tokenizer, self.task, self.num_labels = tokenizer, task, num_labels
-        self.label_tokens, self.truncate, self.separator = label_tokens, truncate, separator
+        self.label_tokens, self.truncate = label_tokens, truncate
         # A tokenizer that knows no limit reports a huge number, which no row exceeds.
         self.limit = int(tokenizer.model_max_length if max_length is None else max_length)
         self._unknown = tokenizer.unk_token_id  # a property that is slow to ask for
@@ -118,23 +112,20 @@ class RowEncoder:
             self._check_row(row)
         columns = self._texts(rows) if self.task == "SEQ_CLS" else self._choices(rows)
         return EncodedRows(
-            ids=[row.id for row in rows],
-            labels=[row.label for row in rows],
-            choices=None if self.task == "SEQ_CLS" else [row.choices or () for row in rows],
-            **columns,
+            ids=[row.id for row in rows], labels=[row.label for row in rows], **columns
         )
 
     # --- the two kinds of rows --------------------------------------------------------------------
 
     def _texts(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Encode texts for a sequence-classification head."""
-        texts = [row.text for row in rows]
-        batch = self.tokenizer(texts, return_attention_mask=False, verbose=False)
+        batch = self.tokenizer([row.text for row in rows], verbose=False)
         found = map(self._one_front, batch["input_ids"])
         fitted = [
-            self._fit(*pair, self.limit, self._back) for pair in zip(rows, found, strict=True)
+            self._fit(row, ids, self.limit, self._back)
+            for row, ids in zip(rows, found, strict=True)
         ]
-        input_ids, cut = (list(column) for column in zip(*fitted, strict=True))
+        input_ids, cut = map(list, zip(*fitted, strict=True))
         types = batch.get("token_type_ids")
         if types is not None:  # one text a row is one segment: where its types are cut is the same
             types = [list(t)[: len(ids)] for t, ids in zip(types, input_ids, strict=True)]
@@ -142,25 +133,25 @@ class RowEncoder:
             "input_ids": input_ids,
             "truncated": cut,
             "label_ids": None,
+            "choices": None,
             "num_labels": self.num_labels,
             "token_type_ids": types,
         }
 
     def _choices(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Encode prompts of a language model, and the tokens of their choices."""
+        tokenize = self._answers if self.task == "SEQ_2_SEQ_LM" else self._continuations
         fitted = []
         for start in range(0, len(rows), CHUNK):
             chunk = rows[start : start + CHUNK]
-            pairs = [self._pair(row) for row in chunk]
-            answers = self.task == "SEQ_2_SEQ_LM"
-            tokens = self._answers(chunk, pairs) if answers else self._tokens(pairs)
-            fitted += [self._choice_row(*pair) for pair in zip(chunk, tokens, strict=True)]
-        input_ids, continuations, cut = (list(column) for column in zip(*fitted, strict=True))
-        single = [all(len(ids) == 1 for ids in choices) for choices in continuations]
-        kinds = list(zip(continuations, single, strict=True))
+            fitted += [self._choice_row(*pair) for pair in zip(chunk, tokenize(chunk), strict=True)]
+        input_ids, choices, cut = map(list, zip(*fitted, strict=True))
+        single = [all(len(ids) == 1 for ids in row) for row in choices]
+        kinds = list(zip(choices, single, strict=True))
         return {
             "input_ids": input_ids,
             "truncated": cut,
+            "choices": [row.choices for row in rows],
             "label_ids": [tuple(ids for (ids,) in c) if one else () for c, one in kinds],
             "choice_ids": None if all(single) else [None if one else c for c, one in kinds],
         }
@@ -187,23 +178,20 @@ class RowEncoder:
 
     def _pair(self, row: Row) -> Pair:
         """Return the prompt, and the choices as they continue it."""
-        prompt, separator = row.prompt or "", self.separator
+        prompt, between = row.prompt or "", " "
         if row.messages is not None:
-            prompt = self._rendered(row)
-            separator = self._before_answers
-        bare = not prompt[-1].isspace()
-        choices = row.choices or ()
-        return prompt, [separator + c if bare and not c[0].isspace() else c for c in choices]
+            prompt, between = self._rendered(row), self._before_answers
+        if prompt[-1].isspace():
+            between = ""
+        return prompt, [c if c[0].isspace() else between + c for c in row.choices or ()]
 
     def _rendered(self, row: Row) -> str:
         """Render messages by the tokenizer's chat template, with its generation prompt."""
         if not getattr(self.tokenizer, "chat_template", None):
             fault = "the row has messages, but the tokenizer has no chat template"
             _fail(row, fault, "use the chat model's tokenizer, or write the text into 'prompt'")
-        said = [dict(message) for message in row.messages or ()]
-        render = self.tokenizer.apply_chat_template
         try:
-            text = str(render(said, tokenize=False, add_generation_prompt=True))
+            text = self._render([dict(message) for message in row.messages or ()], prompt=True)
         except Exception as error:  # a program that came with the tokenizer
             fault = f"the chat template refuses the messages ({error})"
             _fail(row, fault, "order and name the roles as it expects them")
@@ -217,118 +205,55 @@ class RowEncoder:
         """The whitespace between the chat template's generation prompt and an answer."""
         question = {"role": "user", "content": "a"}
         answer = {"role": "assistant", "content": "Answer"}
-        render = self.tokenizer.apply_chat_template
         try:
-            prompt = str(render([question], tokenize=False, add_generation_prompt=True))
-            whole = str(render([question, answer], tokenize=False))
+            prompt = self._render([question], prompt=True)
+            whole = self._render([question, answer], prompt=False)
         except Exception:  # a template for other conversations
             return ""
         between = whole[len(prompt) :].partition("Answer")[0]
         return between if whole.startswith(prompt) and between.isspace() else ""
 
+    def _render(self, messages: list[dict[str, Any]], *, prompt: bool) -> str:
+        render = self.tokenizer.apply_chat_template
+        return str(render(messages, tokenize=False, add_generation_prompt=prompt))
+
     # --- text to tokens ---------------------------------------------------------------------------
 
-    def _answers(self, rows: Sequence[Row], pairs: list[Pair]) -> list[Tokens]:
+    def _answers(self, rows: Sequence[Row]) -> list[Tokens]:
         """Tokenize prompts for an encoder, and choices as a decoder begins to write them."""
         texts = list(dict.fromkeys(choice for row in rows for choice in row.choices or ()))
         answers = self.tokenizer(text_target=texts, add_special_tokens=False, verbose=False)
         known = dict(zip(texts, map(list, answers["input_ids"]), strict=True))
-        prompts = self._ids([prompt for prompt, _ in pairs])
+        prompts = self._ids([self._pair(row)[0] for row in rows])
         choices = [[known[choice] for choice in row.choices or ()] for row in rows]
         return list(zip(prompts, choices, strict=True))
 
-    def _tokens(self, pairs: list[Pair]) -> list[Tokens | None]:
+    def _continuations(self, rows: Sequence[Row]) -> list[Tokens | None]:
         """Return each prompt's tokens and its choices' continuations; None where they merge."""
-        found = self._spliced(pairs)
-        left = [i for i, tokens in enumerate(found) if tokens is None]
-        for i, tokens in zip(left, self._whole([pairs[i] for i in left]), strict=True):
-            found[i] = tokens
-        left = [i for i in left if found[i] is None and pairs[i][0][-1].isspace()]
-        moved = [_move_whitespace(*pairs[i]) for i in left]
-        for i, tokens in zip(left, self._whole(moved), strict=True):
+        pairs = [self._pair(row) for row in rows]
+        found = self._split(pairs)
+        left = [i for i, pair in enumerate(pairs) if found[i] is None and pair[0][-1].isspace()]
+        moved = self._split([_move_whitespace(*pairs[i]) for i in left])
+        for i, tokens in zip(left, moved, strict=True):
             found[i] = tokens
         return found
 
-    def _whole(self, pairs: list[Pair]) -> list[Tokens | None]:
-        """Do what ``_tokens`` does from every text as a whole."""
-        if not pairs:
-            return []
+    def _split(self, pairs: list[Pair]) -> list[Tokens | None]:
+        """Do what ``_continuations`` does, with whitespace where it is."""
         texts = [prompt + choice for prompt, choices in pairs for choice in ("", *choices)]
-        encoded = iter(self._ids(texts, ended=False))
-        result: list[Tokens | None] = []
-        for _, choices in pairs:
-            prompt, *whole = (next(encoded) for _ in range(1 + len(choices)))
-            merged = not prompt or any(ids[: len(prompt)] != prompt for ids in whole)
-            result.append(None if merged else (prompt, [ids[len(prompt) :] for ids in whole]))
-        return result
-
-    def _spliced(self, pairs: list[Pair]) -> list[Tokens | None]:
-        """Do what ``_whole`` does from one text a row and one a distinct choice, None if in doubt.
-
-        Where no token of the vocabulary goes on over a space, no token and no merge can lie between
-        a prompt and a choice that begins with one: BPE merges and Unigram paths on the two sides
-        are independent, and words are split there. What a tokenizer does before its model sees the
-        text could differ where characters are rewritten or added tokens take the spaces beside
-        them: such rows are left out, and every row is checked with one of its choices.
-        """
-        found: list[Tokens | None] = [None] * len(pairs)
-        able = [
-            i
-            for i, (prompt, choices) in enumerate(pairs)
-            if self._breaks_at_spaces
-            and not prompt.endswith(self._added_tokens)
-            and _is_plain(prompt[-1])
-            and all(c[:1] == " " and _is_plain(c[1:2]) for c in choices)
-        ]
-        distinct = list(dict.fromkeys(choice for i in able for choice in pairs[i][1]))
-        after = self._whole([("a", distinct)])[0] if distinct else None
-        if after is None:
-            return found
-        known = dict(zip(distinct, after[1], strict=True))
-        checked = [pairs[i][1][i % len(pairs[i][1])] for i in able]
-        texts = [pairs[i][0] + choice for i, choice in zip(able, checked, strict=True)]
-        for i, choice, ids in zip(able, checked, self._ids(texts, ended=False), strict=True):
-            prompt, tokens = ids[: -len(known[choice])], [known[c] for c in pairs[i][1]]
-            whole = prompt and prompt + known[choice] == ids
-            # A prompt's last character that has no token may hide what happened to the space.
-            if whole and prompt[-1] not in self._spaces and self._unknown not in chain(*tokens):
-                found[i] = prompt, tokens
+        texts = list(dict.fromkeys(texts))
+        known = dict(zip(texts, self._ids(texts, ended=False), strict=True)) if texts else {}
+        found: list[Tokens | None] = []
+        for prompt, choices in pairs:
+            ids, whole = known[prompt], [known[prompt + choice] for choice in choices]
+            begins = ids and all(text[: len(ids)] == ids for text in whole)
+            found.append((ids, [text[len(ids) :] for text in whole]) if begins else None)
         return found
-
-    @cached_property
-    def _vocabulary(self) -> dict[str, int]:
-        return dict(self.tokenizer.get_vocab())
-
-    @cached_property
-    def _added_tokens(self) -> tuple[str, ...]:
-        return tuple(str(token) for token in self.tokenizer.added_tokens_decoder.values())
-
-    @property
-    def _marks(self) -> str:
-        """What stands for a space in tokens: SentencePiece's "▁", or "Ġ" of bytes."""
-        return "▁ " if "▁" in self._vocabulary else "▁Ġ "
-
-    @cached_property
-    def _breaks_at_spaces(self) -> bool:
-        """Whether no token goes on over a space; after a line break it may: no prompt ends so."""
-        over = re.compile(rf"[^{self._marks}\sĊčĉ][{self._marks}]")
-        return not any(over.search(token) for token in self._vocabulary)
-
-    @cached_property
-    def _spaces(self) -> frozenset[int]:
-        """The tokens that are nothing but spaces."""
-        found = self._vocabulary.items()
-        return frozenset(i for token, i in found if not token.strip(self._marks))
 
     def _ids(self, texts: list[str], *, ended: bool = True, **options: bool) -> list[list[int]]:
         """Tokenize texts; not ``ended``: without the special tokens at the end."""
-        batch = self.tokenizer(
-            texts,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,  # it would warn of long texts, which are checked here
-            **options,
-        )
+        # Verbose, it would warn of long texts, which are checked here.
+        batch = self.tokenizer(texts, return_attention_mask=False, verbose=False, **options)
         back = 0 if ended else self._back
         return [self._one_front(ids[: len(ids) - back]) for ids in batch["input_ids"]]
 
@@ -350,7 +275,8 @@ class RowEncoder:
 
     def _texts_with_tokens(self) -> Iterator[str]:
         yield "a"
-        yield from sorted(self._vocabulary.keys() - {*self._added_tokens})  # alphabets without "a"
+        added = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
+        yield from sorted(self.tokenizer.get_vocab().keys() - added)  # alphabets without "a"
 
     # --- checks -----------------------------------------------------------------------------------
 
@@ -359,24 +285,23 @@ class RowEncoder:
         if self.task == "SEQ_CLS":
             if row.text is None:
                 _fail(row, "this is a choice row", "use rows with 'text' for a classification head")
-            K, kind = self.num_labels or 0, "model's {} classes"
-            other = ", or a model with that class"
+            K, classes = self.num_labels or 0, f"model's {self.num_labels} classes"
         else:
             if row.choices is None:
                 _fail(row, "this is a text row", "use rows with 'prompt' and 'choices' here")
             if row.prompt == "" or not all(row.choices):
                 _fail(row, "the prompt or a choice is empty", "write some text into it")
-            K, kind, other = len(row.choices), "{} choices", ""
+            K, classes = len(row.choices), f"{len(row.choices)} choices"
             if K < 2:
                 _fail(row, f"the choices are {row.choices!r}", "give a tuple of two or more")
         if row.label is not None and not 0 <= row.label < K:
-            fault = f"the label {row.label} is outside the {kind.format(K)}"
-            _fail(row, fault, f"use an index from 0 to {K - 1}{other}")
+            fault = f"the label {row.label} is outside the {classes}"
+            _fail(row, fault, f"use an index from 0 to {K - 1}")
 
     def _check_choices(self, row: Row, found: list[list[int]]) -> None:
         """Refuse choices that have no tokens, unknown tokens, or those of another choice."""
-        choices, seen = row.choices or (), dict[tuple[int, ...], int]()
-        for i, (choice, ids) in enumerate(zip(choices, found, strict=True)):
+        seen: dict[tuple[int, ...], str] = {}
+        for choice, ids in zip(row.choices or (), found, strict=True):
             if not ids or self._unknown in ids:
                 fault = f"the tokenizer does not know the choice {choice!r}"
                 _fail(row, fault, "use choices that the tokenizer has tokens for")
@@ -387,18 +312,16 @@ class RowEncoder:
                     "name the choices of an encoder-decoder by single tokens, such as letters; "
                     "if it was trained on the last token alone: label_tokens 'last'",
                 )
-            first = seen.setdefault(tuple(ids), i)
-            if first < i:
-                same = "token" if len(ids) == 1 else "tokens"
+            if tuple(ids) in seen:
                 last = "" if self.label_tokens == "all" else " by label_tokens 'last'"
                 _fail(
                     row,
-                    f"the choices {choices[first]!r} and {choice!r} are the same {same}{last} "
-                    f"({', '.join(map(str, ids))})",
+                    f"the choices {seen[tuple(ids)]!r} and {choice!r} are the same tokens{last}",
                     "use choices that differ in more than whitespace, such as letters",
                 )
+            seen[tuple(ids)] = choice
 
-    def _fit(self, row: Row, ids: list[int], room: int, back: int = 0) -> tuple[list[int], int]:
+    def _fit(self, row: Row, ids: list[int], room: int, back: int) -> tuple[list[int], int]:
         """Cut ids, the last ``back`` of them special, to ``room``; return how many are lost."""
         over = len(ids) - room
         if over <= 0:
@@ -415,11 +338,6 @@ class RowEncoder:
             _fail(row, f"{fault}, and truncation would leave nothing of the prompt", "shorten it")
         body = body[over:] if self.truncate == "left" else body[: len(body) - over]
         return [*ids[:front], *body, *ids[len(ids) - back :]], over
-
-
-def _is_plain(character: str) -> bool:
-    """Whether no tokenizer takes it for a space, or writes a space with it."""
-    return character.isalnum() or character in _PUNCTUATION
 
 
 def _shared(choices: list[list[int]]) -> int:
