@@ -28,13 +28,9 @@ SHARED_ARGUMENTS = frozenset({"cache_position", "logits_to_keep"})
 # config.model_type of the architectures whose backbone hands its blocks tensors with rows first
 # (or a first axis of 1), which is what folding relies on. Any other architecture is sampled all
 # the same, with all of its blocks run for every draw.
-FOLDABLE = frozenset(
-    {
-        *("bert", "distilbert", "electra", "roberta", "xlm-roberta"),
-        *("gemma", "gemma2", "gemma3_text", "gpt2", "llama", "mistral", "mixtral", "olmo2"),
-        *("phi3", "qwen2", "qwen3"),
-    }
-)
+FOLDABLE = {"bert", "distilbert", "electra", "roberta", "xlm-roberta"}
+FOLDABLE |= {"gemma", "gemma2", "gemma3_text", "gpt2", "llama", "mistral", "mixtral", "olmo2"}
+FOLDABLE |= {"phi3", "qwen2", "qwen3"}
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
