@@ -55,11 +55,7 @@ class ArtifactError(ValueError):
 
 
 def check_output_folder(folder: str | Path) -> Path:
-    """Return the folder as a Path if it is absent or empty.
-
-    Raises:
-        ArtifactError: it holds something already.
-    """
+    """Return the folder as a Path; refuse one that holds something already."""
     path = Path(folder)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ArtifactError(f"{path} already holds something; choose a new folder or remove it")
@@ -116,11 +112,7 @@ def save(
 
 
 def read_sidecar(folder: str | Path) -> dict[str, Any]:
-    """Read tfb.json of an artifact, and check its format and noise version.
-
-    Raises:
-        ArtifactError: not an artifact, damaged, or of another version.
-    """
+    """Read tfb.json of an artifact; refuse one that is damaged or of another version."""
     path = Path(folder) / SIDECAR
     if not path.is_file():
         what = f"no {SIDECAR}" if Path(folder).is_dir() else "no such folder"

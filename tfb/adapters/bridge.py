@@ -59,17 +59,7 @@ def block_number(name: str) -> int | None:
 def select_layers(
     names: Sequence[str], layers: str | LayerPredicate | LastLayers | None
 ) -> list[str]:
-    """Return the names that ``layers`` selects, in order.
-
-    Args:
-        names: qualified names of all adapted modules.
-        layers: None (all), a regular expression (``re.search`` on the name), a predicate of the
-            name, or :func:`last_layers`.
-
-    Raises:
-        ValueError: a broken regular expression, or nothing selected (the names are listed).
-        TypeError: anything else.
-    """
+    """Return the names that ``layers`` of :func:`bayesianize` selects, in order."""
     if layers is None:
         chosen = list(names)
     elif isinstance(layers, LastLayers):
@@ -117,8 +107,9 @@ def bayesianize(
         peft_model: a ``peft.PeftModel`` for CAUSAL_LM, SEQ_2_SEQ_LM or SEQ_CLS with a trained LoRA
             adapter.
         adapter: its name.
-        layers: which adapted modules get noise; see :func:`select_layers`.
-            The others stay deterministic.
+        layers: which adapted modules get noise; the others stay deterministic. A regular
+            expression (``re.search`` on the name), a predicate of the name, or
+            :func:`last_layers`. None: all.
         seed: of the draws.
         posteriors: factors by module name, an artifact's or a study's. Default: computed here.
         config: how the model samples, in place of ``seed`` and the defaults.

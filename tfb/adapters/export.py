@@ -127,21 +127,13 @@ def export(
 
 
 def check_dtype(dtype: str) -> None:
-    """Refuse an unknown dtype.
-
-    Raises:
-        ValueError: it is not one of ``DTYPES``.
-    """
+    """Refuse a dtype that is not one of ``DTYPES``."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
 
 
 def check_exportable(mode: str, tail: int | None) -> None:
-    """Refuse a sigma of tail mode: a sampled adapter has its noise at every token.
-
-    Raises:
-        ArtifactError: it is not.
-    """
+    """Refuse a sigma of tail mode: a sampled adapter has its noise at every token."""
     if mode != "full":
         raise ArtifactError(
             f"sigma was searched with mode={mode!r} (tail={tail}), noise at the last positions "
@@ -158,14 +150,7 @@ class Rounding:
     noise: float = 0.0
 
     def add(self, p: LowRankPosterior, exact: Tensor, A: Tensor, B: Tensor) -> None:
-        """Add one draw of one module.
-
-        Args:
-            p: the module's posterior.
-            exact: A' + noise [r, n] float64.
-            A: [r, n] as it is written.
-            B: [m, r] as it is written.
-        """
+        """Add one draw of one module: A' + noise as it is, A and B as they are written."""
         A, B, B0 = A.double(), B.double(), p.B.double()
         # B A - B' exact = [B - B', B'] [A; A - exact], whose norm needs the small products only.
         left, right = torch.cat([B - B0, B0], 1), torch.cat([A, A - exact])

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from tfb.posterior import AdapterError
 
@@ -30,11 +32,7 @@ _HEADS = ("score", "classifier", "out_proj")
 
 
 def adapter_config(folder: str | Path) -> dict[str, Any]:
-    """Read adapter_config.json of an adapter folder or hub name, through PEFT.
-
-    Raises:
-        AdapterError: not a configuration that PEFT understands.
-    """
+    """Read adapter_config.json of an adapter folder or hub name, through PEFT."""
     if Path(folder).is_dir():
         _require(Path(folder), CONFIG, folder)
     try:
@@ -49,11 +47,7 @@ def adapter_config(folder: str | Path) -> dict[str, Any]:
 
 
 def adapter_tensor_shapes(folder: Path) -> dict[str, list[int]]:
-    """Read the tensor names and shapes of a local adapter, without loading it.
-
-    Raises:
-        AdapterError: the file is damaged.
-    """
+    """Read the tensor names and shapes of a local adapter, without loading it."""
     path = folder / WEIGHTS
     try:
         with safe_open(path, framework="pt") as file:
@@ -64,11 +58,7 @@ def adapter_tensor_shapes(folder: Path) -> dict[str, list[int]]:
 
 
 def adapter_folder(adapter: str | Path) -> Path:
-    """Return the local folder of an adapter, with both of its files there.
-
-    Raises:
-        AdapterError: no adapter there, no safetensors, a configuration that is not JSON.
-    """
+    """Return the local folder of an adapter, with both of its files there."""
     folder = local_folder(adapter, [CONFIG, WEIGHTS])
     for file in (CONFIG, WEIGHTS):
         _require(folder, file, adapter)
@@ -94,13 +84,9 @@ def lora_keys(module: str) -> tuple[str, str]:
 
 
 def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a local folder or hub model, by transformers' own code.
-
-    Raises:
-        ValueError: none can be loaded.
-    """
+    """Load the tokenizer of a local folder or hub model, by transformers' own code."""
     try:
-        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        found: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
             str(model), trust_remote_code=False
         )
     except (OSError, ValueError) as error:
@@ -187,18 +173,16 @@ def load_adapter(base_model: nn.Module, adapter: str | Path, name: str = "defaul
 
 
 def load_base(name: str | Path, adapter: str | Path) -> nn.Module:
-    """Load the base model of an adapter, in eval mode.
+    """Load the base model of an adapter, in eval mode; in float32 where there is no GPU.
 
-    It is in float32 without a GPU, where half precision is slow, else in its own dtype.
-
-    The adapter's task_type decides the class; a SEQ_CLS head gets the adapter's number of labels.
+    Args:
+        name: a local folder or a hub name.
+        adapter: whose task_type decides the class, and whose head the number of labels.
 
     Raises:
         AdapterError: no adapter there, an unsupported task, no head weights in a SEQ_CLS adapter,
             or no base model in safetensors that transformers' own code can load.
     """
-    import transformers
-
     # Left alone, transformers keeps a checkpoint's bfloat16, which CPUs are slow at.
     dtype = "auto" if torch.cuda.is_available() else torch.float32
     folder, task = _task(adapter)
@@ -211,17 +195,9 @@ def load_base(name: str | Path, adapter: str | Path) -> nn.Module:
 
 
 def base_config(name: str | Path, adapter: str | Path) -> Any:
-    """Load the configuration that an adapter's base model will have, without its weights.
-
-    Raises:
-        AdapterError: as ``load_base``.
-        OSError: no configuration can be loaded.
-        ValueError: likewise.
-    """
-    from transformers import AutoConfig
-
+    """Load the configuration that an adapter's base model will have, without its weights."""
     head = _head(adapter, *_task(adapter))
-    return AutoConfig.from_pretrained(str(name), trust_remote_code=False, **head)
+    return transformers.AutoConfig.from_pretrained(str(name), trust_remote_code=False, **head)
 
 
 def class_names(
@@ -234,10 +210,6 @@ def class_names(
 
     Those given come before an artifact's, and these before the configuration's. Other tasks have
     no classes: theirs are choices of rows that bring none.
-
-    Raises:
-        ValueError: another number of names than the head has outputs, or the artifact's names in
-            another order.
     """
     if given is None:
         given = saved
@@ -302,16 +274,10 @@ def _pretrained(kind: Any, name: str | Path, **options: Any) -> nn.Module:
 
 
 def local_folder(name: str | Path, patterns: list[str]) -> Path:
-    """Return a local folder as it is, a hub name's from huggingface_hub's cache.
-
-    Raises:
-        AdapterError: neither a folder nor a reachable hub repository.
-    """
+    """Return a local folder as it is, a hub name's from huggingface_hub's cache."""
     path = Path(name)
     if path.is_dir():
         return path
-    from huggingface_hub import snapshot_download
-
     try:
         return Path(snapshot_download(str(name), allow_patterns=patterns))
     except Exception as error:
@@ -329,14 +295,7 @@ def _keys(model: nn.Module, adapter: str, *, embeddings: bool) -> list[str]:
 def save_adapter(
     model: nn.Module, adapter: str, folder: Path, *, source: Path | None = None
 ) -> None:
-    """Write an adapter as an ordinary PEFT folder (safetensors).
-
-    Args:
-        model: the PEFT model.
-        adapter: the adapter's name.
-        folder: where to.
-        source: the folder it was loaded from, whose files are then copied as they are.
-    """
+    """Write an adapter as an ordinary PEFT folder; from ``source`` its files as they are."""
     if source is not None:
         shutil.copyfile(source / CONFIG, folder / CONFIG)
         shutil.copyfile(source / WEIGHTS, folder / WEIGHTS)

@@ -58,14 +58,9 @@ LABEL_TOKENS_HELP = "by which tokens choices are scored: all, or the last one (a
 
 
 def as_flags(message: str, flags: Mapping[str, str]) -> str:
-    """Say a message of the library, which names parameters, in the command's own words.
+    """Say "draws=3: expected an even number" as "--draws 3: expected an even number".
 
-    Args:
-        message: such as "draws=3: expected an even number" or "continue it with resume=True".
-        flags: the command's options by the names of their parameters.
-
-    Returns:
-        "--draws 3: expected an even number", "continue it with --resume".
+    The library names parameters; ``flags`` are the command's options by the names of theirs.
     """
     message = re.sub(r"bayes\.configure\((.*?)\)", r"\1", message)
     names = "|".join(map(re.escape, flags))
@@ -102,11 +97,7 @@ def check_labels(rows: Sequence[Row], needed: str) -> None:
 
 
 def parse_columns(options: Sequence[str] | None) -> dict[str, str]:
-    """Parse "prompt=question,choices=options" as {"prompt": "question", "choices": "options"}.
-
-    Raises:
-        ValueError: not of that form, or a name on the left twice.
-    """
+    """Parse "prompt=question,choices=options" as {"prompt": "question", "choices": "options"}."""
     found: dict[str, str] = {}
     for pair in (p for option in options or () for p in option.split(",")):
         ours, separator, theirs = map(str.strip, pair.partition("="))
@@ -130,13 +121,7 @@ def parse_labels(option: str | None) -> tuple[str, ...] | None:
 
 @dataclass(frozen=True)
 class Input:
-    """Rows of files as a command reads them: for an adapter or artifact, before its weights are.
-
-    Attributes:
-        tokenizer: of the base model.
-        form: how fields become rows.
-        encoder: makes tokens of them.
-    """
+    """Rows of files as a command reads them: for an adapter or artifact, before its weights are."""
 
     tokenizer: PreTrainedTokenizerBase
     form: RowFormat
@@ -155,21 +140,7 @@ class Input:
         length_normalization: str,
         saved: Sequence[str] | None = None,
     ) -> Input:
-        """Read configurations and the tokenizer.
-
-        Args:
-            model: the base model.
-            adapter: an adapter's folder, or an artifact's.
-            columns: see ``--columns``.
-            labels: see ``--labels``.
-            truncate: see ``--truncate``.
-            label_tokens: the tokens of a choice that are scored.
-            length_normalization: how choices of several tokens are scored.
-            saved: labels of an artifact.
-
-        Raises:
-            ValueError: options that cannot work, another number of labels than the head has.
-        """
+        """Read configurations and the tokenizer; ``saved`` are labels of an artifact."""
         from tfb.adapters.loading import adapter_config, base_config, class_names, load_tokenizer
         from tfb.data.encoding import RowEncoder
         from tfb.data.rows import RowFormat
