@@ -606,7 +606,7 @@ def test_input_is_checked_first(job: Job, tmp_path: Path, monkeypatch: pytest.Mo
         ({"limit": 0}, "limit=0: expected at least 1"),
         ({"tail": 2}, "tail=2 belongs to mode='tail'"),
         ({"truncate": "middle"}, "truncate='middle'"),
-        ({"workers": 2}, "workers and ray_address belong to engine=ray"),
+        ({"workers": 2}, "workers and ray_address are those of engine=ray"),
     ],
 )
 def test_settings_that_cannot_work(job: Job, change: dict[str, Any], message: str) -> None:

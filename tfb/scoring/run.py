@@ -136,8 +136,8 @@ def _check(job: Job, engine: str, max_error_rate: float) -> None:
         raise ValueError(f"engine={engine}: expected one of {', '.join(ENGINES)}")
     if engine == "ray":
         import_ray()
-    elif (job.workers, job.ray_address) != (None, None):
-        raise ValueError("workers and ray_address belong to engine=ray")
+    elif job.workers is not None or job.ray_address is not None:
+        raise ValueError(f"engine={engine}: workers and ray_address are those of engine=ray")
     if not 0 <= max_error_rate <= 1:
         raise ValueError(f"max_error_rate={max_error_rate}: expected a share from 0 to 1")
 

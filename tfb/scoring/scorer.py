@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -409,6 +410,7 @@ def score(
         bayes,
         tokenizer,
         draws=draws,
+        batch_tokens=sys.maxsize,
         batch_size=batch_size,
         per_draw=per_draw,
         truncate=truncate,
