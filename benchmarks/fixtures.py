@@ -226,8 +226,10 @@ def stories(shared: Path, device: torch.device) -> Case:
     rows = read_rows(shared / "data/clinc-domain/validation.jsonl", limit=ROWS)
     encoded = encode(bayes, rows, tokenizer)
     batch = next(iter(batches(encoded, batch_size=ROWS, pad_token_id=bayes.pad_token_id)))
-    batch, twin = batch.to(device), reparameterized(plain, bayes)
-    return Case("stories260K", bayes, twin, batch.model_inputs(), batch.label_ids)
+    assert batch.label_ids is not None
+    inputs = {name: tensor.to(device) for name, tensor in batch.model_inputs().items()}
+    twin = reparameterized(plain, bayes)
+    return Case("stories260K", bayes, twin, inputs, batch.label_ids.to(device))
 
 
 def minilm(shared: Path, device: torch.device, targets: tuple[str, ...], name: str) -> Case:

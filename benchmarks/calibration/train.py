@@ -106,7 +106,6 @@ def train(task: Task, kind: str, recipe: Recipe, folder: Path) -> dict[str, Any]
     for epoch in range(recipe.epochs):
         total = 0.0
         for batch in _epoch(rows, recipe.batch_size, pad, f"{task.name} {task.seed} {epoch}"):
-            assert batch.labels is not None
             nll = F.cross_entropy(_logits(model, batch, task), batch.labels)
             decay = sum((p.square().sum() for p in prior), torch.zeros(()))
             (nll + decay / (2 * PRIOR_STD**2 * len(rows))).backward()

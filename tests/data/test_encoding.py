@@ -382,7 +382,7 @@ def test_texts() -> None:
     (batch,) = batches(encoded, batch_size=2, pad_token_id=3, padding_side="right")
     assert batch.input_ids.tolist() == [[1, 7, 8, 9, 2], [1, 7, 2, 3, 3]]
     assert batch.model_inputs().keys() == {"input_ids", "attention_mask", "token_type_ids"}
-    assert batch.labels is not None and batch.labels.tolist() == [2, NO_LABEL]
+    assert batch.labels.tolist() == [2, NO_LABEL]
     assert batch.label_ids is None
 
 

@@ -20,7 +20,6 @@ from support.tables import COLUMNS, DATA, FILES, IN_MEMORY, NAMES, as_pandas, wr
 from tfb.data import readers
 from tfb.data.readers import (
     Record,
-    Source,
     count_records,
     find_sources,
     iter_rows,
@@ -131,7 +130,7 @@ def test_small_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a.jsonl", "b.parquet", "c.arrow", "d.csv", "e.feather"):
         WRITERS[f"a.{name[2:]}"](tmp_path / name)
     sources = find_sources([tmp_path])
-    assert [s.kind for s in sources] == ["jsonl", "parquet", "arrow", "csv", "arrow"]
+    assert [s.suffix for s in sources] == [".jsonl", ".parquet", ".arrow", ".csv", ".feather"]
     assert [r.fields["id"] for r in records(tmp_path) if r.fields] == 5 * [r["id"] for r in ROWS]
 
 
@@ -144,7 +143,7 @@ def test_patterns_folders_and_order(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"")
 
     def names(*inputs: object) -> list[str]:
-        return [str(s.path.relative_to(tmp_path)) for s in find_sources([str(x) for x in inputs])]
+        return [str(s.relative_to(tmp_path)) for s in find_sources([str(x) for x in inputs])]
 
     assert names(tmp_path / "b.jsonl", tmp_path / "a.jsonl") == ["b.jsonl", "a.jsonl"]
     assert names(tmp_path / "*.jsonl") == ["a.jsonl", "b.jsonl"]
@@ -159,32 +158,24 @@ def test_a_saved_dataset(tmp_path: Path) -> None:
     write_stream(tmp_path / "data-00000-of-00001.arrow")
     write_stream(tmp_path / "cache-1.arrow")
     (tmp_path / "dataset_info.json").write_text("{}")
-    state = tmp_path / "state.json"
-    state.write_text('{"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}')
+    (tmp_path / "state.json").write_text("{}")
     assert [r.fields for r in records(tmp_path)] == ROWS
-    state.write_text('{"_data_files": 3}')
-    with pytest.raises(RowError, match=r"its state\.json is no saved Dataset's"):
-        find_sources([tmp_path])
 
 
 def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
     file, both = tmp_path / "a.jsonl", tmp_path / "both"
     file.write_bytes(lines())
-    (tmp_path / "x.parquet.gz").write_bytes(b"")
     (tmp_path / "x.pdf").write_bytes(b"")
     both.mkdir()
     (both / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
-    (both / "test").mkdir()
-    (both / "train").mkdir()
     (tmp_path / "empty").mkdir()
     for inputs, message in (
         ([], "no input files were given"),
         (["no.jsonl"], r"no\.jsonl: there is no such file; check the path"),
-        (["no*.jsonl"], r"no\*\.jsonl: matches no file"),
+        (["no*.jsonl"], r"no\*\.jsonl: matches no file; check the pattern"),
         (["x.pdf"], r"x\.pdf: the format is told by the name.*\.jsonl"),
-        (["x.parquet.gz"], "the format is told by the name"),
         (["a.jsonl", "*.jsonl"], r"a\.jsonl: is named twice"),
-        (["both"], r"both: holds several splits; name the folder of one \(test, train\)"),
+        (["both"], "both: holds several splits; name the folder of one"),
         (["empty"], "empty: a folder without input files"),
     ):
         with pytest.raises(RowError, match=message):
@@ -223,15 +214,12 @@ def test_a_faulty_csv_line_is_one_record(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("header", [b"id,,text\n", b"id,id\n"])
+@pytest.mark.parametrize("header", [b"id,,text\n", b"id,id\n", b""])
 def test_a_csv_header_names_every_column_once(tmp_path: Path, header: bytes) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(header)
-    with pytest.raises(RowError, match="the first line must name every column once"):
-        schema_of(Source(path, "csv"))
-    path.write_bytes(b"")
-    with pytest.raises(RowError, match="is empty; the first line must name the columns"):
-        schema_of(Source(path, "csv"))
+    with pytest.raises(RowError, match=r"a\.csv: the first line must name every column once; it"):
+        schema_of(path)
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.feather", "a.jsonl.gz", "a.jsonl.zst"])
@@ -304,13 +292,7 @@ def test_rows_are_read_when_they_are_asked_for() -> None:
     assert next(iter_rows(stream())).text == "a"
 
 
-def test_a_file_that_is_not_what_its_name_says(tmp_path: Path) -> None:
-    for name, kind in (("rows.parquet", "a Parquet file"), ("rows.feather", "an Arrow file")):
-        wrong = written(tmp_path / name).rename(tmp_path / "wrong.jsonl")
-        with pytest.raises(
-            RowError, match=rf"wrong\.jsonl: is {kind}, which its name does not say"
-        ):
-            read_rows(wrong)
+def test_json_lists_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text('[{"text": "a"}, 3]')
     with pytest.raises(RowError, match=r"list\.json:2: expected a JSON object"):
         read_rows(tmp_path / "list.json")

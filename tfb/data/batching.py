@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 NO_LABEL = -100
 """Marks an unlabelled row in `Batch.labels`; torch's losses ignore it."""
@@ -107,17 +108,17 @@ class Batch:
         input_ids: [B, T].
         attention_mask: [B, T], 1 at tokens and 0 at padding.
         indices: [B], positions of the rows in the `EncodedRows`; restores their order.
+        labels: [B], NO_LABEL where a row is unlabelled.
         label_ids: [B, K], head columns of the choices; [B, K, L] for choices of several tokens
             (NO_TOKEN after the end of shorter ones); None for text rows.
-        labels: [B], NO_LABEL where a row is unlabelled; None where none of the batch has a label.
         token_type_ids: [B, T], only from tokenizers that yield them.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     indices: Tensor
+    labels: Tensor
     label_ids: Tensor | None = None
-    labels: Tensor | None = None
     token_type_ids: Tensor | None = None
 
     def __len__(self) -> int:
@@ -129,12 +130,6 @@ class Batch:
         if self.token_type_ids is not None:
             inputs["token_type_ids"] = self.token_type_ids
         return inputs
-
-    def to(self, device: torch.device | str) -> Batch:
-        """Return the batch with every tensor on `device`."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {name: t.to(device) for name, t in tensors.items() if t is not None}
-        return replace(self, **moved)
 
 
 def batches(
@@ -158,12 +153,10 @@ def batches(
             and a batch too large for memory fails at once.
 
     Raises:
-        ValueError: `batch_size` below 1, or another `padding_side`.
+        ValueError: `batch_size` below 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if padding_side not in ("left", "right"):
-        raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
     kinds: dict[tuple[int, bool], list[int]] = {}
     for i in range(len(encoded)):
         kinds.setdefault((encoded.num_choices(i), encoded.choice_tokens(i) is None), []).append(i)
@@ -171,40 +164,31 @@ def batches(
         for rows in kinds.values():
             rows.sort(key=lambda i: -len(encoded.input_ids[i]))  # stable: ties keep their order
     return (
-        _collate(encoded, rows[start : start + batch_size], pad_token_id, padding_side == "left")
+        _collate(encoded, rows[start : start + batch_size], pad_token_id, padding_side)
         for rows in kinds.values()
         for start in range(0, len(rows), batch_size)
     )
 
 
-def _collate(encoded: EncodedRows, rows: list[int], pad_token_id: int, left: bool) -> Batch:
-    length = max(len(encoded.input_ids[i]) for i in rows)
-
+def _collate(encoded: EncodedRows, rows: list[int], pad_token_id: int, side: str) -> Batch:
     def pad(sequences: list[list[int]], value: int) -> Tensor:
-        gaps = [[value] * (length - len(s)) for s in sequences]
-        pairs = zip(gaps, sequences, strict=True)
-        return torch.tensor([gap + s if left else s + gap for gap, s in pairs], dtype=torch.int64)
+        tensors = [torch.tensor(s, dtype=torch.int64) for s in sequences]
+        return pad_sequence(tensors, True, value, padding_side=side)
 
-    tokens = [encoded.input_ids[i] for i in rows]
-    types = encoded.token_type_ids
-    labels = [encoded.labels[i] for i in rows]
-    labelled = any(label is not None for label in labels)
+    chosen = encoded.subset(rows)
+    ids, types, label_ids = chosen.input_ids, chosen.token_type_ids, None
+    if several := [choices for choices in chosen.choice_ids or () if choices is not None]:
+        label_ids = pad_choices(several)
+    elif chosen.label_ids is not None:
+        label_ids = torch.tensor(chosen.label_ids)
     return Batch(
-        input_ids=pad(tokens, pad_token_id),
-        attention_mask=pad([[1] * len(s) for s in tokens], 0),
-        indices=torch.tensor(rows, dtype=torch.int64),
-        label_ids=_label_ids(encoded, rows),
-        labels=torch.tensor([NO_LABEL if y is None else y for y in labels]) if labelled else None,
-        token_type_ids=None if types is None else pad([types[i] for i in rows], 0),
+        input_ids=pad(ids, pad_token_id),
+        attention_mask=pad([[1] * len(s) for s in ids], 0),
+        indices=torch.tensor(rows),
+        labels=torch.tensor([NO_LABEL if label is None else label for label in chosen.labels]),
+        label_ids=label_ids,
+        token_type_ids=None if types is None else pad(types, 0),
     )
-
-
-def _label_ids(encoded: EncodedRows, rows: list[int]) -> Tensor | None:
-    choices = [c for c in map(encoded.choice_tokens, rows) if c is not None]
-    if choices:
-        return pad_choices(choices)
-    columns = encoded.label_ids
-    return None if columns is None else torch.tensor([columns[i] for i in rows])
 
 
 def pad_choices(rows: Sequence[Sequence[Sequence[int]]]) -> Tensor:

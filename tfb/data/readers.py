@@ -16,10 +16,9 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -32,34 +31,10 @@ KINDS = {
     **dict.fromkeys((".parquet", ".pq"), "parquet"),
     **dict.fromkeys((".arrow", ".feather"), "arrow"),
 }
-CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".lz4": "lz4"}
+CODECS = (".gz", ".zst", ".bz2", ".lz4")  # behind the suffix of a text file
 TEXT = ("jsonl", "csv")  # kinds that are read line by line
 BLOCK = 1024  # rows of a table that are turned into Python objects at a time
-_MAGIC = {b"PAR1": "a Parquet file", b"ARROW1": "an Arrow file", b"\x1f\x8b": "compressed by gzip"}
 csv.field_size_limit(1 << 26)  # the default, 128 KiB, is less than a long prompt
-
-Lines = Iterator[tuple[str, Callable[[], dict[str, Any]]]]
-"""Of each record of a text file its place, and what parses it or raises RowError."""
-Chunks = Iterator[tuple[int, Callable[[list[str]], Iterable[pa.RecordBatch]]]]
-"""Of each part of a columnar file its number of records, and what reads columns of it."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """One input file.
-
-    Attributes:
-        path: where it is.
-        kind: one of the values of ``KINDS``.
-        codec: one of the values of ``CODECS``, for a text file that is compressed.
-    """
-
-    path: Path
-    kind: str
-    codec: str | None = None
-
-    def __str__(self) -> str:
-        return str(self.path)
 
 
 @dataclass(frozen=True)
@@ -121,17 +96,16 @@ def iter_rows(
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}; leave it out to read every row")
     form = RowFormat() if form is None else form
-    return _rows(islice(iter_records(data, form), limit), form)
+    records = islice(iter_records(data, form), limit)
+    return (_row(record, number, form) for number, record in enumerate(records))
 
 
-def _rows(records: Iterable[Record | Row], form: RowFormat) -> Iterator[Row]:
-    for number, record in enumerate(records):
-        if isinstance(record, Row):
-            yield record
-        elif record.fields is None:
-            raise RowError(str(record.fault))
-        else:
-            yield form.row(record.fields, record.place, number)
+def _row(record: Record | Row, number: int, form: RowFormat) -> Row:
+    if isinstance(record, Row):
+        return record
+    if record.fields is None:
+        raise RowError(str(record.fault))
+    return form.row(record.fields, record.place, number)
 
 
 def iter_records(data: Any, form: RowFormat) -> Iterator[Record | Row]:
@@ -145,51 +119,41 @@ def iter_records(data: Any, form: RowFormat) -> Iterator[Record | Row]:
         RowError: a file that cannot be read, or a table without a column of its rows.
         TypeError: data that holds no rows.
     """
-    return _as_records(_items(data, form), form)
+    return (_record(item, f"row {n}", form) for n, item in enumerate(_items(data, form)))
 
 
-def _as_records(items: Iterator[Any], form: RowFormat) -> Iterator[Record | Row]:
-    name = "prompt" if form.task not in (None, "SEQ_CLS") else "text"
-    for number, item in enumerate(items):
-        place = f"row {number}"
-        if isinstance(item, Record | Row):
-            yield item
-        elif isinstance(item, Mapping):
-            yield Record(place, dict(item))
-        elif isinstance(item, str):
-            yield Record(place, {form.names[name]: item})
-        else:
-            raise TypeError(
-                f"{place}: expected a dict, a string or a Row, got {type(item).__name__}; "
-                "write [{'text': ..., 'label': ...}, ...]"
-            )
+def _record(item: Any, place: str, form: RowFormat) -> Record | Row:
+    if isinstance(item, Record | Row):
+        return item
+    if isinstance(item, Mapping):
+        return Record(place, dict(item))
+    if isinstance(item, str):
+        name = "prompt" if form.task not in (None, "SEQ_CLS") else "text"
+        return Record(place, {form.names[name]: item})
+    raise TypeError(
+        f"{place}: expected a dict, a string or a Row, got {type(item).__name__}; "
+        "write [{'text': ..., 'label': ...}, ...]"
+    )
 
 
 def _items(data: Any, form: RowFormat) -> Iterator[Any]:
     """Stream the records of files, the rows of tables, and the elements of anything else."""
     if isinstance(data, str | os.PathLike):
         return _file_records([data], form)
-    if isinstance(data, Mapping):
-        raise _holds_no_rows(data, " (of a dict of splits one, such as data['test'])")
-    if hasattr(data, "with_format"):  # a Dataset
+    if hasattr(data, "with_format") and not isinstance(data, Mapping):  # a Dataset
         if data.column_names is not None:  # known, of one that streams
             form.check(data.column_names, "the Dataset")
-        features = data.features.to_dict() if data.features else {}
-        return _with_classes(data.with_format(None), features)
-    if hasattr(data, "to_list") and not hasattr(data, "columns"):
-        return iter(data.to_list())  # a column of a DataFrame: texts
-    if hasattr(data, "__arrow_c_stream__"):
+        return _with_classes(
+            data.with_format(None), data.features.to_dict() if data.features else {}
+        )
+    if hasattr(data, "columns") and hasattr(data, "__arrow_c_stream__"):
         return _table_rows(data, form)
-    if hasattr(data, "iloc") or not isinstance(data, Iterable):
-        raise _holds_no_rows(data)
+    if isinstance(data, Mapping) or hasattr(data, "columns") or not isinstance(data, Iterable):
+        raise TypeError(
+            f"{type(data).__name__} holds no rows; give a path, a DataFrame (pandas 2.2 or newer), "
+            "a Dataset (of a dict of splits one, such as data['test']), or a list of dicts"
+        )
     return _elements(data, form)
-
-
-def _holds_no_rows(data: Any, more: str = "") -> TypeError:
-    return TypeError(
-        f"{type(data).__name__} holds no rows; give a path, a DataFrame (pandas 2.2 or newer), "
-        f"a Dataset, or a list of dicts{more}"
-    )
 
 
 def _elements(data: Iterable[Any], form: RowFormat) -> Iterator[Any]:
@@ -198,16 +162,12 @@ def _elements(data: Iterable[Any], form: RowFormat) -> Iterator[Any]:
     first = list(islice(stream, 1))
     if first and isinstance(first[0], os.PathLike):
         return _file_records([*first, *stream], form)
-    if first and isinstance(first[0], str) and _is_file_name(first[0]):
+    if first and isinstance(first[0], str) and " " not in first[0] and _kind(Path(first[0])):
         raise TypeError(
             f"a list of strings is a list of texts, but {first[0]!r} looks like a file; give it "
             "alone, or several as pathlib.Path"
         )
     return chain(first, stream)
-
-
-def _is_file_name(text: str) -> bool:
-    return Path(text).suffix.lower() in KINDS and not any(map(str.isspace, text))
 
 
 def _file_records(paths: Sequence[str | os.PathLike[str]], form: RowFormat) -> Iterator[Record]:
@@ -256,7 +216,7 @@ def _with_classes(
 # --- finding files --------------------------------------------------------------------------------
 
 
-def find_sources(inputs: Sequence[str | os.PathLike[str]]) -> list[Source]:
+def find_sources(inputs: Sequence[str | os.PathLike[str]]) -> list[Path]:
     """Return the files behind paths, folders and patterns, in order.
 
     A folder stands for the files in it, a pattern (``data/*.parquet``) for what it matches, both
@@ -267,138 +227,106 @@ def find_sources(inputs: Sequence[str | os.PathLike[str]]) -> list[Source]:
     """
     if not inputs:
         raise RowError("no input files were given; name at least one")
-    found = [source for name in inputs for source in _named(os.fspath(name))]
-    seen: set[Path] = set()
-    for source in found:
-        real = source.path.resolve()
-        if real in seen:
+    found: dict[Path, Path] = {}
+    for source in chain.from_iterable(map(_named, inputs)):
+        if found.setdefault(source.resolve(), source) is not source:
             raise RowError(f"{source}: is named twice; name every input once")
-        seen.add(real)
-    return found
+    return list(found.values())
 
 
-def _named(name: str) -> list[Source]:
-    if Path(name).exists():
-        paths = [name]
-    elif glob.has_magic(name):
-        paths = sorted(glob.glob(name, recursive=True))
-        if not paths:
-            raise RowError(f"{name}: matches no file; check the pattern")
-    else:
-        raise RowError(f"{name}: there is no such file; check the path")
-    found: list[Source] = []
+def _named(name: str | os.PathLike[str]) -> Iterator[Path]:
+    pattern = str(Path(name))
+    paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+    if not paths and glob.has_magic(pattern):
+        raise RowError(f"{pattern}: matches no file; check the pattern")
+    if not paths:
+        raise RowError(f"{pattern}: there is no such file; check the path")
     for path in map(Path, paths):
-        found += _in_folder(path) if path.is_dir() else [_source(path)]
-    return found
+        yield from _in_folder(path) if path.is_dir() else [_known(path)]
 
 
-def _source(path: Path) -> Source:
-    kind, codec = _format(path)
-    if kind is None or (codec and kind not in TEXT):
+def _known(path: Path) -> Path:
+    if _kind(path) is None:
         raise RowError(
             f"{path}: the format is told by the name, and this one is not known; expected "
             f"{' '.join(KINDS)}, the text formats also with {' '.join(CODECS)}"
         )
-    return Source(path, kind, codec)
+    return path
 
 
-def _format(path: Path) -> tuple[str | None, str | None]:
-    codec = CODECS.get(path.suffix.lower())
-    return KINDS.get((path.with_suffix("") if codec else path).suffix.lower()), codec
+def _kind(path: Path) -> str | None:
+    return KINDS.get(_suffix(path))
 
 
-def _in_folder(folder: Path) -> list[Source]:
+def _suffix(path: Path) -> str:
+    """Return the suffix that tells the format, with none of compression behind it."""
+    return (path.with_suffix("") if path.suffix in CODECS else path).suffix.lower()
+
+
+def _in_folder(folder: Path) -> list[Path]:
     if (folder / "dataset_dict.json").is_file():
-        splits = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir()))
-        raise RowError(f"{folder}: holds several splits; name the folder of one ({splits})")
-    if (folder / "state.json").is_file():
-        return _saved_dataset(folder)
-    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith((".", "_")))
-    known = [_source(path) for path in files if _format(path)[0]]
-    if not known:
+        raise RowError(f"{folder}: holds several splits; name the folder of one")
+    if (folder / "state.json").is_file():  # of Dataset.save_to_disk; beside its data lie caches
+        paths = folder.glob("data*.arrow")
+    else:
+        paths = (p for p in folder.iterdir() if p.is_file() and _kind(p))
+    found = sorted(path for path in paths if not path.name.startswith((".", "_")))
+    if not found:
         raise RowError(f"{folder}: a folder without input files; name the files")
-    return known
-
-
-def _saved_dataset(folder: Path) -> list[Source]:
-    """List what ``Dataset.save_to_disk`` wrote; other Arrow files beside it may be caches."""
-    try:
-        files = json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]
-        return [Source(folder / file["filename"], "arrow") for file in files]
-    except (ValueError, KeyError, TypeError) as error:
-        raise RowError(f"{folder}: its state.json is no saved Dataset's; save it again") from error
+    return found
 
 
 # --- reading one file -----------------------------------------------------------------------------
 
 
-def schema_of(source: Source) -> pa.Schema | None:
+def schema_of(source: Path) -> pa.Schema | None:
     """Return the columns of a file: text for CSV, None for JSONL, where each row has its own.
 
     Raises:
         RowError: a file that cannot be read, or a CSV header with an empty or repeated name.
     """
-    if source.kind == "jsonl":
+    if _kind(source) == "jsonl":
         return None
     with _readable(source):
-        if source.kind == "csv":
-            with _csv(source) as (_, names):
+        if _kind(source) == "csv":
+            with _csv(source) as (names, _):
                 return pa.schema([(name, pa.string()) for name in names])
         with _table(source) as (schema, _):
             return schema
 
 
-def count_records(source: Source) -> int:
-    """Return how many records :func:`read` yields, from metadata or without parsing them.
+def count_records(source: Path) -> int:
+    """Return how many records :func:`read` yields.
 
     Raises:
         RowError: a file that cannot be read to its end.
     """
-    with _readable(source):
-        if source.kind in TEXT:
-            return sum(1 for _ in _lines(source))
-        with _table(source) as (_, chunks):
-            return sum(rows for rows, _ in chunks)
+    if _kind(source) in TEXT:
+        return sum(1 for _ in read(source))
+    with _readable(source), _table(source, []) as (_, batches):
+        return sum(batch.num_rows for batch in batches)
 
 
-def read(
-    source: Source, columns: Sequence[str] | None = None, *, start: int = 0
-) -> Iterator[Record]:
+def read(source: Path, columns: Sequence[str] | None = None, *, start: int = 0) -> Iterator[Record]:
     """Stream the records of a file; one that cannot be read has a fault.
 
     Args:
         source: the file.
         columns: read only these from a columnar file; None: all.
-        start: number of the first record, from 0; those before it are skipped unparsed.
+        start: number of the first record, from 0.
 
     Raises:
         RowError: a file that cannot be read at all, or breaks off.
     """
     with _readable(source):
-        if source.kind not in TEXT:
-            yield from _read_table(source, columns, start)
+        if _kind(source) in TEXT:
+            records = _json_records(source) if _kind(source) == "jsonl" else _csv_records(source)
+            yield from islice(records, start, None)
             return
-        for place, parse in islice(_lines(source), start, None):
-            try:
-                yield Record(place, parse())
-            except RowError as error:
-                yield Record(place, None, str(error))
-
-
-def _read_table(source: Source, columns: Sequence[str] | None, start: int) -> Iterator[Record]:
-    with _table(source) as (schema, chunks):
-        names = [name for name in schema.names if columns is None or name in columns]
-        features, number = _features(schema), 0
-        for rows, load in chunks:
-            if number + rows <= start:
-                number += rows
-                continue
-            for batch in load(names):
-                here = batch.slice(min(max(0, start - number), batch.num_rows))
-                number += batch.num_rows
-                first = number - here.num_rows + 1
-                for i, fields in enumerate(_with_classes(_fields(here), features), first):
-                    yield Record(f"{source}:{i}", fields)
+        with _table(source, columns, start) as (schema, batches):
+            rows = chain.from_iterable(map(_fields, batches))
+            for number, fields in enumerate(_with_classes(rows, _features(schema)), start + 1):
+                yield Record(f"{source}:{number}", fields)
 
 
 def _features(schema: pa.Schema) -> Mapping[str, Any]:
@@ -410,117 +338,99 @@ def _features(schema: pa.Schema) -> Mapping[str, Any]:
 
 
 @contextmanager
-def _table(source: Source) -> Iterator[tuple[pa.Schema, Chunks]]:
-    """Open a columnar file, mapped into memory."""
-    if source.kind == "parquet":
-        with pq.ParquetFile(source.path, memory_map=True) as file:
-            groups = range(file.num_row_groups)
-            rows = [file.metadata.row_group(group).num_rows for group in groups]
-            loads = [partial(file.iter_batches, BLOCK, [group]) for group in groups]
-            yield file.schema_arrow, zip(rows, loads, strict=True)
+def _table(
+    source: Path, columns: Sequence[str] | None = None, start: int = 0
+) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]]:
+    """Open a columnar file for its schema, and batches of ``columns`` from a record on."""
+    if _kind(source) == "parquet":
+        with pq.ParquetFile(source, memory_map=True) as file:
+            groups = list(range(file.num_row_groups))
+            while groups and (rows := file.metadata.row_group(groups[0]).num_rows) <= start:
+                start -= rows
+                del groups[0]
+            batches = file.iter_batches(BLOCK, groups, columns)
+            yield file.schema_arrow, _from_record(start, batches)
         return
-    with pa.memory_map(str(source.path)) as file:
-        magic = file.read(6)
+    with pa.memory_map(str(source)) as file:
+        in_stream = file.read(6) != b"ARROW1"
         file.seek(0)
-        if magic == b"ARROW1":
-            reader = pa.ipc.open_file(file)
-            batches = map(reader.get_batch, range(reader.num_record_batches))
-        else:
-            reader = batches = pa.ipc.open_stream(file)
-        yield reader.schema, ((batch.num_rows, partial(_selected, batch)) for batch in batches)
+        reader = pa.ipc.open_stream(file) if in_stream else pa.ipc.open_file(file)
+        batches = reader if in_stream else map(reader.get_batch, range(reader.num_record_batches))
+        names = [name for name in reader.schema.names if columns is None or name in columns]
+        yield reader.schema, (batch.select(names) for batch in _from_record(start, batches))
 
 
-def _selected(batch: pa.RecordBatch, names: list[str]) -> Iterable[pa.RecordBatch]:
-    return [batch.select(names)]
+def _from_record(start: int, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    for batch in batches:
+        if start < batch.num_rows:
+            yield batch.slice(start)
+        start = max(0, start - batch.num_rows)
 
 
-def _lines(source: Source) -> Lines:
-    return _jsonl_lines(source) if source.kind == "jsonl" else _csv_lines(source)
-
-
-def _jsonl_lines(source: Source) -> Lines:
+def _json_records(source: Path) -> Iterator[Record]:
     with _open(source) as stream:
         for number, line in enumerate(stream, 1):
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")  # byte order mark
-                if found := next((n for m, n in _MAGIC.items() if line.startswith(m)), None):
-                    raise RowError(f"{source}: is {found}, which its name does not say; rename it")
-                is_json = ".json" in (suffix.lower() for suffix in source.path.suffixes)
-                if is_json and line.lstrip().startswith(b"["):
+                if _suffix(source) == ".json" and line.lstrip().startswith(b"["):
                     yield from _json_list(source, line + stream.read())
                     return
             if line.strip():
-                place = f"{source}:{number}"
-                yield place, partial(decode_object, line, place)
+                yield _parsed(decode_object, line, f"{source}:{number}")
 
 
-def _json_list(source: Source, data: bytes) -> Lines:
+def _json_list(source: Path, data: bytes) -> Iterator[Record]:
     try:
         rows = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise RowError(f"{source}: not a JSON list ({error}); write one object a line") from error
     for number, fields in enumerate(rows, 1):
-        place = f"{source}:{number}"
-        yield place, partial(json_object, fields, place)
+        yield _parsed(json_object, fields, f"{source}:{number}")
 
 
-def _csv_lines(source: Source) -> Lines:
-    with _csv(source) as (reader, names):
-        while True:
-            place = f"{source}:{reader.line_num + 1}"
-            try:
-                values = next(reader, None)
-            except csv.Error as error:
-                yield place, partial(_refuse, f"{place}: not valid CSV ({error}); quote it")
-                continue
-            if values is None:
-                return
-            if values:
-                yield place, partial(_csv_fields, names, values, place)
+def _parsed(parse: Callable[[Any, str], dict[str, Any]], value: Any, place: str) -> Record:
+    try:
+        return Record(place, parse(value, place))
+    except RowError as error:
+        return Record(place, None, str(error))
 
 
-def _refuse(fault: str) -> NoReturn:
-    raise RowError(fault)
-
-
-def _csv_fields(names: list[str], values: list[str], place: str) -> dict[str, Any]:
-    if len(values) != len(names):
-        fault = f"{len(values)} values, but the header names {len(names)} columns"
-        raise RowError(f"{place}: {fault}; quote values with separators")
-    return dict(zip(names, values, strict=True))
+def _csv_records(source: Path) -> Iterator[Record]:
+    with _csv(source) as (names, reader):
+        for values in reader:
+            place = f"{source}:{reader.line_num}"
+            if len(values) == len(names):
+                yield Record(place, dict(zip(names, values, strict=True)))
+            elif values:  # no empty line
+                fault = f"{len(values)} values, but the header names {len(names)} columns"
+                yield Record(place, None, f"{place}: {fault}; quote values with separators")
 
 
 @contextmanager
-def _csv(source: Source) -> Iterator[tuple[Any, list[str]]]:
-    """Open a CSV file for a reader of its rows, and the names of its columns."""
-    tabs = ".tsv" in (suffix.lower() for suffix in source.path.suffixes[-2:])
+def _csv(source: Path) -> Iterator[tuple[list[str], Any]]:
+    """Open a CSV file for the names of its columns, and a reader of its rows."""
     with _open(source) as stream:
         # Bytes that are not UTF-8 become half surrogates, which no row may hold.
         text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
-        reader = csv.reader(text, delimiter="\t" if tabs else ",")
-        try:
-            names: list[str] = next(reader, [])
-        except csv.Error as error:
-            raise RowError(f"{source}: not valid CSV ({error}); check its header") from error
-        if not names:
-            raise RowError(f"{source}: is empty; the first line must name the columns")
-        if not all(names) or len(set(names)) < len(names):
+        reader = csv.reader(text, delimiter="\t" if _suffix(source) == ".tsv" else ",")
+        names: list[str] = next(reader, [])
+        if not names or not all(names) or len(set(names)) < len(names):
             raise RowError(f"{source}: the first line must name every column once; it is {names}")
-        yield reader, names
+        yield names, reader
 
 
 @contextmanager
-def _open(source: Source) -> Iterator[io.BufferedReader]:
+def _open(source: Path) -> Iterator[io.BufferedReader]:
     """Open a text file for its bytes, decompressed."""
-    with pa.input_stream(str(source.path), compression=source.codec) as stream:
+    with pa.input_stream(str(source)) as stream:
         yield io.BufferedReader(stream, 1 << 16)
 
 
 @contextmanager
-def _readable(source: Source) -> Iterator[None]:
+def _readable(source: Path) -> Iterator[None]:
     """Turn what the libraries raise for a file that is broken into a RowError that names it."""
     try:
         yield
-    except (OSError, EOFError, pa.ArrowException) as error:
+    except (OSError, EOFError, csv.Error, pa.ArrowException) as error:
         reason = getattr(error, "strerror", None) or error
         raise RowError(f"{source}: cannot be read ({reason}); check the file") from error

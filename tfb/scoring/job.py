@@ -25,7 +25,7 @@ from tfb.adapters.loading import (
     to_device,
 )
 from tfb.data.encoding import check_truncate
-from tfb.data.readers import Source, schema_of
+from tfb.data.readers import schema_of
 from tfb.data.rows import Row, RowError, RowFormat
 from tfb.draws import check_even
 from tfb.model import BayesianModel
@@ -116,7 +116,7 @@ class Job:
         config = base_config(self.model, self.artifact) if task == "SEQ_CLS" else None
         return RowFormat(self.columns, class_names(task, config, self.labels, saved), task)
 
-    def part_schema(self, sources: Iterable[Source]) -> pa.Schema:
+    def part_schema(self, sources: Iterable[Path]) -> pa.Schema:
         """Return the columns of a part.
 
         Those that pass through have the type that all files declare, else they are text.
@@ -147,7 +147,7 @@ class Job:
             raise ValueError(f"keep={taken[0]}: the output has a column of that name; rename yours")
         return pa.schema({"id": text, **kept, **ours, "error": text})
 
-    def _check_columns(self, names: Sequence[str], source: Source) -> None:
+    def _check_columns(self, names: Sequence[str], source: Path) -> None:
         self.row_format.check(names, str(source))
         if lacks := [name for name in self.keep if name not in names]:
             there = ", ".join(map(repr, names))

@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any
 
 from tfb.adapters.artifact import file_sha256
-from tfb.data.readers import Source, count_records, find_sources, read
+from tfb.data.readers import count_records, find_sources, read
 from tfb.data.rows import RowError
 from tfb.scoring.job import Job, Shard, Work, differences
 from tfb.scoring.output import FORMAT_VERSION, Counts, OutputError, OutputFolder
@@ -189,8 +189,8 @@ def noted_signals() -> Iterator[list[int]]:
 
 
 def input_files(
-    sources: Sequence[Source], limit: int | None, earlier: Sequence[Mapping[str, Any]] = ()
-) -> list[tuple[Source, dict[str, Any]]]:
+    sources: Sequence[Path], limit: int | None, earlier: Sequence[Mapping[str, Any]] = ()
+) -> list[tuple[Path, dict[str, Any]]]:
     """Return the files of a run, those of ``earlier`` under their numbers, then the new ones.
 
     Args:
@@ -205,7 +205,7 @@ def input_files(
         RowError: a file of the earlier run is missing or has changed, or there are no records.
     """
     left = {str(source): source for source in sources}
-    found, faults = list[tuple[Source, dict[str, Any]]](), []
+    found, faults = list[tuple[Path, dict[str, Any]]](), []
     for entry in map(dict, earlier):
         source = left.pop(entry["name"], None)
         if source is None:
@@ -228,8 +228,8 @@ def input_files(
     return found
 
 
-def _identity(source: Source) -> dict[str, Any]:
-    size, digest = source.path.stat().st_size, file_sha256(source.path)
+def _identity(source: Path) -> dict[str, Any]:
+    size, digest = source.stat().st_size, file_sha256(source)
     return {"name": str(source), "size": size, "sha256": digest}
 
 
@@ -244,7 +244,7 @@ def plan(records: Iterable[int], job: Job) -> list[Shard]:
     return shards
 
 
-def read_shards(sources: Sequence[Source], shards: Iterable[Shard], job: Job) -> Iterator[Work]:
+def read_shards(sources: Sequence[Path], shards: Iterable[Shard], job: Job) -> Iterator[Work]:
     """Read the records of shards, in order, each file once.
 
     Raises:
