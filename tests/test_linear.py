@@ -172,7 +172,7 @@ def test_draws_in_parts_generate_each_stream_once(monkeypatch: pytest.MonkeyPatc
         assert all(torch.equal(layer(x, d), y) for d, y in zip(several, expected, strict=True))
     assert asked == [[0, 1], [2, 3], [4, 5]]
     pool = layer.sampler._pool
-    assert pool is not None and sorted(pool.index) == [0, 1, 2, 3, 4, 5]
+    assert pool is not None and sorted(pool.places) == [0, 1, 2, 3, 4, 5]
 
 
 def test_kept_streams_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +183,7 @@ def test_kept_streams_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         draws = Draws.iid(3, 0.3, first_stream=first)
         assert torch.equal(layer(x, draws), make()(x, draws))
         pool = layer.sampler._pool
-        assert pool is not None and set(draws.streams) == set(pool.index)
+        assert pool is not None and set(draws.streams) == set(pool.places)
 
 
 def test_release_forgets_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:

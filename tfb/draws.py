@@ -1,8 +1,4 @@
-"""Posterior draws: pairs (sigma, stream) with a seed and a kind of noise.
-
-A negative sigma flips the noise, so an antithetic pair is (+sigma, q), (-sigma, q). A sigma grid is
-the same streams at several sigma (common random numbers). sigma = 0 is the adapter, exactly.
-"""
+"""Posterior draws: pairs (sigma, stream) with a seed and a kind of noise."""
 
 from __future__ import annotations
 
@@ -24,15 +20,7 @@ def stable_layer_id(name: str) -> int:
 
 
 def check_even(draws: int, name: str = "draws") -> None:
-    """Refuse a number of draws that is not a number of antithetic pairs.
-
-    Args:
-        draws: the number.
-        name: the parameter that the message names.
-
-    Raises:
-        ValueError: it is odd or below 1.
-    """
+    """Refuse a number of draws that is no number of antithetic pairs."""
     _check_count(draws, name)
     if draws % 2:
         raise ValueError(
@@ -44,14 +32,13 @@ def check_even(draws: int, name: str = "draws") -> None:
 class Draws:
     """S posterior draws; immutable, hashable, independent of any model.
 
+    sigma = 0 is the adapter, exactly. An antithetic pair is (+sigma, q), (-sigma, q).
+
     Attributes:
-        sigmas: S noise scales in the paper's pre-scaling units; any sign.
-        streams: S noise streams, unsigned 32-bit; equal streams share their noise.
+        sigmas: S noise scales in the paper's pre-scaling units; a negative one flips the noise.
+        streams: S unsigned 32-bit numbers; equal streams share their noise.
         seed: a signed 64-bit number.
         noise: "weight" (one weight sample for all tokens) or "token" (independent per token).
-
-    Raises:
-        ValueError: no draws, lengths that differ, non-finite sigma, stream or seed out of range.
     """
 
     sigmas: tuple[float, ...]
@@ -79,8 +66,6 @@ class Draws:
         if self.noise not in NOISE_KINDS:
             raise ValueError(f"draws: noise={self.noise!r}, expected {' or '.join(NOISE_KINDS)}")
 
-    # --- constructors ---------------------------------------------------------------------------
-
     @classmethod
     def mean(cls) -> Draws:
         """Make one draw at sigma = 0: the deterministic adapter."""
@@ -99,19 +84,11 @@ class Draws:
     def antithetic(
         cls, n: int, sigma: float, *, seed: int = 0, noise: str = "weight", first_stream: int = 0
     ) -> Draws:
-        """Make n / 2 pairs (+sigma, q), (-sigma, q).
-
-        A pair cancels the linear term of the noise in averaged probabilities.
-        """
+        """Make n / 2 pairs (+sigma, q), (-sigma, q), in whose average linear terms cancel."""
         check_even(n)
         _check_sigma(sigma)
-        pairs = range(first_stream, first_stream + n // 2)
-        return cls(
-            (float(sigma), -float(sigma)) * (n // 2),
-            tuple(q for q in pairs for _ in (0, 1)),
-            seed,
-            noise,
-        )
+        streams = tuple(first_stream + s // 2 for s in range(n))
+        return cls((float(sigma), -float(sigma)) * (n // 2), streams, seed, noise)
 
     @classmethod
     def grid(
@@ -127,8 +104,7 @@ class Draws:
         """Make n draws at each of G sigmas, on common streams.
 
         All draws of a stream stand side by side. With k = 2 (antithetic) or 1, draw number
-        ``q * (G * k) + g * k + sign`` has stream q and sigma g. At sigma = 0 all n draws are the
-        deterministic adapter.
+        ``q * (G * k) + g * k + sign`` has stream q and sigma g.
         """
         if not sigmas:
             raise ValueError("draws: the sigma grid is empty")
@@ -145,13 +121,11 @@ class Draws:
         ]
         return cls(tuple(c[0] for c in cells), tuple(c[1] for c in cells), seed, noise)
 
-    # --- views ----------------------------------------------------------------------------------
-
     def __len__(self) -> int:
         return len(self.sigmas)
 
     def __getitem__(self, index: slice) -> Draws:
-        """Return a contiguous part, for running S draws in parts with identical results."""
+        """Return a contiguous part, which gives what it gives within the whole."""
         return replace(self, sigmas=self.sigmas[index], streams=self.streams[index])
 
     @cached_property
@@ -161,11 +135,7 @@ class Draws:
 
     @cached_property
     def units(self) -> tuple[tuple[int, ...], ...]:
-        """Draw numbers grouped by stream: the independent units of a Monte-Carlo average.
-
-        The two draws of an antithetic pair are dependent, so a standard error counts the pair
-        once.
-        """
+        """Draw numbers grouped by stream: the independent units of a Monte-Carlo average."""
         groups: dict[int, list[int]] = {q: [] for q in self.distinct_streams}
         for s, q in enumerate(self.streams):
             groups[q].append(s)
@@ -178,10 +148,9 @@ class Draws:
         return torch.tensor(self.units, dtype=torch.int64, device=device)
 
     def tensors(self, device: torch.device | str = "cpu") -> DrawTensors:
-        """Return the draws as tensors on ``device``; they are made once for each device and kept.
+        """Return the draws as tensors on ``device``, made once for each device.
 
-        Inside ``torch.compile`` they are only read: draws that were never on ``device`` become
-        constants of the graph.
+        Inside ``torch.compile`` draws that were never on ``device`` become constants of the graph.
         """
         device = torch.device(device)
         found = self._tensors.get(device)
@@ -201,20 +170,15 @@ class Draws:
 
 @dataclass(frozen=True)
 class DrawTensors:
-    """Draws on one device.
+    """Draws on one device: ``stream_index`` is the place of each draw's stream in ``streams``.
 
-    Attributes:
-        sigmas: [S] float64.
-        streams: [Q] int64, the distinct streams.
-        stream_index: [S] int64, the place of each draw's stream in ``streams``.
-        seed: 0-d int64.
-        draws_per_stream: k if the draws come stream by stream, k of each; else 1.
+    ``draws_per_stream`` is k if the draws come stream by stream, k of each; else 1.
     """
 
-    sigmas: Tensor
-    streams: Tensor
-    stream_index: Tensor
-    seed: Tensor
+    sigmas: Tensor  # [S] float64
+    streams: Tensor  # [Q] int64, without repeats
+    stream_index: Tensor  # [S] int64
+    seed: Tensor  # 0-d int64
     draws_per_stream: int
 
 

@@ -1,6 +1,6 @@
 """``BayesLoRALinear``: a linear layer whose low-rank update is drawn from its posterior.
 
-This works without PEFT and transformers. :mod:`tfb.adapters.bridge` puts the same
+Needs neither PEFT nor transformers. :mod:`tfb.adapters.bridge` puts the same
 :class:`LowRankSampler` into PEFT's own layers.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,50 +30,28 @@ MERGED_BYTES = {"cpu": 4 << 20, "cuda": 512 << 20}
 MERGING = ("auto", "always", "never")
 
 
-@dataclass(frozen=True, eq=False)
-class Pool:
-    """Noise that was generated; replaced as a whole, so that a thread never mixes two.
-
-    Attributes:
-        seed: of all of it.
-        index: the place of each stream.
-        E: [Q, r, n] float32.
-    """
+class Pool(NamedTuple):
+    """Noise E [Q, r, n] of one seed; replaced as a whole, so that a thread never mixes two."""
 
     seed: int
-    index: Mapping[int, int]
+    places: Mapping[int, int]  # of streams in E
     E: Tensor
 
 
 class Factors(NamedTuple):
-    """A layer's factors on a device.
-
-    Attributes:
-        A: A' [r, n].
-        B: B' [m, r].
-        inv_d: 1 / d [r].
-        impl: the implementation that takes them.
-        merge_rows: rows of a draw from which merging costs less than adding.
-    """
+    """A layer's factors A' [r, n], B' [m, r] and 1 / d [r] on a device, and what takes them."""
 
     A: Tensor
     B: Tensor
     inv_d: Tensor
     impl: str
-    merge_rows: float
+    merge_rows: float  # of a draw, from which merging costs less than adding
 
 
 class LowRankSampler:
     """Applies draws of one layer's posterior, keeping what does not change between batches.
 
-    Holds copies of the factors on each device that asked for them, and on a CPU the noise of the
-    streams in use, so that fixed draws generate their noise once and not once per batch.
-
-    Attributes:
-        posterior: the layer's.
-        merging: where each draw has an input of its own, a product with the merged weight W_s may
-            take the place of the base product and the update. "auto": from the number of rows on
-            where it costs less. "always" or "never".
+    ``merging`` is told of by :attr:`tfb.model.BayesianModel.merging`.
     """
 
     def __init__(self, posterior: LowRankPosterior) -> None:
@@ -92,17 +69,10 @@ class LowRankSampler:
         bias: Tensor | None = None,
         inplace: bool = False,
     ) -> Tensor:
-        """Add sampled updates to the base layer's output.
+        """Add sampled updates to the base layer's output: [S, T, m] in base's dtype.
 
-        Args:
-            x: [T, n], shared by all draws, or [S, T, n].
-            base: the base layer's output for x, [T, m] or [S, T, m].
-            draws: S draws.
-            bias: [m], added to every draw.
-            inplace: write into ``base`` (per-draw x).
-
-        Returns:
-            [S, T, m] in base's dtype.
+        x is [T, n], shared by all draws, or [S, T, n]; base [T, m] or [S, T, m], which ``inplace``
+        overwrites; bias [m] is added to every draw.
         """
         samples, pool, impl = self._samples(x, draws)
         if draws.noise == "token":  # there is no kernel for it
@@ -112,14 +82,9 @@ class LowRankSampler:
     def merges(
         self, x: Tensor, rows: int, draws: Draws, weight: Tensor, *biases: Tensor | None
     ) -> bool:
-        """Tell whether to multiply by merged weights instead of adding updates afterwards.
+        """Tell whether to multiply by merged weights: each draw has ``rows`` rows of its own in x.
 
-        Args:
-            x: an input for each draw.
-            rows: of one draw.
-            draws: S draws.
-            weight: of the base layer.
-            biases: what else is added.
+        ``biases`` are what else is added, for their gradients.
         """
         if self.merging == "never" or draws.noise != "weight" or x.dtype != weight.dtype:
             return False
@@ -133,17 +98,7 @@ class LowRankSampler:
         )
 
     def merged(self, x: Tensor, weight: Tensor, bias: Tensor | None, draws: Draws) -> Tensor:
-        """Compute x_s W_s^T + bias, W_s being the weight with draw s merged in.
-
-        Args:
-            x: [S, T, n].
-            weight: [m, n].
-            bias: [m], or None.
-            draws: S draws.
-
-        Returns:
-            [S, T, m].
-        """
+        """Compute x_s W_s^T + bias [S, T, m] from x [S, T, n], with draw s merged into W_s."""
         samples, pool, impl = self._samples(x, draws)
         S, m, run = len(draws), len(weight), samples.run
         limit = MERGED_BYTES.get(x.device.type, MERGED_BYTES["cuda"])
@@ -193,29 +148,25 @@ class LowRankSampler:
         return found
 
     def pool(self, draws: Draws, device: torch.device) -> Tensor:
-        """Return E [Q, r, n] of these draws; each stream is generated on first use and kept.
-
-        Streams of one seed gather up to ``KEPT_STREAMS``, so that draws that run in parts, batch
-        after batch, generate nothing twice.
-        """
+        """Return E [Q, r, n] of these draws; each stream is generated on first use and kept."""
         wanted, kept = draws.distinct_streams, self._pool
         empty = Pool(draws.seed, {}, torch.empty(0, device=device))
         if kept is None or (kept.seed, kept.E.device) != (draws.seed, device):
             kept = empty
-        new = [q for q in wanted if q not in kept.index]
+        new = [q for q in wanted if q not in kept.places]
         if new:
-            if len(kept.index) + len(new) > KEPT_STREAMS:
+            if len(kept.places) + len(new) > KEPT_STREAMS:
                 kept, new = empty, list(wanted)  # start again with these draws alone
             seed, streams = draws.tensors(device).seed, torch.tensor(new, device=device)
             E = gaussian_noise(seed, self.posterior.layer_id, streams, *self.posterior.A.shape)
-            index = {**kept.index, **{q: len(kept.index) + i for i, q in enumerate(new)}}
-            E = torch.cat([kept.E, E]) if kept.index else E
-            self._pool = kept = Pool(draws.seed, index, E)
-        places = [kept.index[q] for q in wanted]
-        first = places[0]
-        if places == list(range(first, first + len(places))):
-            return kept.E[first : first + len(places)]  # a view: nothing is copied
-        return kept.E[places]
+            places = {q: i for i, q in enumerate([*kept.places, *new])}
+            E = torch.cat([kept.E, E]) if kept.places else E
+            self._pool = kept = Pool(draws.seed, places, E)
+        found = [kept.places[q] for q in wanted]
+        first, end = found[0], found[0] + len(found)
+        if found == list(range(first, end)):
+            return kept.E[first:end]  # a view: nothing is copied
+        return kept.E[found]
 
     def release(self) -> None:
         """Forget device copies, noise and this thread's scratch; all come back on the next use."""
@@ -254,10 +205,7 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
 
 
 def plain_weight(base: nn.Module, *kinds: type[nn.Module]) -> tuple[Tensor | None, Tensor | None]:
-    """Return (weight, bias) of a layer that ``is_plain``.
-
-    (None, None) of any other, and where they are no ordinary tensors (quantized, offloaded).
-    """
+    """Return (weight, bias) of a layer that ``is_plain``; Nones if it, or a tensor, is not."""
     held: Any = base
     if not is_plain(base, *kinds) or type(held.weight) is not nn.Parameter:
         return None, None
@@ -268,13 +216,11 @@ _threads = threading.local()
 
 
 def _scratch(weight: Tensor, draws: int) -> Tensor:
-    """Return room for [draws, m, n], laid out as ``weight``.
-
-    On a CPU it is the same for all layers of a thread: fresh pages cost as much as writing to them.
-    """
+    """Return room for [draws, m, n], laid out as ``weight``."""
     if weight.device.type != "cpu":
         return like_weights(weight, draws)
     nbytes, kept = draws * weight.numel() * weight.itemsize, getattr(_threads, "scratch", None)
+    # All layers of a thread share it: fresh pages cost as much as writing to them.
     if kept is None or len(kept) < nbytes:
         with torch.inference_mode(False):  # or it could be written in that mode alone
             kept = _threads.scratch = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
@@ -282,18 +228,12 @@ def _scratch(weight: Tensor, draws: int) -> Tensor:
 
 
 class BayesLoRALinear(nn.Module):
-    """A frozen linear layer plus a Bayesian low-rank update.
+    """A frozen linear layer (quantized, Conv1D, ...) plus a Bayesian low-rank update.
 
     ``layer(x)`` is the deterministic adapter, ``layer(x, draws)`` S posterior samples.
     """
 
     def __init__(self, base: nn.Module, posterior: LowRankPosterior) -> None:
-        """Put a posterior on a layer.
-
-        Args:
-            base: maps [..., n] to [..., m] (an nn.Linear, a quantized linear, Conv1D...).
-            posterior: of its update.
-        """
         super().__init__()
         self.base = base
         self.sampler = LowRankSampler(posterior)
@@ -306,20 +246,18 @@ class BayesLoRALinear(nn.Module):
 
         Args:
             base: the layer that LoRA adapts.
-            A: LoRA's A [r, n].
-            B: LoRA's B [m, r].
+            A: [r, n].
+            B: [m, r].
             scaling: LoRA's scaling (alpha / r).
-            layer_id: names the layer's noise, unsigned 32 bits. Give every layer of a model its
-                own, for example :func:`tfb.draws.stable_layer_id` of its name.
+            layer_id: names the layer's noise; one of its own for each layer of a model, for example
+                :func:`tfb.draws.stable_layer_id` of its name.
 
         Raises:
             AdapterError: weights that do not fit each other or the base, NaN or Inf, B = 0.
         """
         posterior = LowRankPosterior.from_lora(A, B, scaling, layer_id=layer_id)
-        for size, attribute in (
-            (posterior.in_features, "in_features"),
-            (posterior.out_features, "out_features"),
-        ):
+        for attribute in ("in_features", "out_features"):
+            size = getattr(posterior, attribute)
             expected = getattr(base, attribute, size)
             if expected != size:
                 raise AdapterError(f"base.{attribute} is {expected}, but A and B imply {size}")
@@ -331,18 +269,12 @@ class BayesLoRALinear(nn.Module):
         return self.sampler.posterior
 
     def forward(self, x: Tensor, draws: Draws | None = None) -> Tensor:
-        """Compute the deterministic output, or S samples.
+        """Compute the deterministic output [..., m], or S samples [S, T, m].
 
         Args:
             x: without draws [..., n]. With draws [T, n], shared by all (the base layer then runs
                 once), or [S, T, n], one input for each draw.
             draws: the posterior draws. None: the mean.
-
-        Returns:
-            [..., m], or [S, T, m] with draws.
-
-        Raises:
-            ValueError: x has another number of dimensions, or S inputs do not match S draws.
         """
         if draws is not None:
             if x.dim() not in (2, 3) or (x.dim() == 3 and len(x) != len(draws)):
@@ -350,12 +282,8 @@ class BayesLoRALinear(nn.Module):
                 raise ValueError(
                     f"x: expected [T, {n}] or [{S}, T, {n}], one input for each draw, got {found}"
                 )
-            weight, bias = plain_weight(self.base, nn.Linear)
-            if (
-                x.dim() == 3
-                and weight is not None
-                and self.sampler.merges(x, x.shape[1], draws, weight, bias)
-            ):
+            weight, bias = plain_weight(self.base, nn.Linear) if x.dim() == 3 else (None, None)
+            if weight is not None and self.sampler.merges(x, x.shape[1], draws, weight, bias):
                 return self.sampler.merged(x, weight, bias, draws)
             return self.sampler(x, self.base(x), draws)
         base = self.base(x)

@@ -51,10 +51,10 @@ class LowRankPosterior:
         Signs are canonical: the entry of largest magnitude in each column of U is positive.
 
         Args:
-            A: LoRA's A [r, n].
-            B: LoRA's B [m, r].
+            A: [r, n].
+            B: [m, r].
             scaling: LoRA's scaling.
-            name: the module's qualified name, for messages and artifacts.
+            name: for messages and artifacts.
             layer_id: the layer's noise identity, unsigned 32 bits.
 
         Raises:
@@ -124,10 +124,7 @@ class LowRankPosterior:
         return self.scaling * (self.B.double() @ self.A.double())
 
     def column_covariance(self, sigma: float) -> Tensor:
-        """Compute s^2 sigma^2 U U^T [m, m] float64, the covariance of each column of dW.
-
-        Columns are independent, so cov(vec dW) = column_covariance (x) I_n (Theorem 4.1).
-        """
+        """Compute s^2 sigma^2 U U^T [m, m] float64, the covariance of a column of dW."""
         U = self.B.double() * self.inv_d
         return (self.scaling * sigma) ** 2 * (U @ U.mT)
 
@@ -148,43 +145,28 @@ class LowRankPosterior:
     def kl(self, sigma: float, prior_sigma: float) -> float:
         """Compute KL(q || p) in nats, for the prior p: A'_ij ~ N(0, (prior_sigma / d_i)^2).
 
-        The prior is of the same family, centred on the base model, as in BLoB and Theorem 4.2.
-        Every noisy entry contributes
-        log(sigma_p / sigma) + (sigma^2 + (d_i A'_ij)^2) / (2 sigma_p^2) - 1/2.
-
         Raises:
             ValueError: sigma or prior_sigma not positive.
         """
         if not (sigma > 0 and prior_sigma > 0):
             raise ValueError(f"KL needs sigma > 0 and prior_sigma > 0, got {sigma}, {prior_sigma}")
-        entries = self.effective_rank * self.in_features
         ratio = sigma / prior_sigma
-        spread = entries * (ratio * ratio / 2 - 0.5 - math.log(ratio))
-        return spread + self.mean_square() / (2 * prior_sigma**2)
+        each = ratio * ratio / 2 - 0.5 - math.log(ratio)
+        entries = self.effective_rank * self.in_features
+        return entries * each + self.mean_square() / (2 * prior_sigma**2)
 
 
 def _rank_tolerance(B: Tensor, stored: torch.dtype, d_max: float) -> float:
-    """Return the bound below which singular values of B [m, r] are rounding, not signal.
-
-    The float64 SVD rounds by max(m, r) eps d_max. Storing B in a lower precision perturbs entries
-    independently by about eps |b_ij|, whose largest singular value is near
-    eps rms(b) (sqrt(m) + sqrt(r)). The common rule max(m, r) eps(stored) d_max would silence a
-    whole bfloat16 adapter of width 4096.
-    """
+    """Return the bound below which singular values of B [m, r] are rounding, not signal."""
     m, r = B.shape
+    svd = max(m, r) * torch.finfo(torch.float64).eps * d_max
+    # Storage perturbs entries independently by about eps |b_ij|. The common rule,
+    # max(m, r) eps d_max, would silence a whole bfloat16 adapter of width 4096.
     rms = float(B.norm()) / (m * r) ** 0.5
-    stored_eps = 0.0 if stored == torch.float64 else torch.finfo(stored).eps
-    return max(
-        max(m, r) * torch.finfo(torch.float64).eps * d_max,
-        stored_eps * rms * (m**0.5 + r**0.5),
-    )
+    return max(svd, torch.finfo(stored).eps * rms * (m**0.5 + r**0.5))
 
 
 def default_prior_sigma(posteriors: list[LowRankPosterior]) -> float:
-    """Return the prior_sigma under which the adapter is most likely (empirical Bayes).
-
-    It is the root mean square of d_i A'_ij over all noisy entries of the model, which minimises
-    the summed KL as sigma goes to 0.
-    """
+    """Return the prior_sigma of least summed KL as sigma goes to 0 (empirical Bayes)."""
     entries = sum(p.effective_rank * p.in_features for p in posteriors)
     return math.sqrt(sum(p.mean_square() for p in posteriors) / entries)

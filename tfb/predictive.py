@@ -1,7 +1,4 @@
-"""The posterior predictive: probabilities averaged over draws, and what the draws disagree on.
-
-Logits are never averaged.
-"""
+"""The posterior predictive: probabilities averaged over draws, and what the draws disagree on."""
 
 from __future__ import annotations
 
@@ -22,15 +19,14 @@ class Predictive:
     """Predictions for B rows over K classes from S draws. Entropies are in nats.
 
     Attributes:
-        probs: [B, K], the mean over draws; float32 (float64 for float64 logits).
+        probs: [B, K], the mean over draws, float32 (float64 for float64 logits).
         total: [B], entropy of ``probs``.
-        aleatoric: [B], mean over draws of each draw's entropy (expected entropy).
+        aleatoric: [B], mean over draws of each draw's entropy.
         agreement: [B], share of draws whose own argmax is the mean's argmax.
-        standard_error: [B, K], Monte-Carlo standard error of ``probs``. An antithetic pair counts
-            once. NaN with a single stream (unknown).
-        draw_probs: [S, B, K] if it was asked for, else None.
+        standard_error: [B, K], Monte-Carlo error of ``probs``; NaN with a single stream (unknown).
         draws: the draws behind it; with ``draw_counts``, of the rows that had the most.
-        draw_counts: [B] int64, each row's number of draws where they differ (adaptive), else None.
+        draw_probs: [S, B, K] if it was asked for, else None.
+        draw_counts: [B] int64, each row's number of draws where they differ, else None.
     """
 
     probs: Tensor
@@ -50,9 +46,6 @@ class Predictive:
             logits: [S, B, K].
             draws: the S draws, in the order of ``logits``.
             keep_draws: keep every draw's probabilities.
-
-        Raises:
-            ValueError: another number of draws than ``draws`` holds.
         """
         if logits.dim() != 3 or logits.shape[0] != len(draws):
             raise ValueError(f"logits: expected [S={len(draws)}, B, K], got {list(logits.shape)}")
@@ -78,20 +71,21 @@ class Predictive:
             p: [S, B, K].
             draws: the S draws, in the order of ``p``.
             keep_draws: keep ``p``.
-
-        Raises:
-            ValueError: another number of draws than ``draws`` holds.
         """
         if p.dim() != 3 or p.shape[0] != len(draws):
             raise ValueError(f"p: expected [S={len(draws)}, B, K], got {list(p.shape)}")
         probs = p.mean(0)
-        prediction = probs.argmax(-1)
+        units = draws.unit_tensor(p.device)
+        if units is None:  # streams of unequal weight: no simple unbiased estimate
+            error = torch.full_like(probs, float("nan"))
+        else:
+            error = unit_standard_error(p, units)
         return cls(
             probs=probs,
             total=torch.special.entr(probs).sum(-1),
             aleatoric=torch.special.entr(p).sum(-1).mean(0),
-            agreement=(p.argmax(-1) == prediction).to(p.dtype).mean(0),
-            standard_error=_standard_error(p, draws),
+            agreement=(p.argmax(-1) == probs.argmax(-1)).to(p.dtype).mean(0),
+            standard_error=_exact_or(error, draws),
             draws=draws,
             draw_probs=p if keep_draws else None,
         )
@@ -123,24 +117,13 @@ class Predictive:
 
     @cached_property
     def epistemic(self) -> Tensor:
-        """[B], mutual information between label and weights: total - aleatoric.
-
-        By Jensen it is never negative; the clamp only removes rounding.
-        """
-        return (self.total - self.aleatoric).clamp_min(0.0)
+        """[B], mutual information between label and weights: total - aleatoric."""
+        return (self.total - self.aleatoric).clamp_min(0.0)  # by Jensen: only rounding is below
 
 
 _ROW_FIELDS = ("probs", "total", "aleatoric", "agreement", "standard_error")
 
 
-def _standard_error(p: Tensor, draws: Draws) -> Tensor:
-    """[B, K] from p [S, B, K]: standard deviation of the streams' means / sqrt(their number)."""
-    units = draws.unit_tensor(p.device)
-    if units is None:  # unequal units: no simple unbiased estimate
-        return torch.full_like(p[0], float("nan"))
-    return _exact_or(unit_standard_error(p, units), draws)
-
-
 def _exact_or(error: Tensor, draws: Draws) -> Tensor:
-    """Draws that are all at sigma = 0 are the exact answer, not an estimate: no error."""
+    """Return no error for draws that are all at sigma = 0, which are exact."""
     return torch.zeros_like(error) if all(s == 0.0 for s in draws.sigmas) else error
