@@ -88,7 +88,7 @@ def test_streams(tmp_path: Path) -> None:
 
 
 BAD_LINES = [
-    ('{"id": 1', "not valid JSON .* at column", "one complete JSON object"),
+    ('{"id": 1', "not valid JSON .* column", "one complete JSON object"),
     ("[" * 100_000, "not valid JSON", "one complete JSON object"),
     ('{"id": %s, "text": "x"}' % ("9" * 5000), "not valid JSON", "one complete JSON object"),
     (b'{"id": 1, "text": "\xff"}', "not UTF-8", "save the file as UTF-8"),
@@ -103,26 +103,28 @@ BAD_LINES = [
     ({"messages": [], "choices": "A|B"}, "'messages' is no list", "write [{"),
     ({"messages": ["x"], "choices": "A|B"}, "a message is a string", "write {"),
     ({"messages": [{"role": "user"}], "choices": "A|B"}, "'content' of a message is null", "make"),
-    ({**TEXT, "id": 1.5}, "'id' is the number 1.5", "a string or an integer"),
-    ({**TEXT, "id": True}, "'id' is a boolean", "a string or an integer"),
+    ({**TEXT, "id": 1.5}, "'id' is the number 1.5", "make it a string"),
+    ({**TEXT, "id": True}, "'id' is a boolean", "make it a string"),
     ({**TEXT, "id": " "}, "'id' is empty", "write some text"),
     ({**TEXT, "text": ["x"]}, "'text' is a list", "make it a string"),
     ({**TEXT, "text": ""}, "nothing in column 'text'", "write it, or remove the row"),
     ({**TEXT, "text": "\n"}, "'text' is empty", "write some text"),
     ('{"id": 1, "text": "\\ud800"}', "half of a surrogate pair", "save it as UTF-8"),
+    ({**TEXT, "label": -1}, "the label -1 is negative", "count from 0"),
+    ({**CHOICE, "label": "9" * 5000}, "is none of the 2 choices", "use one of these"),
     ({**TEXT, "label": "sports"}, "the label 'sports' is text; classes lack names", "by labels"),
     ({**CHOICE, "prompt": None}, "nothing in column 'prompt'", "write it, or remove the row"),
     ({**CHOICE, "prompt": "  "}, "'prompt' is empty", "write some text"),
     ({**CHOICE, "choices": "AB"}, "'choices' holds 1", "at least two"),
-    ({**CHOICE, "choices": "['A', 'B']"}, "'choices' is no JSON list", '["A", "B"] or A|B'),
-    ({**CHOICE, "choices": 3}, "'choices' is the number 3", "list of strings"),
+    ({**CHOICE, "choices": "['A', 'B']"}, "'choices' is a string", 'a list, ["A", "B"], or A|B'),
+    ({**CHOICE, "choices": 3}, "'choices' is the number 3", "write a list"),
     ({**CHOICE, "choices": ["A"]}, "'choices' holds 1", "at least two"),
     ({**CHOICE, "choices": []}, "'choices' holds 0", "at least two"),
     ({**CHOICE, "choices": ["A", 2]}, "a choice is the number 2", "make it a string"),
     ({**CHOICE, "choices": ["A", ""]}, "a choice is empty", "write some text"),
-    ({**CHOICE, "choices": ["A", "B", "A"]}, "choices stand twice: 'A'", "make them differ"),
-    ({**CHOICE, "label": 2}, "the label 2 is outside the 2 choices", "an index from 0 to 1"),
-    ({**CHOICE, "label": -1}, "the label -1 is negative", "count from 0"),
+    ({**CHOICE, "choices": ["A", "B", "A"]}, "the choice 'A' stands twice", "make them differ"),
+    ({**CHOICE, "label": 2}, "the label 2 is outside the 2 choices", "count from 0"),
+    ({**CHOICE, "label": -1}, "the label -1 is outside the 2 choices", "or leave it out"),
     ({**CHOICE, "label": "C"}, "the label 'C' is none of the 2 choices", "use one of these"),
     ({**CHOICE, "label": 1.5}, "'label' is the number 1.5", "an integer index"),
     ({**CHOICE, "label": True}, "'label' is a boolean", "an integer index"),
@@ -289,7 +291,7 @@ def test_messages_in_place_of_a_prompt() -> None:
 def test_settings_that_cannot_be() -> None:
     for how, message in (
         ({"columns": {"question": "prompt"}}, "'question' is none of id, prompt, messages"),
-        ({"columns": {"prompt": "x"}, "task": "SEQ_CLS"}, "that rows of task SEQ_CLS have"),
+        ({"columns": {"prompt": "x"}, "task": "SEQ_CLS"}, "'prompt' is none of id, text, label;"),
         ({"columns": {"id": "a", "text": "a"}}, "'a' is named twice"),
         ({"labels": ["a"]}, "at least two names"),
         ({"labels": ["a", "b", "a"]}, "'a' stands twice"),
@@ -311,7 +313,7 @@ def test_a_row_by_hand_says_what_to_write() -> None:
             RowError, match=r"write Row\(id='1', text='...'\) or Row\(id='1', prompt"
         ):
             Row(**wrong)
-    with pytest.raises(RowError, match="the label 'yes' is no index; write the position"):
+    with pytest.raises(RowError, match="the label 'yes' is no index; write its position"):
         Row("1", text="x", label="yes")  # type: ignore[arg-type]
 
 

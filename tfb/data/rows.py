@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NoReturn
@@ -51,19 +51,15 @@ class Row:
 
     def __post_init__(self) -> None:
         asked = (self.prompt is not None) + (self.messages is not None)
-        if (self.text is not None, asked, self.choices is not None) not in (
-            (True, 0, False),
-            (False, 1, True),
-        ):
+        given = self.text is not None, asked, self.choices is not None
+        if given not in ((True, 0, False), (False, 1, True)):
             raise RowError(
                 f"Row({self.id!r}): a row has a text, or a prompt or messages with choices; write "
                 "Row(id='1', text='...') or Row(id='1', prompt='...', choices=('A', 'B'), label=0)"
             )
         if self.label is not None and type(self.label) is not int:
-            raise RowError(
-                f"Row({self.id!r}): the label {self.label!r} is no index; write the position of "
-                "the choice or class, counted from 0"
-            )
+            fault = f"the label {self.label!r} is no index"
+            _fail(f"Row({self.id!r})", fault, "write its position, counted from 0")
 
 
 @dataclass(frozen=True)
@@ -88,9 +84,8 @@ class RowFormat:
     def __post_init__(self) -> None:
         for ours, theirs in self.columns.items():
             if ours not in self.ours:
-                what = "" if self.task is None else f" that rows of task {self.task} have"
                 known = ", ".join(self.ours)
-                raise ValueError(f"columns: {ours!r} is none of {known}{what}; write ours=yours")
+                raise ValueError(f"columns: {ours!r} is none of {known}; write ours=yours")
             if list(self.columns.values()).count(theirs) > 1:
                 raise ValueError(f"columns: {theirs!r} is named twice")
         names = self.labels
@@ -125,10 +120,8 @@ class RowFormat:
         for ours, theirs in self.columns.items():
             if theirs not in present:
                 self._missing(ours, present, source)
-        there = {ours for ours, theirs in self.names.items() if theirs in present}
-        if "prompt" in there:
-            there.discard("messages")  # each row may have one of them
         if self.task is not None:
+            there = {ours for ours, theirs in self.names.items() if theirs in present}
             self._check_columns(there, present, source)
 
     def row(self, fields: Mapping[str, Any], source: str = "row", number: int = 0) -> Row:
@@ -142,24 +135,26 @@ class RowFormat:
         Raises:
             RowError: a missing field, a wrong type or an impossible value.
         """
-        values = {name: _plain(fields.get(theirs)) for name, theirs in self.names.items()}
-        there = {name for name, value in values.items() if not _is_absent(value)}
-        self._check_columns(there, list(fields), source)
-        name, given = self.row_id(fields, source, number), values.get("label")
-        if self._is_text(there):
-            text = _string(values["text"], "'text'", source)
-            label = _label(given, self.labels, "classes", source)
-            return Row(name, text=text, label=label, source=source)
+        values = {ours: _plain(fields.get(theirs)) for ours, theirs in self.names.items()}
+        given = {name: v for name, v in values.items() if v is not None and v != ""}
+        self._check_columns(given.keys(), list(fields), source)
+        name, label = self.row_id(fields, source, number), given.get("label")
+        if self._is_text(given.keys()):
+            text = _string(given["text"], "'text'", source)
+            index = _label(label, self.labels, "classes", source)
+            return Row(name, text=text, label=index, source=source)
+        if "prompt" in given and "messages" in given:
+            _fail(source, "the row has 'prompt' together with 'messages'", "keep one of them")
         choices = tuple(self.labels or ())
-        if "choices" in there:
-            choices = _choices(values["choices"], source)
+        if "choices" in given:
+            choices = _choices(given["choices"], source)
         messages = prompt = None
-        if "messages" in there:
-            messages = _messages(values["messages"], source)
+        if "messages" in given:
+            messages = _messages(given["messages"], source)
         else:
-            prompt = _string(values["prompt"], "'prompt'", source)
-        label = _label(given, choices, "choices", source)
-        return Row(name, prompt, choices, label=label, source=source, messages=messages)
+            prompt = _string(given["prompt"], "'prompt'", source)
+        index = _label(label, choices, "choices", source)
+        return Row(name, prompt, choices, label=index, source=source, messages=messages)
 
     def row_id(self, fields: Mapping[str, Any], source: str, number: int) -> str:
         """Return the id as text; the row's number where there is none.
@@ -168,30 +163,24 @@ class RowFormat:
             RowError: neither a string with text in it nor an integer.
         """
         value = _plain(fields.get(self.names.get("id", "")))
-        if _is_absent(value):
+        if value is None or value == "":
             return str(number)
-        if isinstance(value, int) and not isinstance(value, bool):
-            return str(value)
-        if not isinstance(value, str):
-            _fail(source, f"'id' is {_described(value)}", "make it a string or an integer")
-        return _string(value, "'id'", source)
+        return str(value) if type(value) is int else _string(value, "'id'", source)
 
-    def _is_text(self, there: set[str]) -> bool:
+    def _is_text(self, there: Set[str]) -> bool:
         return self.task == "SEQ_CLS" or (self.task is None and "text" in there)
 
-    def _check_columns(self, there: set[str], present: Sequence[str], source: str) -> None:
-        """Refuse columns of ours that do not suffice for a row, or are too many."""
+    def _check_columns(self, there: Set[str], present: Sequence[str], source: str) -> None:
+        """Refuse columns of ours that do not suffice for a row."""
         if self._is_text(there):
-            if "text" not in there:
-                self._missing("text", present, source)
-            return
-        asked = there & {"prompt", "messages"}
-        if not asked:
-            self._missing("prompt" if self.task or "choices" in there else "text", present, source)
-        if len(asked) > 1:
-            _fail(source, "the row has 'prompt' together with 'messages'", "keep one of them")
-        if "choices" not in there and self.labels is None:
-            self._missing("choices", present, source)
+            needed = ["text"]
+        elif there & {"prompt", "messages"}:
+            needed = ["choices"] if self.labels is None else []
+        else:
+            needed = ["prompt" if self.task or "choices" in there else "text"]
+        for name in needed:
+            if name not in there:
+                self._missing(name, present, source)
 
     def _missing(self, ours: str, present: Sequence[str], source: str) -> NoReturn:
         more = ", or give all rows the same by labels" if ours == "choices" else ""
@@ -200,11 +189,9 @@ class RowFormat:
         theirs = self.columns.get(ours, ours)
         if theirs in present:
             _fail(source, f"nothing in column {theirs!r}", f"write it, or remove the row{more}")
-        _fail(
-            source,
-            f"no column {theirs!r}; there are " + (", ".join(map(repr, present)) or "none"),
-            f"name yours by columns, such as {ours}=YOURS{more}",
-        )
+        there = ", ".join(map(repr, present)) or "none"
+        remedy = f"name yours by columns, such as {ours}=YOURS{more}"
+        _fail(source, f"no column {theirs!r}; there are {there}", remedy)
 
 
 class ClassIndex(int):
@@ -227,11 +214,10 @@ def decode_object(line: bytes, source: str) -> dict[str, Any]:
     try:
         value = json.loads(line.decode())
     except UnicodeDecodeError as error:
-        _fail(source, f"the line is not UTF-8 ({error.reason})", "save the file as UTF-8")
+        fault = f"the line is not UTF-8 ({error.reason})"
+        _fail(source, fault, "save the file as UTF-8, or name it by its format")
     except (ValueError, RecursionError) as error:
-        place = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-        fault = f"not valid JSON ({getattr(error, 'msg', error)}{place})"
-        _fail(source, fault, "write one complete JSON object a line")
+        _fail(source, f"not valid JSON ({error})", "write one complete JSON object a line")
     return json_object(value, source)
 
 
@@ -250,46 +236,40 @@ def json_object(value: Any, source: str) -> dict[str, Any]:
 def _choices(value: Any, source: str) -> tuple[str, ...]:
     """Read a list of choices, a text with a JSON list, or one with choices parted by "|"."""
     if isinstance(value, str):
-        parsed = _json_list(value)
-        if parsed is None and value.lstrip().startswith("["):
-            _fail(source, f"'choices' is no JSON list: {value[:60]}", 'write ["A", "B"] or A|B')
-        value = [c.strip() for c in value.split("|")] if parsed is None else parsed
+        parts = [choice.strip() for choice in value.split("|")]
+        value = _json_list(value) if value.lstrip().startswith("[") else parts
     if not isinstance(value, list | tuple):
-        _fail(source, f"'choices' is {_described(value)}", "make it a list of strings")
+        _fail(source, f"'choices' is {_described(value)}", 'write a list, ["A", "B"], or A|B')
     for choice in value:
         _string(choice, "a choice", source)
     if len(value) < 2:
         _fail(source, f"'choices' holds {len(value)}", "give at least two choices")
-    if len(set(value)) < len(value):
-        twice = sorted({choice for choice in value if value.count(choice) > 1})
-        _fail(source, f"choices stand twice: {', '.join(map(repr, twice))}", "make them differ")
+    if twice := [choice for choice in value if value.count(choice) > 1]:
+        _fail(source, f"the choice {twice[0]!r} stands twice", "make them differ")
     return tuple(value)
 
 
 def _messages(value: Any, source: str) -> tuple[dict[str, Any], ...]:
     """Read a list of messages, or a text with one as JSON."""
-    if isinstance(value, str):
-        value = _json_list(value)
+    value = _json_list(value) if isinstance(value, str) else value
     if not isinstance(value, list | tuple) or not value:
         _fail(source, "'messages' is no list of messages", 'write [{"role": ..., "content": ...}]')
-    found = []
     for message in value:
         if not isinstance(message, Mapping):
             fault = f"a message is {_described(message)}"
             _fail(source, fault, 'write {"role": ..., "content": ...}')
         for name in ("role", "content"):
             _string(message.get(name), f"{name!r} of a message", source)
-        # Other fields are the template's business; in tables they are null where they are not.
-        found.append({name: value for name, value in message.items() if value is not None})
-    return tuple(found)
+    # Other fields are the template's business; in tables they are null where they are not.
+    return tuple({name: v for name, v in said.items() if v is not None} for said in value)
 
 
 def _json_list(text: str) -> Any:
-    """Return the JSON list that a text holds, None if it holds none."""
+    """Return what a text holds as JSON, else the text."""
     try:
-        return json.loads(text) if text.lstrip().startswith("[") else None
+        return json.loads(text)
     except (ValueError, RecursionError):
-        return None
+        return text
 
 
 def _label(value: Any, names: Sequence[str] | None, what: str, source: str) -> int | None:
@@ -301,39 +281,29 @@ def _label(value: Any, names: Sequence[str] | None, what: str, source: str) -> i
     if isinstance(value, float) and value.is_integer():  # a column with nulls, by way of pandas
         value = int(value)
     if isinstance(value, str):
-        return _index_of(value, names or (), what, source)
+        value = _index_of(value, names or (), what, source)
     if not isinstance(value, int) or isinstance(value, bool):
         _fail(source, f"'label' is {_described(value)}", "use an integer index, counted from 0")
-    if value < 0:
-        _fail(source, f"the label {value} is negative", "count from 0, or leave 'label' out")
-    _check_range(value, names, what, source)
+    if value < 0 or (names is not None and value >= len(names)):
+        within = "negative" if names is None else f"outside the {len(names)} {what}"
+        _fail(source, f"the label {value} is {within}", "count from 0, or leave it out")
     return int(value)
 
 
 def _index_of(label: str, names: Sequence[str], what: str, source: str) -> int:
     """Return the position of a name, or the index that a text holds where no name is a number."""
-    same = [i for i, name in enumerate(names) if name == label]
-    same = same or [i for i, name in enumerate(names) if name.strip() == label.strip()]
-    if len(same) == 1:
-        return same[0]
-    if _is_index(label) and not any(map(_is_index, names)):
-        _check_range(int(label), names or None, what, source)
+    if label in names:
+        return names.index(label)
+    bare = [name.strip() for name in names]
+    if label.strip() in bare:
+        return bare.index(label.strip())
+    if label.strip().isdecimal() and len(label) < 10 and not any(map(str.isdecimal, bare)):
         return int(label)
     if not names:
         fault = f"the label {label!r} is text; {what} lack names"
         _fail(source, fault, "use its index, or name them by labels")
     fault = f"the label {label!r} is none of the {len(names)} {what} {reprlib.repr(list(names))}"
     _fail(source, fault, "use one of these")
-
-
-def _check_range(index: int, names: Sequence[str] | None, what: str, source: str) -> None:
-    if names is not None and index >= len(names):
-        fault = f"the label {index} is outside the {len(names)} {what}"
-        _fail(source, fault, f"use an index from 0 to {len(names) - 1}")
-
-
-def _is_absent(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and not value)  # CSV has no null
 
 
 def _string(value: Any, name: str, source: str) -> str:
@@ -350,23 +320,18 @@ def _string(value: Any, name: str, source: str) -> str:
     return value
 
 
-def _is_index(text: str) -> bool:
-    digits = text.strip()
-    return digits.isascii() and digits.isdigit() and len(digits) < 10
-
-
 def _plain(value: Any) -> Any:
-    """Turn a value of numpy, torch or pandas into Python's own."""
-    if type(value).__name__ == "NAType":
-        return None
+    """Turn a value of numpy or torch into Python's own."""
     return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _described(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
+    if value is None:
+        return "null"
     if isinstance(value, int | float) and not isinstance(value, bool):
         return f"the number {value}"
-    return "null" if value is None else names.get(type(value), f"of type {type(value).__name__}")
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
+    return names.get(type(value), f"of type {type(value).__name__}")
 
 
 def _fail(source: str, fault: str, remedy: str) -> NoReturn:
