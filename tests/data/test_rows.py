@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tfb.data.readers import iter_rows, read_rows
+from tfb.data.readers import read_rows
 from tfb.data.rows import Row, RowError, RowFormat, decode_object
 
 CHOICE: dict[str, Any] = {"id": "q1", "prompt": "2+2?", "choices": ["A", "B"], "label": 1}
@@ -80,13 +80,6 @@ def test_several_files_and_limit(tmp_path: Path) -> None:
         read_rows(a, limit=0)
 
 
-def test_streams(tmp_path: Path) -> None:
-    stream = iter_rows(write(tmp_path / "a.jsonl", TEXT, "not json"))
-    assert next(stream).id == "t1"
-    with pytest.raises(RowError, match=":2"):
-        next(stream)
-
-
 BAD_LINES = [
     ('{"id": 1', "not valid JSON .* column", "one complete JSON object"),
     ("[" * 100_000, "not valid JSON", "one complete JSON object"),
@@ -151,7 +144,7 @@ def test_duplicate_ids_name_both_places(tmp_path: Path) -> None:
 def test_missing_and_empty(tmp_path: Path) -> None:
     good = write(tmp_path / "good.jsonl", TEXT)
     with pytest.raises(RowError, match=r"no\.jsonl: there is no such file"):
-        iter_rows([good, tmp_path / "no.jsonl"])  # before the first row is read
+        read_rows([good, tmp_path / "no.jsonl"])
     with pytest.raises(RowError, match=r"empty\.jsonl: holds no rows; add some"):
         read_rows(write(tmp_path / "empty.jsonl", "", "  "))
     with pytest.raises(RowError, match="the input: holds no rows"):

@@ -25,14 +25,12 @@ import pyarrow.parquet as pq
 
 from tfb.data.rows import ClassIndex, Row, RowError, RowFormat, decode_object, json_object
 
-KINDS = {
-    **dict.fromkeys((".jsonl", ".ndjson", ".json"), "jsonl"),
-    **dict.fromkeys((".csv", ".tsv"), "csv"),
-    **dict.fromkeys((".parquet", ".pq"), "parquet"),
-    **dict.fromkeys((".arrow", ".feather"), "arrow"),
-}
+JSON = (".jsonl", ".ndjson", ".json")
+CSV = (".csv", ".tsv")
+PARQUET = (".parquet", ".pq")
+ARROW = (".arrow", ".feather")
+SUFFIXES = JSON + CSV + PARQUET + ARROW
 CODECS = (".gz", ".zst", ".bz2", ".lz4")  # behind the suffix of a text file
-TEXT = ("jsonl", "csv")  # kinds that are read line by line
 BLOCK = 1024  # rows of a table that are turned into Python objects at a time
 csv.field_size_limit(1 << 26)  # the default, 128 KiB, is less than a long prompt
 
@@ -56,29 +54,7 @@ class Record:
 
 
 def read_rows(data: Any, form: RowFormat | None = None, *, limit: int | None = None) -> list[Row]:
-    """Return all rows of ``data`` as :func:`iter_rows` reads them.
-
-    Raises:
-        RowError: there are none, or an id stands twice.
-    """
-    rows, places = list(iter_rows(data, form, limit=limit)), dict[str, str]()
-    for row in rows:
-        if row.id in places:
-            raise RowError(
-                f"{row.source}: the id {row.id!r} was already used at {places[row.id]}; give every "
-                "row an id of its own, or none"
-            )
-        places[row.id] = row.source
-    if not rows:
-        where = data if isinstance(data, str | os.PathLike) else "the input"
-        raise RowError(f"{where}: holds no rows; add some")
-    return rows
-
-
-def iter_rows(
-    data: Any, form: RowFormat | None = None, *, limit: int | None = None
-) -> Iterator[Row]:
-    """Stream the rows of anything that holds rows, in order.
+    """Return the rows of anything that holds rows, in order.
 
     Args:
         data: a path, folder or pattern, or several as ``pathlib.Path``; a DataFrame of pandas or
@@ -88,32 +64,36 @@ def iter_rows(
         limit: stop after that many rows.
 
     Raises:
-        RowError: a file that cannot be read, a table without a column of its rows, or a row that
-            cannot be used.
+        RowError: a file that cannot be read, a table without a column of its rows, a row that
+            cannot be used, an id that stands twice, or no rows.
         TypeError: data that holds no rows.
         ValueError: ``limit`` below 1.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}; leave it out to read every row")
     form = RowFormat() if form is None else form
-    records = islice(iter_records(data, form), limit)
-    return (_row(record, number, form) for number, record in enumerate(records))
+    rows: dict[str, Row] = {}
+    for number, record in enumerate(islice(iter_records(data, form), limit)):
+        row = record if isinstance(record, Row) else _row(record, number, form)
+        if (first := rows.setdefault(row.id, row)) is not row:
+            raise RowError(
+                f"{row.source}: the id {row.id!r} was already used at {first.source}; give every "
+                "row an id of its own, or none"
+            )
+    if not rows:
+        where = data if isinstance(data, str | os.PathLike) else "the input"
+        raise RowError(f"{where}: holds no rows; add some")
+    return list(rows.values())
 
 
-def _row(record: Record | Row, number: int, form: RowFormat) -> Row:
-    if isinstance(record, Row):
-        return record
+def _row(record: Record, number: int, form: RowFormat) -> Row:
     if record.fields is None:
         raise RowError(str(record.fault))
     return form.row(record.fields, record.place, number)
 
 
 def iter_records(data: Any, form: RowFormat) -> Iterator[Record | Row]:
-    """Stream the records of anything that holds rows, before they are checked; rows as they are.
-
-    Args:
-        data: as for :func:`iter_rows`.
-        form: names of columns, and the task.
+    """Stream the records of all that :func:`read_rows` takes, unchecked; rows as they are.
 
     Raises:
         RowError: a file that cannot be read, or a table without a column of its rows.
@@ -162,7 +142,12 @@ def _elements(data: Iterable[Any], form: RowFormat) -> Iterator[Any]:
     first = list(islice(stream, 1))
     if first and isinstance(first[0], os.PathLike):
         return _file_records([*first, *stream], form)
-    if first and isinstance(first[0], str) and " " not in first[0] and _kind(Path(first[0])):
+    if (
+        first
+        and isinstance(first[0], str)
+        and " " not in first[0]
+        and _suffix(Path(first[0])) in SUFFIXES
+    ):
         raise TypeError(
             f"a list of strings is a list of texts, but {first[0]!r} looks like a file; give it "
             "alone, or several as pathlib.Path"
@@ -181,12 +166,8 @@ def _file_records(paths: Sequence[str | os.PathLike[str]], form: RowFormat) -> I
 
 def _table_rows(data: Any, form: RowFormat) -> Iterator[dict[str, Any]]:
     """Stream the rows of a DataFrame or table in memory, by Arrow's stream interface."""
-    kind = type(data).__name__
-    try:
-        batches = pa.RecordBatchReader.from_stream(data)
-    except pa.ArrowException as error:
-        raise TypeError(f"{kind}: is no table of one type a column ({error}); mend it") from error
-    form.check(batches.schema.names, f"the {kind}")
+    batches = pa.RecordBatchReader.from_stream(data)
+    form.check(batches.schema.names, f"the {type(data).__name__}")
     wanted = [name for name in batches.schema.names if name in form.names.values()]
     return chain.from_iterable(_fields(batch.select(wanted)) for batch in batches)
 
@@ -242,20 +223,15 @@ def _named(name: str | os.PathLike[str]) -> Iterator[Path]:
     if not paths:
         raise RowError(f"{pattern}: there is no such file; check the path")
     for path in map(Path, paths):
-        yield from _in_folder(path) if path.is_dir() else [_known(path)]
-
-
-def _known(path: Path) -> Path:
-    if _kind(path) is None:
-        raise RowError(
-            f"{path}: the format is told by the name, and this one is not known; expected "
-            f"{' '.join(KINDS)}, the text formats also with {' '.join(CODECS)}"
-        )
-    return path
-
-
-def _kind(path: Path) -> str | None:
-    return KINDS.get(_suffix(path))
+        if path.is_dir():
+            yield from _in_folder(path)
+        elif _suffix(path) in SUFFIXES:
+            yield path
+        else:
+            raise RowError(
+                f"{path}: the format is told by the name, and this one is not known; expected "
+                f"{' '.join(SUFFIXES)}, the text formats also with {' '.join(CODECS)}"
+            )
 
 
 def _suffix(path: Path) -> str:
@@ -269,7 +245,7 @@ def _in_folder(folder: Path) -> list[Path]:
     if (folder / "state.json").is_file():  # of Dataset.save_to_disk; beside its data lie caches
         paths = folder.glob("data*.arrow")
     else:
-        paths = (p for p in folder.iterdir() if p.is_file() and _kind(p))
+        paths = (p for p in folder.iterdir() if p.is_file() and _suffix(p) in SUFFIXES)
     found = sorted(path for path in paths if not path.name.startswith((".", "_")))
     if not found:
         raise RowError(f"{folder}: a folder without input files; name the files")
@@ -285,10 +261,10 @@ def schema_of(source: Path) -> pa.Schema | None:
     Raises:
         RowError: a file that cannot be read, or a CSV header with an empty or repeated name.
     """
-    if _kind(source) == "jsonl":
+    if _suffix(source) in JSON:
         return None
     with _readable(source):
-        if _kind(source) == "csv":
+        if _suffix(source) in CSV:
             with _csv(source) as (names, _):
                 return pa.schema([(name, pa.string()) for name in names])
         with _table(source) as (schema, _):
@@ -301,7 +277,7 @@ def count_records(source: Path) -> int:
     Raises:
         RowError: a file that cannot be read to its end.
     """
-    if _kind(source) in TEXT:
+    if _suffix(source) in JSON + CSV:
         return sum(1 for _ in read(source))
     with _readable(source), _table(source, []) as (_, batches):
         return sum(batch.num_rows for batch in batches)
@@ -319,8 +295,8 @@ def read(source: Path, columns: Sequence[str] | None = None, *, start: int = 0) 
         RowError: a file that cannot be read at all, or breaks off.
     """
     with _readable(source):
-        if _kind(source) in TEXT:
-            records = _json_records(source) if _kind(source) == "jsonl" else _csv_records(source)
+        if _suffix(source) in JSON + CSV:
+            records = _csv_records(source) if _suffix(source) in CSV else _json_records(source)
             yield from islice(records, start, None)
             return
         with _table(source, columns, start) as (schema, batches):
@@ -342,7 +318,7 @@ def _table(
     source: Path, columns: Sequence[str] | None = None, start: int = 0
 ) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]]:
     """Open a columnar file for its schema, and batches of ``columns`` from a record on."""
-    if _kind(source) == "parquet":
+    if _suffix(source) in PARQUET:
         with pq.ParquetFile(source, memory_map=True) as file:
             groups = list(range(file.num_row_groups))
             while groups and (rows := file.metadata.row_group(groups[0]).num_rows) <= start:

@@ -384,7 +384,7 @@ def score(
     is none); with ``truncate`` truncated (tokens left out), with ``per_draw`` draw_probs.
 
     Args:
-        data: anything that holds rows, see :func:`tfb.data.readers.iter_rows`.
+        data: anything that holds rows, see :func:`tfb.data.readers.read_rows`.
         bayes: the model.
         tokenizer: its tokenizer.
         draws: as for ``bayes.predict``, "auto" included.
