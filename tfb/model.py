@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Attachment(Protocol):
-    """What the model asks of the adapter's layers (:class:`tfb.adapters.bridge.PeftAttachment`)."""
+    """What the model asks of the adapter's layers (:class:`tfb.adapters.layers.PeftAttachment`)."""
 
     @property
     def owner(self) -> int:
@@ -62,6 +62,8 @@ class BayesianModel:
         labels: names of the classes, or choices of rows that bring none; or None.
         label_tokens: the tokens of a choice that are scored, "all" or "last".
         source: the adapter's folder, or None.
+        last_logits: what tells a causal LM that only the last position is scored.
+        blocks_below: the blocks below the first noisy module, where passes can be folded.
     """
 
     def __init__(
@@ -84,16 +86,18 @@ class BayesianModel:
         self.labels = labels
         self.label_tokens = label_tokens
         self.source = source
+        self.owner = attachment.owner  # the key of the sampling state
         self._attachment = attachment
         self._config = config
         self._devices: frozenset[torch.device] = frozenset()  # of the noisy layers
         inner: Any = model.get_base_model()  # type: ignore[operator]
         self.base = inner
         self._forward_names = frozenset(inspect.signature(inner.forward).parameters)
+        known = task == "CAUSAL_LM" and "logits_to_keep" in self._forward_names
+        self.last_logits = {"logits_to_keep": 1} if known else {}
         self._fan_out = FanOut(self.owner, model, inner, list(samplers))
+        self.blocks_below = self._fan_out.below
         install(inner, task, self.blocks_below)
-
-    # --- configuration --------------------------------------------------------------------------
 
     @property
     def config(self) -> SamplingConfig:
@@ -106,14 +110,10 @@ class BayesianModel:
         return self._config.sigma
 
     def configure(self, **changes: Any) -> BayesianModel:
-        """Replace parts of the configuration.
+        """Replace parts of the configuration, and return the model itself.
 
         Args:
-            changes: fields of :class:`SamplingConfig`. Changing ``mode`` alone to "full" drops
-                ``tail``.
-
-        Returns:
-            The model itself.
+            changes: fields of :class:`SamplingConfig`. A new ``mode`` drops ``tail``.
 
         Raises:
             ValueError: an impossible value, or a mode that the model cannot take.
@@ -127,15 +127,10 @@ class BayesianModel:
 
     @property
     def merging(self) -> str:
-        """Whether layers are multiplied by weights that draws are merged into.
+        """Whether layers may multiply by weights that draws are merged into.
 
         "auto": where each draw has an input of its own and that costs less. "always": wherever
-        each draw has an input of its own. "never". In half precision a merged weight is rounded
-        once, as by PEFT's ``merge_adapter``.
-
-        Raises:
-            ValueError: when set to an unknown value, or to "always" with layers that have no weight
-                to merge into (quantized ones).
+        each draw has an input of its own (not for quantized layers). "never".
         """
         return next(iter(self.samplers.values())).merging
 
@@ -152,22 +147,10 @@ class BayesianModel:
         for sampler in self.samplers.values():
             sampler.merging = value
 
-    # --- sampling -------------------------------------------------------------------------------
-
-    @property
-    def owner(self) -> int:
-        """The key of this model's sampling state."""
-        return self._attachment.owner
-
     @property
     def posteriors(self) -> dict[str, LowRankPosterior]:
         """The posterior of each Bayesian module, by qualified name."""
         return {name: s.posterior for name, s in self.samplers.items()}
-
-    @property
-    def blocks_below(self) -> list[nn.Module]:
-        """The blocks below the first noisy module, where passes can be folded."""
-        return self._fan_out.below
 
     @property
     def device(self) -> torch.device:
@@ -181,10 +164,7 @@ class BayesianModel:
 
     @property
     def pad_token_id(self) -> int:
-        """The token that fills padding; 0 where the model's configuration has none.
-
-        Its value matters to SEQ_CLS heads alone, which have it in the configuration.
-        """
+        """The token that fills padding; 0 where the model's configuration has none."""
         value = getattr(self.base.config, "pad_token_id", None)
         return value if isinstance(value, int) else 0
 
@@ -193,9 +173,8 @@ class BayesianModel:
         """Run all draws in every ``bayes.model(**batch)`` of this context: [S * B, ...] come out.
 
         Raises:
-            ValueError: the adapter is not the active one, is disabled, merged, rescaled or gone:
-                the draws would have no or another effect. Or another adapter of the same model is
-                being sampled.
+            ValueError: the adapter is not active, is disabled, merged, rescaled or gone, or another
+                one of the same model is being sampled.
         """
         self.check_sampling()
         with self.sampling_as(SamplingState(self.base, draws)):
@@ -203,10 +182,7 @@ class BayesianModel:
 
     @contextlib.contextmanager
     def sampling_as(self, state: SamplingState) -> Iterator[None]:
-        """Sample with everything that a state can say.
-
-        For the passes of this package, which call ``check_sampling`` once for all of them.
-        """
+        """Sample with everything that a state can say, after ``check_sampling``."""
         for device in self._devices:
             state.draws.tensors(device)  # or a compiled graph would take them for constants
         with active(self.owner, state):
@@ -229,14 +205,8 @@ class BayesianModel:
             )
 
     def check_attached(self) -> None:
-        """Refuse a model that does not carry this posterior now, unmerged.
-
-        Raises:
-            ValueError: it does not.
-        """
+        """Refuse a model that does not carry this posterior now, unmerged."""
         self._attachment.check()
-
-    # --- prediction -----------------------------------------------------------------------------
 
     def draws(self, n: int | Draws) -> Draws:
         """Return ``n`` antithetic draws at the model's sigma and seed, or the given draws.
@@ -270,30 +240,27 @@ class BayesianModel:
         tail: int | None = None,
         draws_per_pass: int | None = None,
     ) -> Tensor:
-        """Compute the logits of the scored position, with the model in eval mode.
+        """Compute the logits [S, B, K] of the scored position, in eval mode, without temperature.
 
-        For choices of several tokens they are summed log-probabilities. The temperature is not
-        applied.
+        For choices of several tokens they are summed log-probabilities.
 
         Args:
-            batch: a tokenizer's tensors: input_ids [B, T], attention_mask [B, T] and what else
-                the model takes. Either padding side.
+            batch: a tokenizer's tensors [B, T], with either padding side.
             draws: S draws.
             label_ids: for language models, the vocabulary ids to keep. [K]; or [B, K] for choices
                 that differ by row; or [B, K, L] for choices of up to L tokens, -1 after the end of
-                shorter ones (causal LMs). None keeps all.
+                shorter ones (causal LMs). None: the whole vocabulary.
             mode: see :meth:`predict`.
             tail: see :meth:`predict`.
             draws_per_pass: most draws in one forward pass. None: as many as fit into memory.
 
-        Returns:
-            Logits [S, B, K].
-
         Raises:
-            ValueError: a batch that does not fit; an impossible mode; label_ids of the wrong shape
-                or outside the vocabulary; two equal choices of a row, or a choice without tokens.
+            ValueError: a batch, a mode or label_ids that do not fit the model or each other.
         """
-        mode, tail = self._mode(mode, tail)
+        if mode is None:
+            mode = self.config.mode
+            tail = self.config.tail if tail is None else tail
+        check_possible(replace(self.config, mode=mode, tail=tail), self.base, self.task)
         self.check_sampling()
         inputs, _ = self.inputs(batch, mode)
         return scored_logits(
@@ -320,24 +287,20 @@ class BayesianModel:
         """Compute the posterior predictive of a batch.
 
         Args:
-            batch: a tokenizer's output (tensors [B, T]). An encoder-decoder's may bring
-                decoder_input_ids [B, T'] without padding; left out, the first token of the answer
-                is scored.
+            batch: a tokenizer's tensors [B, T]. An encoder-decoder's may bring decoder_input_ids
+                [B, T'] without padding; else the first token of the answer is scored.
             draws: a number of antithetic draws at ``bayes.sigma``; or :class:`Draws`; or "auto" or
-                :class:`Adaptive`, which give every row as many draws as its own Monte-Carlo error
-                asks for (``Predictive.draw_counts`` says how many).
+                :class:`Adaptive`: for each row as many as its own Monte-Carlo error asks for.
             mode: "full": every draw passes through the whole model. "tail": noise at the last
-                ``tail`` positions only, about 1 + S tail / T passes, decoders only; a different
-                predictive. None: as configured.
-            label_ids: for language models the vocabulary ids of the classes, [K], [B, K] or
-                [B, K, L]; see :meth:`logits`. None: the whole vocabulary.
+                ``tail`` positions only, which is cheaper, and another predictive; decoders only.
+                None: as configured.
+            label_ids: the vocabulary ids of the classes; see :meth:`logits`.
             tail: positions with noise in tail mode.
             keep_draws: keep every draw's probabilities [S, B, K].
             draws_per_pass: most draws in one forward pass. None: as many as fit into memory.
 
         Raises:
-            ValueError: sigma not set, odd draws, an unknown mode or one that the model cannot
-                take, inputs that do not fit.
+            ValueError: sigma not set, odd draws, or what :meth:`logits` refuses.
         """
         if isinstance(draws, str):
             if draws != "auto":
@@ -351,16 +314,15 @@ class BayesianModel:
             return predict_adaptively(
                 logits_of, batch, label_ids, draws, first, self.config.temperature
             )
-        chosen = self.draws(draws)
-        logits = logits_of(batch, chosen, label_ids)
-        return self.predictive(logits, chosen, keep_draws=keep_draws)
+        draws = self.draws(draws)
+        logits = logits_of(batch, draws, label_ids)
+        return self.predictive(logits, draws, keep_draws=keep_draws)
 
     @torch.no_grad()
     def hidden_norms(self, batch: Batch, draws: Draws) -> Tensor:
         """Compute the Euclidean norm [S, B] of the last hidden state, in full mode.
 
-        At the scored position of a causal LM; of the mean over tokens otherwise. It is the quantity
-        behind ``metric="embedding_norm"``.
+        At the scored position of a causal LM; of the mean over tokens otherwise.
         """
         return hidden_norms(self, batch, draws)
 
@@ -376,7 +338,7 @@ class BayesianModel:
         """Continue prompts with the posterior predictive.
 
         Args:
-            batch: a tokenizer's output; either padding side (moved to the left).
+            batch: a tokenizer's tensors [B, T], with either padding side.
             draws: S coherent weight samples that decode side by side.
             per_draw: every draw writes its own continuation instead, [S, B, ...].
             options: those of transformers' ``generate`` (max_new_tokens, do_sample, temperature,
@@ -384,8 +346,7 @@ class BayesianModel:
 
         Raises:
             ValueError: not a causal LM, sigma not set or searched for tails, a temperature of
-                scored labels, token noise, or an option that cannot work with several draws
-                (named).
+                scored labels, token noise, or an option that cannot work with several draws.
         """
         if self.config.mode == "tail" and not isinstance(draws, Draws):
             raise ValueError(
@@ -400,18 +361,10 @@ class BayesianModel:
             )
         return run_generation(self, batch, self.draws(draws), per_draw, options)
 
-    # --- what passes need -----------------------------------------------------------------------
-
     @property
     def head_alone(self) -> bool:
         """Whether a draw costs an output embedding only."""
         return self._fan_out.head_alone
-
-    @property
-    def last_logits(self) -> dict[str, int]:
-        """What tells a causal LM that only the last position is scored."""
-        known = self.task == "CAUSAL_LM" and "logits_to_keep" in self._forward_names
-        return {"logits_to_keep": 1} if known else {}
 
     def inputs(self, batch: Batch, mode: str) -> tuple[dict[str, Any], int]:
         """Return the aligned batch with what a scoring pass adds, and its number of rows."""
@@ -434,14 +387,6 @@ class BayesianModel:
             inputs["use_cache"] = False
         return inputs, inputs["input_ids"].shape[0]
 
-    def _mode(self, mode: str | None, tail: int | None) -> tuple[str, int | None]:
-        """Return the mode and its k, the configuration's where not given, checked."""
-        if mode is None:
-            mode = self.config.mode
-            tail = self.config.tail if tail is None else tail
-        check_possible(replace(self.config, mode=mode, tail=tail), self.base, self.task)
-        return mode, tail
-
     def remove(self) -> nn.Module:
         """Undo ``bayesianize``; return the PEFT model, with none of our hooks."""
         self._fan_out.remove()
@@ -453,10 +398,6 @@ class BayesianModel:
 
 
 def check_possible(config: SamplingConfig, base: PreTrainedModel, task: str) -> None:
-    """Refuse a configuration that a model cannot sample with.
-
-    Raises:
-        ValueError: tail mode, and the model has no prefix that draws can share.
-    """
+    """Refuse tail mode where a model has no prefix that draws can share."""
     if config.mode == "tail" and (reason := why_no_tail(base, task)):
         raise ValueError(f"mode='tail' is not possible: {reason}")

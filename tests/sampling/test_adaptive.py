@@ -14,7 +14,7 @@ from torch import Tensor
 
 import tfb
 from tfb import Draws, Predictive
-from tfb.sampling.adaptive import FIRST, MOST, TOLERANCE, Adaptive
+from tfb.sampling.adaptive import Adaptive
 
 EXACT = 1e-10
 LENGTHS = (11, 6, 9, 4, 8, 10)
@@ -129,7 +129,7 @@ def test_rows_stop_at_the_tolerance_and_not_before(tolerance: float) -> None:
     for row, n in enumerate(counts(found)):
         assert n in (4, 8, 16, 32, 64)
         assert float(error_of(found)[row]) <= tolerance or n == most
-        if n > FIRST:
+        if n > 4:
             before = bayes.predict(batch_of(), n // 2)
             assert float(error_of(before)[row]) > tolerance
 
@@ -137,7 +137,7 @@ def test_rows_stop_at_the_tolerance_and_not_before(tolerance: float) -> None:
 def test_counts_grow_with_strictness() -> None:
     bayes = bayesian()
     found = [counts(bayes.predict(batch_of(), Adaptive(t))) for t in (1.0, 0.05, 0.02, 1e-9)]
-    assert found[0] == [FIRST] * 6 and found[-1] == [MOST] * 6
+    assert found[0] == [4] * 6 and found[-1] == [64] * 6
     for loose, strict in pairwise(found):
         assert all(a <= b for a, b in zip(loose, strict, strict=True))
 
@@ -155,7 +155,7 @@ def test_no_noise_needs_no_more_draws() -> None:
     bayes = tfb.bayesianize(KINDS["llama"].build())
     bayes.configure(sigma=0.0)
     found = bayes.predict(batch_of(), Adaptive(1e-12))
-    assert counts(found) == [FIRST] * 6
+    assert counts(found) == [4] * 6
     assert relative(found.probs, bayes.predict(batch_of(), Draws.mean()).probs) < EXACT
 
 
@@ -176,7 +176,7 @@ def test_only_rows_that_go_on_are_computed() -> None:
 
 def test_auto_stands_for_the_defaults() -> None:
     bayes = bayesian()
-    assert Adaptive() == Adaptive(tolerance=TOLERANCE, most=MOST, first=FIRST)
+    assert Adaptive() == Adaptive(tolerance=0.01, most=64, first=4)
     auto, given = bayes.predict(batch_of(), "auto"), bayes.predict(batch_of(), Adaptive())
     assert counts(auto) == counts(given) and same(auto, given)
     assert bayes.predict(batch_of(), 4).draw_counts is None

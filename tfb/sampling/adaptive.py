@@ -20,10 +20,6 @@ from tfb.predictive import Predictive
 from tfb.sampling.state import Batch
 from tfb_kernels.reference import compute_dtype
 
-FIRST = 4  # draws of the first round: two pairs, the fewest that tell an error
-MOST = 64
-TOLERANCE = 0.01  # of a probability
-
 
 @dataclass(frozen=True)
 class Adaptive:
@@ -32,12 +28,12 @@ class Adaptive:
     Attributes:
         tolerance: largest Monte-Carlo standard error of the predicted class's probability.
         most: draws at which a row stops in any case (even).
-        first: draws of the first round (even).
+        first: draws of the first round (even): two pairs are the fewest that tell an error.
     """
 
-    tolerance: float = TOLERANCE
-    most: int = MOST
-    first: int = FIRST
+    tolerance: float = 0.01
+    most: int = 64
+    first: int = 4
 
     def __post_init__(self) -> None:
         if not self.tolerance > 0:
@@ -56,15 +52,9 @@ def predict_adaptively(
     first: Draws,
     temperature: float,
 ) -> Predictive:
-    """Predict a batch's rows with ``draw_counts`` of their own.
+    """Predict a batch's rows with ``draw_counts`` of their own, from ``first`` draws on.
 
-    Args:
-        logits_of: gives logits [S, b, K] of some rows.
-        batch: of all rows.
-        label_ids: [K], or of all rows.
-        settings: when a row stops.
-        first: the draws of the first round.
-        temperature: of the likelihood.
+    ``logits_of`` gives logits [S, b, K] of some rows.
     """
     ids = batch.get("input_ids")
     rows = len(ids) if isinstance(ids, Tensor) else 1  # anything else is refused by logits()

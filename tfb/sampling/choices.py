@@ -41,12 +41,12 @@ class ChoiceTokens:
         length_normalization: "none", or "tokens": scores are divided by the number of tokens.
     """
 
-    tokens: Tensor
-    present: Tensor
-    read: Tensor
-    lengths: Tensor
-    owner: Tensor
-    source: Tensor
+    tokens: Tensor  # [B, K, L] vocabulary ids, 0 after the end of a choice
+    present: Tensor  # [B, K, L] bool, where a choice has a token
+    read: Tensor  # [N, L - 1] tokens to read after a prompt, 0 after the end
+    lengths: Tensor  # [N], their number
+    owner: Tensor  # [N], the row of each continuation
+    source: Tensor  # [B, K], the continuation that holds a choice
     length_normalization: str = "none"
 
     @classmethod

@@ -16,15 +16,11 @@ class SamplingConfig:
     Attributes:
         sigma: the posterior's scale, in the paper's pre-scaling units. None: not fitted yet.
         temperature: T of the likelihood, p(y | x) = mean_s softmax(z_s / T).
-        mode: how draws reach the model. "full": through all of it. "tail": noise at the last
-            ``tail`` positions only.
+        mode: "full", or "tail": noise at the last ``tail`` positions only.
         tail: positions with noise in tail mode, else None.
-        length_normalization: how choices of several tokens are scored. "none": by the sum of
-            their log-probabilities. "tokens": by the mean.
+        length_normalization: choices of several tokens are scored by the sum of their tokens'
+            log-probabilities ("none") or by the mean ("tokens").
         seed: of the draws, a signed 64-bit number.
-
-    Raises:
-        ValueError: a value that no model can sample with.
     """
 
     sigma: float | None = None
@@ -40,30 +36,18 @@ class SamplingConfig:
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ValueError(f"temperature={self.temperature}: expected a positive number")
         check_mode(self.mode, self.tail)
-        check_length_normalization(self.length_normalization)
+        if self.length_normalization not in LENGTH_NORMALIZATIONS:
+            raise ValueError(
+                f"length_normalization={self.length_normalization!r}: expected one of "
+                f"{', '.join(LENGTH_NORMALIZATIONS)}"
+            )
 
 
 def check_mode(mode: str, tail: int | None = None) -> None:
-    """Refuse an unknown mode, or a ``tail`` that does not belong to it.
-
-    Raises:
-        ValueError: the mode cannot be sampled.
-    """
+    """Refuse an unknown mode, or a ``tail`` that does not belong to it."""
     if mode not in MODES:
         raise ValueError(f"mode={mode!r}: expected one of {', '.join(MODES)}")
     if mode == "tail" and (tail is None or tail < 1):
         raise ValueError(f"tail={tail}: mode='tail' needs k >= 1 positions with noise")
     if mode != "tail" and tail is not None:
         raise ValueError(f"tail={tail} belongs to mode='tail', not to mode={mode!r}")
-
-
-def check_length_normalization(value: str) -> None:
-    """Refuse an unknown length normalization.
-
-    Raises:
-        ValueError: it is not one of ``LENGTH_NORMALIZATIONS``.
-    """
-    if value not in LENGTH_NORMALIZATIONS:
-        raise ValueError(
-            f"length_normalization={value!r}: expected one of {', '.join(LENGTH_NORMALIZATIONS)}"
-        )

@@ -2,9 +2,8 @@
 
 Inside ``bayes.sampling(draws)`` rows come out draw-major, [S * B, ...]. The entrance repeats the B
 rows S times, for the code outside the backbone; the backbone takes the B common rows again
-(folding). They stay B up to the first noisy block, whose entrance repeats them; in it, modules
-given the very tensor that the first noisy one was given (q, k and v) still read it once. What the
-backbone hands to every block (masks, rotary tables) is repeated once.
+(folding), and the first noisy block repeats them. Modules given the very tensor that the first
+noisy one was given (q, k and v) still read it once.
 """
 
 from __future__ import annotations
@@ -26,8 +25,7 @@ if TYPE_CHECKING:
 SHARED_ARGUMENTS = frozenset({"cache_position", "logits_to_keep"})
 
 # config.model_type of the architectures whose backbone hands its blocks tensors with rows first
-# (or a first axis of 1), which is what folding relies on. Any other architecture is sampled all
-# the same, with all of its blocks run for every draw.
+# (or a first axis of 1). All blocks of any other run for every draw.
 FOLDABLE = {"bert", "distilbert", "electra", "roberta", "xlm-roberta"}
 FOLDABLE |= {"gemma", "gemma2", "gemma3_text", "gpt2", "llama", "mistral", "mixtral", "olmo2"}
 FOLDABLE |= {"phi3", "qwen2", "qwen3"}
@@ -39,26 +37,18 @@ Call = tuple[Args, Kwargs] | None  # what a hook puts in place of a module's arg
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the noise of a model is.
+    """Where the noise of a model is."""
 
-    Attributes:
-        outside: noisy modules outside the backbone.
-        below: the blocks below the first noisy one.
-        blocks: the blocks from it on; None where nothing can be folded.
-        first: the noisy modules of its block.
-    """
-
-    outside: Sequence[str] = ()
-    below: list[nn.Module] = field(default_factory=list)
-    blocks: Sequence[nn.Module] | None = None
-    first: Sequence[str] = ()
+    outside: Sequence[str] = ()  # noisy modules outside the backbone
+    below: list[nn.Module] = field(default_factory=list)  # blocks below the first noisy one
+    blocks: Sequence[nn.Module] | None = None  # those from it on; None: nothing can be folded
+    first: Sequence[str] = ()  # the noisy modules of its block
 
     @classmethod
     def of(cls, base: PreTrainedModel, noisy: Sequence[str]) -> Layout:
         """Find the noisy modules, by their names, in the stack of the backbone's blocks."""
-        prefix = getattr(base, "base_model_prefix", "")
-        backbone = getattr(base, prefix, None) if prefix else None
-        if getattr(base.config, "model_type", "") not in FOLDABLE or backbone is None:
+        prefix = base.base_model_prefix
+        if base.config.model_type not in FOLDABLE or not hasattr(base, prefix):
             return cls()
         inside = [n for n in noisy if n.startswith(f"{prefix}.")]
         outside = [n for n in noisy if n not in inside]
@@ -79,23 +69,11 @@ class Layout:
 
 
 class FanOut:
-    """The hooks that carry S draws through a model; one for each BayesianModel.
-
-    Attributes:
-        below: the blocks below the first noisy module, where passes can be folded.
-    """
+    """The hooks that carry S draws through a model; one for each BayesianModel."""
 
     def __init__(
         self, owner: int, model: nn.Module, base: PreTrainedModel, noisy: Sequence[str]
     ) -> None:
-        """Put the hooks in.
-
-        Args:
-            owner: the key of the model's sampling state.
-            model: the PEFT model.
-            base: the model inside.
-            noisy: qualified names in ``base``.
-        """
         self._owner = owner
         self._base = base
         self._handles: list[RemovableHandle] = []
@@ -128,7 +106,6 @@ class FanOut:
         """Take the hooks out again."""
         for handle in self._handles:
             handle.remove()
-        self._handles.clear()
 
     @property
     def head_alone(self) -> bool:
@@ -251,7 +228,6 @@ def _check_call(state: SamplingState, kwargs: Kwargs) -> None:
 
 
 def _change_rows(change: Callable[[Any], Any], args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-    """``change`` applied to all arguments that run over rows."""
     named = {k: v if k in SHARED_ARGUMENTS else change(v) for k, v in kwargs.items()}
     return tuple(change(a) for a in args), named
 

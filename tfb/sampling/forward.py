@@ -48,20 +48,9 @@ _SHARE = 0.6  # of the free memory: fragmentation, attention scores and the call
 
 
 def align(batch: Batch, side: str, device: torch.device) -> Inputs:
-    """Return the batch on ``device`` with its padding on ``side``.
+    """Return the batch on ``device`` with its padding on ``side``, position_ids moved along.
 
-    A model then sees the same rows whatever side the tokenizer padded on. position_ids are moved
-    along with the tokens.
-
-    Args:
-        batch: a tokenizer's tensors.
-        side: "left" or "right".
-        device: where the tensors go.
-
-    Raises:
-        TypeError: the batch is no dict.
-        ValueError: no input_ids [B, T], no rows, a mask of another shape, holes inside a row's
-            mask, or an empty row.
+    A model then sees the same rows whatever side the tokenizer padded on.
     """
     ids = _input_ids(batch)
     out = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
@@ -127,11 +116,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def draws_that_fit(base: PreTrainedModel, draws: int, tokens: int, scored: int = 0) -> int:
     """Return how many draws one pass should take, at most ``draws`` and at least 1.
 
-    Args:
-        base: the base model.
-        draws: how many there are.
-        tokens: of one draw, over all rows.
-        scored: positions of one draw that have logits over the whole vocabulary.
+    A draw has ``tokens`` over all rows, ``scored`` of them with logits over the whole vocabulary.
     """
     config, device = base.config.get_text_config(), base.device
     hidden = int(config.hidden_size)
@@ -151,9 +136,6 @@ def split(draws: Draws, most: int, device: torch.device) -> list[Draws]:
 
     Draws of one stream that stand side by side share its noise and stay together, even if they
     are more than ``most``. On a CPU, which keeps noise from part to part, they need not.
-
-    Raises:
-        ValueError: ``most`` is below 1.
     """
     if most < 1:
         raise ValueError(f"draws_per_pass={most}: expected at least 1")
@@ -176,16 +158,7 @@ def scored_logits(
     tail: int | None,
     draws_per_pass: int | None,
 ) -> Tensor:
-    """Compute logits [S, B, K]; see ``BayesianModel.logits``.
-
-    Args:
-        bayes: the model; it is put in eval mode for the call.
-        inputs: the aligned batch.
-        draws: S draws.
-        label_ids: [K], [B, K] or [B, K, L]; None: everything.
-        tail: positions with noise; None: full mode.
-        draws_per_pass: most draws in one forward pass; None: as many as fit.
-    """
+    """Compute logits [S, B, K] of an aligned batch; see ``BayesianModel.logits``."""
     B, T = inputs["input_ids"].shape
     labels = _labels(bayes, inputs, label_ids)
     choices = labels if isinstance(labels, ChoiceTokens) else None
@@ -224,12 +197,7 @@ def _labels(
 
 
 class BlocksBelow:
-    """What the blocks below the noise give in all parts of the draws.
-
-    Attributes:
-        prompts: what they return for prompts that are read by themselves.
-        rest: what they return for the rest.
-    """
+    """What the blocks below the noise give in all parts of the draws."""
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         self.prompts, self.rest = Replay(blocks), Replay(blocks)
@@ -257,15 +225,6 @@ class Passes:
         tail: int | None,
         choices: ChoiceTokens | None,
     ) -> None:
-        """Look for shared prefixes, where the model allows it.
-
-        Args:
-            bayes: the model.
-            inputs: the aligned batch.
-            state: what all passes have in common.
-            tail: k; None: full mode.
-            choices: what continues the prompts, or None.
-        """
         self.bayes = bayes
         self.inputs = inputs
         self.state = state
@@ -281,10 +240,7 @@ class Passes:
             self.shared = find_shared_prefix(rows, keep=tail or 1)
 
     def run(self, parts: Sequence[Draws]) -> Iterator[Tensor]:
-        """Yield logits [s, N, L, C] for each part of the draws.
-
-        N is B, and L is 1, unless there are choices.
-        """
+        """Yield logits [s, N, L, C] of each part of the draws; [s, B, 1, C] without choices."""
         if self.tail is not None:
             yield from self._tail(parts, self.tail)
             return
@@ -393,7 +349,7 @@ def mean_state(state: SamplingState, batch: int) -> SamplingState:
 
 
 def _under_way(state: SamplingState, batch: int) -> SamplingState:
-    """``state`` with a pass begun, for calls that enter below the model's entrance."""
+    """Return ``state`` with a pass begun, for calls that enter below the model's entrance."""
     running = ForwardPass(len(state.draws), batch, state.base, tree=True)
     return replace(state, running=running)
 

@@ -1,8 +1,7 @@
 """Generation from the posterior predictive: S weight samples decode side by side.
 
-Each draw keeps its own keys and values, and every step's next token comes from the probabilities
-averaged over draws. transformers' own ``generate`` runs the loop: it sees B rows of averaged
-scores, so its samplers, processors, stopping criteria and streamers work as always.
+transformers' own ``generate`` runs the loop: it sees B rows of scores averaged over draws, so its
+samplers, processors, stopping criteria and streamers work as always.
 """
 
 from __future__ import annotations
@@ -61,9 +60,8 @@ class Generation:
 class Averager:
     """Reduces a step's logits [S * B, L, V] to scores [B, L, V] and keeps the uncertainties.
 
-    score = log mean_s softmax(l_s) + mean_s logsumexp(l_s). The second term is one number a row and
-    changes no probability. With it, scores at sigma = 0 are the logits themselves, also for
-    processors that look at their sign.
+    score = log mean_s softmax(l_s) + mean_s logsumexp(l_s). The second term changes no probability.
+    With it, scores at sigma = 0 are the logits themselves, whose sign some processors look at.
     """
 
     draws: int

@@ -1,10 +1,9 @@
 """Keys and values: prefixes that rows have in common, and tails that draws do not.
 
 Shared prefixes (few-shot preambles, one context with many choices) are computed once and serve
-every row that begins with them. In tail mode the noise is at the last k positions only: the rest of
-the prompt runs once with the mean adapter; then the draws of a row lie side by side on the sequence
-axis, [B, S * k], under a mask that lets each see the prefix and its own tokens. That is about
-1 + S k / T passes, of another posterior predictive than full sampling's.
+every row that begins with them. In tail mode all but the last k tokens run once with the mean
+adapter; then the draws of a row lie side by side on the sequence axis, [B, S * k], under a mask
+that lets each see the prefix and its own tokens.
 """
 
 from __future__ import annotations
@@ -33,17 +32,11 @@ Inputs = dict[str, Any]
 
 @dataclass(frozen=True)
 class SharedPrefix:
-    """Rows [B] as U distinct prefixes of ``length`` tokens and what follows.
-
-    Attributes:
-        length: tokens of every prefix.
-        ids: [U, length].
-        owner: [B], the prefix of each row.
-    """
+    """Rows [B] as U distinct prefixes of ``length`` tokens and what follows."""
 
     length: int
-    ids: Tensor
-    owner: Tensor
+    ids: Tensor  # [U, length]
+    owner: Tensor  # [B], the prefix of each row
 
     def inputs(self, device: torch.device) -> Inputs:
         """Return the arguments of the prefixes' pass."""
@@ -71,17 +64,9 @@ class SharedPrefix:
 
 
 def find_shared_prefix(rows: Sequence[Sequence[int]], keep: int = 1) -> SharedPrefix | None:
-    """Find the prefix length that leaves the fewest tokens to compute.
+    """Find the prefix length that leaves the fewest tokens to compute, if that saves enough.
 
-    With prefixes of c tokens, U of them distinct, U c tokens and the padded rest B (T - c) are
-    computed in place of B T.
-
-    Args:
-        rows: token ids of each row without padding.
-        keep: last tokens of a row that stay outside.
-
-    Returns:
-        The prefixes, or None if they save too little.
+    ``rows`` are token ids without padding, of which the last ``keep`` stay outside.
     """
     B, T = len(rows), max(map(len, rows))
     longest = min(map(len, rows)) - keep
@@ -108,18 +93,14 @@ def find_shared_prefix(rows: Sequence[Sequence[int]], keep: int = 1) -> SharedPr
 
 
 def _common(a: Sequence[int], b: Sequence[int], limit: int) -> int:
-    """Tokens on which a and b agree from the start, at most ``limit``."""
+    """Count the tokens on which a and b agree from the start, at most ``limit``."""
     return next((i for i in range(limit) if a[i] != b[i]), limit)
 
 
 def spread_cache(cache: Cache, owner: Tensor, groups: int) -> None:
-    """Give every row the keys and values of its prefix, in place.
+    """Give every row the keys and values of its prefix ``owner`` [B], in place.
 
-    Args:
-        cache: its layers hold ``groups`` rows (what the draws have in common) or S times as many,
-            draw-major. They come to hold B, or S B.
-        owner: [B], the prefix of each row.
-        groups: U, the number of prefixes.
+    Layers hold ``groups`` rows (what the draws have in common) or S times as many, draw-major.
     """
     layers: list[Any] = cache.layers
     for layer in layers:
@@ -163,12 +144,9 @@ def may_share(inputs: Inputs, config: PreTrainedConfig) -> bool:
 
 
 def varying_angles(config: PreTrainedConfig) -> list[tuple[str, int]]:
-    """Return the kinds of rotary embedding whose angles are others in longer calls.
+    """Return the kinds of rotary embedding whose angles are others beyond a number of tokens.
 
     There, keys of a prefix computed by itself may differ from those within its prompt.
-
-    Returns:
-        Pairs of a kind and the number of tokens beyond which its angles change.
     """
     given = getattr(config, "rope_parameters", None) or {}
     found = []
@@ -182,16 +160,7 @@ def varying_angles(config: PreTrainedConfig) -> list[tuple[str, int]]:
 
 
 def check_angles(config: PreTrainedConfig, prefix: Tensor, rest: Tensor) -> None:
-    """Refuse tail sampling where positions of the prefix would turn by other angles.
-
-    Args:
-        config: of the base model.
-        prefix: positions of the prefix.
-        rest: positions of what follows.
-
-    Raises:
-        ValueError: they would.
-    """
+    """Refuse tail mode where a prefix by itself would turn by other angles."""
     for kind, limit in varying_angles(config):
         first, whole = int(prefix.max()) + 1, int(rest.max()) + 1
         # longrope has two sets of angles, dynamic one for each length beyond the limit.
@@ -225,15 +194,9 @@ def why_no_tail(base: PreTrainedModel, task: str) -> str | None:
 
 
 def prefix_inputs(inputs: Inputs, k: int) -> Inputs:
-    """Return the arguments of the prefix's pass: all but the last k tokens.
+    """Return the arguments of the prefix's pass: all but the last k tokens of left-padded inputs.
 
-    Args:
-        inputs: left-padded, [B, T] with position ids, T >= k. attention_mask [B, P + T] may begin
-            with P columns of a cache that is there already.
-        k: tokens of the tail.
-
-    Raises:
-        ValueError: an argument over tokens that is not known how to split.
+    attention_mask [B, P + T] may begin with P columns of a cache that is there already.
     """
     if names := indivisible(inputs):
         raise ValueError(
@@ -279,13 +242,9 @@ def _masks(
 
 
 def tree_mask(attention_mask: Tensor, k: int, draws: int, window: int | None) -> Tensor:
-    """Return who sees whom, bool [B, 1, S * k, P + S * k] with P = T - k.
+    """Return who sees whom, bool [B, 1, S * k, P + S * k] with P = T - k, of a mask [B, T].
 
-    Args:
-        attention_mask: [B, T], 1 at tokens.
-        k: tail positions.
-        draws: S.
-        window: tokens that a sliding-window layer looks back, itself included. None: all.
+    ``window``: tokens that a sliding-window layer looks back, itself included. None: all.
     """
     T = attention_mask.shape[1]
     P = T - k

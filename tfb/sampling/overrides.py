@@ -1,8 +1,7 @@
 """What replaces the ``forward`` of a few modules of the base model.
 
-The output embedding computes those columns alone that the labels need: a vocabulary of 128,000
-costs as much as many layers, and most of it in memory. Blocks below the noise run once for all
-passes over a batch. Both look at the sampling state, and do what they always did without one.
+The output embedding computes those columns alone that the labels need. Blocks below the noise run
+once for all passes over a batch. Both do what they always did without a sampling state.
 """
 
 from __future__ import annotations
@@ -26,23 +25,14 @@ _MOST = 0.25  # share of the vocabulary above which the whole product is not slo
 
 @dataclass(frozen=True)
 class LabelColumns:
-    """Which columns of the head to compute, and where each row's labels are among them.
+    """Which columns of the head to compute, and where each row's labels are among them."""
 
-    Attributes:
-        columns: [C] vocabulary ids; None: all.
-        position: [K] or [B, K] indices into the computed columns; None: all of them.
-    """
-
-    columns: Tensor | None = None
-    position: Tensor | None = None
+    columns: Tensor | None = None  # [C] vocabulary ids; None: all
+    position: Tensor | None = None  # [K] or [B, K] among the computed columns; None: all
 
     @classmethod
     def of(cls, base: PreTrainedModel, label_ids: Tensor, rows: int) -> LabelColumns:
-        """Find the columns of label_ids [K] or [B, K].
-
-        Raises:
-            ValueError: another shape, or ids outside the vocabulary.
-        """
+        """Find the columns of label_ids [K] or [B, K]."""
         head: Any = base.get_output_embeddings()
         V = int(head.weight.shape[0])
         ids = label_ids.to(head.weight.device, torch.int64)
@@ -99,7 +89,6 @@ def _replacement(module: nn.Module) -> Callable[..., Any] | None:
 
 
 def _narrowed(head: nn.Linear, base: nn.Module, x: Tensor) -> Tensor:
-    """Compute the columns that the state asks for."""
     state = state_of_base(base)
     if state is None or state.columns is None:
         return nn.functional.linear(x, head.weight, head.bias)
@@ -126,4 +115,4 @@ def _replay(block: nn.Module, base: nn.Module) -> Replay | None:
     if torch.compiler.is_compiling():  # what a graph puts out is overwritten when it runs again
         return None
     common = state.running.folded or state.running.draws == 1
-    return state.replay if common and any(block is b for b in state.replay.blocks) else None
+    return state.replay if common and block in state.replay.blocks else None

@@ -26,29 +26,17 @@ Batch = Mapping[str, Any]
 
 @dataclass(eq=False)
 class ForwardPass:
-    """A pass under way: S draws of B rows.
+    """A pass under way: S draws of B rows."""
 
-    Attributes:
-        draws: S.
-        batch: B.
-        entrance: the module whose call began it.
-        tree: the draws lie along the sequence axis, [B, S * k, ...] (tail sampling), not rows.
-        folding: the backbone was given the B common rows.
-        folded: tensors still hold the B common rows.
-        sharing: the module under way was given the B common rows of an input.
-        common: the input of the first noisy module, S equal parts.
-        copies: pairs of a tensor that goes to every block, and its S copies.
-    """
-
-    draws: int
-    batch: int
-    entrance: nn.Module
-    tree: bool = False
-    folding: bool = False
-    folded: bool = False
-    sharing: bool = False
-    common: Tensor | None = None
-    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    draws: int  # S
+    batch: int  # B
+    entrance: nn.Module  # whose call began the pass
+    tree: bool = False  # draws lie along the sequence axis, [B, S * k, ...], as in tail mode
+    folding: bool = False  # the backbone was given the B common rows
+    folded: bool = False  # tensors still hold the B common rows
+    sharing: bool = False  # the module under way was given the B common rows of an input
+    common: Tensor | None = None  # the input of the first noisy module, S equal parts
+    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # see ``repeat``
 
     @property
     def rows(self) -> int:
@@ -56,11 +44,9 @@ class ForwardPass:
         return self.draws * self.batch
 
     def repeat(self, value: Any, *, keep: bool = False) -> Any:
-        """Return S copies, draw-major, of every tensor of B rows in ``value``.
+        """Return S copies, draw-major, of every tensor of B rows in an argument of a module.
 
-        Args:
-            value: an argument of a module; tuples are entered.
-            keep: remember the copies, for what is handed to every block.
+        ``keep`` remembers the copies, for what is handed to every block.
         """
         if isinstance(value, tuple):
             return tuple(self.repeat(v, keep=keep) for v in value)
@@ -91,31 +77,18 @@ class Replay:
 
 @dataclass(frozen=True)
 class SamplingState:
-    """The active draws of one model.
+    """The active draws of one model."""
 
-    Attributes:
-        base: the base model that is sampled.
-        draws: S draws.
-        columns: [K] rows of the output embedding to compute; None: all.
-        tree: see :class:`ForwardPass`. The caller has then laid out the input itself.
-        mean: the one draw is the mean adapter: PEFT's own arithmetic where it is not merged.
-        cached: past_key_values of this very state come with the call.
-        diverged: rows differ from draw to draw at the entrance already: S * B come in.
-        reduce: what becomes of the logits [S * B, ...] at the exit (generation), or None.
-        replay: shared by passes over the same batch, none of which fills a KV cache; or None.
-        running: the pass under way.
-    """
-
-    base: nn.Module
+    base: nn.Module  # the base model
     draws: Draws
-    columns: Tensor | None = None
-    tree: bool = False
-    mean: bool = False
-    cached: bool = False
-    diverged: bool = False
-    reduce: Callable[[Tensor], Tensor] | None = None
-    replay: Replay | None = None
-    running: ForwardPass | None = None
+    columns: Tensor | None = None  # [K] rows of the output embedding to compute; None: all
+    tree: bool = False  # see ForwardPass; the caller has then laid out the input itself
+    mean: bool = False  # the one draw is the mean: PEFT's own arithmetic where not merged
+    cached: bool = False  # past_key_values of this very state come with the call
+    diverged: bool = False  # rows differ from draw to draw already: S * B come in
+    reduce: Callable[[Tensor], Tensor] | None = None  # of the logits [S * B, ...] at the exit
+    replay: Replay | None = None  # of passes over one batch, none of which fills a KV cache
+    running: ForwardPass | None = None  # the pass under way
 
 
 States = Mapping[int, SamplingState]
@@ -169,30 +142,21 @@ def active(owner: int, state: SamplingState) -> Iterator[None]:
 
 
 class SampledModel(Protocol):
-    """What sampling asks of a :class:`tfb.model.BayesianModel`."""
+    """What sampling asks of a :class:`tfb.model.BayesianModel`, which says what each means."""
 
     model: nn.Module
+    base: PreTrainedModel
     task: str
-
-    @property
-    def base(self) -> PreTrainedModel:
-        """The model inside the PEFT model."""
+    blocks_below: list[nn.Module]
+    last_logits: dict[str, int]
 
     @property
     def config(self) -> SamplingConfig:
         """How the model samples."""
 
     @property
-    def blocks_below(self) -> list[nn.Module]:
-        """The blocks below the first noisy module."""
-
-    @property
     def head_alone(self) -> bool:
         """Whether a draw costs an output embedding only."""
-
-    @property
-    def last_logits(self) -> dict[str, int]:
-        """What tells a causal LM that only the last position is scored."""
 
     def inputs(self, batch: Batch, mode: str) -> tuple[dict[str, Any], int]:
         """Return the aligned batch, and its number of rows."""
