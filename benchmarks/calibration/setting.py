@@ -261,5 +261,4 @@ def _batches(bayes: BayesianModel, rows: EncodedRows) -> Any:
         batch_size=BATCH_SIZE,
         pad_token_id=bayes.pad_token_id,
         padding_side=side,
-        sort_by_length=True,
     )

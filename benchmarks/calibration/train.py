@@ -145,9 +145,7 @@ def evaluate_rows(
     model.eval()
     probs, labels = [], []
     pad = int(model.config.pad_token_id)
-    for batch in batches(
-        encoded, batch_size=100, pad_token_id=pad, padding_side=_side(encoded), sort_by_length=True
-    ):
+    for batch in batches(encoded, batch_size=100, pad_token_id=pad, padding_side=_side(encoded)):
         with torch.no_grad():
             probs.append(_logits(model, batch, task).softmax(-1))
         labels.append(torch.as_tensor(batch.labels))

@@ -36,15 +36,15 @@ MIXED = EncodedRows(
 def test_batches_of_one_kind() -> None:
     """Rows of another number of choices, or scored by several tokens, never share a batch."""
     two, three, several = batches(MIXED, batch_size=8, pad_token_id=0)
-    assert [b.indices.tolist() for b in (two, three, several)] == [[0, 2], [1], [3]]
-    assert two.input_ids.tolist() == [[0, 5, 6, 7], [8, 6, 7, 9]]
-    assert two.attention_mask.tolist() == [[0, 1, 1, 1], [1, 1, 1, 1]]
-    assert two.label_ids is not None and two.label_ids.tolist() == [[1, 2], [3, 1]]
-    assert two.labels.tolist() == [1, 0]
+    assert [b.indices.tolist() for b in (two, three, several)] == [[2, 0], [1], [3]]
+    assert two.input_ids.tolist() == [[8, 6, 7, 9], [0, 5, 6, 7]]
+    assert two.attention_mask.tolist() == [[1, 1, 1, 1], [0, 1, 1, 1]]
+    assert two.label_ids is not None and two.label_ids.tolist() == [[3, 1], [1, 2]]
+    assert two.labels.tolist() == [0, 1]
     assert three.labels.tolist() == [NO_LABEL] and len(three) == 1
     assert several.label_ids is not None
     assert several.label_ids.tolist() == [[[1, NO_TOKEN], [2, 9]]]
-    longest = next(batches(MIXED, batch_size=1, pad_token_id=0, sort_by_length=True))
+    longest = next(batches(MIXED, batch_size=1, pad_token_id=0))
     assert longest.indices.tolist() == [2]
     assert [MIXED.num_choices(i) for i in range(4)] == [2, 3, 2, 2]
 
@@ -101,17 +101,14 @@ def encoded(rows: list[tuple[list[int], int]]) -> EncodedRows:
     shapes=st.lists(st.tuples(st.integers(1, 9), st.integers(2, 4)), min_size=1, max_size=20),
     batch_size=st.integers(1, 6),
     side=st.sampled_from(["left", "right"]),
-    sort=st.booleans(),
 )
 def test_batches_hold_every_row_once(
-    shapes: list[tuple[int, int]], batch_size: int, side: str, sort: bool
+    shapes: list[tuple[int, int]], batch_size: int, side: str
 ) -> None:
     rows = [([100 * i + t for t in range(1, n + 1)], k) for i, (n, k) in enumerate(shapes)]
     data = encoded(rows)
     seen: list[int] = []
-    for batch in batches(
-        data, batch_size=batch_size, pad_token_id=0, padding_side=side, sort_by_length=sort
-    ):
+    for batch in batches(data, batch_size=batch_size, pad_token_id=0, padding_side=side):
         assert 1 <= len(batch) <= batch_size
         assert batch.attention_mask.sum(-1).max() == batch.input_ids.shape[1]
         for ids, mask, index in zip(

@@ -77,14 +77,9 @@ class EncodedRows:
 
     def subset(self, indices: Iterable[int]) -> EncodedRows:
         """Return the rows at `indices`, in that order."""
-        keep = list(indices)
-        columns = {f.name: getattr(self, f.name) for f in fields(self)}
-        kept: dict[str, Any] = {
-            name: [column[i] for i in keep]
-            for name, column in columns.items()
-            if isinstance(column, list)
-        }
-        return replace(self, **kept)
+        keep, columns = list(indices), {f.name: getattr(self, f.name) for f in fields(self)}
+        lists = {name: column for name, column in columns.items() if isinstance(column, list)}
+        return replace(self, **{n: [column[i] for i in keep] for n, column in lists.items()})
 
     @cached_property
     def content_hash(self) -> str:
@@ -138,19 +133,17 @@ def batches(
     batch_size: int,
     pad_token_id: int,
     padding_side: str = "left",
-    sort_by_length: bool = False,
 ) -> Iterator[Batch]:
     """Pad rows to batches of one kind: as many choices, and all or none of several tokens.
 
-    Kinds come in the order of their first row. `Batch.indices` restores the rows' order.
+    Kinds come in the order of their first row; of each, the longest rows come first, so that a
+    batch too large for memory fails at once. `Batch.indices` restores the rows' order.
 
     Args:
         encoded: the rows.
         batch_size: most rows of a batch.
         pad_token_id: fills the shorter rows.
         padding_side: "left" or "right".
-        sort_by_length: take rows of a kind longest first instead of in their order: less padding,
-            and a batch too large for memory fails at once.
 
     Raises:
         ValueError: `batch_size` below 1.
@@ -160,9 +153,8 @@ def batches(
     kinds: dict[tuple[int, bool], list[int]] = {}
     for i in range(len(encoded)):
         kinds.setdefault((encoded.num_choices(i), encoded.choice_tokens(i) is None), []).append(i)
-    if sort_by_length:
-        for rows in kinds.values():
-            rows.sort(key=lambda i: -len(encoded.input_ids[i]))  # stable: ties keep their order
+    for rows in kinds.values():
+        rows.sort(key=lambda i: -len(encoded.input_ids[i]))
     return (
         _collate(encoded, rows[start : start + batch_size], pad_token_id, padding_side)
         for rows in kinds.values()

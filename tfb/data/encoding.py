@@ -40,14 +40,13 @@ class RowEncoder:
 
     1. A space joins them where neither brings whitespace; after chat messages, the whitespace that
        the template writes before an answer.
-    2. The prompt's tokens must begin the whole text's. Where they do not ("Answer: " + "A", where
-       most tokenizers have a token " A"), the whitespace that ends the prompt moves into all
-       choices of the row. Where that does not help, the row is an error.
+    2. Where the prompt's tokens do not begin the whole text's ("Answer: " + "A", where most
+       tokenizers have a token " A"), the whitespace that ends the prompt moves into all choices of
+       the row. Where that does not help, the row is an error.
     3. The tokens that follow are the choice's. First tokens that all choices share move into the
        prompt: their probability cancels. Not where scores are divided by the number of tokens.
 
-    Special tokens in front are kept, exactly one where the text brings its own; those at the end
-    are removed from choice rows, since the model is to continue the prompt.
+    One set of special tokens stays in front; those at the end of choice rows are removed.
 
     Args:
         tokenizer: of transformers.
@@ -120,11 +119,8 @@ class RowEncoder:
     def _texts(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Encode texts for a sequence-classification head."""
         batch = self.tokenizer([row.text for row in rows], verbose=False)
-        found = map(self._one_front, batch["input_ids"])
-        fitted = [
-            self._fit(row, ids, self.limit, self._back)
-            for row, ids in zip(rows, found, strict=True)
-        ]
+        found = zip(rows, map(self._one_front, batch["input_ids"]), strict=True)
+        fitted = [self._fit(row, ids, self.limit, self._back) for row, ids in found]
         input_ids, cut = map(list, zip(*fitted, strict=True))
         types = batch.get("token_type_ids")
         if types is not None:  # one text a row is one segment: where its types are cut is the same
@@ -181,7 +177,7 @@ class RowEncoder:
         prompt, between = row.prompt or "", " "
         if row.messages is not None:
             prompt, between = self._rendered(row), self._before_answers
-        if prompt[-1].isspace():
+        if prompt[-1:].isspace():
             between = ""
         return prompt, [c if c[0].isspace() else between + c for c in row.choices or ()]
 
@@ -191,14 +187,10 @@ class RowEncoder:
             fault = "the row has messages, but the tokenizer has no chat template"
             _fail(row, fault, "use the chat model's tokenizer, or write the text into 'prompt'")
         try:
-            text = self._render([dict(message) for message in row.messages or ()], prompt=True)
+            return self._render([dict(message) for message in row.messages or ()], prompt=True)
         except Exception as error:  # a program that came with the tokenizer
             fault = f"the chat template refuses the messages ({error})"
             _fail(row, fault, "order and name the roles as it expects them")
-        if not text:
-            fault = "the chat template makes an empty prompt of the messages"
-            _fail(row, fault, "check the template, or write the text into 'prompt'")
-        return text
 
     @cached_property
     def _before_answers(self) -> str:
@@ -232,7 +224,7 @@ class RowEncoder:
         """Return each prompt's tokens and its choices' continuations; None where they merge."""
         pairs = [self._pair(row) for row in rows]
         found = self._split(pairs)
-        left = [i for i, pair in enumerate(pairs) if found[i] is None and pair[0][-1].isspace()]
+        left = [i for i, pair in enumerate(pairs) if found[i] is None and pair[0][-1:].isspace()]
         moved = self._split([_move_whitespace(*pairs[i]) for i in left])
         for i, tokens in zip(left, moved, strict=True):
             found[i] = tokens

@@ -13,7 +13,7 @@ import glob
 import io
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -23,7 +23,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tfb.data.rows import ClassIndex, Row, RowError, RowFormat, decode_object, json_object
+from tfb.data.rows import ClassIndex, Row, RowError, RowFormat, decode_object
 
 JSON = (".jsonl", ".ndjson", ".json")
 CSV = (".csv", ".tsv")
@@ -352,7 +352,7 @@ def _json_records(source: Path) -> Iterator[Record]:
                     yield from _json_list(source, line + stream.read())
                     return
             if line.strip():
-                yield _parsed(decode_object, line, f"{source}:{number}")
+                yield _parsed(line, f"{source}:{number}")
 
 
 def _json_list(source: Path, data: bytes) -> Iterator[Record]:
@@ -361,12 +361,12 @@ def _json_list(source: Path, data: bytes) -> Iterator[Record]:
     except (ValueError, RecursionError) as error:
         raise RowError(f"{source}: not a JSON list ({error}); write one object a line") from error
     for number, fields in enumerate(rows, 1):
-        yield _parsed(json_object, fields, f"{source}:{number}")
+        yield _parsed(fields, f"{source}:{number}")
 
 
-def _parsed(parse: Callable[[Any, str], dict[str, Any]], value: Any, place: str) -> Record:
+def _parsed(data: Any, place: str) -> Record:
     try:
-        return Record(place, parse(value, place))
+        return Record(place, decode_object(data, place))
     except RowError as error:
         return Record(place, None, str(error))
 
@@ -395,11 +395,9 @@ def _csv(source: Path) -> Iterator[tuple[list[str], Any]]:
         yield names, reader
 
 
-@contextmanager
-def _open(source: Path) -> Iterator[io.BufferedReader]:
-    """Open a text file for its bytes, decompressed."""
-    with pa.input_stream(str(source)) as stream:
-        yield io.BufferedReader(stream, 1 << 16)
+def _open(source: Path) -> io.BufferedReader:
+    """Open a text file for its bytes, decompressed by its name."""
+    return io.BufferedReader(pa.input_stream(str(source)), 1 << 16)
 
 
 @contextmanager

@@ -205,28 +205,19 @@ class ClassIndex(int):
         return found
 
 
-def decode_object(line: bytes, source: str) -> dict[str, Any]:
-    """Return the JSON object on a line, whatever its columns.
+def decode_object(data: Any, source: str) -> dict[str, Any]:
+    """Return the JSON object on a line of bytes, or the object that was decoded already.
 
     Raises:
         RowError: not UTF-8, not JSON, or not an object.
     """
     try:
-        value = json.loads(line.decode())
+        value = json.loads(data.decode()) if isinstance(data, bytes) else data
     except UnicodeDecodeError as error:
         fault = f"the line is not UTF-8 ({error.reason})"
         _fail(source, fault, "save the file as UTF-8, or name it by its format")
     except (ValueError, RecursionError) as error:
         _fail(source, f"not valid JSON ({error})", "write one complete JSON object a line")
-    return json_object(value, source)
-
-
-def json_object(value: Any, source: str) -> dict[str, Any]:
-    """Return a value that is a JSON object.
-
-    Raises:
-        RowError: it is none.
-    """
     if not isinstance(value, dict):
         fault = f"expected a JSON object, found {_described(value)}"
         _fail(source, fault, 'write {"prompt": ..., "choices": [...]} or {"text": ...}')
