@@ -79,7 +79,8 @@ class EncodedRows:
         """Return the rows at `indices`, in that order."""
         keep, columns = list(indices), {f.name: getattr(self, f.name) for f in fields(self)}
         lists = {name: column for name, column in columns.items() if isinstance(column, list)}
-        return replace(self, **{n: [column[i] for i in keep] for n, column in lists.items()})
+        kept: dict[str, Any] = {name: [column[i] for i in keep] for name, column in lists.items()}
+        return replace(self, **kept)
 
     @cached_property
     def content_hash(self) -> str:

@@ -12,8 +12,7 @@ from tfb.data.rows import Row, RowError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-Pair = tuple[str, list[str]]  # a prompt, and its choices as they continue it
-Tokens = tuple[list[int], list[list[int]]]  # the same as token ids
+Tokens = tuple[list[int], list[list[int]]]  # of a prompt, and of its choices as they continue it
 
 LABEL_TOKENS = ("all", "last")
 SIDES = ("left", "right")
@@ -172,14 +171,14 @@ class RowEncoder:
 
     # --- prompts and choices as text --------------------------------------------------------------
 
-    def _pair(self, row: Row) -> Pair:
-        """Return the prompt, and the choices as they continue it."""
+    def _written(self, row: Row) -> tuple[str, list[str]]:
+        """Return the prompt, and the whole text with each choice."""
         prompt, between = row.prompt or "", " "
         if row.messages is not None:
             prompt, between = self._rendered(row), self._before_answers
         if prompt[-1:].isspace():
             between = ""
-        return prompt, [c if c[0].isspace() else between + c for c in row.choices or ()]
+        return prompt, [prompt + between * (not c[0].isspace()) + c for c in row.choices or ()]
 
     def _rendered(self, row: Row) -> str:
         """Render messages by the tokenizer's chat template, with its generation prompt."""
@@ -216,31 +215,25 @@ class RowEncoder:
         texts = list(dict.fromkeys(choice for row in rows for choice in row.choices or ()))
         answers = self.tokenizer(text_target=texts, add_special_tokens=False, verbose=False)
         known = dict(zip(texts, map(list, answers["input_ids"]), strict=True))
-        prompts = self._ids([self._pair(row)[0] for row in rows])
+        prompts = self._ids([self._written(row)[0] for row in rows])
         choices = [[known[choice] for choice in row.choices or ()] for row in rows]
         return list(zip(prompts, choices, strict=True))
 
     def _continuations(self, rows: Sequence[Row]) -> list[Tokens | None]:
         """Return each prompt's tokens and its choices' continuations; None where they merge."""
-        pairs = [self._pair(row) for row in rows]
-        found = self._split(pairs)
-        left = [i for i, pair in enumerate(pairs) if found[i] is None and pair[0][-1:].isspace()]
-        moved = self._split([_move_whitespace(*pairs[i]) for i in left])
-        for i, tokens in zip(left, moved, strict=True):
-            found[i] = tokens
-        return found
+        written = [self._written(row) for row in rows]
+        texts = [text for prompt, whole in written for text in (prompt, prompt.rstrip(), *whole)]
+        distinct = list(dict.fromkeys(texts))
+        known = dict(zip(distinct, self._ids(distinct, ended=False), strict=True))
 
-    def _split(self, pairs: list[Pair]) -> list[Tokens | None]:
-        """Do what ``_continuations`` does, with whitespace where it is."""
-        texts = [prompt + choice for prompt, choices in pairs for choice in ("", *choices)]
-        texts = list(dict.fromkeys(texts))
-        known = dict(zip(texts, self._ids(texts, ended=False), strict=True)) if texts else {}
-        found: list[Tokens | None] = []
-        for prompt, choices in pairs:
-            ids, whole = known[prompt], [known[prompt + choice] for choice in choices]
-            begins = ids and all(text[: len(ids)] == ids for text in whole)
-            found.append((ids, [text[len(ids) :] for text in whole]) if begins else None)
-        return found
+        def split(prompt: str, whole: list[str]) -> Tokens | None:
+            for begin in (known[prompt], known[prompt.rstrip()]):
+                n = len(begin)
+                if n and all(known[text][:n] == begin for text in whole):
+                    return begin, [known[text][n:] for text in whole]
+            return None
+
+        return [split(*texts) for texts in written]
 
     def _ids(self, texts: list[str], *, ended: bool = True, **options: bool) -> list[list[int]]:
         """Tokenize texts; not ``ended``: without the special tokens at the end."""
@@ -338,12 +331,6 @@ def _shared(choices: list[list[int]]) -> int:
     while n < most and len({ids[n] for ids in choices}) == 1:
         n += 1
     return n
-
-
-def _move_whitespace(prompt: str, choices: list[str]) -> Pair:
-    """Give the whitespace that ends the prompt to the choices."""
-    short = prompt.rstrip()
-    return short, [prompt[len(short) :] + choice for choice in choices]
 
 
 def _fail(row: Row, fault: str, remedy: str) -> NoReturn:

@@ -123,9 +123,8 @@ def _items(data: Any, form: RowFormat) -> Iterator[Any]:
     if hasattr(data, "with_format") and not isinstance(data, Mapping):  # a Dataset
         if data.column_names is not None:  # known, of one that streams
             form.check(data.column_names, "the Dataset")
-        return _with_classes(
-            data.with_format(None), data.features.to_dict() if data.features else {}
-        )
+        features = data.features.to_dict() if data.features else {}
+        return _with_classes(data.with_format(None), features)
     if hasattr(data, "columns") and hasattr(data, "__arrow_c_stream__"):
         return _table_rows(data, form)
     if isinstance(data, Mapping) or hasattr(data, "columns") or not isinstance(data, Iterable):
@@ -140,16 +139,12 @@ def _elements(data: Iterable[Any], form: RowFormat) -> Iterator[Any]:
     """Stream the elements of an iterable, or the records of the files that they name."""
     stream = iter(data)
     first = list(islice(stream, 1))
-    if first and isinstance(first[0], os.PathLike):
-        return _file_records([*first, *stream], form)
-    if (
-        first
-        and isinstance(first[0], str)
-        and " " not in first[0]
-        and _suffix(Path(first[0])) in SUFFIXES
-    ):
+    head = first[0] if first else None
+    if isinstance(head, os.PathLike):
+        return _file_records([head, *stream], form)
+    if isinstance(head, str) and " " not in head and _suffix(Path(head)) in SUFFIXES:
         raise TypeError(
-            f"a list of strings is a list of texts, but {first[0]!r} looks like a file; give it "
+            f"a list of strings is a list of texts, but {head!r} looks like a file; give it "
             "alone, or several as pathlib.Path"
         )
     return chain(first, stream)
