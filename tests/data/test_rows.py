@@ -85,21 +85,21 @@ BAD_LINES = [
     ("[" * 100_000, "not valid JSON", "one complete JSON object"),
     ('{"id": %s, "text": "x"}' % ("9" * 5000), "not valid JSON", "one complete JSON object"),
     (b'{"id": 1, "text": "\xff"}', "not UTF-8", "save the file as UTF-8"),
-    ("[1]", "expected a JSON object, found a list", "write {"),
-    ("3", "expected a JSON object, found the number 3", "write {"),
-    ("null", "expected a JSON object, found null", "write {"),
+    ("[1]", r"expected a JSON object, found \[1\]", "write {"),
+    ("3", "expected a JSON object, found 3;", "write {"),
+    ("null", "expected a JSON object, found None", "write {"),
     ({"id": 1}, "no column 'text'; there are 'id'", "such as text=YOURS"),
     ({"id": 1, "choices": ["A", "B"]}, "no column 'prompt'", "such as prompt=YOURS"),
     ({"id": 1, "prompt": "x"}, "no column 'choices'", "all rows the same by labels"),
     ({**CHOICE, "messages": "[]"}, "'prompt' together with 'messages'", "keep one"),
     ({"messages": "say", "choices": "A|B"}, "'messages' is no list", "write [{"),
     ({"messages": [], "choices": "A|B"}, "'messages' is no list", "write [{"),
-    ({"messages": ["x"], "choices": "A|B"}, "a message is a string", "write {"),
-    ({"messages": [{"role": "user"}], "choices": "A|B"}, "'content' of a message is null", "make"),
-    ({**TEXT, "id": 1.5}, "'id' is the number 1.5", "make it a string"),
-    ({**TEXT, "id": True}, "'id' is a boolean", "make it a string"),
+    ({"messages": ["x"], "choices": "A|B"}, "a message is 'x'", "write {"),
+    ({"messages": [{"role": "user"}], "choices": "A|B"}, "'content' of a message is None", "make"),
+    ({**TEXT, "id": 1.5}, "'id' is 1.5", "make it a string"),
+    ({**TEXT, "id": True}, "'id' is True", "make it a string"),
     ({**TEXT, "id": " "}, "'id' is empty", "write some text"),
-    ({**TEXT, "text": ["x"]}, "'text' is a list", "make it a string"),
+    ({**TEXT, "text": ["x"]}, r"'text' is \['x'\]", "make it a string"),
     ({**TEXT, "text": ""}, "nothing in column 'text'", "write it, or remove the row"),
     ({**TEXT, "text": "\n"}, "'text' is empty", "write some text"),
     ('{"id": 1, "text": "\\ud800"}', "half of a surrogate pair", "save it as UTF-8"),
@@ -109,19 +109,19 @@ BAD_LINES = [
     ({**CHOICE, "prompt": None}, "nothing in column 'prompt'", "write it, or remove the row"),
     ({**CHOICE, "prompt": "  "}, "'prompt' is empty", "write some text"),
     ({**CHOICE, "choices": "AB"}, "'choices' holds 1", "at least two"),
-    ({**CHOICE, "choices": "['A', 'B']"}, "'choices' is a string", 'a list, ["A", "B"], or A|B'),
-    ({**CHOICE, "choices": 3}, "'choices' is the number 3", "write a list"),
+    ({**CHOICE, "choices": "['A', 'B']"}, "'choices' is ", 'a list, ["A", "B"], or A|B'),
+    ({**CHOICE, "choices": 3}, "'choices' is 3", "write a list"),
     ({**CHOICE, "choices": ["A"]}, "'choices' holds 1", "at least two"),
     ({**CHOICE, "choices": []}, "'choices' holds 0", "at least two"),
-    ({**CHOICE, "choices": ["A", 2]}, "a choice is the number 2", "make it a string"),
+    ({**CHOICE, "choices": ["A", 2]}, "a choice is 2", "make it a string"),
     ({**CHOICE, "choices": ["A", ""]}, "a choice is empty", "write some text"),
     ({**CHOICE, "choices": ["A", "B", "A"]}, "the choice 'A' stands twice", "make them differ"),
     ({**CHOICE, "label": 2}, "the label 2 is outside the 2 choices", "count from 0"),
     ({**CHOICE, "label": -1}, "the label -1 is outside the 2 choices", "or leave it out"),
     ({**CHOICE, "label": "C"}, "the label 'C' is none of the 2 choices", "use one of these"),
-    ({**CHOICE, "label": 1.5}, "'label' is the number 1.5", "an integer index"),
-    ({**CHOICE, "label": True}, "'label' is a boolean", "an integer index"),
-    ({**CHOICE, "label": [1]}, "'label' is a list", "an integer index"),
+    ({**CHOICE, "label": 1.5}, "'label' is 1.5", "an integer index"),
+    ({**CHOICE, "label": True}, "'label' is True", "an integer index"),
+    ({**CHOICE, "label": [1]}, r"'label' is \[1\]", "an integer index"),
 ]
 
 
@@ -253,7 +253,7 @@ def test_a_column_has_one_meaning() -> None:
     assert RowFormat({"prompt": "text"}).row({"text": "x", "choices": "A|B"}).prompt == "x"
     row = RowFormat({"label": "id"}).row({"text": "x", "id": 1}, number=7)
     assert (row.id, row.label) == ("7", 1)
-    with pytest.raises(RowError, match=r"'prompt' is a list; .*columns, messages=YOURS"):
+    with pytest.raises(RowError, match=r"'prompt' is \[.*; .*columns, messages=YOURS"):
         RowFormat().row({"prompt": said, "choices": ["A", "B"]})
 
 
@@ -263,7 +263,7 @@ def test_values_of_other_libraries() -> None:
         assert (row.id, row.text, row.label, type(row.label)) == ("3", "x", 1, int)
     choices = np.array(["A", "B"], dtype=object)
     assert RowFormat().row({"prompt": "x", "choices": choices}).choices == ("A", "B")
-    with pytest.raises(RowError, match="'label' is of type bytes"):
+    with pytest.raises(RowError, match="'label' is b'1'"):
         RowFormat().row({"text": "x", "label": b"1"})
 
 
@@ -286,11 +286,11 @@ def test_settings_that_cannot_be() -> None:
         ({"columns": {"question": "prompt"}}, "'question' is none of id, prompt, messages"),
         ({"columns": {"prompt": "x"}, "task": "SEQ_CLS"}, "'prompt' is none of id, text, label;"),
         ({"columns": {"id": "a", "text": "a"}}, "'a' is named twice"),
-        ({"labels": ["a"]}, "at least two names"),
-        ({"labels": ["a", "b", "a"]}, "'a' stands twice"),
-        ({"labels": "a,b"}, "none of them empty, got 'a,b'"),
-        ({"labels": [1, 2]}, "expected a list of names"),
-        ({"labels": ["a", " "]}, "none of them empty, got"),
+        ({"labels": ["a"]}, "two or more names"),
+        ({"labels": ["a", "b", "a"]}, r"given twice, got \['a', 'b', 'a'\]"),
+        ({"labels": "a,b"}, "got 'a,b'"),
+        ({"labels": [1, 2]}, r"got \[1, 2\]"),
+        ({"labels": ["a", " "]}, "none of them empty"),
     ):
         with pytest.raises(ValueError, match=message):
             RowFormat(**how)  # type: ignore[arg-type]

@@ -89,14 +89,15 @@ class RowFormat:
             if list(self.columns.values()).count(theirs) > 1:
                 raise ValueError(f"columns: {theirs!r} is named twice")
         names = self.labels
-        if names is None:
-            return
-        if isinstance(names, str) or not all(isinstance(n, str) and n.strip() for n in names):
-            raise ValueError(f"labels: expected a list of names, none of them empty, got {names!r}")
-        if len(names) < 2:
-            raise ValueError(f"labels: expected at least two names, got {names}")
-        if twice := [name for name in names if list(names).count(name) > 1]:
-            raise ValueError(f"labels: {twice[0]!r} stands twice; name every class once")
+        if names is not None and (
+            isinstance(names, str)
+            or not all(isinstance(name, str) and name.strip() for name in names)
+            or len(set(names)) < max(2, len(names))
+        ):
+            raise ValueError(
+                "labels: expected two or more names, none of them empty or given twice, got "
+                f"{reprlib.repr(names)}"
+            )
 
     @property
     def ours(self) -> tuple[str, ...]:
@@ -219,7 +220,7 @@ def decode_object(data: Any, source: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         _fail(source, f"not valid JSON ({error})", "write one complete JSON object a line")
     if not isinstance(value, dict):
-        fault = f"expected a JSON object, found {_described(value)}"
+        fault = f"expected a JSON object, found {reprlib.repr(value)}"
         _fail(source, fault, 'write {"prompt": ..., "choices": [...]} or {"text": ...}')
     return value
 
@@ -230,7 +231,7 @@ def _choices(value: Any, source: str) -> tuple[str, ...]:
         parts = [choice.strip() for choice in value.split("|")]
         value = _json_list(value) if value.lstrip().startswith("[") else parts
     if not isinstance(value, list | tuple):
-        _fail(source, f"'choices' is {_described(value)}", 'write a list, ["A", "B"], or A|B')
+        _fail(source, f"'choices' is {reprlib.repr(value)}", 'write a list, ["A", "B"], or A|B')
     for choice in value:
         _string(choice, "a choice", source)
     if len(value) < 2:
@@ -247,7 +248,7 @@ def _messages(value: Any, source: str) -> tuple[dict[str, Any], ...]:
         _fail(source, "'messages' is no list of messages", 'write [{"role": ..., "content": ...}]')
     for message in value:
         if not isinstance(message, Mapping):
-            fault = f"a message is {_described(message)}"
+            fault = f"a message is {reprlib.repr(message)}"
             _fail(source, fault, 'write {"role": ..., "content": ...}')
         for name in ("role", "content"):
             _string(message.get(name), f"{name!r} of a message", source)
@@ -274,7 +275,7 @@ def _label(value: Any, names: Sequence[str] | None, what: str, source: str) -> i
     if isinstance(value, str):
         value = _index_of(value, names or (), what, source)
     if not isinstance(value, int) or isinstance(value, bool):
-        _fail(source, f"'label' is {_described(value)}", "use an integer index, counted from 0")
+        _fail(source, f"'label' is {reprlib.repr(value)}", "use an integer index, counted from 0")
     if value < 0 or (names is not None and value >= len(names)):
         within = "negative" if names is None else f"outside the {len(names)} {what}"
         _fail(source, f"the label {value} is {within}", "count from 0, or leave it out")
@@ -300,7 +301,7 @@ def _index_of(label: str, names: Sequence[str], what: str, source: str) -> int:
 def _string(value: Any, name: str, source: str) -> str:
     if not isinstance(value, str):
         more = ", or name a column of messages by columns, messages=YOURS" * (name == "'prompt'")
-        _fail(source, f"{name} is {_described(value)}", f"make it a string{more}")
+        _fail(source, f"{name} is {reprlib.repr(value)}", f"make it a string{more}")
     if not value.strip():
         _fail(source, f"{name} is empty", "write some text into it, or remove the row")
     try:
@@ -314,15 +315,6 @@ def _string(value: Any, name: str, source: str) -> str:
 def _plain(value: Any) -> Any:
     """Turn a value of numpy or torch into Python's own."""
     return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _described(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return f"the number {value}"
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
-    return names.get(type(value), f"of type {type(value).__name__}")
 
 
 def _fail(source: str, fault: str, remedy: str) -> NoReturn:
