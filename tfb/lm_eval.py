@@ -3,8 +3,7 @@
     python -m tfb.lm_eval --model tfb --model_args pretrained=M,artifact=DIR,draws=10 --tasks ...
 
 Tokenization, windows, truncation, stop sequences and chat templates are the harness's own (its
-HFLM), so that at sigma = 0 results are those of model ``hf``. The harness does not normalize over
-the choices of a row in each draw, as ``tfb evaluate`` does. Extra: pip install "tfb[lm-eval]".
+HFLM), so that at sigma = 0 results are those of model ``hf``.
 """
 
 from __future__ import annotations
@@ -35,6 +34,7 @@ from tfb.draws import Draws
 from tfb.model import BayesianModel
 from tfb.sampling.forward import draws_that_fit, evaluating, split
 from tfb_kernels import NOISE_VERSION
+from tfb_kernels.reference import compute_dtype
 
 log = logging.getLogger(__name__)
 Encoded = tuple[list[int], list[int]]  # tokens of the context and of its continuation
@@ -68,8 +68,7 @@ class BayesianLM(HFLM):
         """Load an artifact, or wrap a model.
 
         Args:
-            pretrained: the base model's folder or hub name; or a BayesianModel, which then needs
-                ``tokenizer``.
+            pretrained: the base model's folder or hub name; or a BayesianModel, with ``tokenizer``.
             artifact: the folder written by ``tfb fit``, with the base model's name.
             tokenizer: a tokenizer or the name of one. Default: the base model's.
             draws: a number of antithetic draws at the artifact's sigma and seed, or Draws.
@@ -79,10 +78,6 @@ class BayesianLM(HFLM):
             add_bos_token: likewise.
             prefix_token_id: likewise.
             device: where to move the model. None, or a GPU that is not there: where it is.
-
-        Raises:
-            ValueError: artifact or tokenizer missing, not a causal language model, tail mode,
-                token noise, sigma not set, odd draws, or batch_size not a number.
         """
         if isinstance(pretrained, BayesianModel):
             bayes = pretrained
@@ -168,9 +163,6 @@ class BayesianLM(HFLM):
         Returns:
             The log-probability of each under each draw, [S, N] float64 on the CPU; and whether
             greedy decoding from the averaged distribution would write it.
-
-        Raises:
-            ValueError: an empty context or continuation, or a continuation longer than the model.
         """
         shared: dict[tuple[int, ...], list[int]] = {}
         for i, (context, rest) in enumerate(requests):
@@ -222,8 +214,8 @@ class BayesianLM(HFLM):
             for draws in split(self.draws, most, bayes.device):
                 with bayes.sampling(draws):
                     logits = bayes.model(**inputs, **last).logits[:, -keep:]
-                logits = logits if logits.dtype == torch.float64 else logits.float()
-                yield logits.log_softmax(-1).unflatten(0, (len(draws), -1))
+                log_p = logits.to(compute_dtype(logits.dtype)).log_softmax(-1)
+                yield log_p.unflatten(0, (len(draws), -1))
 
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], **options: Any

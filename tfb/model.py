@@ -160,7 +160,7 @@ class BayesianModel:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the base model's activations."""
-        return next(p.dtype for p in self.base.parameters() if p.is_floating_point())
+        return self.base.dtype
 
     @property
     def pad_token_id(self) -> int:

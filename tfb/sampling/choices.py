@@ -1,10 +1,8 @@
 """Choices of several tokens: each is scored by its summed log-probability after the prompt.
 
-For draw s, score_s(c) = sum_t log p_s(c_t | prompt, c_1 .. c_t-1) over the whole vocabulary; the
-draw's probabilities are the softmax of its scores over the choices of the row. In tail mode the
-noise acts at the last k tokens of the prompt and at the tokens of the choice. The last token of a
-prompt and all but the last of a choice make a *continuation*, which is read against the keys and
-values of its prompt. A continuation that begins another one of its row is read with it.
+The last token of a prompt and all but the last of a choice make a *continuation*, which is read
+against the keys and values of its prompt. A continuation that begins another one of its row is
+read with it.
 """
 
 from __future__ import annotations
@@ -29,17 +27,7 @@ Tokens = tuple[int, ...]
 
 @dataclass(frozen=True)
 class ChoiceTokens:
-    """The choices of B rows as N continuations of one length.
-
-    Attributes:
-        tokens: [B, K, L] vocabulary ids, 0 after the end of a choice.
-        present: [B, K, L] bool, where a choice has a token.
-        read: [N, L - 1] tokens to read after a prompt, 0 after the end.
-        lengths: [N], their number.
-        owner: [N], the row of each continuation.
-        source: [B, K], the continuation that holds a choice.
-        length_normalization: "none", or "tokens": scores are divided by the number of tokens.
-    """
+    """The choices of B rows as N continuations of one length."""
 
     tokens: Tensor  # [B, K, L] vocabulary ids, 0 after the end of a choice
     present: Tensor  # [B, K, L] bool, where a choice has a token
@@ -57,18 +45,7 @@ class ChoiceTokens:
         rows: int,
         length_normalization: str = "none",
     ) -> ChoiceTokens:
-        """Find the continuations of choice_ids [B, K, L].
-
-        Args:
-            base: the model inside the PEFT model.
-            choice_ids: vocabulary ids, ``NO_TOKEN`` after the end of shorter choices.
-            rows: B.
-            length_normalization: "none" or "tokens".
-
-        Raises:
-            ValueError: another shape, a choice without tokens or with a gap, ids outside the
-                vocabulary, or two equal choices of a row.
-        """
+        """Find the continuations of choice_ids [B, K, L]; ``NO_TOKEN`` fills shorter choices up."""
         head: Any = base.get_output_embeddings()
         device, ids = head.weight.device, choice_ids.cpu().to(torch.int64)
         _check_ids(ids, rows, int(head.weight.shape[0]))
@@ -101,12 +78,10 @@ class ChoiceTokens:
         return self.tokens.shape[-1]
 
     def extend(self, inputs: Inputs, keep: int) -> Inputs:
-        """Return the last tokens of each continuation's prompt, and its own tokens after them.
+        """Return the last ``keep`` tokens of each continuation's prompt and its own tokens.
 
-        Args:
-            inputs: of the prompts [B, T], padded on the left. attention_mask [B, P + T] may begin
-                with P columns of a cache; those of all columns before the kept ones stay.
-            keep: tokens of a prompt.
+        Prompts are padded on the left. Their attention_mask [B, P + T] may begin with P columns of
+        a cache; all columns before the kept tokens stay.
         """
         B, owner = len(inputs["input_ids"]), self.owner
         out = {
@@ -140,11 +115,7 @@ class ChoiceTokens:
 
 
 def check_continuable(inputs: Inputs, task: str) -> None:
-    """Refuse what cannot be continued by the tokens of a choice.
-
-    Raises:
-        ValueError: an encoder-decoder, or arguments over tokens beyond ids, mask and positions.
-    """
+    """Refuse what cannot be continued by the tokens of a choice."""
     if task != "CAUSAL_LM":
         raise ValueError(
             "choices of several tokens: they continue the prompt of a causal language model, not "

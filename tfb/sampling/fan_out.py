@@ -233,10 +233,7 @@ def _change_rows(change: Callable[[Any], Any], args: Args, kwargs: Kwargs) -> tu
 
 
 def _batch_rows(args: Args, kwargs: Mapping[str, Any]) -> int:
-    for name in ("input_ids", "inputs_embeds"):
-        if isinstance(kwargs.get(name), Tensor):
-            return int(kwargs[name].shape[0])
-    for value in args:
+    for value in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args):
         if isinstance(value, Tensor) and value.dim() > 0:
             return int(value.shape[0])
     raise ValueError("sampling: the model was called with neither input_ids nor inputs_embeds")

@@ -44,9 +44,6 @@ CPU_BYTES = 12 << 20
 _SHARE = 0.6  # of the free memory: fragmentation, attention scores and the caller's own
 
 
-# --- batches --------------------------------------------------------------------------------------
-
-
 def align(batch: Batch, side: str, device: torch.device) -> Inputs:
     """Return the batch on ``device`` with its padding on ``side``, position_ids moved along.
 
@@ -110,9 +107,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-# --- draws in parts -------------------------------------------------------------------------------
-
-
 def draws_that_fit(base: PreTrainedModel, draws: int, tokens: int, scored: int = 0) -> int:
     """Return how many draws one pass should take, at most ``draws`` and at least 1.
 
@@ -121,7 +115,7 @@ def draws_that_fit(base: PreTrainedModel, draws: int, tokens: int, scored: int =
     config, device = base.config.get_text_config(), base.device
     hidden = int(config.hidden_size)
     inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
-    size = next(p.dtype.itemsize for p in base.parameters() if p.is_floating_point())
+    size = base.dtype.itemsize
     if device.type != "cuda":
         return max(1, min(draws, CPU_BYTES // max(tokens * inner * size, 1)))
     free, _ = torch.cuda.mem_get_info(device)
@@ -144,9 +138,6 @@ def split(draws: Draws, most: int, device: torch.device) -> list[Draws]:
     whole = max(most // run, 1) * run
     step = most if kept and most < run else whole
     return [draws] if step >= S else [draws[start : start + step] for start in range(0, S, step)]
-
-
-# --- logits ---------------------------------------------------------------------------------------
 
 
 def scored_logits(
@@ -196,25 +187,11 @@ def _labels(
     return ChoiceTokens.of(bayes.base, ids, rows, bayes.config.length_normalization)
 
 
-class BlocksBelow:
-    """What the blocks below the noise give in all parts of the draws."""
-
-    def __init__(self, blocks: Sequence[nn.Module]) -> None:
-        self.prompts, self.rest = Replay(blocks), Replay(blocks)
-        self._layers: list[Any] = [None] * len(blocks)
-
-    def complete(self, cache: DynamicCache) -> None:
-        """Fill in the layers of the prompts' cache that replayed blocks have left empty."""
-        layers: list[Any] = cache.layers
-        for i, kept in enumerate(self._layers):
-            if layers[i].is_initialized:
-                self._layers[i] = copy(layers[i])
-            else:
-                layers[i] = copy(kept)
-
-
 class Passes:
-    """The forward passes of one batch."""
+    """The forward passes of one batch.
+
+    Caches are made without the configuration: no layer forgets what lies outside its window.
+    """
 
     def __init__(
         self,
@@ -238,28 +215,28 @@ class Passes:
             mask = inputs["attention_mask"].bool()
             rows = [ids[m].tolist() for ids, m in zip(inputs["input_ids"], mask, strict=True)]
             self.shared = find_shared_prefix(rows, keep=tail or 1)
+        # Not with prefixes: every part fills a cache of its own, and that from the first block on.
+        blocks = bayes.blocks_below if self.shared is None else []
+        self._prompts, self._rest = Replay(blocks), Replay(blocks)
+        self._layers: list[Any] = [None] * len(blocks)  # of the prompts' cache
 
     def run(self, parts: Sequence[Draws]) -> Iterator[Tensor]:
         """Yield logits [s, N, L, C] of each part of the draws; [s, B, 1, C] without choices."""
         if self.tail is not None:
-            yield from self._tail(parts, self.tail)
-            return
-        # Not with prefixes: every part fills a cache of its own, and that from the first block on.
-        below = BlocksBelow(self.bayes.blocks_below if self.shared is None else [])
-        for draws in parts:
-            yield self._full(replace(self.state, draws=draws), below)
+            return self._tail(parts, self.tail)
+        return (self._full(replace(self.state, draws=draws)) for draws in parts)
 
-    def _full(self, state: SamplingState, below: BlocksBelow) -> Tensor:
+    def _full(self, state: SamplingState) -> Tensor:
         bayes, L = self.bayes, self._length
         rest, cache = self.inputs, None
         if self.shared is not None:
             rest, cache = self._prefixes(self.shared, state)
         if self.choices is not None:
-            rest, cache = self._continuations(self.choices, rest, cache, state, below)
+            rest, cache = self._continuations(self.choices, rest, cache, state)
         extra: dict[str, Any] = dict.fromkeys(bayes.last_logits, L)
         if cache is not None:
             extra["past_key_values"] = cache
-        with bayes.sampling_as(replace(state, cached=cache is not None, replay=below.rest)):
+        with bayes.sampling_as(replace(state, cached=cache is not None, replay=self._rest)):
             logits: Tensor = bayes.model(**rest, **extra).logits
         logits = logits[:, None] if bayes.task == "SEQ_CLS" else logits[:, -L:]
         return logits.unflatten(0, (len(state.draws), -1))
@@ -270,23 +247,30 @@ class Passes:
         inputs: Inputs,
         cache: DynamicCache | None,
         state: SamplingState,
-        below: BlocksBelow,
     ) -> tuple[Inputs, DynamicCache | None]:
         # Prompts of several continuations are read once, but for their last token.
-        (B, keep), bayes = inputs["input_ids"].shape, self.bayes
+        B, keep = inputs["input_ids"].shape
         several = len(choices.owner) > B
-        if several and _noisy_once(state, None) and divisible(inputs, bayes.base.config):
+        if several and _noisy_once(state, None) and divisible(inputs, self.bayes.base.config):
             cache, keep = DynamicCache() if cache is None else cache, 1
             first = prefix_inputs(inputs, 1)
             if first["input_ids"].shape[1]:
-                with bayes.sampling_as(replace(state, cached=True, replay=below.prompts)):
-                    bayes.model(**first, past_key_values=cache, **bayes.last_logits)
-                below.complete(cache)
+                self._fill(cache, first, state, self._prompts)
+                self._complete(cache)
         rest = choices.extend(inputs, keep)
         if cache is not None:
             spread_cache(cache, choices.owner, B)
             rest["use_cache"] = True
         return rest, cache
+
+    def _complete(self, cache: DynamicCache) -> None:
+        """Fill in the layers of the prompts' cache that replayed blocks have left empty."""
+        layers: list[Any] = cache.layers
+        for i, kept in enumerate(self._layers):
+            if layers[i].is_initialized:
+                self._layers[i] = copy(layers[i])
+            else:
+                layers[i] = copy(kept)
 
     def _tail(self, parts: Sequence[Draws], k: int) -> Iterator[Tensor]:
         base, choices, L = self.bayes.base, self.choices, self._length
@@ -297,8 +281,7 @@ class Passes:
         rest = inputs if choices is None else choices.extend(inputs, k)
         if prefix["input_ids"].shape[1]:
             check_angles(base.config, prefix["position_ids"], rest["position_ids"])
-            with self.bayes.sampling_as(mean_state(self.state, B)):
-                self._backbone(**prefix, past_key_values=cache)
+            self._fill(cache, prefix, self.state)
         if choices is not None:
             spread_cache(cache, choices.owner, B)
         each = k + L - 1  # tokens of one draw
@@ -325,17 +308,26 @@ class Passes:
 
     def _prefixes(self, shared: SharedPrefix, state: SamplingState) -> tuple[Inputs, DynamicCache]:
         """Return the rest of the batch, and a cache of every row's prefix."""
-        bayes, first = self.bayes, shared.inputs(self.bayes.base.device)
-        # Without the configuration no layer forgets what lies outside its window.
-        cache, U = DynamicCache(), len(shared.ids)
-        if self.tail is not None:
-            with bayes.sampling_as(mean_state(state, U)):
-                self._backbone(**first, past_key_values=cache)
-        else:
-            with bayes.sampling_as(replace(state, cached=True)):
-                bayes.model(**first, past_key_values=cache, **bayes.last_logits)
-        spread_cache(cache, shared.owner.to(bayes.base.device), U)
+        device, cache = self.bayes.base.device, DynamicCache()
+        self._fill(cache, shared.inputs(device), state)
+        spread_cache(cache, shared.owner.to(device), len(shared.ids))
         return shared.rest(self.inputs), cache
+
+    def _fill(
+        self,
+        cache: DynamicCache,
+        inputs: Inputs,
+        state: SamplingState,
+        replay: Replay | None = None,
+    ) -> None:
+        """Read tokens into a cache: with the draws, or in tail mode with the mean adapter."""
+        bayes = self.bayes
+        if self.tail is None:
+            with bayes.sampling_as(replace(state, cached=True, replay=replay)):
+                bayes.model(**inputs, past_key_values=cache, **bayes.last_logits)
+        else:
+            with bayes.sampling_as(mean_state(state, len(inputs["input_ids"]))):
+                self._backbone(**inputs, past_key_values=cache)
 
 
 def mean_state(state: SamplingState, batch: int) -> SamplingState:

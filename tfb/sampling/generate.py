@@ -17,6 +17,7 @@ from torch import Tensor
 from tfb.draws import Draws
 from tfb.sampling.forward import align, evaluating
 from tfb.sampling.state import Batch, SampledModel, SamplingState
+from tfb_kernels.reference import compute_dtype
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -65,30 +66,28 @@ class Averager:
     """
 
     draws: int
-    total: list[Tensor] = field(default_factory=list)
-    aleatoric: list[Tensor] = field(default_factory=list)
+    kept: list[Tensor] = field(default_factory=list)  # total and aleatoric [2, B] of each step
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Return the scores."""
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = logits.to(compute_dtype(logits.dtype))
         apart = logits.unflatten(0, (self.draws, -1))  # [S, B, L, V]
         normalizer = apart.logsumexp(-1, keepdim=True)
         log_p = apart - normalizer
         mean = torch.logsumexp(log_p, 0) - math.log(self.draws)
-        last = mean[:, -1]
-        self.total.append(torch.special.entr(last.exp()).sum(-1))
-        self.aleatoric.append(torch.special.entr(log_p[:, :, -1].exp()).sum(-1).mean(0))
+        total = torch.special.entr(mean[:, -1].exp()).sum(-1)
+        aleatoric = torch.special.entr(log_p[:, :, -1].exp()).sum(-1).mean(0)
+        self.kept.append(torch.stack([total, aleatoric]))
         return mean + normalizer.mean(0)
 
     def generation(self, sequences: Tensor, prompt: int, ends: Sequence[int]) -> Generation:
         """Return sequences [B, prompt + L] and what was kept, 0 after the first of ``ends``."""
         new = sequences[:, prompt:]
         # A prompt that is read in chunks comes by several times; only its last part gives a token.
-        total = torch.stack(self.total[-new.shape[1] :], 1)
-        aleatoric = torch.stack(self.aleatoric[-new.shape[1] :], 1)
+        kept = torch.stack(self.kept[-new.shape[1] :], -1)
         ended = torch.isin(new, torch.tensor(ends, dtype=new.dtype, device=new.device))
-        running = (ended.cumsum(1) - ended.long() == 0).to(total.dtype)  # the end itself was drawn
-        total, aleatoric = total * running, aleatoric * running
+        running = ended.cumsum(1) - ended.long() == 0  # the end itself was drawn
+        total, aleatoric = kept * running
         return Generation(sequences, total, aleatoric, (total - aleatoric).clamp_min(0.0))
 
 
@@ -116,7 +115,7 @@ def _check_arguments(options: dict[str, Any], config: GenerationConfig) -> None:
             "generate(prefill_chunk_size=...): makes a static cache of one row a prompt, where "
             "draws need S; leave one of the two out"
         )
-    beams = _setting(options, "num_beams", getattr(config, "num_beams", 1)) or 1
+    beams = _setting(options, "num_beams", config.num_beams) or 1
     if beams > 1:
         raise ValueError(
             f"generate(num_beams={beams}): beam search reorders the cache between rows, which "

@@ -27,9 +27,6 @@ DIVISIBLE = frozenset({"input_ids", "attention_mask", "position_ids", "use_cache
 Inputs = dict[str, Any]
 
 
-# --- shared prefixes ------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class SharedPrefix:
     """Rows [B] as U distinct prefixes of ``length`` tokens and what follows."""
@@ -110,9 +107,6 @@ def spread_cache(cache: Cache, owner: Tensor, groups: int) -> None:
         layer.keys, layer.values = layer.keys[index], layer.values[index]
 
 
-# --- which sequences may be read in two calls -----------------------------------------------------
-
-
 def indivisible(inputs: Inputs) -> list[str]:
     """Return the arguments over tokens that are not known how to split."""
     T = inputs["input_ids"].shape[1]
@@ -170,9 +164,6 @@ def check_angles(config: PreTrainedConfig, prefix: Tensor, rest: Tensor) -> None
                 f"{limit} tokens, so the first {first} of {whole} cannot be computed by "
                 "themselves; use mode='full'"
             )
-
-
-# --- tails ----------------------------------------------------------------------------------------
 
 
 def why_no_tail(base: PreTrainedModel, task: str) -> str | None:
