@@ -21,7 +21,7 @@ SHAPE = "{http://www.w3.org/2000/svg}"
 def evaluation(rows: int = 60) -> Evaluation:
     probs = torch.randn(rows, 4, generator=torch.Generator().manual_seed(0)).softmax(-1)
     total = torch.special.entr(probs).sum(-1)
-    return Evaluation("tfb", "test", probs, torch.arange(rows) % 4, total, 0.7 * total, 0.3 * total)
+    return Evaluation("tfb", "test", probs, torch.arange(rows) % 4, total, 0.3 * total)
 
 
 def texts(svg: str) -> list[str]:
@@ -86,7 +86,7 @@ def test_reliability_counts_rows_and_has_few_bins_for_few(rows: int, dots: int) 
 def test_rows_that_are_all_right_or_alike_can_be_drawn() -> None:
     zeros = torch.zeros(2)
     probs = torch.tensor([[1.0, 0.0]] * 2)
-    e = Evaluation("sure", "d", probs, torch.tensor([0, 0]), zeros, zeros, zeros)
+    e = Evaluation("sure", "d", probs, torch.tensor([0, 0]), zeros, zeros)
     figures.reliability_panel(e, "before")
     figures.risk_coverage_panel({"before": e})
     figures.uncertainty_panel({"right": zeros, "wrong": zeros[:0], "ood": zeros}, "total")

@@ -30,13 +30,13 @@ def evaluation(name: str = "tfb", dataset: str = "test", *, seed: int = 0) -> Ev
     total = torch.special.entr(probs).sum(-1)
     rows = [Row(f"{dataset}-{i}", prompt=f"question {i}?", choices=("A", "B", "C", "D"))
             for i in range(60)]  # fmt: skip
-    return Evaluation(name, dataset, probs, labels, total, 0.7 * total, 0.3 * total, 10, 10.0, rows)
+    return Evaluation(name, dataset, probs, labels, total, 0.3 * total, 10, 10.0, rows)
 
 
 def plain(name: str = "adapter", dataset: str = "test", **changes: Any) -> Evaluation:
     """Another method on the rows of ``evaluation``, without draws."""
     e = evaluation(name, dataset, seed=1)
-    changes = {"labels": evaluation().labels, "aleatoric": None, "epistemic": None} | changes
+    changes = {"labels": evaluation().labels, "epistemic": None} | changes
     return replace(e, **changes)
 
 

@@ -158,7 +158,7 @@ def certain(wrong: int, sureness: float, rise: float, classes: int = 4) -> list[
     loss.anchors = AnchorSet((dict(loss.anchors.batches[0]) | {"labels": labels},), "")
     curve = LossCurve(loss, "nll", 0.003, True, False)  # type: ignore[arg-type]
     curve.measure([0.01, 0.1])
-    return doubts(curve, "max_variance", 0.01)
+    return doubts(curve, "max_variance", 0.01, (0.0, None))
 
 
 def among(notes: list[str], text: str) -> bool:

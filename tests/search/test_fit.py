@@ -84,6 +84,11 @@ def test_any_resolution_is_kept(resolution: float) -> None:
     assert 0.0175 / (1 + resolution) <= fit.sigma <= 0.0175
 
 
+def test_a_search_repeats_to_the_bit() -> None:
+    first, again = (find(power(5.0, 1.2), spread=0.02)[0] for _ in range(2))
+    assert first == again
+
+
 @pytest.mark.parametrize("crossing", [0.0011, 0.0072, 0.02, 0.099])
 def test_grid_brackets_in_few_passes(crossing: float) -> None:
     """Six sigmas of the grid; linear in sigma^2, a line hits, and the next confirms."""

@@ -1,9 +1,8 @@
 """Two methods on the same rows: how much each metric changed, and whether chance explains it.
 
-Rows are the units and stay paired. Accuracy: McNemar's exact test, with Clopper and Pearson's
-limits. Everything else: percentile bootstrap over rows (Efron and Tibshirani 1993), too narrow
-below about 30 rows. The ECE of a resample is too high on average, most so where it is small, which
-moves the limits of an improvement towards 0.
+Accuracy: McNemar's exact test, with Clopper and Pearson's limits. Everything else: percentile
+bootstrap over paired rows (Efron and Tibshirani 1993), too narrow below about 30 rows. The ECE of a
+resample is too high on average, most so where it is small: an improvement's limits lie nearer to 0.
 """
 
 from __future__ import annotations
@@ -13,12 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.stats import binomtest, bootstrap, rankdata
+from scipy.stats import binomtest, bootstrap
 
 from tfb.evaluation.metrics import (
     BINS,
     Evaluation,
     auroc,
+    aurocs,
     brier_of_rows,
     confidence_bins,
     nll_of_rows,
@@ -35,15 +35,7 @@ BLOCK = 1_000_000  # resampled rows in memory at a time
 
 @dataclass(frozen=True)
 class Change:
-    """A metric of two methods on the same rows, and the 95 % limits of ``after`` - ``before``.
-
-    Attributes:
-        before: of the first method, a fraction or nats.
-        after: of the second method.
-        low: lower limit of the change; NaN where rows are too few for one.
-        high: upper limit of the change.
-        rows: N.
-    """
+    """A metric of two methods on the same rows, and 95 % limits of its change (NaN: too few)."""
 
     before: float
     after: float
@@ -53,7 +45,7 @@ class Change:
 
     @property
     def change(self) -> float:
-        """The change, ``after`` - ``before``."""
+        """The change, after - before."""
         return self.after - self.before
 
     @property
@@ -72,7 +64,7 @@ def compare(before: Evaluation, after: Evaluation) -> dict[str, Change]:
         after: another one on the same rows.
 
     Raises:
-        ValueError: no labels, or not the same rows (as far as labels tell).
+        ValueError: no labels, or other ones.
     """
     if not torch.equal(before.known_labels, after.known_labels):
         raise ValueError(f"{before.name} and {after.name}: other labels, so not the same rows")
@@ -92,15 +84,7 @@ def compare(before: Evaluation, after: Evaluation) -> dict[str, Change]:
 def compare_auroc(
     before: tuple[Evaluation, Evaluation], after: tuple[Evaluation, Evaluation]
 ) -> Change:
-    """Return the change of the AUROC of OOD rows against test rows, by total uncertainty.
-
-    Args:
-        before: one method's OOD rows and test rows.
-        after: another method's, of the same rows. Both kinds of rows are resampled.
-
-    Raises:
-        ValueError: an evaluation without total uncertainty, or not the same numbers of rows.
-    """
+    """Return the change of the AUROC of OOD against test rows (a pair), by total uncertainty."""
     totals = [e.total for e in (*before, *after) if e.total is not None]
     sizes = [len(total) for total in totals]
     if len(totals) < 4 or sizes[:2] != sizes[2:]:
@@ -108,7 +92,7 @@ def compare_auroc(
     u, v, x, y = (total.numpy() for total in totals)
 
     def change(ood: np.ndarray, rows: np.ndarray, axis: int) -> np.ndarray:
-        return np.stack([_auroc(x[ood], y[rows]) - _auroc(u[ood], v[rows])])
+        return np.stack([aurocs(x[ood], y[rows]) - aurocs(u[ood], v[rows])])
 
     [limits] = _limits(change, *sizes[:2])
     return Change(auroc(*totals[:2]), auroc(*totals[2:]), *limits, min(sizes))
@@ -161,14 +145,6 @@ def _ece(bins: np.ndarray, gap: np.ndarray) -> np.ndarray:
     sums = np.bincount((sets * BINS + bins).ravel(), gap.ravel(), sets.size * BINS)
     of_bins: np.ndarray = np.abs(sums.reshape(*bins.shape[:-1], BINS))
     return of_bins.sum(-1) / bins.shape[-1]
-
-
-def _auroc(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
-    """AUROC [...] of positives [..., P] against negatives [..., M], by Mann and Whitney's U."""
-    P, M = positive.shape[-1], negative.shape[-1]
-    ranks = rankdata(np.concatenate((positive, negative), axis=-1), axis=-1)
-    u: np.ndarray = ranks[..., :P].sum(-1) - P * (P + 1) / 2
-    return u / (P * M)
 
 
 def _accuracy_limits(before: Evaluation, after: Evaluation) -> tuple[float, float]:

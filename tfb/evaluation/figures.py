@@ -1,7 +1,6 @@
 """Panels of the report's figures, as SVG that takes its colours and font from the page.
 
-A panel holds no text from data: names and legends are the page's. matplotlib is an extra and
-imported here only, without pyplot, so a caller's own plotting state is untouched.
+matplotlib, an extra, is used without pyplot, so a caller's own plotting state is untouched.
 """
 
 from __future__ import annotations
@@ -26,21 +25,12 @@ P = ParamSpec("P")
 
 WIDTH, HEIGHT = 4.3, 3.3  # inches
 Z = 1.96  # standard errors to either side: 95 %
-ROWS_PER_BIN = 15  # in the mean, so that few rows have few bins
-MOST_BINS = 10
+ROWS_PER_BIN, MOST_BINS = 15, 10
 FIRST_SHARE, FIRST_ROWS = 0.05, 10  # the risk of fewer rows than these is that of a handful
-STYLES = {
-    "ink": "-",
-    "soft": "-",
-    "before": "--",
-    "after": "-",
-    "right": "-",
-    "wrong": "--",
-    "ood": ":",
-}
-"""The page's colours by name, and the line that goes with each for readers without colours."""
-COLOURS = {name: f"#0000{i:02x}" for i, name in enumerate(STYLES, start=1)}
-"""What stands for them until the SVG is made: blacks that nothing else has."""
+# What stands for the page's colours until the SVG is made: blacks that nothing else has.
+NAMES = ("ink", "soft", "before", "after", "right", "wrong", "ood")
+COLOURS = {name: f"#0000{i:02x}" for i, name in enumerate(NAMES, start=1)}
+STYLES = {"before": "--", "wrong": "--", "ood": ":"}  # for readers without colours; else solid
 LOSS_LABELS = {
     "nll": "NLL of the anchors (nats)",
     "expected_nll": "mean NLL of single draws (nats)",
@@ -51,7 +41,7 @@ LOSS_LABELS = {
 
 
 def require_matplotlib() -> None:
-    """Raise an ImportError that names the extra where matplotlib is missing."""
+    """Name the extra where matplotlib is missing."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
@@ -68,17 +58,10 @@ def _panel(draw: Callable[Concatenate[Axes, P], None]) -> Callable[P, str]:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
 
-        style: Any = {
-            "svg.fonttype": "none",
-            "font.size": 10,
-            "text.color": COLOURS["ink"],
-            "axes.labelcolor": COLOURS["ink"],
-            "axes.edgecolor": COLOURS["soft"],
-            "xtick.color": COLOURS["soft"],
-            "ytick.color": COLOURS["soft"],
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-        }
+        style: Any = {"svg.fonttype": "none", "font.size": 10}
+        style |= dict.fromkeys(("text.color", "axes.labelcolor"), COLOURS["ink"])
+        style |= dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), COLOURS["soft"])
+        style |= dict.fromkeys(("axes.spines.top", "axes.spines.right"), False)
         with rc_context(style):
             figure, svg = Figure(figsize=(WIDTH, HEIGHT), layout="constrained"), io.StringIO()
             draw(figure.add_subplot(), *args, **kwargs)
@@ -105,11 +88,10 @@ def reliability_panel(axes: Axes, e: Evaluation, colour: str) -> None:
     """Draw the share that is right against confidence, with 95 % intervals and counts."""
     n_bins = max(2, min(MOST_BINS, len(e.probs) // ROWS_PER_BIN))
     bins = reliability(e.probs, e.known_labels, n_bins)
-    small: dict[str, Any] = {"color": COLOURS["soft"], "va": "top", "fontsize": 8.5}
+    small: Any = {"color": COLOURS["soft"], "va": "top", "fontsize": 8.5}
     axes.plot([0, 1], [0, 1], color=COLOURS["soft"], linewidth=0.8)
-    for count, share, confidence in zip(
-        bins.counts.tolist(), bins.accuracy.tolist(), bins.confidence.tolist(), strict=True
-    ):
+    columns = (bins.counts, bins.accuracy, bins.confidence)
+    for count, share, confidence in zip(*(c.tolist() for c in columns), strict=True):
         if count:
             ends = binomtest(round(share * count), count).proportion_ci(LEVEL, "wilson")
             below, above = max(0.0, share - ends.low), max(0.0, ends.high - share)
@@ -138,14 +120,8 @@ def sigma_panel(axes: Axes, fit: Mapping[str, Any]) -> None:
     points = fit["curve"]
     whole = [p for p in points if p.get("anchors") in (None, fit["anchors"])]
     positive = [p["sigma"] for p in points if p["sigma"] > 0]
-    _points(
-        axes,
-        [p["sigma"] for p in whole],
-        [p["loss"] for p in whole],
-        [Z * _error(p) for p in whole],
-        "after",
-        linestyle="-",
-    )
+    sigmas, losses = ([p[name] for p in whole] for name in ("sigma", "loss"))
+    _points(axes, sigmas, losses, [Z * _error(p) for p in whole], "after", "-")
     for p in (p for p in points if p not in whole):
         axes.plot(p["sigma"], p["loss"], "o", markersize=4, color=COLOURS["soft"], fillstyle="none")
     if fit.get("limit") is not None:
@@ -161,10 +137,7 @@ def sigma_panel(axes: Axes, fit: Mapping[str, Any]) -> None:
     if fit.get("interval") is not None:
         low, high = fit["interval"]
         ends = [low, axes.get_xlim()[1] if high is None else high]
-        style: dict[str, Any] = {
-            "color": COLOURS["ink"],
-            "transform": axes.get_xaxis_transform(),
-        }
+        style: Any = {"color": COLOURS["ink"], "transform": axes.get_xaxis_transform()}
         axes.plot(ends, [0.03, 0.03], linewidth=2.5, **style)
         for at, mark in zip(ends, ("|", ">" if high is None else "|"), strict=True):
             axes.plot(at, 0.03, mark, clip_on=False, **style)
@@ -182,7 +155,7 @@ def _error(point: Mapping[str, Any]) -> float:
 
 
 def shown_losses(fit: Mapping[str, Any], whole: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """Return limits of the loss axis; far beyond the answer, losses would flatten what decides."""
+    """Return limits of the loss axis; losses far beyond the answer would flatten what decides."""
     near = [p for i, p in enumerate(whole) if i < 3 or p["sigma"] <= 1.6 * fit["sigma"]]
     levels = [p["loss"] + side * Z * _error(p) for p in near for side in (-1, 1)]
     levels += [] if fit.get("limit") is None else [fit["limit"]]
@@ -202,19 +175,9 @@ def uncertainty_panel(axes: Axes, groups: Mapping[str, Tensor], kind: str) -> No
 
 
 def _line(draw: Callable[..., object], colour: str, *values: Any) -> None:
-    draw(*values, color=COLOURS[colour], linestyle=STYLES[colour], linewidth=1.6)
+    draw(*values, color=COLOURS[colour], linestyle=STYLES.get(colour, "-"), linewidth=1.6)
 
 
 def _points(axes: Axes, x: Any, y: Any, bars: Any, colour: str, linestyle: str = "") -> None:
-    axes.errorbar(
-        x,
-        y,
-        bars,
-        marker="o",
-        markersize=4,
-        color=COLOURS[colour],
-        linestyle=linestyle,
-        linewidth=1.2,
-        elinewidth=0.9,
-        capsize=2,
-    )
+    style: Any = {"color": COLOURS[colour], "linestyle": linestyle, "linewidth": 1.2}
+    axes.errorbar(x, y, bars, marker="o", markersize=4, elinewidth=0.9, capsize=2, **style)

@@ -1,7 +1,6 @@
-"""Calibration metrics of predicted probabilities, through torchmetrics where it has them.
+"""Calibration metrics of N rows of K classes, through torchmetrics where it has them.
 
-All are fractions or nats, never percent. N rows, K classes; a row with fewer choices has zeros in
-the columns beyond them.
+All are fractions or nats, never percent. A row with fewer choices has zeros in the other columns.
 """
 
 from __future__ import annotations
@@ -13,9 +12,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 from scipy.optimize import minimize_scalar
+from scipy.stats import rankdata
 from torch import Tensor
 from torchmetrics.functional.classification import (
-    binary_auroc,
     multiclass_accuracy,
     multiclass_calibration_error,
 )
@@ -30,17 +29,13 @@ LOG_TEMPERATURE_BOUNDS = (math.log(0.01), math.log(100.0))
 
 @dataclass(frozen=True)
 class Metrics:
-    """Metrics of N labelled rows.
+    """Metrics of labelled rows.
 
     Attributes:
-        rows: N.
-        accuracy: share of rows whose argmax is the label.
-        nll: mean -log p(label), nats.
-        ece: expected calibration error, L1, ``n_bins`` equal bins of confidence.
-        brier: mean over rows of the squared error summed over classes, 0 to 2.
+        ece: expected calibration error, L1, over ``n_bins`` equal bins of confidence.
+        brier: squared error summed over classes, 0 to 2.
         miscalibration: mean confidence - accuracy; > 0 is over-confident.
-        flip_ratio: share of rows whose prediction differs from the reference's, or None.
-        n_bins: of the ECE.
+        flip_ratio: share of predictions that differ from the reference's.
     """
 
     rows: int
@@ -59,13 +54,7 @@ class Metrics:
 
 @dataclass(frozen=True, eq=False)
 class ReliabilityBins:
-    """A reliability diagram of M equal bins of confidence; an empty bin has zeros.
-
-    Attributes:
-        counts: [M] int64, rows in each bin.
-        accuracy: [M].
-        confidence: [M], the mean.
-    """
+    """Rows, accuracy and mean confidence of equal bins of confidence, [M]; 0 in an empty bin."""
 
     counts: Tensor
     accuracy: Tensor
@@ -74,19 +63,14 @@ class ReliabilityBins:
 
 @dataclass(frozen=True, eq=False)
 class RiskCoverage:
-    """Selective prediction: answer only the n least uncertain rows, for n from 1 to N.
-
-    Attributes:
-        coverage: [N], the share of rows answered, ascending to 1.
-        risk: [N], the share of those answered that are wrong.
-    """
+    """Selective prediction: the share of rows answered [N], and of those wrong among them [N]."""
 
     coverage: Tensor
     risk: Tensor
 
     @property
     def aurc(self) -> float:
-        """Area under the curve: the mean risk over the N coverages; lower is better."""
+        """Area under the curve, the mean risk; lower is better."""
         return float(self.risk.mean())
 
 
@@ -96,16 +80,13 @@ class Evaluation:
 
     Attributes:
         name: the method.
-        dataset: the data set's name.
         probs: [N, K].
-        labels: [N], or None.
-        total: [N] nats, or None; so are aleatoric and epistemic.
-        aleatoric: see total.
-        epistemic: see total.
-        draws: posterior draws averaged (1: none were, sigma is 0), or None.
-        passes: deterministic-pass equivalents a row, or None.
-        rows: the N task rows, for a report's examples, or ().
-        classes: names of the classes of rows that bring no choices, or None.
+        labels: [N].
+        total: uncertainty [N] in nats; so is its epistemic part.
+        draws: posterior draws averaged; 1 at sigma = 0.
+        passes: deterministic-pass equivalents a row.
+        rows: the N task rows, for a report's examples.
+        classes: names of the classes of rows that bring no choices.
     """
 
     name: str
@@ -113,7 +94,6 @@ class Evaluation:
     probs: Tensor
     labels: Tensor | None = None
     total: Tensor | None = None
-    aleatoric: Tensor | None = None
     epistemic: Tensor | None = None
     draws: int | None = None
     passes: float | None = None
@@ -122,17 +102,17 @@ class Evaluation:
 
     @property
     def correct(self) -> Tensor:
-        """[N] bool. Raises ValueError without labels."""
+        """Whether each row's prediction is its label, [N]."""
         return self.probs.argmax(-1) == self.known_labels
 
     @property
     def metrics(self) -> Metrics:
-        """Raises ValueError without labels."""
+        """What :func:`evaluate` says."""
         return evaluate(self.probs, self.known_labels)
 
     @property
     def known_labels(self) -> Tensor:
-        """[N]. Raises ValueError without labels."""
+        """The labels [N]; a ValueError where there are none."""
         if self.labels is None:
             raise ValueError(f"{self.name} on {self.dataset}: no labels, so no metrics")
         return self.labels
@@ -151,22 +131,22 @@ def evaluate(
         probs: [N, K].
         labels: [N].
         n_bins: of the ECE.
-        reference_predictions: [N] argmax of the deterministic adapter, for ``flip_ratio``.
+        reference_predictions: [N] classes, for ``flip_ratio``.
 
     Raises:
         ValueError: empty input, NaN, rows that do not sum to 1, labels out of range, shapes.
     """
     _check(probs, labels)
     p, N, K = probs.double(), *probs.shape
-    if reference_predictions is not None and reference_predictions.shape != labels.shape:
-        raise ValueError(
-            f"reference_predictions: expected [{N}], got {list(reference_predictions.shape)}"
-        )
     accuracy = float(multiclass_accuracy(p, labels, num_classes=K, average="micro"))
     confidence, prediction = p.max(-1)
-    flips = None if reference_predictions is None else prediction != reference_predictions
-    # torchmetrics puts a confidence of exactly 1 into a bin of its own, beyond the last, and takes
-    # a softmax of everything if rounding left one probability above 1: stay one ulp below.
+    flips = None
+    if reference_predictions is not None:
+        if (shape := reference_predictions.shape) != labels.shape:
+            raise ValueError(f"reference_predictions: expected [{N}], got {list(shape)}")
+        flips = float((prediction != reference_predictions).double().mean())
+    # torchmetrics gives a confidence of 1 a bin of its own, and takes a softmax of everything where
+    # rounding left a probability above 1.
     ece = multiclass_calibration_error(p.clamp_max(BELOW_ONE), labels, num_classes=K, n_bins=n_bins)
     return Metrics(
         rows=N,
@@ -175,7 +155,7 @@ def evaluate(
         ece=float(ece),
         brier=float(brier_of_rows(p, labels).mean()),
         miscalibration=float(confidence.mean()) - accuracy,
-        flip_ratio=None if flips is None else float(flips.double().mean()),
+        flip_ratio=flips,
         n_bins=n_bins,
     )
 
@@ -204,9 +184,11 @@ def reliability(probs: Tensor, labels: Tensor, n_bins: int = BINS) -> Reliabilit
 
 
 def confidence_bins(confidence: Tensor, n_bins: int = BINS) -> Tensor:
-    """Return each confidence's bin of the ECE [N] int64: [edge, next edge), the last one closed."""
+    """Return each confidence's bin of the ECE [N]: [edge, next edge), the last one closed.
+
+    In float32, as torchmetrics has it: a confidence of 0.6 belongs to the bin that starts there.
+    """
     edges = torch.linspace(0, 1, n_bins + 1, dtype=torch.float32)
-    # In float32, as torchmetrics has it: a confidence of 0.6 belongs to the bin that starts there.
     return (torch.bucketize(confidence.float(), edges, right=True) - 1).clamp(0, n_bins - 1)
 
 
@@ -214,7 +196,7 @@ def risk_coverage(uncertainty: Tensor, correct: Tensor) -> RiskCoverage:
     """Return the risk of answering only the least uncertain rows (El-Yaniv and Wiener 2010).
 
     Args:
-        uncertainty: [N], any scale (1 - confidence, entropy, mutual information).
+        uncertainty: [N], on any scale.
         correct: [N] bool.
 
     Raises:
@@ -233,14 +215,9 @@ def risk_coverage(uncertainty: Tensor, correct: Tensor) -> RiskCoverage:
 
 
 def risks(uncertainty: np.ndarray, wrong: np.ndarray) -> np.ndarray:
-    """Return the risk at each coverage [..., N] of any number of sets of N rows at once.
+    """Return the risk at each coverage of any number of sets of rows, all [..., N].
 
-    Rows of equal uncertainty are in no order. Their errors count as spread evenly over them, which
-    is the mean over all of their orders.
-
-    Args:
-        uncertainty: [..., N].
-        wrong: [..., N] bool.
+    The errors of rows of equal uncertainty are spread evenly over them: the mean over their orders.
     """
     order = uncertainty.argsort(-1)
     ranked = np.take_along_axis(uncertainty, order, -1)
@@ -254,7 +231,11 @@ def risks(uncertainty: np.ndarray, wrong: np.ndarray) -> np.ndarray:
 
 
 def auroc(positive: Tensor, negative: Tensor) -> float:
-    """Return the chance that a positive [P] scores above a negative [M]; ties count half.
+    """Return the chance that a positive scores above a negative; ties count half.
+
+    Args:
+        positive: scores [P].
+        negative: scores [M].
 
     Raises:
         ValueError: either is empty or holds NaN.
@@ -262,17 +243,25 @@ def auroc(positive: Tensor, negative: Tensor) -> float:
     for name, scores in (("positive", positive), ("negative", negative)):
         if not len(scores) or bool(scores.isnan().any()):
             raise ValueError(f"{name}: expected at least one score and no NaN")
-    # Ranks: torchmetrics would take scores outside [0, 1] for logits, and round their sigmoid.
-    ranks = torch.cat((positive, negative)).unique(return_inverse=True)[1].double()
-    target = torch.arange(len(ranks)) < len(positive)
-    return float(binary_auroc(ranks / ranks.max().clamp_min(1), target.long()))
+    return float(aurocs(positive.numpy(), negative.numpy()))
+
+
+def aurocs(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
+    """Return the AUROC of any number of sets of scores [..., P] and [..., M], from their ranks.
+
+    torchmetrics would take scores outside [0, 1] for logits, and round their sigmoid.
+    """
+    P, M = positive.shape[-1], negative.shape[-1]
+    ranks = rankdata(np.concatenate((positive, negative), axis=-1), axis=-1)
+    u: np.ndarray = ranks[..., :P].sum(-1) - P * (P + 1) / 2
+    return u / (P * M)
 
 
 def fit_temperature(log_probs: Tensor, labels: Tensor) -> float:
     """Return the temperature T of least NLL of softmax(log_probs / T) (Guo et al. 2017).
 
     Args:
-        log_probs: [N, K] log-probabilities or logits; -inf where a row has no such class.
+        log_probs: [N, K], or logits; -inf where a row has no such class.
         labels: [N].
 
     Raises:
@@ -289,7 +278,7 @@ def fit_temperature(log_probs: Tensor, labels: Tensor) -> float:
 
 
 def apply_temperature(log_probs: Tensor, temperature: float) -> Tensor:
-    """Return softmax(log_probs / T) [N, K]."""
+    """Return softmax(log_probs / temperature), [N, K]."""
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}: expected a positive number")
     return (log_probs / temperature).softmax(-1)

@@ -1,13 +1,13 @@
 """One self-contained HTML page: what averaging over draws changed, on which rows, how surely.
 
-The page compares the first two evaluations. Its panels are :mod:`tfb.evaluation.figures`, its
-words ``report.html.j2``.
+Its panels are :mod:`tfb.evaluation.figures`, its words ``report.html.j2``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ HEAD, TAIL = 90, 150  # characters shown of a long text: its question tends to b
 
 @dataclass(frozen=True)
 class Scale:
-    """How a metric is written: ``factor`` times its value, with ``places`` decimals."""
+    """How a metric is written."""
 
     name: str
     unit: str
@@ -56,16 +56,7 @@ SCALES = {
 
 
 def page_path(output: str | Path, *, overwrite: bool = False) -> Path:
-    """Return the file that a report goes to; a caller asks before any long work.
-
-    Args:
-        output: an .html file, or a folder for ``index.html``.
-        overwrite: an earlier page may be replaced.
-
-    Raises:
-        ImportError: matplotlib is missing.
-        ValueError: there is something already.
-    """
+    """Return the file that a report goes to, or say why it cannot, before any long work."""
     figures.require_matplotlib()
     path = Path(output)
     page = path if path.suffix == ".html" else path / PAGE
@@ -88,18 +79,17 @@ def write_report(
 
     Args:
         output: an .html file, or a folder for ``index.html``.
-        evaluations: labelled. The first two, on the same rows, are compared in full; of every data
-            set the first is what the others are compared with.
+        evaluations: labelled. The first two are compared in full, the first of every data set with
+            all others of it.
         fit: ``SigmaFit.to_dict()``.
         title: heading of the page.
-        ood: of rows unlike those of the first data set, by the same methods; labels are not used.
+        ood: rows unlike those of the first data set, by the same methods.
         facts: how this was made, by name.
-        overwrite: an earlier page may be replaced.
+        overwrite: replace an earlier page.
 
     Raises:
         ImportError: matplotlib is missing.
-        ValueError: no evaluations, one without labels, OOD rows by another method, or a page that
-            is there already.
+        ValueError: no evaluations, one without labels, OOD rows by another method, a page in use.
     """
     path = page_path(output, overwrite=overwrite)
     if not evaluations:
@@ -150,13 +140,13 @@ def write_report(
 def _verdicts(
     before: Evaluation, after: Evaluation, ood: Sequence[Evaluation]
 ) -> list[tuple[str, str, Change]]:
-    """Return key of the scale, OOD data set or "", and change of every metric."""
+    """Return the key of the scale, OOD data set or "", and change of every metric."""
     found = [(key, "", change) for key, change in compare(before, after).items()]
     for dataset in dict.fromkeys(e.dataset for e in ood):
         theirs = {e.name: e for e in ood if e.dataset == dataset and e.total is not None}
         if before.name in theirs and after.name in theirs:
-            pairs = [(theirs[e.name], e) for e in (before, after)]
-            found.append(("auroc", dataset, compare_auroc(pairs[0], pairs[1])))
+            was, now = ((theirs[e.name], e) for e in (before, after))
+            found.append(("auroc", dataset, compare_auroc(was, now)))
     return found
 
 
@@ -219,13 +209,12 @@ def _short(text: str) -> str:
 
 def _risks(shown: Mapping[str, Evaluation]) -> dict[str, Any] | None:
     """Return the panel of risk-coverage curves, and of each the risk at full and 80 % coverage."""
-    if any(e.total is None for e in shown.values()):
-        return None
-    found: dict[str, tuple[float, float]] = {}
+    found = {}
     for colour, e in shown.items():
-        assert e.total is not None
-        curve = risk_coverage(e.total, e.correct)
-        found[colour] = (float(curve.risk[-1]), float(curve.risk[-(len(curve.risk) // 5) - 1]))
+        if e.total is None:
+            return None
+        risk = risk_coverage(e.total, e.correct).risk
+        found[colour] = (float(risk[-1]), float(risk[-(len(risk) // 5) - 1]))
     return {"panel": figures.risk_coverage_panel(shown), "at": found}
 
 
@@ -234,25 +223,22 @@ def _uncertainties(
 ) -> list[dict[str, Any]]:
     """Return panels of total uncertainty, and of epistemic where there are draws."""
     found = []
-    for kind in ("total", "epistemic"):
-        for e in shown.values():
-            values = getattr(e, kind)
-            if values is None:
-                continue
-            others = [getattr(o, kind) for o in ood if o.name == e.name]
-            groups = {"right": values[e.correct], "wrong": values[~e.correct]}
-            if known := [v for v in others if v is not None]:
-                groups["ood"] = torch.cat(known)
-            found.append(
-                {
-                    "name": e.name,
-                    "kind": kind,
-                    "panel": figures.uncertainty_panel(groups, kind),
-                    "counts": {colour: len(v) for colour, v in groups.items()},
-                    "wrong": _auroc(groups["wrong"], groups["right"]),
-                    "ood": _auroc(groups["ood"], values) if "ood" in groups else None,
-                }
-            )
+    for kind, e in product(("total", "epistemic"), shown.values()):
+        if (values := getattr(e, kind)) is None:
+            continue
+        groups = {"right": values[e.correct], "wrong": values[~e.correct]}
+        others = [getattr(o, kind) for o in ood if o.name == e.name]
+        if known := [v for v in others if v is not None]:
+            groups["ood"] = torch.cat(known)
+        panel = {
+            "name": e.name,
+            "kind": kind,
+            "panel": figures.uncertainty_panel(groups, kind),
+            "counts": {colour: len(v) for colour, v in groups.items()},
+            "wrong": _auroc(groups["wrong"], groups["right"]),
+            "ood": _auroc(groups["ood"], values) if "ood" in groups else None,
+        }
+        found.append(panel)
     return found
 
 

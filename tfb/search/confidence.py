@@ -1,8 +1,7 @@
 """How far an answer can be trusted: confidence limits of sigma, and doubts as sentences.
 
-Limits are over anchors and over draws, from what was measured: paired differences of rows, and the
-jackknife over streams. Their t has the degrees of freedom of Welch and Satterthwaite: few streams
-count for little. With one antithetic pair the error over draws is unknown and left out.
+Limits are over anchors and draws: paired differences of rows, and the jackknife over streams, with
+Welch and Satterthwaite's degrees of freedom. With one stream the latter is unknown and left out.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from scipy import optimize, stats
 from torch import Tensor
 
 from tfb.evaluation.metrics import nll_of_rows
-from tfb.search.curve import LossCurve
+from tfb.search.curve import LossCurve, standard_error
 from tfb.search.loss import AnchorLoss, AnchorSet, jackknife_error
 
 LEVEL = 0.95
@@ -29,16 +28,10 @@ NEAR_ZERO = 0.1  # of log K, the NLL of a guess among K choices
 Limits = tuple[float, float | None]
 
 
-# --- intervals ----------------------------------------------------------------------------------
-
-
 def crossing_interval(curve: LossCurve, sigma: float) -> Limits:
-    """Return confidence limits of the largest accepted sigma.
+    """Return confidence limits of the largest accepted sigma; None: out of reach.
 
-    They hold the sigmas whose mean excess e does not differ from 0 (a test inverted, Fieller's
-    way): |e| <= t * sqrt(SE_anchors^2 + SE_draws^2), each anchor's own difference and its own part
-    of the allowance counted. Between measured sigmas e and the rows are linear in sigma^2. The
-    upper limit is None if out of reach.
+    A test that the mean excess is 0, inverted (Fieller's way); linear in sigma^2 between nodes.
     """
     sign = curve.sign(sigma)
     nodes, whole = [0.0, *sorted(curve.points)], curve.whole
@@ -54,7 +47,7 @@ def crossing_interval(curve: LossCurve, sigma: float) -> Limits:
         mean = sum(w * excess[s][0] for s, w in mine)
         part = sum(w * excess[s][1] for s, w in mine)
         mixed = torch.stack([w * rows[s] for s, w in full]).sum(0)
-        anchors = math.hypot(float(mixed.std()) / N**0.5 if N > 1 else 0.0, part)
+        anchors = math.hypot(standard_error(mixed, 0.0), part)
         over_draws = abs(sum(w * draws[s] for s, w in full)) if U > 1 else 0.0
         return direction * mean - _quantile(anchors, N - 1, over_draws, U - 1, (1 + LEVEL) / 2)
 
@@ -70,10 +63,7 @@ def crossing_interval(curve: LossCurve, sigma: float) -> Limits:
 
 
 def _between(known: list[float], at: float) -> list[tuple[float, float]]:
-    """Return (node, weight) of linear interpolation in sigma^2.
-
-    Beyond the last node goes the slope of the last two that are some way apart.
-    """
+    """Return (node, weight) of interpolation in sigma^2; beyond the last, of the last two apart."""
     right = min((s for s in known if s >= at), default=known[-1])
     left = max((s for s in known if s < at), default=0.0)
     if right < at:
@@ -85,11 +75,9 @@ def _between(known: list[float], at: float) -> list[tuple[float, float]]:
 
 
 def minimum_interval(curve: LossCurve, sigma: float, value: Callable[[float], float]) -> Limits:
-    """Return confidence limits of the sigma of least ``value``.
+    """Return confidence limits of the sigma of least ``value``; None: no measured sigma shows it.
 
-    They hold the sigmas that are not worse than the answer by a paired one-sided test, whose
-    margin is linear in sigma^2 between measured sigmas. The upper limit is None if no measured
-    sigma shows it.
+    They hold what a paired one-sided test does not show to be worse, by steps linear in sigma^2.
     """
     U, N = curve.streams, curve.N
 
@@ -131,18 +119,10 @@ def _quantile(a: float, df_a: int, b: float, df_b: int, level: float) -> float:
     return float(stats.t.ppf(level, df)) * math.sqrt(total)
 
 
-# --- doubts -------------------------------------------------------------------------------------
-
-
-def doubts(
-    curve: LossCurve, objective: str, sigma: float, limits: Limits | None = None
-) -> list[str]:
+def doubts(curve: LossCurve, objective: str, sigma: float, limits: Limits) -> list[str]:
     """Return what the curve makes one doubt about its answer, as sentences."""
-    found = []
-    if objective == "max_variance":
-        found += _precision(curve, sigma)
-    fall = _fall(curve)
-    if fall is not None:
+    found = _precision(curve, sigma) if objective == "max_variance" else []
+    if (fall := _fall(curve)) is not None:
         found.append(
             "the loss is not monotone in sigma: it falls from sigma={:.4g} to {:.4g} by more than "
             "{:g} standard errors over anchors".format(*fall, SIGNIFICANT)
@@ -154,26 +134,17 @@ def doubts(
         )
     if sigma == 0.0:
         found.append("variance does not help on these anchors")
-    elif objective == "min_nll" and limits is not None:
-        found += _wide(limits)
+    elif objective == "min_nll" and (limits[0] == 0.0 or limits[1] is None):
+        what = "has no upper end among the sigmas measured"
+        if limits[0] == 0.0:
+            what = "reaches 0, so it is not shown that noise helps"
+        found.append(f"the 95 % interval {what}: use more anchors, or more draws in the search")
     return found + _doubtful_rows(curve)
-
-
-def _wide(limits: Limits) -> list[str]:
-    """Say that limits tell next to nothing."""
-    low, high = limits
-    remedy = "use more anchors, or more draws in the search"
-    if low == 0.0:
-        return [f"the 95 % interval reaches 0, so it is not shown that noise helps: {remedy}"]
-    if high is None:
-        return [f"the 95 % interval has no upper end among the sigmas measured: {remedy}"]
-    return []
 
 
 def _precision(curve: LossCurve, sigma: float) -> list[str]:
     """Compare the tolerance with the noise at the answer."""
-    n = curve.N
-    anchors = float(curve.differences(sigma).std()) / n**0.5 if n > 1 else math.nan
+    anchors = standard_error(curve.differences(sigma), math.nan)
     return [
         f"the tolerance ({curve.allowed:.3g}) is below one standard error over {what} "
         f"({error:.3g}) at sigma: use more {what} for a sharper answer"
@@ -187,7 +158,7 @@ def _fall(curve: LossCurve) -> tuple[float, float] | None:
     for a, b in pairwise(sorted(curve.points)):
         count = min(curve.points[a].count, curve.points[b].count)
         first, second = curve.differences(a, count), curve.differences(b, count)
-        error = float((second - first).std()) / count**0.5 if count > 1 else math.inf
+        error = standard_error(second - first)
         drop = float((first - second).mean())
         if float(first.mean()) >= 0 and drop > max(SIGNIFICANT * error, 1e-9 * curve.baseline):
             return a, b
@@ -196,12 +167,8 @@ def _fall(curve: LossCurve) -> tuple[float, float] | None:
 
 def _dips(curve: LossCurve, sigma: float) -> bool:
     """Whether a smaller sigma has a loss below l(0), by two standard errors."""
-    for s in curve.points:
-        rows = curve.differences(s)
-        error = float(rows.std()) / len(rows) ** 0.5 if len(rows) > 1 else math.inf
-        if s <= sigma and float(rows.mean()) < -2 * error and float(rows.mean()) < 0:
-            return True
-    return False
+    smaller = [curve.differences(s) for s in curve.points if s <= sigma]
+    return any(float(rows.mean()) < -2 * standard_error(rows) for rows in smaller)
 
 
 def _doubtful_rows(curve: LossCurve) -> list[str]:
@@ -209,10 +176,19 @@ def _doubtful_rows(curve: LossCurve) -> list[str]:
     probs, labels = curve.loss.probabilities, curve.loss.anchors.labels
     if probs is None or labels is None:
         return []
-    found = _missing_labels(probs, labels)
+    found, (N, K), there = [], probs.shape, len(labels.unique())
+    # With ten rows a label, evenly frequent labels miss one with a probability of about K e^-10.
+    # Rows with fewer choices are padded with zeros.
+    if there < K and N >= 10 * K and bool((probs > 0).all()):
+        found.append(
+            f"only {there} of {K} labels occur among the {N} anchors: if their file is sorted, "
+            "shuffle it before its first rows are taken"
+        )
     if curve.metric == "pseudo_nll":
         return found
-    if _no_better_than_a_guess(probs, labels):
+    choices = (probs > 0).sum(-1).clamp_min(2).to(probs.dtype)
+    lead = choices.log() - nll_of_rows(probs, labels)  # over a guess
+    if float(lead.mean()) < 2 * standard_error(lead, -math.inf):
         found.append(
             "the adapter's NLL is no better than a guess's on these anchors: check that the base "
             "model, the rows' format and their labels are those it was trained with"
@@ -227,55 +203,24 @@ def _doubtful_rows(curve: LossCurve) -> list[str]:
     return found
 
 
-def _missing_labels(probs: Tensor, labels: Tensor) -> list[str]:
-    """Say that so many anchors lack labels that only a sorted file explains it.
-
-    With ten rows a label, a sample of evenly frequent labels misses one with a probability of
-    about K e^-10.
-    """
-    (N, K), there = probs.shape, len(labels.unique())
-    padded = not bool((probs > 0).all())  # rows with fewer choices are padded with zeros
-    if padded or there == K or N < 10 * K:
-        return []
-    return [
-        f"only {there} of {K} labels occur among the {N} anchors: if their file is sorted, "
-        "shuffle it before its first rows are taken"
-    ]
-
-
-def _no_better_than_a_guess(probs: Tensor, labels: Tensor) -> bool:
-    """Not by two standard errors below log K."""
-    choices = (probs > 0).sum(-1).clamp_min(2).to(probs.dtype)
-    lead = choices.log() - nll_of_rows(probs, labels)
-    return len(lead) > 1 and float(lead.mean()) < 2 * float(lead.std()) / len(lead) ** 0.5
-
-
 def _like_training_rows(curve: LossCurve, probs: Tensor, labels: Tensor) -> bool:
     """Whether the adapter is too good on the anchors for held-out rows.
 
-    An over-fitted adapter is over-confident on held-out rows: their NLL exceeds the entropy of its
-    predictions (the NLL it expects), and falls as variance is added. On its own training rows
-    neither holds, and the NLL is near 0. All three are asked for. An adapter that truly is nearly
-    perfect and calibrated looks the same; variance cannot improve it either.
+    On those the NLL of an over-fitted adapter exceeds the entropy of its predictions, and falls as
+    variance is added. One that truly is nearly perfect and calibrated looks like training rows.
     """
-    if not curve.points:
-        return False
     nll = nll_of_rows(probs, labels)
     surprise = nll - torch.special.entr(probs).sum(-1)
     first = curve.differences(min(curve.points))
     return (
         float(nll.mean()) < NEAR_ZERO * math.log(probs.shape[1])
-        and float(surprise.mean()) < 2 * float(surprise.std()) / curve.N**0.5
-        and float(first.mean()) > -2 * float(first.std()) / len(first) ** 0.5
+        and float(surprise.mean()) < 2 * standard_error(surprise, math.nan)
+        and float(first.mean()) > -2 * standard_error(first)
     )
 
 
 def compare_held_out(loss: AnchorLoss, held_out: AnchorSet) -> list[str]:
-    """Return a note if the anchors' NLL lies far below that of rows known to be held out.
-
-    A two-sample test of means. It costs one pass over the latter, and one over the anchors if the
-    metric keeps no probabilities.
-    """
+    """Return a note if the anchors' NLL lies far below that of rows known to be held out."""
     probs, labels = loss.probabilities, loss.anchors.labels
     assert labels is not None
 

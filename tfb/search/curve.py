@@ -1,9 +1,8 @@
 """The loss as a function of sigma, measured progressively.
 
-Anchors are taken in a seeded order (files are often sorted by label), in blocks that grow. A sigma
-is let go when its paired difference to sigma = 0 tells accepted from violating. What part of the
-anchors says is corrected by the sigmas measured on all of them, which show by how much that part
-differs from the whole (a control variate, linear in sigma^2). Nothing is measured twice.
+Anchors are taken in a seeded order, in blocks that grow, until a sigma's paired difference to
+sigma = 0 tells accepted from violating. What a part of them says is corrected by sigmas measured on
+all, which show how that part differs (a control variate, linear in sigma^2).
 """
 
 from __future__ import annotations
@@ -30,15 +29,14 @@ SURE = 3.3  # standard errors, for a corrected value
 DECIDED = 0.001  # two-sided level at which a part of the anchors decides
 
 
+def standard_error(rows: Tensor, of_one: float = math.inf) -> float:
+    """Return the standard error of a mean over rows."""
+    return float(rows.std()) / len(rows) ** 0.5 if len(rows) > 1 else of_one
+
+
 @dataclass
 class Point:
-    """One measured sigma.
-
-    Attributes:
-        rows: [N] losses of the first ``count`` anchors of the order, NaN elsewhere.
-        left_out: [U] the mean loss on them without each stream.
-        count: anchors measured.
-    """
+    """A sigma's losses [N], NaN where not measured, and their mean without each stream [U]."""
 
     rows: Tensor
     left_out: Tensor
@@ -47,16 +45,7 @@ class Point:
 
 @dataclass
 class LossCurve:
-    """The measured curve and what the tolerance says of it.
-
-    Attributes:
-        loss: of the anchors.
-        metric: the loss's.
-        tolerance: accepted degradation.
-        relative: whether to l(0), or absolute.
-        two_sided: whether an improvement counts as change too.
-        points: what was measured, by sigma.
-    """
+    """The measured curve, by sigma, and what the tolerance says of it."""
 
     loss: AnchorLoss
     metric: str
@@ -71,8 +60,6 @@ class LossCurve:
         self.order = torch.randperm(self.N, generator=generator)
         sizes = [min(self.N, max(math.ceil(self.N * s), FEWEST)) for s in SHARES]
         self.blocks = list(dict.fromkeys(sizes))  # cumulative counts
-
-    # --- measuring ------------------------------------------------------------------------------
 
     def measure(self, sigmas: Sequence[float], share: float = 1.0) -> None:
         """Measure sigmas on all anchors, or on a ``share`` of them (at least the first block)."""
@@ -110,14 +97,12 @@ class LossCurve:
         table = self.loss(sigmas, rows=None if stop - start == self.N else rows)
         for g, sigma in enumerate(sigmas):
             nothing = torch.full((self.N,), math.nan, dtype=torch.float64)
-            point = self.points.setdefault(sigma, Point(nothing, torch.zeros(0)))
+            unknown = torch.zeros(self.streams, dtype=torch.float64)
+            point = self.points.setdefault(sigma, Point(nothing, unknown))
             point.rows[rows] = table.rows[g]
-            old, new = start / stop, 1 - start / stop
-            known = point.left_out * old if start else 0.0
-            point.left_out = known + table.left_out[g] * new
+            old = start / stop
+            point.left_out = point.left_out * old + table.left_out[g] * (1 - old)
             point.count = stop
-
-    # --- reading --------------------------------------------------------------------------------
 
     @property
     def baseline(self) -> float:
@@ -163,10 +148,7 @@ class LossCurve:
         )
 
     def _neighbours(self, sigma: float) -> list[tuple[float, float]]:
-        """Return (sigma, weight) known on all anchors, to correct ``sigma`` on a part.
-
-        Linear in sigma^2 between two, and from 0 beyond the last, but not far.
-        """
+        """Return (sigma, weight) to correct ``sigma`` by, linear in sigma^2."""
         known = self.whole[1:]
         if self.complete(sigma) or not known:
             return []
@@ -215,11 +197,7 @@ class LossCurve:
         return -1.0 if self.two_sided and self.change(sigma) < 0 else 1.0
 
     def decided(self, sigma: float) -> bool:
-        """Whether the anchors measured so far tell accepted from violating.
-
-        The confidence interval of the mean excess leaves 0 out. Anchors are sampled without
-        replacement from N.
-        """
+        """Whether the anchors measured so far, a sample without replacement, tell its side of 0."""
         rows = self.excess_rows(sigma)
         n = len(rows)
         if n == self.N:
@@ -235,8 +213,7 @@ class LossCurve:
     def crossing(self) -> tuple[float, float | None]:
         """Return the largest accepted sigma connected to 0, and the violation next to it or None.
 
-        A sigma known on part of the anchors is passed over where others, known on all, stand close
-        on both sides, unless the part is sure of a violation.
+        One known on part of the anchors is passed over where others stand close on both sides.
         """
         hidden = [(a, b) for a, b in pairwise(self.whole[1:]) if b <= a * HIDING]
         accepted = 0.0
@@ -251,7 +228,7 @@ class LossCurve:
 
     @property
     def streams(self) -> int:
-        """Independent units of the draws: antithetic pairs."""
+        """Antithetic pairs of draws."""
         return self.loss.n // 2
 
     def left_out(self, sigma: float) -> Tensor:
@@ -277,7 +254,7 @@ class LossCurve:
         return CurvePoint(
             sigma,
             float(rows.mean()) if n == self.N else self.baseline + self.change(sigma),
-            float(differences.std()) / n**0.5 if n > 1 else math.nan,
+            standard_error(differences, math.nan),
             self.draw_standard_error(sigma),
             n,
         )

@@ -1,10 +1,6 @@
-"""``fit_sigma``: how much posterior scale the anchors tolerate (TFB, section 3.3).
+"""``fit_sigma``: how much posterior scale the anchors tolerate (TFB, section 3.3; docs/search.md).
 
-All sigmas share antithetic streams (common random numbers), without which the loss is not even
-monotone. Two precisions are told apart: that of the answer on the curve measured with these
-streams on these anchors (``resolution``, ``SigmaFit.stopped``), and how well that curve is known at
-all (``SigmaFit.interval``), which is usually the wider by far. To add an objective or a search:
-:mod:`tfb.search.select`; a metric: :mod:`tfb.search.loss`.
+To add an objective or a search: :mod:`tfb.search.select`; a metric: :mod:`tfb.search.loss`.
 """
 
 from __future__ import annotations
@@ -16,11 +12,13 @@ from typing import Any
 
 from tfb.data.batching import EncodedRows
 from tfb.draws import check_even
+from tfb.model import BayesianModel
 from tfb.posterior import default_prior_sigma
 from tfb.sampling.config import SamplingConfig
+from tfb.sampling.state import Batch
 from tfb.search.confidence import compare_held_out, crossing_interval, doubts, minimum_interval
 from tfb.search.curve import LIKELIHOODS, LossCurve
-from tfb.search.loss import METRICS, AnchorLoss, AnchorSet, Batch, SearchedModel
+from tfb.search.loss import METRICS, AnchorLoss, AnchorSet
 from tfb.search.result import SigmaFit
 from tfb.search.select import Divergence, Objective, by_bisection, by_grid, find_minimum
 
@@ -35,7 +33,7 @@ Anchors = AnchorSet | EncodedRows | Iterable[Batch]
 
 
 def fit_sigma(
-    bayes: SearchedModel,
+    bayes: BayesianModel,
     anchors: Anchors,
     metric: str = "nll",
     tolerance: float | None = None,
@@ -61,44 +59,34 @@ def fit_sigma(
     """Search sigma on anchors; configure the model with it, and with the mode it was found in.
 
     Args:
-        bayes: the model. Nothing on it changes before the answer is there.
-        anchors: an :class:`AnchorSet`, encoded rows, or batches (dicts of tokenizer tensors with
-            "labels" and, for causal LMs, "label_ids").
-        metric: what degrades: "nll", "accuracy", "expected_nll" (labelled anchors), "pseudo_nll"
-            or "embedding_norm" (unlabelled ones).
-        tolerance: accepted degradation of max_variance, default 0.003.
+        bayes: the model.
+        anchors: held-out rows: an :class:`AnchorSet`, encoded rows, or batches as in one.
+        metric: what degrades: "nll", "accuracy", "expected_nll", and without labels "pseudo_nll"
+            or "embedding_norm".
+        tolerance: degradation that max_variance accepts; default 0.003.
         search: "grid", or "bisection" for max_variance.
-        objective: "min_nll", the sigma of least loss; "max_variance", the paper's rule: the largest
-            sigma connected to 0 with l(sigma) - l(0) <= tolerance; or "gvi", the sigma of least
-            l(sigma) + lambda KL(q || p). None: "min_nll" with metric "nll", search "grid" and no
-            tolerance given, else "max_variance".
-        relative: the tolerance is relative to l(0), for accuracy to the accuracy, with a floor of
-            0.01 nats under an NLL. Or absolute, in the loss's units.
-        two_sided: an improved loss counts as degradation too. Default: for embedding_norm.
+        objective: "min_nll", "max_variance" or "gvi"; by default min_nll for metric "nll" where
+            neither a tolerance nor a bisection is asked for, else max_variance.
+        relative: the tolerance is relative to l(0), not in the loss's units.
+        two_sided: an improvement counts as degradation too; by default for embedding_norm.
         draws: antithetic draws at each sigma.
-        bounds: the first range of sigma; it is extended where it does not hold the answer.
-        points: size of the grid.
-        resolution: relative precision of the crossing.
+        bounds: the first range of sigma; it is extended where needed.
+        points: size of the first grid.
+        resolution: relative precision of the answer on the measured curve.
         steps: most steps of a bisection.
-        prior_sigma: the prior's scale for KL. Default: the adapter's own
-            (:func:`tfb.posterior.default_prior_sigma`).
-        kl_weight: lambda of gvi. Default: 1 / anchors; take 1 / training rows where the anchors are
-            a sample of those.
-        seed: of the noise and of the anchors' order. Default: the model's.
+        prior_sigma: the prior's scale for KL; by default of the adapter's own scale.
+        kl_weight: lambda of gvi; default 1 / anchors.
+        seed: of the noise and of the anchors' order; default: the model's.
         batch_size: of encoded rows.
-        mode: how draws reach the model, here and in later predictions, "full" or "tail". Default:
-            the model's own.
+        mode: "full" or "tail", here and in later predictions; default: the model's.
         tail: positions with noise in tail mode.
-        held_out: labelled rows that are known not to be training rows, in any form that anchors
-            have. A note says if the anchors' NLL lies far below theirs. One pass, not counted.
+        held_out: labelled rows, as anchors, surely not trained on: a note says if the anchors' NLL
+            lies far below theirs.
         progress: called with finished rows x draws.
-
-    Returns:
-        The answer, with its record.
 
     Raises:
         ValueError: arguments out of range, or empty, unlabelled or one-class anchors.
-        SearchError: the objective has no answer on these anchors, also in the extended range.
+        SearchError: the objective has no answer on these anchors.
     """
     objective = default_objective(objective, metric, tolerance, search)
     check_arguments(metric, tolerance, search, objective, draws, bounds, points)
@@ -106,28 +94,27 @@ def fit_sigma(
     _check_positive(resolution, steps=steps, prior_sigma=prior_sigma, kl_weight=kl_weight)
     form = {"pad_token_id": bayes.pad_token_id, "batch_size": batch_size}
     anchor_set = AnchorSet.of(anchors, **form)
-    others = None
-    if held_out is not None:
-        others = AnchorSet.of(held_out, **form)
-        for rows in (others, anchor_set):
-            rows.check("nll")
+    others = None if held_out is None else AnchorSet.of(held_out, **form)
+    if others is not None:
+        others.check("nll")
+        anchor_set.check("nll")
     config = _config(bayes, metric, mode, tail, seed)
     loss = AnchorLoss(bayes, anchor_set, metric, draws=draws, config=config, progress=progress)
     if two_sided is None:
         two_sided = metric == "embedding_norm"
     curve = LossCurve(loss, metric, tolerance, relative, two_sided)
     prior = prior_sigma or default_prior_sigma(list(bayes.posteriors.values()))
-    weight = kl_weight if kl_weight is not None else 1.0 / len(anchor_set)
+    weight = kl_weight or 1.0 / len(anchor_set)
     kl = Divergence(bayes.posteriors, prior)
     if objective != "max_variance":
         least = Objective(curve, kl if objective == "gvi" else None, weight)
         sigma, stopped = find_minimum(least, bounds=bounds, points=points, resolution=resolution)
         limits = minimum_interval(curve, sigma, least)
-    elif search == "grid":
-        sigma, stopped = by_grid(curve, bounds=bounds, points=points, resolution=resolution)
-        limits = crossing_interval(curve, sigma)
     else:
-        sigma, stopped = by_bisection(curve, bounds=bounds, resolution=resolution, steps=steps)
+        if search == "grid":
+            sigma, stopped = by_grid(curve, bounds=bounds, points=points, resolution=resolution)
+        else:
+            sigma, stopped = by_bisection(curve, bounds=bounds, resolution=resolution, steps=steps)
         limits = crossing_interval(curve, sigma)
     notes = doubts(curve, objective, sigma, limits)
     if others is not None:
@@ -160,7 +147,7 @@ def fit_sigma(
 def default_objective(
     objective: str | None, metric: str, tolerance: float | None, search: str
 ) -> str:
-    """Return the objective itself, or the one that is meant where none is named."""
+    """Return the objective that is meant."""
     if objective is not None:
         return objective
     plain = metric == "nll" and search == "grid" and tolerance is None
@@ -176,11 +163,7 @@ def check_arguments(
     bounds: tuple[float, float] = DEFAULT_BOUNDS,
     points: int = 6,
 ) -> None:
-    """Refuse what no search can work with; needs no model, so it can be asked before one loads.
-
-    Raises:
-        ValueError: an argument of :func:`fit_sigma` is out of range.
-    """
+    """Refuse what no search can work with, before a model loads."""
     for name, value, known in (
         ("metric", metric, METRICS),
         ("objective", objective, OBJECTIVES),
@@ -211,7 +194,7 @@ def _check_positive(resolution: float, **numbers: float | None) -> None:
 
 
 def _config(
-    bayes: SearchedModel, metric: str, mode: str | None, tail: int | None, seed: int | None
+    bayes: BayesianModel, metric: str, mode: str | None, tail: int | None, seed: int | None
 ) -> SamplingConfig:
     """Return how to sample during the search."""
     config = bayes.config
@@ -223,11 +206,9 @@ def _config(
 
 
 def _variational(curve: LossCurve, sigma: float, kl: Divergence) -> dict[str, Any]:
-    """Return KL and implied lambda at the answer (Theorem 4.2)."""
-    if sigma <= 0.0:
+    """Return KL and implied lambda at the answer (Theorem 4.2), by a difference across it."""
+    if sigma == 0.0:
         return {"prior_sigma": kl.prior_sigma}
-    # The answer's neighbours on the curve: a difference across it, not to one side, in sigma^2.
-    # Objectives all end with a measured point beyond the answer.
     a = max(s for s in (0.0, *curve.points) if s < sigma)
     b = min(s for s in curve.points if s > sigma)
     slope_loss = 2 * sigma * (curve.change(b) - curve.change(a)) / (b * b - a * a)

@@ -1,8 +1,4 @@
-"""The loss that is traced as sigma grows: anchor sets, their losses, and what these cost.
-
-:class:`AnchorLoss` evaluates many sigmas at once on common antithetic streams, and keeps the loss
-of every row, so that each difference to sigma = 0 is a paired one.
-"""
+"""The loss that is traced as sigma grows: anchor sets, their losses, and what these cost."""
 
 from __future__ import annotations
 
@@ -10,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +14,9 @@ from torch import Tensor
 from tfb.data.batching import NO_LABEL, EncodedRows, batches
 from tfb.draws import Draws
 from tfb.evaluation.metrics import nll_of_rows
-from tfb.posterior import LowRankPosterior
+from tfb.model import BayesianModel
 from tfb.sampling.config import SamplingConfig
+from tfb.sampling.state import Batch
 from tfb.search.result import SearchError
 
 METRICS = ("nll", "accuracy", "pseudo_nll", "embedding_norm", "expected_nll")
@@ -27,53 +24,15 @@ SUPERVISED = ("nll", "accuracy", "expected_nll")
 PER_ROW = ("expected_nll", "embedding_norm")  # a draw's output is the row's loss already
 ROWS_PER_PASS = 1024  # rows x draws in one forward pass
 
-Batch = Mapping[str, Any]
-
-
-class SearchedModel(Protocol):
-    """What the search asks of a :class:`tfb.BayesianModel`."""
-
-    @property
-    def config(self) -> SamplingConfig:
-        """How the model samples."""
-
-    @property
-    def posteriors(self) -> Mapping[str, LowRankPosterior]:
-        """The posteriors by module."""
-
-    @property
-    def pad_token_id(self) -> int:
-        """The token that pads rows."""
-
-    def configure(self, **changes: Any) -> Any:
-        """Replace fields of ``config``."""
-
-    def logits(
-        self,
-        batch: Batch,
-        draws: Draws,
-        label_ids: Tensor | None = None,
-        *,
-        mode: str | None = None,
-        tail: int | None = None,
-    ) -> Tensor:
-        """Return logits [S, B, K] of the scored position."""
-
-    def hidden_norms(self, batch: Batch, draws: Draws) -> Tensor:
-        """Return norms [S, B] of the last hidden state, in full mode."""
-
-
-# --- anchors ------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class AnchorSet:
     """Anchor rows as ready batches.
 
     Attributes:
-        batches: dicts of tokenizer tensors [B, T], with "labels" [B] (class index) and, for
-            causal LMs, "label_ids" ([K], [B, K] or [B, K, L], the vocabulary ids of the classes).
-        content_hash: SHA-256 of the content, kept in the artifact.
+        batches: dicts of tokenizer tensors [B, T], "labels" [B] (class indices) and, for causal
+            LMs, "label_ids" [K], [B, K] or [B, K, L] (the tokens of the classes).
+        content_hash: SHA-256 of the content.
     """
 
     batches: tuple[Batch, ...]
@@ -87,7 +46,12 @@ class AnchorSet:
         pad_token_id: int = 0,
         batch_size: int = 50,
     ) -> AnchorSet:
-        """Take encoded rows, or an iterable of batches as in ``AnchorSet.batches``.
+        """Take encoded rows, or batches.
+
+        Args:
+            anchors: the rows.
+            pad_token_id: the token that pads encoded rows.
+            batch_size: of encoded rows.
 
         Raises:
             ValueError: no anchors at all.
@@ -97,9 +61,7 @@ class AnchorSet:
             return anchors
         made: list[Batch] = []
         if isinstance(anchors, EncodedRows):
-            for b in batches(
-                anchors, batch_size=batch_size, pad_token_id=pad_token_id, sort_by_length=True
-            ):
+            for b in batches(anchors, batch_size=batch_size, pad_token_id=pad_token_id):
                 extra = {"labels": b.labels, "label_ids": b.label_ids}
                 made.append(b.model_inputs() | {k: v for k, v in extra.items() if v is not None})
             digest = anchors.content_hash
@@ -115,7 +77,7 @@ class AnchorSet:
 
     @cached_property
     def labels(self) -> Tensor | None:
-        """[N] int64 in batch order, or None if any row is unlabelled."""
+        """All labels [N], or None if any row has none."""
         found = [b.get("labels") for b in self.batches]
         if any(y is None for y in found):
             return None
@@ -123,11 +85,7 @@ class AnchorSet:
         return None if bool((labels == NO_LABEL).any()) else labels
 
     def check(self, metric: str) -> None:
-        """Refuse what cannot be searched on by a metric, before any forward pass.
-
-        Raises:
-            ValueError: an unknown metric, missing labels, one class only.
-        """
+        """Refuse what cannot be searched on by a metric: missing labels, one class only."""
         if metric not in METRICS:
             raise ValueError(f"metric={metric!r}: expected one of {', '.join(METRICS)}")
         if metric not in SUPERVISED:
@@ -160,7 +118,7 @@ def _with_tensors(batch: Batch) -> Batch:
 
 
 def _hash(made: Sequence[Batch]) -> str:
-    """SHA-256 of all tensors; shape and type too, since equal bytes may be other content."""
+    """Return the SHA-256 of all tensors, with shape and type."""
     sha = hashlib.sha256()
     for batch in made:
         for key in sorted(batch):
@@ -170,15 +128,10 @@ def _hash(made: Sequence[Batch]) -> str:
     return sha.hexdigest()
 
 
-# --- cost ---------------------------------------------------------------------------------------
-
-
 class PassCounter:
     """What a search spends, in deterministic passes over all anchors, counted in tokens.
 
-    In full mode every draw is a pass, also where draws share blocks or prefixes, which costs less.
-    In tail mode a sweep runs the first T - k tokens of a row once, and the last k tokens once for
-    each draw: 1 + (S - 1) k / T passes for S draws.
+    In full mode every draw is a pass. In tail mode a row's first T - k tokens run once in a sweep.
     """
 
     def __init__(self, batches: Sequence[Batch], tail: int | None) -> None:
@@ -199,15 +152,12 @@ class PassCounter:
 
     @property
     def draw_cost(self) -> float:
-        """One more draw in a sweep over all rows, in passes: 1, or about k / T in tail mode."""
+        """One more draw in a sweep over all rows, in passes."""
         return int(self._drawn.sum()) / self._total
 
 
 def passes_per_row(lengths: Sequence[int], draws: int, tail: int | None = None) -> float:
-    """Return what draws of prompts of these many tokens cost, in deterministic passes.
-
-    As :class:`PassCounter` counts; tokens of choices are left out.
-    """
+    """Return what draws of prompts of these many tokens cost, as :class:`PassCounter` counts."""
     total = sum(lengths)
     drawn = total if tail is None else sum(min(n, tail) for n in lengths)
     return (total - drawn + draws * drawn) / total
@@ -221,27 +171,16 @@ def _lengths(batch: Batch) -> Tensor:
     return mask.sum(1).long().cpu()
 
 
-# --- losses -------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class LossTable:
-    """Losses of N anchors at G sigmas.
-
-    Attributes:
-        rows: [G, N] float64, each anchor's loss.
-        left_out: [G, U] float64, mean loss without each of the U streams (U = 1: with it).
-    """
+    """Losses of anchors at G sigmas [G, N], and their mean without each stream [G, U]."""
 
     rows: Tensor
     left_out: Tensor
 
 
 def jackknife_error(left_out: Tensor) -> Tensor:
-    """Return the standard error of a mean from its values without each unit, [..., U].
-
-    NaN for one unit.
-    """
+    """Return the standard error of a mean (NaN of one unit) from those without each [..., U]."""
     U = left_out.shape[-1]
     if U == 1:
         return torch.full(left_out.shape[:-1], float("nan"), dtype=left_out.dtype)
@@ -251,19 +190,13 @@ def jackknife_error(left_out: Tensor) -> Tensor:
 class AnchorLoss:
     """The anchors' loss as a function of sigma; counts the passes it spends.
 
-    The metrics: "nll" is -log of the averaged probability of the label, "pseudo_nll" the same of
-    the deterministic prediction. "accuracy" is the error rate of the averaged prediction.
-    "expected_nll" is the draws' mean of -log probability of the label, the likelihood of an ELBO.
-    "embedding_norm" is the norm of the last hidden state. To add one: a branch in ``_outputs`` or
-    ``_losses``.
-
-    Attributes:
-        measured: [N] bool, the rows whose loss at sigma = 0 is known.
+    All sigmas share antithetic streams, without which the loss is not even monotone. To add a
+    metric: a branch in ``_outputs`` or ``_label_loss``.
     """
 
     def __init__(
         self,
-        bayes: SearchedModel,
+        bayes: BayesianModel,
         anchors: AnchorSet,
         metric: str,
         *,
@@ -271,23 +204,14 @@ class AnchorLoss:
         config: SamplingConfig | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> None:
-        """Check the anchors; in full mode measure them at sigma = 0.
-
-        Args:
-            bayes: the model.
-            anchors: N rows.
-            metric: one of ``METRICS``.
-            draws: antithetic draws at each sigma.
-            config: its mode, tail, seed and temperature count. None: the model's.
-            progress: called with the rows finished (rows x draws) after each pass.
-        """
+        """Check the anchors; in full mode measure them at sigma = 0."""
         anchors.check(metric)
         self.bayes, self.anchors, self.metric = bayes, anchors, metric
         self.n, self.progress = draws, progress
         self.config = bayes.config if config is None else config
         self.cost = PassCounter(anchors.batches, self.config.tail)
         self._mean: Tensor | None = None  # [N, K] probabilities (widest K), or [N] losses
-        self.measured = torch.zeros(len(anchors), dtype=torch.bool)
+        self.measured = torch.zeros(len(anchors), dtype=torch.bool)  # at sigma = 0
         if self.config.mode == "full":
             self._measure_baseline()
 
@@ -298,27 +222,24 @@ class AnchorLoss:
 
     @property
     def baseline(self) -> Tensor:
-        """[N] float64, losses at sigma = 0."""
+        """Losses at sigma = 0, [N]."""
         self._measure_baseline()
         return self.baseline_of(torch.arange(len(self.anchors)))
 
     def baseline_of(self, rows: Tensor) -> Tensor:
-        """Return the losses at sigma = 0 of rows that have been measured at some sigma."""
+        """Return the losses at sigma = 0 of rows that have been measured."""
         assert self._mean is not None
         return self._losses(self._mean[rows], rows)
 
     @property
     def probabilities(self) -> Tensor | None:
-        """[N, K] probabilities at sigma = 0, None for metrics without."""
+        """Probabilities at sigma = 0 [N, K], None for metrics without."""
         return None if self.metric in PER_ROW else self._mean
 
     def __call__(self, sigmas: Sequence[float], *, rows: Tensor | None = None) -> LossTable:
-        """Return the losses at sigmas > 0, all on the same streams.
+        """Return the losses at sigmas > 0 of all anchors, or of ascending ``rows``.
 
-        Args:
-            sigmas: G of them.
-            rows: which anchors, ascending [N'] int64; None: all. Where their loss at sigma = 0 is
-                not known (tail mode), sigma = 0 joins the sweep.
+        Where their loss at sigma = 0 is not known (tail mode), sigma = 0 joins the sweep.
         """
         rows = torch.arange(len(self.anchors)) if rows is None else rows
         units = self.n // 2
@@ -337,7 +258,7 @@ class AnchorLoss:
         return LossTable(torch.cat(found, dim=1), left_out / len(rows))
 
     def _sweep(self, batch: Batch, at: Tensor, sigmas: Sequence[float]) -> Tensor:
-        """[U, G, B, ...] outputs of the rows ``at``, averaged over each antithetic pair."""
+        """Return outputs [U, G, B, ...] of the rows ``at``, averaged over each antithetic pair."""
         units, per_pass, parts = self.n // 2, len(sigmas), []
         if self.config.mode == "full":  # in tail mode each part would run the prompt again
             per_pass = max(1, ROWS_PER_PASS // (self.n * len(at)))
@@ -379,28 +300,23 @@ class AnchorLoss:
         self.measured[at] = True
 
     def _outputs(self, batch: Batch, draws: Draws, at: Tensor) -> Tensor:
-        """Each draw's probabilities [S, B, K], or losses [S, B], in float64 on the CPU."""
+        """Return each draw's probabilities [S, B, K], or losses [S, B], in float64 on the CPU."""
         inputs = {k: v for k, v in batch.items() if k not in ("labels", "label_ids")}
         if self.metric == "embedding_norm":
             out = self.bayes.hidden_norms(inputs, draws).double().cpu()
         else:
-            logits = self.bayes.logits(
-                inputs,
-                draws,
-                batch.get("label_ids"),
-                mode=self.config.mode,
-                tail=self.config.tail,
-            )
+            form: Any = {"mode": self.config.mode, "tail": self.config.tail}
+            logits = self.bayes.logits(inputs, draws, batch.get("label_ids"), **form)
             out = (logits.double() / self.config.temperature).softmax(-1).cpu()
         _check_finite(out, draws)
         return self._label_loss(out, at) if self.metric == "expected_nll" else out
 
     def _losses(self, out: Tensor, at: Tensor) -> Tensor:
-        """[..., N'] losses from averaged outputs [..., N', K] of the rows ``at``."""
+        """Return losses from averaged outputs of the rows ``at``."""
         return out if self.metric in PER_ROW else self._label_loss(out, at)
 
     def _label_loss(self, out: Tensor, at: Tensor) -> Tensor:
-        """[..., N'] losses from probabilities [..., N', K] of the rows ``at``."""
+        """Return losses [..., N'] from probabilities [..., N', K] of the rows ``at``."""
         if self.metric == "pseudo_nll":
             assert self._mean is not None
             target = self._mean[at].argmax(-1)
@@ -418,10 +334,7 @@ class AnchorLoss:
 
 
 def _check_finite(out: Tensor, draws: Draws) -> None:
-    """Refuse NaN and Inf in each draw's outputs [S, ...].
-
-    Sigma = 0 is always seen first, so what fails with noise alone is the noise's doing.
-    """
+    """Refuse NaN and Inf in each draw's outputs [S, ...]; sigma = 0 is always seen first."""
     broken = ~out.isfinite().flatten(1).all(1)
     if not bool(broken.any()):
         return
@@ -438,10 +351,9 @@ def _check_finite(out: Tensor, draws: Draws) -> None:
 
 def _take(batch: Batch, rows: Tensor, B: int) -> dict[str, Any]:
     """Return some of a batch's B rows; label_ids [K] hold for all rows."""
-
-    def by_row(name: str, value: Any) -> bool:
-        if not isinstance(value, Tensor) or not value.dim() or len(value) != B:
-            return False
-        return name != "label_ids" or value.dim() > 1
-
-    return {n: v[rows.to(v.device)] if by_row(n, v) else v for n, v in batch.items()}
+    taken = dict(batch)
+    for name, value in batch.items():
+        least = 2 if name == "label_ids" else 1
+        if isinstance(value, Tensor) and value.dim() >= least and len(value) == B:
+            taken[name] = value[rows.to(value.device)]
+    return taken

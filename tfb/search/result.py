@@ -18,12 +18,10 @@ class CurvePoint:
     """One measured sigma.
 
     Attributes:
-        sigma: where it was measured.
-        loss: mean over anchors. Measured on part of them: l(0) plus the mean paired difference on
-            that part, corrected by the sigmas that were measured on all anchors.
+        loss: mean over all anchors; an estimate where part of them was measured.
         standard_error: of the paired difference to sigma = 0, over anchors.
-        draw_standard_error: jackknife over streams. NaN: one stream only.
-        anchors: rows measured. None: all of them, in a record of an earlier version.
+        draw_standard_error: jackknife over streams; NaN of one.
+        anchors: rows measured; None in records of 0.1.0: all.
     """
 
     sigma: float
@@ -38,31 +36,24 @@ class SigmaFit:
     """What a search found and how; plain JSON through ``to_dict``.
 
     Attributes:
-        sigma: the answer. 0: no variance is best (min_nll).
-        metric: what degrades; see :func:`tfb.fit_sigma`, as for objective, tolerance, relative,
-            two_sided and search.
-        mode: how draws reached the model, "full" or "tail".
-        draws: at each sigma, antithetic.
-        seed: of the noise and of the anchors' order.
+        sigma: the answer.
+        metric: as given to :func:`tfb.fit_sigma`; so are objective, tolerance, relative, two_sided,
+            search, mode, draws, seed and tail.
         anchors: number of rows.
         anchor_hash: SHA-256 of their content.
         baseline: l(0).
-        limit: the largest accepted loss (max_variance), else None.
-        curve: every measured point, sigma = 0 first, ascending.
-        passes: deterministic passes over the anchors that the search cost, the pass at sigma = 0
-            included; see :class:`tfb.search.loss.PassCounter`.
-        stopped: why the search stopped, and how well it knows the *measured* curve's answer.
-        tail: positions with noise in tail mode, else None.
+        limit: the largest accepted loss of max_variance.
+        curve: every measured point, ascending, sigma = 0 first.
+        passes: deterministic passes over the anchors that the search cost.
+        stopped: why the search stopped.
         length_normalization: how choices of several tokens were scored.
         temperature: T of the likelihood.
-        kl_weight: lambda of gvi, None for other objectives.
+        kl_weight: lambda of gvi.
         prior_sigma: the prior's scale.
-        kl: KL(q || p) in nats at sigma; None at sigma = 0.
-        implied_lambda: -l'(sigma) / KL'(sigma), the lambda for which this sigma solves GVI
-            (Theorem 4.2; 1 / training rows is ordinary variational inference).
+        kl: KL(q || p) in nats at sigma.
+        implied_lambda: -l'(sigma) / KL'(sigma), for which this sigma solves gvi (Theorem 4.2).
         notes: doubts worth reading.
-        interval: 95 % confidence limits of sigma over anchors and draws: how well the measured
-            curve is known. The upper one is None where no measured sigma shows it.
+        interval: 95 % limits of sigma over anchors and draws; an upper None: not shown.
     """
 
     sigma: float
@@ -94,7 +85,7 @@ class SigmaFit:
 
     @property
     def config(self) -> SamplingConfig:
-        """How to sample at the answer, as the search did."""
+        """How to sample at the answer."""
         names = [f.name for f in fields(SamplingConfig)]
         return SamplingConfig(**{name: getattr(self, name) for name in names})
 
@@ -112,17 +103,15 @@ class SigmaFit:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> SigmaFit:
-        """Undo ``to_dict``; reads records of earlier versions, whose other fields it ignores."""
+        """Undo ``to_dict``, also of earlier versions, whose other fields are ignored."""
 
         def point(p: dict[str, Any]) -> CurvePoint:
             numbers = {k: math.nan if v is None else v for k, v in p.items() if k != "anchors"}
             return CurvePoint(**numbers, anchors=p.get("anchors"))
 
         known = {f.name: data[f.name] for f in fields(cls) if f.name in data}
-        interval = data.get("interval")
-        changed = {
-            "curve": tuple(point(p) for p in data["curve"]),
-            "notes": tuple(data.get("notes", ())),
-            "interval": None if interval is None else tuple(interval),
-        }
-        return cls(**{**known, **changed})
+        known["curve"] = tuple(map(point, data["curve"]))
+        known["notes"] = tuple(data.get("notes", ()))
+        if known.get("interval") is not None:
+            known["interval"] = tuple(data["interval"])
+        return cls(**known)

@@ -1,9 +1,7 @@
 """Where the answer lies on a curve: the crossing of the tolerance, or the least of an objective.
 
-Crossings: ``by_grid`` and ``by_bisection``, for max_variance. Their answer is accepted by all
-anchors; the violation above it is one on all of them, or on a part that is sure of it. Minima:
-``find_minimum``, for min_nll and gvi. All extend a range that does not hold the answer. Antithetic
-pairs leave the even terms of the noise, so that losses are nearly linear in sigma^2.
+A crossing (max_variance) is accepted by all anchors, and violated just above by all or surely by a
+part. Antithetic pairs leave the even terms of the noise: losses are nearly linear in sigma^2.
 """
 
 from __future__ import annotations
@@ -15,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy import optimize
-from scipy.interpolate import barycentric_interpolate
+from scipy.interpolate import krogh_interpolate
 
 from tfb.posterior import LowRankPosterior
-from tfb.search.curve import SURE, LossCurve
+from tfb.search.curve import SURE, LossCurve, standard_error
 from tfb.search.result import SearchError
 
 SIGMA_LIMITS = (1e-8, 1e4)
@@ -42,10 +40,7 @@ def geometric(low: float, high: float, points: int) -> list[float]:
 
 
 def sweep(curve: LossCurve) -> int:
-    """Return how many sigmas to measure at once on all anchors.
-
-    Several if they cost less than the sweep itself (tail mode), else one.
-    """
+    """Return how many sigmas to measure at once: several if they cost little in a sweep (tail)."""
     sigmas = int(1 / (curve.loss.n * curve.loss.cost.draw_cost))
     return min(SWEEP, sigmas) if sigmas >= 3 else 1
 
@@ -56,20 +51,10 @@ def _coarse(curve: LossCurve, points: int) -> tuple[float, int]:
     return (2 * COARSE_SHARE, 2 * points - 1) if sweep(curve) > 1 else (COARSE_SHARE, points)
 
 
-# --- the crossing -------------------------------------------------------------------------------
-
-
 def by_grid(
     curve: LossCurve, *, bounds: tuple[float, float], points: int, resolution: float
 ) -> tuple[float, str]:
-    """Find the crossing by a grid on part of the anchors, then interpolation on all.
-
-    Returns:
-        The largest accepted sigma, and why the search stopped.
-
-    Raises:
-        SearchError: nothing brackets the tolerance, or the bracket does not get narrow.
-    """
+    """Find the crossing by a grid on part of the anchors, then interpolation on all."""
     share, points = _coarse(curve, points)
     curve.decide(geometric(*bounds, points), share)
     low, high = _locate(curve, share)
@@ -84,14 +69,7 @@ def by_grid(
 def by_bisection(
     curve: LossCurve, *, bounds: tuple[float, float], resolution: float, steps: int
 ) -> tuple[float, str]:
-    """Find the crossing by halving; each sigma takes as many anchors as its decision needs.
-
-    Returns:
-        The largest accepted sigma, and why the search stopped.
-
-    Raises:
-        SearchError: nothing brackets the tolerance.
-    """
+    """Find the crossing by halving; each sigma takes as many anchors as its decision needs."""
     most, done = min(steps, MAX_STEPS), 0
     low, high = _first_violation(curve, bounds[1])
     while True:
@@ -128,10 +106,7 @@ def _first_violation(curve: LossCurve, high: float) -> tuple[float, float]:
 
 
 def _locate(curve: LossCurve, share: float = COARSE_SHARE) -> tuple[float, float]:
-    """Return an accepted sigma > 0 and the violation next to it.
-
-    The range is extended until it holds both, on at most a ``share`` of the anchors.
-    """
+    """Return an accepted sigma > 0 and the violation next to it; extend the range to hold both."""
     for _ in range(MAX_EXTENSIONS + 1):
         accepted, violating = curve.crossing()
         if violating is None:
@@ -224,12 +199,7 @@ def _aim(curve: LossCurve, low: float, high: float, root: float, resolution: flo
 
 
 def _expected(curve: LossCurve, low: float, high: float) -> float:
-    """Return where the crossing of all anchors should lie, given a bracket.
-
-    Sigmas known on all anchors say it, if they can: in between, or on the line through the last two
-    accepted (0 is). Where the loss falls first, no line from there leads to the crossing, and ends
-    known on part of the anchors must do.
-    """
+    """Return where the crossing of all anchors should lie, by sigmas known on all if they can."""
     known = curve.whole
     above = min((s for s in known if curve.excess(s) > 0), default=None)
     below = max(s for s in known if curve.excess(s) <= 0 and (above is None or s < above))
@@ -246,11 +216,7 @@ def _expected(curve: LossCurve, low: float, high: float) -> float:
 
 
 def _interpolated(curve: LossCurve, low: float, high: float) -> float:
-    """Return the crossing between two sigmas on a polynomial in sigma^2.
-
-    It takes in up to two more, the nearest that are known on all anchors. Those far off count only
-    where they continue the rise.
-    """
+    """Return the crossing between two sigmas on a polynomial in sigma^2 through up to two more."""
     straight = _line(curve, low, high)
     a, b = curve.excess(low), curve.excess(high)
     if not a < 0 < b:
@@ -258,12 +224,12 @@ def _interpolated(curve: LossCurve, low: float, high: float) -> float:
     nodes = {low: a, high: b}
     others = [s for s in curve.whole if s not in nodes]
     for s in sorted(others, key=lambda s: abs(s * s - straight * straight))[:2]:
-        near = low / CLOSE**2 <= s <= high * CLOSE**2
+        near = low / CLOSE**2 <= s <= high * CLOSE**2  # others have to continue the rise
         value = curve.excess(s)
         if near or (value < a if s < low else value > b):
             nodes[s] = value
     x, y = [s * s for s in nodes], list(nodes.values())
-    root = optimize.brentq(lambda t: float(barycentric_interpolate(x, y, t)), x[0], x[1])
+    root = optimize.brentq(lambda t: float(krogh_interpolate(x, y, t)), x[0], x[1])
     return math.sqrt(root)
 
 
@@ -276,12 +242,9 @@ def _line(curve: LossCurve, first: float, second: float) -> float:
     return math.sqrt(max(x - a * (y - x) / (b - a), 0.0))
 
 
-# --- the minimum --------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Divergence:
-    """KL(q || p) in nats of all layers as a function of sigma, for one isotropic prior."""
+    """KL(q || p) in nats as a function of sigma, for one isotropic prior."""
 
     posteriors: Mapping[str, LowRankPosterior]
     prior_sigma: float
@@ -298,17 +261,11 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised: l(sigma) + weight KL(q || p), nats an anchor.
-
-    Attributes:
-        curve: l.
-        kl: None for the loss alone.
-        weight: lambda.
-    """
+    """What is minimised: l(sigma), for gvi + weight KL(q || p), nats an anchor."""
 
     curve: LossCurve
-    kl: Divergence | None = None
-    weight: float = 0.0
+    kl: Divergence | None
+    weight: float
 
     def penalty(self, sigma: float) -> float:
         """Return weight KL; it diverges at sigma = 0."""
@@ -322,19 +279,16 @@ class Objective:
 
     def lower_limit(self, sigma: float) -> float:
         """Return one standard error over anchors below the objective."""
-        rows = self.curve.differences(sigma)
-        error = float(rows.std()) / len(rows) ** 0.5 if len(rows) > 1 else 0.0
-        return self(sigma) - error
+        return self(sigma) - standard_error(self.curve.differences(sigma), 0.0)
 
     def between(self, low: float, high: float, nodes: list[float]) -> float:
-        """Return where it is least from ``low`` to ``high``.
+        """Return where it is least in a range, by a polynomial through 0 and ``nodes``.
 
-        The loss is that of the polynomial in sigma through 0 and ``nodes``: near its minimum,
-        several per cent below l(0), closer than one in sigma^2. The penalty is known everywhere.
+        In sigma: near a minimum, several per cent below l(0), closer than one in sigma^2.
         """
         at = [0.0, *nodes]
         grid = np.geomspace(low, high, 1001)
-        loss = barycentric_interpolate(at, [self.curve.change(s) for s in at], grid)
+        loss = krogh_interpolate(at, [self.curve.change(s) for s in at], grid)
         values = [v + self.penalty(float(s)) for s, v in zip(grid, loss, strict=True)]
         return float(grid[int(np.argmin(values))])
 
@@ -344,16 +298,8 @@ def find_minimum(
 ) -> tuple[float, str]:
     """Find the sigma of the least objective.
 
-    A grid on part of the anchors says where to look; few sigmas around that go on to all of them.
-    Others of the grid get more anchors until it is clear that they are worse. More sigmas follow
-    until the least has neighbours within a factor of ``SPREAD``, and interpolation says that it is
-    the least. A minimum is flat, so it is known to five times the resolution.
-
-    Returns:
-        The sigma, measured on all anchors as its neighbours are, and why the search stopped.
-
-    Raises:
-        SearchError: the objective still falls at the end of the extended range.
+    A grid on part of the anchors says where to look. More is measured until the least on all has
+    near neighbours, interpolation agrees, and no sigma known on a part may still be better.
     """
     curve = objective.curve
     begin = _start(objective, bounds, points)
@@ -434,11 +380,7 @@ def _missing(objective: Objective, begin: float) -> list[float]:
 
 
 def _doubtful(objective: Objective) -> list[float]:
-    """Return sigmas known on a part that may still be better than the least of those on all.
-
-    The likeliest first, as many as go into a sweep. Those next to the least are left to
-    interpolation.
-    """
+    """Return the sigmas known on a part that may still be the least, as many as go into a sweep."""
     curve, best = objective.curve, _least(objective)
     limits = {
         s: objective(s) - SURE * curve.part_error(s)
