@@ -204,7 +204,7 @@ class BayesianLM(HFLM):
         ids = [torch.tensor(row) for row in rows]
         mask = pad_sequence([torch.ones_like(i) for i in ids], batch_first=True)
         batch = {"input_ids": pad_sequence(ids, batch_first=True), "attention_mask": mask}
-        inputs, _ = bayes.inputs(batch, "full")
+        inputs = bayes.inputs(batch, "full")
         last = dict.fromkeys(bayes.last_logits, keep)
         scored = len(rows) * keep
         fit = draws_that_fit(bayes.base, len(self.draws), mask.numel())

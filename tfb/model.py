@@ -262,10 +262,8 @@ class BayesianModel:
             tail = self.config.tail if tail is None else tail
         check_possible(replace(self.config, mode=mode, tail=tail), self.base, self.task)
         self.check_sampling()
-        inputs, _ = self.inputs(batch, mode)
-        return scored_logits(
-            self, inputs, draws, label_ids, tail=tail, draws_per_pass=draws_per_pass
-        )
+        inputs = self.inputs(batch, mode)
+        return scored_logits(self, inputs, draws, label_ids, tail, draws_per_pass)
 
     def predictive(self, logits: Tensor, draws: Draws, *, keep_draws: bool = False) -> Predictive:
         """Average the probabilities of logits [S, B, K] at the model's temperature."""
@@ -366,8 +364,8 @@ class BayesianModel:
         """Whether a draw costs an output embedding only."""
         return self._fan_out.head_alone
 
-    def inputs(self, batch: Batch, mode: str) -> tuple[dict[str, Any], int]:
-        """Return the aligned batch with what a scoring pass adds, and its number of rows."""
+    def inputs(self, batch: Batch, mode: str) -> dict[str, Any]:
+        """Return the aligned batch with what a scoring pass adds."""
         # A sequence of a decoder ends where it is scored: on the left is the padding.
         causal = self.task == "CAUSAL_LM" or mode == "tail"
         inputs = align(batch, "left" if causal else "right", self.device)
@@ -385,7 +383,7 @@ class BayesianModel:
             inputs.setdefault("position_ids", position)
         if self.task != "SEQ_CLS" and "use_cache" in self._forward_names:
             inputs["use_cache"] = False
-        return inputs, inputs["input_ids"].shape[0]
+        return inputs
 
     def remove(self) -> nn.Module:
         """Undo ``bayesianize``; return the PEFT model, with none of our hooks."""

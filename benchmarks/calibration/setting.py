@@ -187,7 +187,7 @@ class training:
 
 def plain_logits(bayes: BayesianModel, batch: Batch) -> Tensor:
     """[B, K] of one plain pass of the PEFT model, in the mode that it is in."""
-    inputs, _rows = bayes.inputs(batch.model_inputs(), "full")
+    inputs = bayes.inputs(batch.model_inputs(), "full")
     logits = bayes.model(**inputs, **bayes.last_logits).logits
     return logits if batch.label_ids is None else logits[:, -1].gather(-1, batch.label_ids)
 

@@ -66,7 +66,7 @@ def test_full_is_the_definition(kind: str, merging: str) -> None:
     """Each draw's weights, materialised in a model that was never Bayesianized."""
     bayes, batch = tfb.bayesianize(KINDS[kind].build()), batch_of()
     bayes.merging = merging
-    inputs, _ = bayes.inputs(batch, "full")
+    inputs = bayes.inputs(batch, "full")
     twin = KINDS[kind].build()
     expected = naive(twin, bayes.posteriors, DRAWS, lambda m: last_logits(m, inputs))
     assert relative(bayes.logits(batch, DRAWS), expected) < EXACT
@@ -86,7 +86,7 @@ def test_other_architectures_are_the_definition(kind: str) -> None:
         batch["input_ids"][:, -1] = 2
     for layers in (None, tfb.last_layers(1)):
         bayes = tfb.bayesianize(OTHERS[kind].build(), layers=layers)
-        inputs, _ = bayes.inputs(batch, "full")
+        inputs = bayes.inputs(batch, "full")
         expected = naive(
             OTHERS[kind].build(), bayes.posteriors, DRAWS, lambda m, i=inputs: last_logits(m, i)
         )

@@ -118,7 +118,7 @@ def test_a_second_active_adapter_is_added_in_every_draw() -> None:
     assert relative(both, single_runs(bayes, DRAWS, batch_of())) < EXACT
     assert relative(both, alone) > 1e-3
     mean = bayes.logits(batch_of(), Draws.mean())[0]
-    inputs, _ = bayes.inputs(batch_of(), "full")
+    inputs = bayes.inputs(batch_of(), "full")
     with torch.no_grad():
         assert relative(mean, model(**inputs).logits[:, -1]) < EXACT
 

@@ -218,7 +218,7 @@ def test_a_replay_ends_with_its_batch() -> None:
     before = [dict(vars(block)) for block in model.base_model.model.model.layers]
     bayes = tfb.bayesianize(model, layers=tfb.last_layers(1))
     other = {k: v.flip(0) for k, v in batch_of().items()}
-    inputs, _ = bayes.inputs(batch_of(), "full")
+    inputs = bayes.inputs(batch_of(), "full")
     with torch.no_grad():
         plain = bayes.model(**inputs).logits
     a = bayes.logits(batch_of(), DRAWS, draws_per_pass=1)

@@ -145,7 +145,6 @@ def scored_logits(
     inputs: Inputs,
     draws: Draws,
     label_ids: Tensor | None,
-    *,
     tail: int | None,
     draws_per_pass: int | None,
 ) -> Tensor:
@@ -167,7 +166,7 @@ def scored_logits(
     with evaluating(bayes.model):
         if draws_per_pass is None:
             draws_per_pass = draws_that_fit(bayes.base, len(draws), tokens, scored)
-        passes = Passes(bayes, inputs, state, tail=tail, choices=choices)
+        passes = Passes(bayes, inputs, state, tail, choices)
         parts = split(draws, draws_per_pass, bayes.base.device)
         found = [labels.reduce(logits) for logits in passes.run(parts)]
     return found[0] if len(found) == 1 else torch.cat(found)
@@ -198,7 +197,6 @@ class Passes:
         bayes: SampledModel,
         inputs: Inputs,
         state: SamplingState,
-        *,
         tail: int | None,
         choices: ChoiceTokens | None,
     ) -> None:
@@ -233,11 +231,11 @@ class Passes:
             rest, cache = self._prefixes(self.shared, state)
         if self.choices is not None:
             rest, cache = self._continuations(self.choices, rest, cache, state)
-        extra: dict[str, Any] = dict.fromkeys(bayes.last_logits, L)
+        rest = {**rest, **dict.fromkeys(bayes.last_logits, L)}
         if cache is not None:
-            extra["past_key_values"] = cache
+            rest |= {"past_key_values": cache, "use_cache": True}
         with bayes.sampling_as(replace(state, cached=cache is not None, replay=self._rest)):
-            logits: Tensor = bayes.model(**rest, **extra).logits
+            logits: Tensor = bayes.model(**rest).logits
         logits = logits[:, None] if bayes.task == "SEQ_CLS" else logits[:, -L:]
         return logits.unflatten(0, (len(state.draws), -1))
 
@@ -260,7 +258,6 @@ class Passes:
         rest = choices.extend(inputs, keep)
         if cache is not None:
             spread_cache(cache, choices.owner, B)
-            rest["use_cache"] = True
         return rest, cache
 
     def _complete(self, cache: DynamicCache) -> None:
@@ -287,8 +284,8 @@ class Passes:
         each = k + L - 1  # tokens of one draw
         for draws in parts:
             S = len(draws)
-            tokens = tail_inputs(rest, base.config, each, S, base.dtype)
-            tokens["past_key_values"] = cache
+            tokens = tail_inputs(rest, base, each, S)
+            tokens |= {"past_key_values": cache, "use_cache": True}
             start = torch.arange(S, device=base.device)[:, None] * each
             scored = (start + torch.arange(k - 1, each, device=base.device)).flatten()
             logits = self._tree_logits(tokens, replace(self.state, draws=draws, tree=True), scored)
@@ -321,13 +318,13 @@ class Passes:
         replay: Replay | None = None,
     ) -> None:
         """Read tokens into a cache: with the draws, or in tail mode with the mean adapter."""
-        bayes = self.bayes
+        bayes, inputs = self.bayes, {**inputs, "past_key_values": cache, "use_cache": True}
         if self.tail is None:
             with bayes.sampling_as(replace(state, cached=True, replay=replay)):
-                bayes.model(**inputs, past_key_values=cache, **bayes.last_logits)
+                bayes.model(**inputs, **bayes.last_logits)
         else:
             with bayes.sampling_as(mean_state(state, len(inputs["input_ids"]))):
-                self._backbone(**inputs, past_key_values=cache)
+                self._backbone(**inputs)
 
 
 def mean_state(state: SamplingState, batch: int) -> SamplingState:
@@ -359,8 +356,8 @@ def hidden_norms(bayes: SampledModel, batch: Batch, draws: Draws) -> Tensor:
             "hidden-state norms: an encoder-decoder has two stacks; use metric='nll' or 'accuracy'"
         )
     bayes.check_sampling()
-    inputs, rows = bayes.inputs(batch, "full")
-    mask, S = inputs["attention_mask"], len(draws)
+    inputs = bayes.inputs(batch, "full")
+    mask, S, rows = inputs["attention_mask"], len(draws), len(inputs["input_ids"])
     with evaluating(bayes.model), bayes.sampling_as(SamplingState(bayes.base, draws)):
         hidden: Tensor = bayes.model(**inputs, output_hidden_states=True).hidden_states[-1]
     if hidden.shape[0] == rows:  # noise in the head alone: below it all draws agree

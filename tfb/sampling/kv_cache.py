@@ -42,7 +42,6 @@ class SharedPrefix:
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
             "position_ids": torch.arange(self.length, device=device).expand(len(ids), self.length),
-            "use_cache": True,
         }
 
     def rest(self, inputs: Inputs) -> Inputs:
@@ -56,7 +55,6 @@ class SharedPrefix:
             "input_ids": inputs["input_ids"][:, c:],
             "attention_mask": torch.cat([torch.ones_like(mask[:, :c]), real.to(mask.dtype)], dim=1),
             "position_ids": inputs["position_ids"][:, c:],
-            "use_cache": True,
         }
 
 
@@ -196,34 +194,30 @@ def prefix_inputs(inputs: Inputs, k: int) -> Inputs:
         )
     # [:, :-k] of the mask keeps a cache's columns with the prefix.
     parts = {n: inputs[n][:, :-k] for n in ("input_ids", "attention_mask", "position_ids")}
-    return {**inputs, **parts, "use_cache": True}
+    return {**inputs, **parts}
 
 
-def tail_inputs(
-    inputs: Inputs, config: PreTrainedConfig, k: int, draws: int, dtype: torch.dtype
-) -> Inputs:
+def tail_inputs(inputs: Inputs, base: PreTrainedModel, k: int, draws: int) -> Inputs:
     """Return the arguments of the tail's pass: the last k tokens, once for each draw."""
     return {
         **inputs,
         "input_ids": inputs["input_ids"][:, -k:].repeat(1, draws),
-        "attention_mask": _masks(config, inputs["attention_mask"], k, draws, dtype),
+        "attention_mask": _masks(base, inputs["attention_mask"], k, draws),
         "position_ids": inputs["position_ids"][:, -k:].repeat(1, draws),
-        "use_cache": True,
     }
 
 
 def _masks(
-    config: PreTrainedConfig, attention_mask: Tensor, k: int, draws: int, dtype: torch.dtype
+    base: PreTrainedModel, attention_mask: Tensor, k: int, draws: int
 ) -> Tensor | dict[str, Tensor]:
-    """``tree_mask`` as the model wants it: one tensor, or one for each kind of layer."""
+    """Return ``tree_mask`` as the model wants it: one tensor, or one for each kind of layer."""
+    config, dtype = base.config, base.dtype
 
     def make(window: int | None) -> Tensor:
         mask = tree_mask(attention_mask, k, draws, window)
         if config._attn_implementation == "sdpa":
             return mask
-        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(
-            ~mask, torch.finfo(dtype).min
-        )
+        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
     window = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or ())

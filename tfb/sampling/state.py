@@ -158,8 +158,8 @@ class SampledModel(Protocol):
     def head_alone(self) -> bool:
         """Whether a draw costs an output embedding only."""
 
-    def inputs(self, batch: Batch, mode: str) -> tuple[dict[str, Any], int]:
-        """Return the aligned batch, and its number of rows."""
+    def inputs(self, batch: Batch, mode: str) -> dict[str, Any]:
+        """Return the aligned batch with what a scoring pass adds."""
 
     def check_sampling(self) -> None:
         """Refuse a model of which draws cannot be sampled now."""
