@@ -627,7 +627,7 @@ BAD: list[Any] = [
     {**ROWS[0], "id": "long", "prompt": "a " * 200 + "\n="},
     {**ROWS[0], "id": ["x"]},
 ]
-FAULTS = ("not valid JSON", "no column 'prompt'", "'prompt' is empty", "tokens, but the", "a list")
+FAULTS = ("not valid JSON", "no column 'prompt'", "'prompt' is empty", "tokens, but the", "'id' is")
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
