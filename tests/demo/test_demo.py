@@ -96,6 +96,8 @@ def test_the_whole_way(
     page = (tmp_path / "demo_out" / PAGE).read_text()
     assert "tfb min_nll against deterministic, on the 60 labelled rows of test" in page
     assert page.count("<svg") == 7 and page.count("shifted: ") == 4
+    for fact in ("<dt>σ</dt>", "2, antithetic; seed 0", "60 rows, hash", "torch 2."):
+        assert fact in page.split("How this was made")[1]
 
 
 @pytest.mark.parametrize("output", [None, "mine.html", "mine"])

@@ -89,14 +89,14 @@ def test_rows_that_are_all_right_or_alike_can_be_drawn() -> None:
     e = Evaluation("sure", "d", probs, torch.tensor([0, 0]), zeros, zeros)
     figures.reliability_panel(e, "before")
     figures.risk_coverage_panel({"before": e})
-    figures.uncertainty_panel({"right": zeros, "wrong": zeros[:0], "ood": zeros}, "total")
+    figures.uncertainty_panel({"right": zeros, "wrong": zeros[:0], "ood": zeros}, "total", 10)
 
 
 def test_panels_take_colours_and_font_from_the_page() -> None:
     svg = figures.risk_coverage_panel({"before": evaluation(), "after": evaluation(30)})
     assert {"var(--before)", "var(--after)", "var(--soft)"} <= set(re.findall(r"var\([^)]*\)", svg))
     assert "#0000" not in svg and "font-family" not in svg and "<style" not in svg
-    other = figures.uncertainty_panel({"right": torch.rand(30)}, "total")
+    other = figures.uncertainty_panel({"right": torch.rand(30)}, "total", 10)
     ids = [set(re.findall(r'id="([^"]*)"', x)) for x in (svg, other)]
     assert not ids[0] & ids[1]  # both stand in one page
 

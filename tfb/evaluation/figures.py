@@ -165,13 +165,15 @@ def shown_losses(fit: Mapping[str, Any], whole: Sequence[Mapping[str, Any]]) -> 
 
 
 @_panel
-def uncertainty_panel(axes: Axes, groups: Mapping[str, Tensor], kind: str) -> None:
+def uncertainty_panel(axes: Axes, groups: Mapping[str, Tensor], kind: str, size: float) -> None:
     """Draw the cumulative share of rows against their uncertainty, for each group's colour."""
     for colour, values in groups.items():
         if len(values):
             _line(axes.ecdf, colour, values.numpy())
     axes.set(xlim=(0, None), ylim=(0, 1.02))
-    axes.set(xlabel=f"{kind} uncertainty (nats)", ylabel="share of rows at or below")
+    axes.set_xlabel(f"{kind} uncertainty (nats)", size=size)
+    axes.set_ylabel("share of rows at or below", size=size)
+    axes.tick_params(labelsize=size)
 
 
 def _line(draw: Callable[..., object], colour: str, *values: Any) -> None:

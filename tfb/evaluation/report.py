@@ -223,17 +223,19 @@ def _uncertainties(
 ) -> list[dict[str, Any]]:
     """Return panels of total uncertainty, and of epistemic where there are draws."""
     found = []
-    for kind, e in product(("total", "epistemic"), shown.values()):
-        if (values := getattr(e, kind)) is None:
-            continue
+    both = product(("total", "epistemic"), shown.values())
+    known = [(kind, e) for kind, e in both if getattr(e, kind) is not None]
+    size = 12 if len(known) > 2 else 10  # three in a row are drawn smaller
+    for kind, e in known:
+        values = getattr(e, kind)
         groups = {"right": values[e.correct], "wrong": values[~e.correct]}
         others = [getattr(o, kind) for o in ood if o.name == e.name]
-        if known := [v for v in others if v is not None]:
-            groups["ood"] = torch.cat(known)
+        if others := [v for v in others if v is not None]:
+            groups["ood"] = torch.cat(others)
         panel = {
             "name": e.name,
             "kind": kind,
-            "panel": figures.uncertainty_panel(groups, kind),
+            "panel": figures.uncertainty_panel(groups, kind, size),
             "counts": {colour: len(v) for colour, v in groups.items()},
             "wrong": _auroc(groups["wrong"], groups["right"]),
             "ood": _auroc(groups["ood"], values) if "ood" in groups else None,
