@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -148,10 +149,7 @@ class Draws:
         return torch.tensor(self.units, dtype=torch.int64, device=device)
 
     def tensors(self, device: torch.device | str = "cpu") -> DrawTensors:
-        """Return the draws as tensors on ``device``, made once for each device.
-
-        Inside ``torch.compile`` draws that were never on ``device`` become constants of the graph.
-        """
+        """Return the draws as tensors on ``device``, made once for each device."""
         device = torch.device(device)
         found = self._tensors.get(device)
         if found is None:
@@ -160,26 +158,22 @@ class Draws:
                 sigmas=torch.tensor(self.sigmas, dtype=torch.float64, device=device),
                 streams=torch.tensor(distinct, dtype=torch.int64, device=device),
                 stream_index=torch.tensor(index, dtype=torch.int64, device=device),
-                seed=torch.tensor(self.seed, dtype=torch.int64, device=device),
                 draws_per_stream=run,
+                seed=torch.tensor(self.seed, dtype=torch.int64, device=device),
             )
-            if not torch.compiler.is_compiling():
+            if not torch.compiler.is_compiling():  # there they are constants of the graph
                 self._tensors[device] = found
         return found
 
 
-@dataclass(frozen=True)
-class DrawTensors:
-    """Draws on one device: ``stream_index`` is the place of each draw's stream in ``streams``.
-
-    ``draws_per_stream`` is k if the draws come stream by stream, k of each; else 1.
-    """
+class DrawTensors(NamedTuple):
+    """Draws on one device, in the order of :class:`tfb_kernels.samples.Samples`."""
 
     sigmas: Tensor  # [S] float64
     streams: Tensor  # [Q] int64, without repeats
-    stream_index: Tensor  # [S] int64
+    stream_index: Tensor  # [S] int64, the place of each draw's stream in ``streams``
+    draws_per_stream: int  # k if draws come stream by stream, k of each; else 1
     seed: Tensor  # 0-d int64
-    draws_per_stream: int
 
 
 def _check_count(draws: int, name: str) -> None:

@@ -1,8 +1,4 @@
-"""``BayesLoRALinear``: a linear layer whose low-rank update is drawn from its posterior.
-
-Needs neither PEFT nor transformers. :mod:`tfb.adapters.bridge` puts the same
-:class:`LowRankSampler` into PEFT's own layers.
-"""
+"""``BayesLoRALinear``, and the sampler that PEFT's layers share; needs no PEFT or transformers."""
 
 from __future__ import annotations
 
@@ -49,10 +45,7 @@ class Factors(NamedTuple):
 
 
 class LowRankSampler:
-    """Applies draws of one layer's posterior, keeping what does not change between batches.
-
-    ``merging`` is told of by :attr:`tfb.model.BayesianModel.merging`.
-    """
+    """Applies draws of one layer's posterior, keeping what does not change between batches."""
 
     def __init__(self, posterior: LowRankPosterior) -> None:
         self.posterior = posterior
@@ -75,17 +68,13 @@ class LowRankSampler:
         overwrites; bias [m] is added to every draw.
         """
         samples, pool, impl = self._samples(x, draws)
-        if draws.noise == "token":  # there is no kernel for it
-            impl = "reference"
+        impl = impl if draws.noise == "weight" else "reference"  # there is no kernel for tokens
         return add_samples(x, base, samples, draws.noise, pool, bias, impl, inplace)
 
     def merges(
         self, x: Tensor, rows: int, draws: Draws, weight: Tensor, *biases: Tensor | None
     ) -> bool:
-        """Tell whether to multiply by merged weights: each draw has ``rows`` rows of its own in x.
-
-        ``biases`` are what else is added, for their gradients.
-        """
+        """Tell whether to multiply by merged weights; each draw has ``rows`` of its own in x."""
         if self.merging == "never" or draws.noise != "weight" or x.dtype != weight.dtype:
             return False
         if self.merging == "auto" and rows < self.factors(x.device, x.dtype).merge_rows:
@@ -121,13 +110,13 @@ class LowRankSampler:
         """Return what the operators are told, kept noise if there is any, the implementation."""
         device = x.device
         A, B, inv_d, impl, _ = self.factors(device, x.dtype)
-        t, p = draws.tensors(device), self.posterior
-        drawn = (t.sigmas, t.streams, t.stream_index, t.draws_per_stream, t.seed)
+        p = self.posterior
+        samples = Samples(A, B, inv_d, *draws.tensors(device), p.layer_id, p.scaling)
         # A CPU generates fixed noise once. A GPU makes it again faster than it reads it back, and a
         # compiled graph that looked for it would be compiled again for other streams.
         kept = draws.noise == "weight" and device.type == "cpu"
         pool = self.pool(draws, device) if kept and not torch.compiler.is_compiling() else None
-        return Samples(A, B, inv_d, *drawn, p.layer_id, p.scaling), pool, impl
+        return samples, pool, impl
 
     def factors(self, device: torch.device, dtype: torch.dtype) -> Factors:
         """Return the factors as the operators take them fastest where x has ``dtype``."""

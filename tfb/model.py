@@ -189,11 +189,8 @@ class BayesianModel:
             yield
 
     def check_sampling(self) -> None:
-        """Refuse a model of which draws cannot be sampled now (see ``sampling``).
-
-        Also put factors on every layer's device, where compiled graphs read them.
-        """
-        own, devices = self.dtype, set()
+        """Refuse a model of which draws cannot be sampled now, and put factors on all devices."""
+        own, devices = self.dtype, set()  # where compiled graphs read the factors
         for name, weight in self._attachment.check_sampling().items():
             for dtype in {own, weight.dtype}:  # PEFT may cast inputs to the adapter's
                 self.samplers[name].factors(weight.device, dtype)
@@ -318,10 +315,7 @@ class BayesianModel:
 
     @torch.no_grad()
     def hidden_norms(self, batch: Batch, draws: Draws) -> Tensor:
-        """Compute the Euclidean norm [S, B] of the last hidden state, in full mode.
-
-        At the scored position of a causal LM; of the mean over tokens otherwise.
-        """
+        """Compute norms [S, B] of the last hidden state, scored or averaged over tokens."""
         return hidden_norms(self, batch, draws)
 
     @torch.no_grad()

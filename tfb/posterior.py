@@ -1,10 +1,4 @@
-"""The low-rank isotropic Gaussian posterior of one adapted layer (TFB, section 3 and Theorem 4.1).
-
-LoRA's update is dW = s B A. With the SVD B = U diag(d) V^T, let B' = U diag(d) [m, r] and
-A' = V^T A [r, n]; then B' A' = B A exactly. Independent noise of standard deviation sigma / d_i on
-row i of A' makes dW Gaussian with covariance s^2 sigma^2 (U U^T (x) I_n): the d_i cancel.
-Directions that B does not span (d_i negligible) carry no adapter and get no noise.
-"""
+"""The low-rank Gaussian posterior of one adapted layer (docs/mathematics.md)."""
 
 from __future__ import annotations
 

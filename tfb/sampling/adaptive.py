@@ -1,9 +1,4 @@
-"""Adaptive draws: every row gets as many antithetic pairs as its own Monte-Carlo error asks for.
-
-Draws come in rounds of doubling size on fixed streams. After each round a row stops once the
-standard error of its predicted class's probability is within the tolerance. A row's stopping
-depends on that row alone, so its result does not depend on the rows beside it nor on their order.
-"""
+"""``draws="auto"``: as many pairs as a row's error asks for (docs/design/adaptive-draws.md)."""
 
 from __future__ import annotations
 
@@ -52,10 +47,7 @@ def predict_adaptively(
     first: Draws,
     temperature: float,
 ) -> Predictive:
-    """Predict a batch's rows with ``draw_counts`` of their own, from ``first`` draws on.
-
-    ``logits_of`` gives logits [S, b, K] of some rows.
-    """
+    """Predict every row with as many draws as its own error asks for."""
     ids = batch.get("input_ids")
     rows = len(ids) if isinstance(ids, Tensor) else 1  # anything else is refused by logits()
     some_draws = partial(Draws.antithetic, sigma=first.sigmas[0], seed=first.seed)

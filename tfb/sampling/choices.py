@@ -1,9 +1,4 @@
-"""Choices of several tokens: each is scored by its summed log-probability after the prompt.
-
-The last token of a prompt and all but the last of a choice make a *continuation*, which is read
-against the keys and values of its prompt. A continuation that begins another one of its row is
-read with it.
-"""
+"""Choices of several tokens, scored as continuations of their prompts (docs/design/choices.md)."""
 
 from __future__ import annotations
 
@@ -27,7 +22,7 @@ Tokens = tuple[int, ...]
 
 @dataclass(frozen=True)
 class ChoiceTokens:
-    """The choices of B rows as N continuations of one length."""
+    """The choices of B rows as N continuations of one length: all of their tokens but the last."""
 
     tokens: Tensor  # [B, K, L] vocabulary ids, 0 after the end of a choice
     present: Tensor  # [B, K, L] bool, where a choice has a token
@@ -78,18 +73,14 @@ class ChoiceTokens:
         return self.tokens.shape[-1]
 
     def extend(self, inputs: Inputs, keep: int) -> Inputs:
-        """Return the last ``keep`` tokens of each continuation's prompt and its own tokens.
-
-        Prompts are padded on the left. Their attention_mask [B, P + T] may begin with P columns of
-        a cache; all columns before the kept tokens stay.
-        """
+        """Return the last ``keep`` of a left-padded prompt's tokens, and a continuation's."""
         B, owner = len(inputs["input_ids"]), self.owner
         out = {
             name: value[owner] if isinstance(value, Tensor) and value.shape[:1] == (B,) else value
             for name, value in inputs.items()
         }
         out["input_ids"] = torch.cat([out["input_ids"][:, -keep:], self.read], dim=1)
-        mask = out["attention_mask"]
+        mask = out["attention_mask"]  # all of it: its first columns may be those of a cache
         # Filling counts as tokens: it lies behind all that is scored, and so every continuation of
         # a batch ends in the same column.
         after = mask.new_ones(len(owner), self.length - 1)

@@ -1,10 +1,4 @@
-"""One forward pass for S posterior draws, paying once for everything the draws have in common.
-
-Inside ``bayes.sampling(draws)`` rows come out draw-major, [S * B, ...]. The entrance repeats the B
-rows S times, for the code outside the backbone; the backbone takes the B common rows again
-(folding), and the first noisy block repeats them. Modules given the very tensor that the first
-noisy one was given (q, k and v) still read it once.
-"""
+"""Hooks that run S posterior draws in one forward pass (docs/design/fan-out.md)."""
 
 from __future__ import annotations
 
@@ -130,8 +124,6 @@ class FanOut:
             return None
         _check_call(state, kwargs)
         S, rows = len(state.draws), _batch_rows(args, kwargs)
-        if state.diverged and rows % S:
-            raise ValueError(f"sampling: {rows} rows are not a whole number for each of {S} draws")
         batch = rows // S if state.diverged else rows
         running = ForwardPass(S, batch, module, tree=state.tree)
         self._run(state, running)

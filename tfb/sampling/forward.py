@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,10 +45,7 @@ _SHARE = 0.6  # of the free memory: fragmentation, attention scores and the call
 
 
 def align(batch: Batch, side: str, device: torch.device) -> Inputs:
-    """Return the batch on ``device`` with its padding on ``side``, position_ids moved along.
-
-    A model then sees the same rows whatever side the tokenizer padded on.
-    """
+    """Return the batch on ``device`` with its padding on ``side``, position_ids moved along."""
     ids = _input_ids(batch)
     out = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
     out.pop("labels", None)
@@ -186,33 +183,26 @@ def _labels(
     return ChoiceTokens.of(bayes.base, ids, rows, bayes.config.length_normalization)
 
 
+@dataclass
 class Passes:
-    """The forward passes of one batch.
+    """The forward passes of one batch."""
 
-    Caches are made without the configuration: no layer forgets what lies outside its window.
-    """
+    bayes: SampledModel
+    inputs: Inputs
+    state: SamplingState  # what all passes have in common
+    tail: int | None  # k; None: full mode
+    choices: ChoiceTokens | None
 
-    def __init__(
-        self,
-        bayes: SampledModel,
-        inputs: Inputs,
-        state: SamplingState,
-        tail: int | None,
-        choices: ChoiceTokens | None,
-    ) -> None:
-        self.bayes = bayes
-        self.inputs = inputs
-        self.state = state
-        self.tail = tail
-        self.choices = choices
+    def __post_init__(self) -> None:
+        inputs, bayes, base = self.inputs, self.bayes, self.bayes.base
         self.shared: SharedPrefix | None = None
-        self._length = 1 if choices is None else choices.length  # L, scored positions of a row
-        self._backbone: nn.Module = bayes.base.base_model
-        may = bayes.task == "CAUSAL_LM" and may_share(inputs, bayes.base.config)
-        if may and _noisy_once(state, tail):
+        self._length = 1 if self.choices is None else self.choices.length  # L, scored positions
+        self._backbone: nn.Module = base.base_model
+        may = bayes.task == "CAUSAL_LM" and may_share(inputs, base.config)
+        if may and _noisy_once(self.state, self.tail):
             mask = inputs["attention_mask"].bool()
             rows = [ids[m].tolist() for ids, m in zip(inputs["input_ids"], mask, strict=True)]
-            self.shared = find_shared_prefix(rows, keep=tail or 1)
+            self.shared = find_shared_prefix(rows, keep=self.tail or 1)
         # Not with prefixes: every part fills a cache of its own, and that from the first block on.
         blocks = bayes.blocks_below if self.shared is None else []
         self._prompts, self._rest = Replay(blocks), Replay(blocks)
@@ -305,6 +295,7 @@ class Passes:
 
     def _prefixes(self, shared: SharedPrefix, state: SamplingState) -> tuple[Inputs, DynamicCache]:
         """Return the rest of the batch, and a cache of every row's prefix."""
+        # Without the configuration no layer forgets what lies outside its window.
         device, cache = self.bayes.base.device, DynamicCache()
         self._fill(cache, shared.inputs(device), state)
         spread_cache(cache, shared.owner.to(device), len(shared.ids))
@@ -328,11 +319,8 @@ class Passes:
 
 
 def mean_state(state: SamplingState, batch: int) -> SamplingState:
-    """Return the state for a pass of the mean adapter that enters the backbone with ``batch`` rows.
-
-    It is one draw at sigma = 0, so that layers can be merged. Its stream is one of the state's
-    draws, whose noise is kept anyway.
-    """
+    """Return the state for a pass of the mean adapter that enters the backbone with B rows."""
+    # One draw, so that layers can be merged, of a stream whose noise is kept anyway.
     draws = Draws((0.0,), state.draws.streams[:1], state.draws.seed)
     return _under_way(SamplingState(state.base, draws, tree=True, mean=True), batch)
 

@@ -1,8 +1,4 @@
-"""Generation from the posterior predictive: S weight samples decode side by side.
-
-transformers' own ``generate`` runs the loop: it sees B rows of scores averaged over draws, so its
-samplers, processors, stopping criteria and streamers work as always.
-"""
+"""Generation from the posterior predictive: transformers' loop over scores averaged over draws."""
 
 from __future__ import annotations
 

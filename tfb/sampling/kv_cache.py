@@ -1,10 +1,4 @@
-"""Keys and values: prefixes that rows have in common, and tails that draws do not.
-
-Shared prefixes (few-shot preambles, one context with many choices) are computed once and serve
-every row that begins with them. In tail mode all but the last k tokens run once with the mean
-adapter; then the draws of a row lie side by side on the sequence axis, [B, S * k], under a mask
-that lets each see the prefix and its own tokens.
-"""
+"""Prefixes that rows share, tails that draws do not (docs/design/tail-sampling.md)."""
 
 from __future__ import annotations
 
@@ -47,22 +41,19 @@ class SharedPrefix:
     def rest(self, inputs: Inputs) -> Inputs:
         """Return the arguments of the pass after it, from left-padded ``inputs`` [B, T]."""
         c, T, mask = self.length, inputs["input_ids"].shape[1], inputs["attention_mask"]
+        column = torch.arange(T, device=mask.device)
         # Token c of a row lies at column T - length + c.
-        column = torch.arange(c, T, device=mask.device)[None, :]
-        real = column >= T - mask.sum(1)[:, None] + c
+        seen = (column < c) | (column >= T - mask.sum(1, keepdim=True) + c)
         return {
             **inputs,
             "input_ids": inputs["input_ids"][:, c:],
-            "attention_mask": torch.cat([torch.ones_like(mask[:, :c]), real.to(mask.dtype)], dim=1),
+            "attention_mask": seen.to(mask.dtype),
             "position_ids": inputs["position_ids"][:, c:],
         }
 
 
 def find_shared_prefix(rows: Sequence[Sequence[int]], keep: int = 1) -> SharedPrefix | None:
-    """Find the prefix length that leaves the fewest tokens to compute, if that saves enough.
-
-    ``rows`` are token ids without padding, of which the last ``keep`` stay outside.
-    """
+    """Find the prefix length that leaves the fewest tokens to compute; ``keep`` stay out."""
     B, T = len(rows), max(map(len, rows))
     longest = min(map(len, rows)) - keep
     if B < 2 or longest < 1:
@@ -93,13 +84,10 @@ def _common(a: Sequence[int], b: Sequence[int], limit: int) -> int:
 
 
 def spread_cache(cache: Cache, owner: Tensor, groups: int) -> None:
-    """Give every row the keys and values of its prefix ``owner`` [B], in place.
-
-    Layers hold ``groups`` rows (what the draws have in common) or S times as many, draw-major.
-    """
+    """Give every row the keys and values of its prefix ``owner`` [B] of ``groups``, in place."""
     layers: list[Any] = cache.layers
     for layer in layers:
-        draws = layer.keys.shape[0] // groups
+        draws = layer.keys.shape[0] // groups  # 1 below the noise
         start = torch.arange(draws, device=owner.device)[:, None] * groups
         index = (start + owner[None, :]).flatten()
         layer.keys, layer.values = layer.keys[index], layer.values[index]
@@ -136,10 +124,7 @@ def may_share(inputs: Inputs, config: PreTrainedConfig) -> bool:
 
 
 def varying_angles(config: PreTrainedConfig) -> list[tuple[str, int]]:
-    """Return the kinds of rotary embedding whose angles are others beyond a number of tokens.
-
-    There, keys of a prefix computed by itself may differ from those within its prompt.
-    """
+    """Return the kinds of rotary embedding whose angles are others beyond a number of tokens."""
     given = getattr(config, "rope_parameters", None) or {}
     found = []
     for p in (given, *given.values()):  # one for all layers, or one for each kind of layer
@@ -183,16 +168,13 @@ def why_no_tail(base: PreTrainedModel, task: str) -> str | None:
 
 
 def prefix_inputs(inputs: Inputs, k: int) -> Inputs:
-    """Return the arguments of the prefix's pass: all but the last k tokens of left-padded inputs.
-
-    attention_mask [B, P + T] may begin with P columns of a cache that is there already.
-    """
+    """Return the arguments of the prefix's pass: all but the last k of left-padded tokens."""
     if names := indivisible(inputs):
         raise ValueError(
             f"mode='tail': the batch has {', '.join(names)}, which tail sampling does not know how "
             "to split; use mode='full'"
         )
-    # [:, :-k] of the mask keeps a cache's columns with the prefix.
+    # The mask [B, P + T] may begin with the P columns of a cache, which stay with the prefix.
     parts = {n: inputs[n][:, :-k] for n in ("input_ids", "attention_mask", "position_ids")}
     return {**inputs, **parts}
 
@@ -227,20 +209,16 @@ def _masks(
 
 
 def tree_mask(attention_mask: Tensor, k: int, draws: int, window: int | None) -> Tensor:
-    """Return who sees whom, bool [B, 1, S * k, P + S * k] with P = T - k, of a mask [B, T].
-
-    ``window``: tokens that a sliding-window layer looks back, itself included. None: all.
-    """
-    T = attention_mask.shape[1]
+    """Return who sees whom of a mask [B, T]: bool [B, 1, S * k, P + S * k] with P = T - k."""
+    T, device = attention_mask.shape[1], attention_mask.device
     P = T - k
-    device = attention_mask.device
     position = torch.arange(P, T, device=device).repeat(draws)  # [S * k] column of each query
     draw = torch.arange(draws, device=device).repeat_interleave(k)
     key_position = torch.cat([torch.arange(P, device=device), position])
     key_draw = torch.cat([torch.full((P,), -1, device=device), draw])
     sees = (key_draw[None, :] == -1) | (key_draw[None, :] == draw[:, None])
     sees &= key_position[None, :] <= position[:, None]
-    if window is not None:
+    if window is not None:  # tokens that a layer looks back, itself included
         sees &= position[:, None] - key_position[None, :] < window
     present = attention_mask.bool()
     real = torch.cat([present[:, :P], present[:, P:].repeat(1, draws)], dim=1)

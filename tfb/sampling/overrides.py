@@ -1,8 +1,4 @@
-"""What replaces the ``forward`` of a few modules of the base model.
-
-The output embedding computes those columns alone that the labels need. Blocks below the noise run
-once for all passes over a batch. Both do what they always did without a sampling state.
-"""
+"""Replaced ``forward``: a head of few columns, blocks that run once (docs/design/fan-out.md)."""
 
 from __future__ import annotations
 
@@ -54,11 +50,7 @@ class LabelColumns:
 
 
 def install(base: PreTrainedModel, task: str, below: Iterable[nn.Module]) -> None:
-    """Replace the forward of the head and of the blocks below the noise.
-
-    Modules whose forward is somebody else's stay as they are, and so does a head that is not a
-    plain ``nn.Linear`` (quantized, or adapted itself).
-    """
+    """Replace the forward of a plain head and of blocks below the noise, unless somebody did."""
     head = base.get_output_embeddings() if task != "SEQ_CLS" else None
     if type(head) is nn.Linear:
         _replace(head, _narrowed, base)

@@ -36,7 +36,8 @@ class ForwardPass:
     folded: bool = False  # tensors still hold the B common rows
     sharing: bool = False  # the module under way was given the B common rows of an input
     common: Tensor | None = None  # the input of the first noisy module, S equal parts
-    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # see ``repeat``
+    # Pairs of what goes to every block, and its copies.
+    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     @property
     def rows(self) -> int:
@@ -44,10 +45,7 @@ class ForwardPass:
         return self.draws * self.batch
 
     def repeat(self, value: Any, *, keep: bool = False) -> Any:
-        """Return S copies, draw-major, of every tensor of B rows in an argument of a module.
-
-        ``keep`` remembers the copies, for what is handed to every block.
-        """
+        """Return S copies, draw-major, of every tensor of B rows in an argument of a module."""
         if isinstance(value, tuple):
             return tuple(self.repeat(v, keep=keep) for v in value)
         if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != self.batch:
