@@ -206,10 +206,9 @@ class BayesianLM(HFLM):
         batch = {"input_ids": pad_sequence(ids, batch_first=True), "attention_mask": mask}
         inputs = bayes.inputs(batch, "full")
         last = dict.fromkeys(bayes.last_logits, keep)
-        scored = len(rows) * keep
         fit = draws_that_fit(bayes.base, len(self.draws), mask.numel())
         vocabulary = int(bayes.base.config.get_text_config().vocab_size)
-        most = self.draws_per_pass or max(1, min(fit, _MOST // (scored * vocabulary)))
+        most = self.draws_per_pass or max(1, min(fit, _MOST // (len(rows) * keep * vocabulary)))
         with evaluating(bayes.model):
             for draws in split(self.draws, most, bayes.device):
                 with bayes.sampling(draws):

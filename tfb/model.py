@@ -363,11 +363,10 @@ class BayesianModel:
         # A sequence of a decoder ends where it is scored: on the left is the padding.
         causal = self.task == "CAUSAL_LM" or mode == "tail"
         inputs = align(batch, "left" if causal else "right", self.device)
-        pad = getattr(self.base.config, "pad_token_id", None)
-        if self.task == "SEQ_CLS" and isinstance(pad, int):
+        if self.task == "SEQ_CLS":
             # Decoders find a row's last token by the padding's id, not by the mask.
-            real = inputs["attention_mask"].bool()
-            inputs["input_ids"] = inputs["input_ids"].masked_fill(~real, pad)
+            padding = ~inputs["attention_mask"].bool()
+            inputs["input_ids"] = inputs["input_ids"].masked_fill(padding, self.pad_token_id)
         if self.task == "SEQ_2_SEQ_LM" and inputs.get("decoder_input_ids") is None:
             # Scored: the first token of the answer.
             rows, start = inputs["input_ids"].shape[0], self.base.config.decoder_start_token_id

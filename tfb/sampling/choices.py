@@ -30,7 +30,7 @@ class ChoiceTokens:
     lengths: Tensor  # [N], their number
     owner: Tensor  # [N], the row of each continuation
     source: Tensor  # [B, K], the continuation that holds a choice
-    length_normalization: str = "none"
+    length_normalization: str
 
     @classmethod
     def of(

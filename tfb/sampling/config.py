@@ -43,7 +43,7 @@ class SamplingConfig:
             )
 
 
-def check_mode(mode: str, tail: int | None = None) -> None:
+def check_mode(mode: str, tail: int | None) -> None:
     """Refuse an unknown mode, or a ``tail`` that does not belong to it."""
     if mode not in MODES:
         raise ValueError(f"mode={mode!r}: expected one of {', '.join(MODES)}")

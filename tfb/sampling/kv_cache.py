@@ -32,11 +32,8 @@ class SharedPrefix:
     def inputs(self, device: torch.device) -> Inputs:
         """Return the arguments of the prefixes' pass."""
         ids = self.ids.to(device)
-        return {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            "position_ids": torch.arange(self.length, device=device).expand(len(ids), self.length),
-        }
+        position = torch.arange(self.length, device=device).expand_as(ids)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": position}
 
     def rest(self, inputs: Inputs) -> Inputs:
         """Return the arguments of the pass after it, from left-padded ``inputs`` [B, T]."""

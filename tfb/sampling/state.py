@@ -95,11 +95,9 @@ _STATES: ContextVar[States] = ContextVar("tfb_sampling", default=_NONE)
 
 
 class _Context(ModuleType):
-    # Dynamo can neither trace ContextVar.get nor guard on it. It does read an attribute of a module
-    # by Python's own lookup, when it traces and in the guards of every later call, and writes what
-    # traced code assigned when the graph has run. So the variable is a property of a module: a
-    # graph runs only where the context is as it was when the graph was traced. Dynamo would inline
-    # a property of any other object, and break there.
+    # Dynamo can neither trace nor guard on a ContextVar, but reads attributes of a module by
+    # Python's own lookup; a property of any other object it would inline, and break there
+    # (docs/design/torch-compile.md).
 
     @property
     def states(self) -> States:
