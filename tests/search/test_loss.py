@@ -154,8 +154,6 @@ def test_empty_anchors_are_refused() -> None:
 
 
 def test_check_names_the_fault_and_the_remedy() -> None:
-    with pytest.raises(ValueError, match="metric='ece': expected one of nll, accuracy, pseudo_nll"):
-        AnchorSet.of(rows()).check("ece")
     bare = AnchorSet.of(rows(labels=[None] * 7))
     one = AnchorSet.of(EncodedRows(["a", "b"], [[4], [5]], [(8, 9)] * 2, [1, 1], [("A", "B")] * 2))
     text = AnchorSet.of(EncodedRows(["a", "b"], [[4], [5]], None, [1, 1], None, num_labels=3))
@@ -392,8 +390,3 @@ def test_label_outside_the_choices_is_refused(bayes: tfb.BayesianModel, label: i
         loss = loss_of(bayes, rows(labels=[0, 1, label, 0, 1, 2, 0]), metric)
         with pytest.raises(ValueError, match="anchors: a label lies outside the 3 choices"):
             loss([0.1])
-
-
-def test_metric_is_checked_first(bayes: tfb.BayesianModel) -> None:
-    with pytest.raises(ValueError, match="metric='brier'"):
-        loss_of(bayes, metric="brier")

@@ -15,7 +15,6 @@ import torch
 from scipy.stats import binomtest, bootstrap
 
 from tfb.evaluation.metrics import (
-    BINS,
     Evaluation,
     auroc,
     aurocs,
@@ -128,23 +127,16 @@ def _of_resamples(e: Evaluation) -> dict[str, Callable[[np.ndarray], np.ndarray]
     nll, brier = nll_of_rows(p, labels).numpy(), brier_of_rows(p, labels).numpy()
     confidence, wrong = p.amax(-1), ~e.correct.numpy()
     bins, gap = confidence_bins(confidence).numpy(), confidence.numpy() - ~wrong
+    gaps = [np.where(bins == b, gap, 0.0) for b in np.unique(bins)]
     found = {
         "nll": lambda rows: nll[rows].mean(-1),
-        "ece": lambda rows: _ece(bins[rows], gap[rows]),
+        "ece": lambda rows: sum(abs(g[rows].mean(-1)) for g in gaps),
         "brier": lambda rows: brier[rows].mean(-1),
     }
     if e.total is not None:
         total = e.total.numpy()
         found["aurc"] = lambda rows: risks(total[rows], wrong[rows]).mean(-1)
     return found
-
-
-def _ece(bins: np.ndarray, gap: np.ndarray) -> np.ndarray:
-    """ECE [...] from each row's bin and its confidence - correctness [..., N]."""
-    sets = np.arange(bins[..., 0].size).reshape(*bins.shape[:-1], 1)
-    sums = np.bincount((sets * BINS + bins).ravel(), gap.ravel(), sets.size * BINS)
-    of_bins: np.ndarray = np.abs(sums.reshape(*bins.shape[:-1], BINS))
-    return of_bins.sum(-1) / bins.shape[-1]
 
 
 def _accuracy_limits(before: Evaluation, after: Evaluation) -> tuple[float, float]:

@@ -243,18 +243,12 @@ class LossCurve:
 
     def reported(self) -> tuple[CurvePoint, ...]:
         """Return the curve, sigma = 0 first."""
-        return (
-            CurvePoint(0.0, self.baseline, 0.0, 0.0, self.N),
-            *(self._reported(s) for s in sorted(self.points)),
-        )
-
-    def _reported(self, sigma: float) -> CurvePoint:
-        rows, differences = self.points[sigma].rows, self.differences(sigma)
-        n = len(differences)
-        return CurvePoint(
-            sigma,
-            float(rows.mean()) if n == self.N else self.baseline + self.change(sigma),
-            standard_error(differences, math.nan),
-            self.draw_standard_error(sigma),
-            n,
-        )
+        found = [CurvePoint(0.0, self.baseline, 0.0, 0.0, self.N)]
+        for sigma in sorted(self.points):
+            differences = self.differences(sigma)
+            loss = self.baseline + self.change(sigma)
+            if self.complete(sigma):
+                loss = float(self.points[sigma].rows.mean())
+            errors = standard_error(differences, math.nan), self.draw_standard_error(sigma)
+            found.append(CurvePoint(sigma, loss, *errors, len(differences)))
+        return tuple(found)

@@ -86,8 +86,6 @@ class AnchorSet:
 
     def check(self, metric: str) -> None:
         """Refuse what cannot be searched on by a metric: missing labels, one class only."""
-        if metric not in METRICS:
-            raise ValueError(f"metric={metric!r}: expected one of {', '.join(METRICS)}")
         if metric not in SUPERVISED:
             return
         if self.labels is None:
@@ -135,10 +133,12 @@ class PassCounter:
     """
 
     def __init__(self, batches: Sequence[Batch], tail: int | None) -> None:
-        self._tokens = torch.cat([_lengths(b) for b in batches])  # [N]
-        self._drawn = self._tokens if tail is None else self._tokens.clamp_max(tail)
-        self._common = self._tokens - self._drawn
-        self._total = int(self._tokens.sum())
+        masks = [(b.get("attention_mask"), torch.ones_like(b["input_ids"])) for b in batches]
+        lengths = [(real if mask is None else mask).sum(1) for mask, real in masks]
+        tokens = torch.cat([n.long().cpu() for n in lengths])  # [N]
+        self._drawn = tokens if tail is None else tokens.clamp_max(tail)
+        self._common = tokens - self._drawn
+        self._total = int(tokens.sum())
         self._spent = 0
 
     @property
@@ -161,14 +161,6 @@ def passes_per_row(lengths: Sequence[int], draws: int, tail: int | None = None) 
     total = sum(lengths)
     drawn = total if tail is None else sum(min(n, tail) for n in lengths)
     return (total - drawn + draws * drawn) / total
-
-
-def _lengths(batch: Batch) -> Tensor:
-    """Return the tokens of each row, [B]."""
-    ids, mask = batch["input_ids"], batch.get("attention_mask")
-    if mask is None:
-        return torch.full((ids.shape[0],), int(ids.shape[1]))
-    return mask.sum(1).long().cpu()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -91,15 +92,8 @@ class SigmaFit:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types; NaN becomes None."""
-
-        def plain(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {k: plain(v) for k, v in value.items()}
-            if isinstance(value, (list, tuple)):
-                return [plain(v) for v in value]
-            return None if isinstance(value, float) and math.isnan(value) else value
-
-        return {str(k): plain(v) for k, v in asdict(self).items()}
+        found: dict[str, Any] = json.loads(json.dumps(asdict(self)), parse_constant=lambda _: None)
+        return found
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> SigmaFit:
