@@ -175,7 +175,7 @@ def test_killed_workers_lose_nothing(
     with pytest.raises(EngineError, match=r"a Ray worker failed for good .*continue with resume="):
         run(ours, engine="ray", max_error_rate=1)
     assert not list(tmp_path.glob("die-*")) and files(job).items() < whole.items()
-    assert len(files(job)) >= 2
+    assert len(files(job)) >= 1  # the shard before it may have died with it
     (tmp_path / "die-again").touch()
     assert run(ours, engine="ray", resume=True, max_error_rate=1).status == "complete"
     assert not list(tmp_path.glob("die-*")) and files(job) == whole

@@ -162,7 +162,7 @@ def _reason(error: Exception) -> str:
     if isinstance(cause, Exception):
         return f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}"
     lines = str(error).splitlines() or [""]
-    return next((line for line in lines if RAISED.match(line)), lines[-1])
+    return next((line for line in reversed(lines) if RAISED.match(line)), lines[-1])
 
 
 def _absolute(name: str) -> str:
