@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tfb.adapters.artifact import ArtifactError, load, save
-    from tfb.adapters.bridge import bayesianize
+    from tfb.adapters.bridge import bayesianize, last_layers
     from tfb.adapters.export import export
     from tfb.adapters.loading import load_adapter, load_base
-    from tfb.adapters.bridge import last_layers
     from tfb.draws import Draws
     from tfb.linear import BayesLoRALinear
     from tfb.model import BayesianModel
