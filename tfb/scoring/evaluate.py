@@ -36,7 +36,7 @@ def encode(
 
     Args:
         bayes: the model.
-        data: anything that holds rows, see :func:`tfb.data.readers.iter_rows`.
+        data: anything that holds rows, see :func:`tfb.data.readers.read_rows`.
         tokenizer: the model's.
         columns: for our names of columns those of the data, where they differ.
         truncate: "left" or "right": the side on which rows that are too long are cut.
@@ -80,9 +80,7 @@ def predict_rows(
     widest = max(map(encoded.num_choices, range(len(encoded))))
     found: dict[str, list[Tensor]] = {}
     order: list[Tensor] = []
-    for batch in batches(
-        encoded, batch_size=batch_size, pad_token_id=bayes.pad_token_id, sort_by_length=True
-    ):
+    for batch in batches(encoded, batch_size=batch_size, pad_token_id=bayes.pad_token_id):
         p = bayes.predict(
             batch.model_inputs(), chosen, label_ids=batch.label_ids, keep_draws=keep_draws
         )
@@ -156,8 +154,9 @@ def evaluations(
             found.append(evaluation(name, mean.probs, mean.total, draws=1))
             continue
         p = predicted(chosen)
-        parts = {"aleatoric": p.aleatoric, "epistemic": p.epistemic}
-        found.append(evaluation(name, p.probs, p.total, **parts, draws=draws, passes=cost))
+        found.append(
+            evaluation(name, p.probs, p.total, epistemic=p.epistemic, draws=draws, passes=cost)
+        )
     return found
 
 
