@@ -54,9 +54,9 @@ def artifact(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("kind", CASES)
 def test_round_trip_gives_the_same_bits(tmp_path: Path, kind: str) -> None:
-    bayes, batch = bayesian(kind), CASES[kind].batch()
+    bayes, batch = bayesian(kind).configure(temperature=1.7), CASES[kind].batch()
     found = tfb.load(base(kind), tfb.save(bayes, tmp_path / "artifact"))
-    assert found.config == bayes.config == SamplingConfig(sigma=0.05, seed=5)
+    assert found.config == bayes.config == SamplingConfig(0.05, temperature=1.7, seed=5)
     assert found.task == bayes.task
     assert found.source == tmp_path / "artifact"
     assert list(found.posteriors) == list(bayes.posteriors)
