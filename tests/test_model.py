@@ -59,8 +59,10 @@ def test_a_draw_does_not_depend_on_its_company(kind: str) -> None:
     for s in range(len(DRAWS)):
         assert relative(scored(bayes, batch, DRAWS[s : s + 1])[0], together[s]) < EXACT
     for row, length in enumerate((5, 2, 4)):
-        alone = {k: v[:, -length:] if case.pad == "left" else v[:, :length]
-                 for k, v in rows_of(batch, row).items()}  # fmt: skip
+        alone = {
+            k: v[:, -length:] if case.pad == "left" else v[:, :length]
+            for k, v in rows_of(batch, row).items()
+        }
         assert relative(scored(bayes, alone)[:, 0], together[:, row]) < EXACT
     doubled = rows_of(batch, 2, 0, 1, 0, 2)
     assert relative(scored(bayes, doubled), together[:, [2, 0, 1, 0, 2]]) < EXACT
@@ -412,7 +414,7 @@ BATCHES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda b: b["attention_mask"].__setitem__((0, 2), 0),
         "attention_mask of row 0 has holes; pad on one side only",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", BATCHES)

@@ -327,7 +327,7 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda a: edit(a, layers={"model.layers.7.mlp.up_proj": 2.0}),
         r"tfb\.safetensors lacks model\.layers\.7\.mlp\.up_proj\.A, model",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", SPOILT)

@@ -402,12 +402,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         r"q_proj: the adapter is merged into the base; call unmerge_adapter\(\)",
     ),
     "meta": (
-        lambda: peft.get_peft_model(
-            llama(), peft.LoraConfig(**causal()), low_cpu_mem_usage=True
-        ),
+        lambda: peft.get_peft_model(llama(), peft.LoraConfig(**causal()), low_cpu_mem_usage=True),
         "q_proj: weights are on the meta device; load them first",
     ),
-}  # fmt: skip
+}
 
 
 def spoil(model: Any) -> Any:

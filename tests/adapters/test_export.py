@@ -391,9 +391,17 @@ def test_command_line_round_trip(
     bayes.source, bayes.label_tokens = adapter, "last"
     tfb.save(bayes, tmp_path / "artifact")
     code, out, err = command(
-        "--model", model, "--artifact", tmp_path / "artifact", "--out", tmp_path / "out",
-        "--draws", 4, "--seed", 7,
-    )  # fmt: skip
+        "--model",
+        model,
+        "--artifact",
+        tmp_path / "artifact",
+        "--out",
+        tmp_path / "out",
+        "--draws",
+        4,
+        "--seed",
+        7,
+    )
     assert code == 0 and "4 adapters, sigma = 0.012; rounding " in out, err
     assert manifest(tmp_path / "out")["base_model"] == "stories260K"
 
@@ -447,10 +455,20 @@ def test_command_line_refuses_before_it_loads(
     assert not (tmp_path / "o").exists()
     monkeypatch.undo()
     monkeypatch.setattr(
-        sys, "argv",
-        ["tfb", "export", *map(str, common), "--mode", "full", "--draws", "2", "--out",
-         str(tmp_path / "o")],
-    )  # fmt: skip
+        sys,
+        "argv",
+        [
+            "tfb",
+            "export",
+            *map(str, common),
+            "--mode",
+            "full",
+            "--draws",
+            "2",
+            "--out",
+            str(tmp_path / "o"),
+        ],
+    )
     with pytest.raises(SystemExit) as left:
         cli.main()
     assert left.value.code == 0 and len(draw_folders(tmp_path / "o")) == 2

@@ -27,11 +27,25 @@ def test_clinc_domain(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     model = shared / "models" / "stories260K"
     data, artifact = shared / "data" / "clinc-domain", tmp_path / "artifact"
     command(
-        monkeypatch, "fit", "--model", model, "--adapter",
-        shared / "adapters" / "stories260K-clinc-domain", "--anchors", data / "anchor.jsonl",
-        "--out", artifact, "--limit", 100, "--draws", 2, "--tolerance", 0.05,
-        "--label-tokens", "last",
-    )  # fmt: skip
+        monkeypatch,
+        "fit",
+        "--model",
+        model,
+        "--adapter",
+        shared / "adapters" / "stories260K-clinc-domain",
+        "--anchors",
+        data / "anchor.jsonl",
+        "--out",
+        artifact,
+        "--limit",
+        100,
+        "--draws",
+        2,
+        "--tolerance",
+        0.05,
+        "--label-tokens",
+        "last",
+    )
     sidecar = json.loads((artifact / "tfb.json").read_text())
     assert sidecar["sigma"] > 0 and sidecar["fit"]["curve"][0]["sigma"] == 0.0
     told = sidecar["extra"]["label_tokens_nll"]  # of the adapter's own training rows
@@ -40,10 +54,22 @@ def test_clinc_domain(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def evaluate(*options: object) -> dict[str, Any]:
         figures = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
         command(
-            monkeypatch, "evaluate", "--model", model, "--artifact", artifact, "--data",
-            data / "validation.jsonl", "--limit", 1500, "--batch-size", 100, "--json", figures,
+            monkeypatch,
+            "evaluate",
+            "--model",
+            model,
+            "--artifact",
+            artifact,
+            "--data",
+            data / "validation.jsonl",
+            "--limit",
+            1500,
+            "--batch-size",
+            100,
+            "--json",
+            figures,
             *options,
-        )  # fmt: skip
+        )
         found: dict[str, Any] = json.loads(figures.read_text())["metrics"]
         return found
 
@@ -79,8 +105,16 @@ def test_the_convention_that_an_adapter_was_trained_for(
         command(monkeypatch, name, *common, *options)
         return capsys.readouterr()
 
-    fit = ("--adapter", shared / "adapters" / "stories260K-clinc-domain", "--mode", "tail",
-           "--tail", 1, "--anchors", tmp_path / "anchors.jsonl")  # fmt: skip
+    fit = (
+        "--adapter",
+        shared / "adapters" / "stories260K-clinc-domain",
+        "--mode",
+        "tail",
+        "--tail",
+        1,
+        "--anchors",
+        tmp_path / "anchors.jsonl",
+    )
     lines = (data / "anchor.jsonl").read_text().splitlines()[::25]
     (tmp_path / "anchors.jsonl").write_text("\n".join(lines))
     trained = "the adapter was trained for 'last': on the anchors its NLL is "
@@ -97,8 +131,12 @@ def test_the_convention_that_an_adapter_was_trained_for(
     assert "label_tokens" not in out + err  # of two labels in ten, nothing is said
 
     judge = ("--data", data / "test.jsonl")
-    for name, chosen, warned in (("all", None, True), ("all", "last", False), ("last", None, False),
-                                 ("last", "all", True)):  # fmt: skip
+    for name, chosen, warned in (
+        ("all", None, True),
+        ("all", "last", False),
+        ("last", None, False),
+        ("last", "all", True),
+    ):
         option = () if chosen is None else ("--label-tokens", chosen)
         _, err = run("evaluate", "--artifact", tmp_path / name, *judge, *option)
         assert (f"note: label_tokens is 'all', but {trained}" in err) == warned, (name, chosen)
@@ -135,9 +173,19 @@ def test_clinc150(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     tfb.save(bayes, artifact)
     figures = tmp_path / "figures.json"
     command(
-        monkeypatch, "evaluate", "--model", model, "--artifact", artifact, "--data", file,
-        "--draws", 4, "--json", figures,
-    )  # fmt: skip
+        monkeypatch,
+        "evaluate",
+        "--model",
+        model,
+        "--artifact",
+        artifact,
+        "--data",
+        file,
+        "--draws",
+        4,
+        "--json",
+        figures,
+    )
     found: dict[str, Any] = json.loads(figures.read_text())["metrics"]
     mean, sampled = found["deterministic"], found["tfb"]
     assert mean["rows"] == len(rows) == 300

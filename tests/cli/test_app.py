@@ -66,9 +66,24 @@ def test_fit_evaluate_score_report(run: Run, data: dict[str, Path], tmp_path: Pa
     """Each command's output is the next one's input."""
     made = tmp_path / "artifact"
     code, out, err = run(
-        "fit", "--model", MODEL, "--adapter", ADAPTER, "--anchors", data["anchor"], "--out", made,
-        "--draws", 2, "--limit", 20, "--tolerance", 0.05, "--seed", 5,
-    )  # fmt: skip
+        "fit",
+        "--model",
+        MODEL,
+        "--adapter",
+        ADAPTER,
+        "--anchors",
+        data["anchor"],
+        "--out",
+        made,
+        "--draws",
+        2,
+        "--limit",
+        20,
+        "--tolerance",
+        0.05,
+        "--seed",
+        5,
+    )
     assert code == 0, err
     sidecar = json.loads((made / "tfb.json").read_text())
     assert f"sigma = {sidecar['sigma']:.6g}" in out and str(made) in out.replace("\n", "")
@@ -82,9 +97,17 @@ def test_fit_evaluate_score_report(run: Run, data: dict[str, Path], tmp_path: Pa
 
     scored = tmp_path / "scored"
     code, out, err = run(
-        "score", *common, "--input", data["test"], "--output", scored, "--format", "jsonl",
-        "--batch-tokens", 1 << 20,
-    )  # fmt: skip
+        "score",
+        *common,
+        "--input",
+        data["test"],
+        "--output",
+        scored,
+        "--format",
+        "jsonl",
+        "--batch-tokens",
+        1 << 20,
+    )
     assert code == 0 and f"complete: {ROWS} rows, 0 of them errors" in out, err
     lines = [json.loads(x) for x in (scored / "part-00000-00000000.jsonl").read_text().splitlines()]
     rows = read_rows(data["test"], limit=ROWS)
@@ -100,8 +123,10 @@ def test_fit_evaluate_score_report(run: Run, data: dict[str, Path], tmp_path: Pa
 
     page = tmp_path / "report"
     unlabelled = tmp_path / "unfamiliar.jsonl"
-    bare = [{k: v for k, v in json.loads(x).items() if k != "label"}
-            for x in data["test"].read_text().splitlines()[-ROWS:]]  # fmt: skip
+    bare = [
+        {k: v for k, v in json.loads(x).items() if k != "label"}
+        for x in data["test"].read_text().splitlines()[-ROWS:]
+    ]
     jsonl(unlabelled, *bare)
     code, out, err = run(
         "report", *common, "--data", data["test"], "--shift", unlabelled, "--output", page
@@ -119,9 +144,20 @@ def test_evaluate_is_the_librarys_evaluation(
     """--json holds exactly the metrics of predict_rows at the artifact's sigma, seed and draws."""
     figures = tmp_path / "figures.json"
     code, _, err = run(
-        "evaluate", "--model", MODEL, "--artifact", artifact, "--data", data["test"], "--draws", 4,
-        "--limit", ROWS, "--json", figures,
-    )  # fmt: skip
+        "evaluate",
+        "--model",
+        MODEL,
+        "--artifact",
+        artifact,
+        "--data",
+        data["test"],
+        "--draws",
+        4,
+        "--limit",
+        ROWS,
+        "--json",
+        figures,
+    )
     assert code == 0, err
     bayes = tfb.load(MODEL, artifact)
     tokenizer = load_tokenizer(MODEL)
@@ -143,9 +179,21 @@ def test_score_parquet_with_draws(
 ) -> None:
     """Parquet holds typed columns; the draws average to the probabilities."""
     code, _, err = run(
-        "score", "--model", MODEL, "--artifact", artifact, "--input", data["test"], "--output",
-        tmp_path / "out", "--per-draw", "--draws", 4, "--limit", 5,
-    )  # fmt: skip
+        "score",
+        "--model",
+        MODEL,
+        "--artifact",
+        artifact,
+        "--input",
+        data["test"],
+        "--output",
+        tmp_path / "out",
+        "--per-draw",
+        "--draws",
+        4,
+        "--limit",
+        5,
+    )
     assert code == 0, err
     table = pq.read_table(tmp_path / "out" / "part-00000-00000000.parquet")
     assert table.num_rows == 5 and str(table.schema.field("epistemic").type) == "float"
@@ -338,9 +386,16 @@ def test_anchors_of_one_class_or_without_labels(run: Run, tmp_path: Path) -> Non
     ):
         file = jsonl(tmp_path / f"{name}.jsonl", *rows)
         code, _, err = run(
-            "fit", "--model", MODEL, "--adapter", ADAPTER, "--anchors", file, "--out",
+            "fit",
+            "--model",
+            MODEL,
+            "--adapter",
+            ADAPTER,
+            "--anchors",
+            file,
+            "--out",
             tmp_path / "t",
-        )  # fmt: skip
+        )
         assert code == 1 and message in one_line(err)
 
 
@@ -373,9 +428,18 @@ def test_data_files_of_one_name_cannot_share_a_report(
     (tmp_path / "more").mkdir()
     other = jsonl(tmp_path / "more" / "test.jsonl", ROW, OTHER)
     code, _, err = run(
-        "report", "--model", MODEL, "--artifact", artifact, "--data", data["test"], "--data", other,
-        "--output", tmp_path / "t",
-    )  # fmt: skip
+        "report",
+        "--model",
+        MODEL,
+        "--artifact",
+        artifact,
+        "--data",
+        data["test"],
+        "--data",
+        other,
+        "--output",
+        tmp_path / "t",
+    )
     assert code == 1 and "two files are called 'test'; rename one" in one_line(err)
 
 
@@ -424,15 +488,33 @@ def test_missing_things_are_named(
     """No such file, artifact, adapter or model."""
     gone = tmp_path / "gone"
     for arguments, message in (
-        (("fit", "--model", MODEL, "--adapter", ADAPTER, "--anchors", gone, "--out", gone),
-         "there is no such file"),
-        (("fit", "--model", MODEL, "--adapter", gone, "--anchors", data["anchor"], "--out", gone),
-         "not a folder here"),
-        (("evaluate", "--model", MODEL, "--artifact", gone, "--data", data["test"]),
-         "no such folder; expected a folder written by tfb fit"),
-        (("evaluate", "--model", gone, "--artifact", artifact, "--data", data["test"]),
-         "no tokenizer can be loaded"),
-    ):  # fmt: skip
+        (
+            ("fit", "--model", MODEL, "--adapter", ADAPTER, "--anchors", gone, "--out", gone),
+            "there is no such file",
+        ),
+        (
+            (
+                "fit",
+                "--model",
+                MODEL,
+                "--adapter",
+                gone,
+                "--anchors",
+                data["anchor"],
+                "--out",
+                gone,
+            ),
+            "not a folder here",
+        ),
+        (
+            ("evaluate", "--model", MODEL, "--artifact", gone, "--data", data["test"]),
+            "no such folder; expected a folder written by tfb fit",
+        ),
+        (
+            ("evaluate", "--model", gone, "--artifact", artifact, "--data", data["test"]),
+            "no tokenizer can be loaded",
+        ),
+    ):
         code, _, err = run(*arguments)
         assert code == 1 and message in one_line(err) and str(gone) in err
     for arguments, option in ((("fit", "--model", MODEL), "--adapter"), (("guess",), "guess")):
@@ -459,9 +541,19 @@ def test_artifact_of_another_base(
 def test_exit_status_of_the_process(artifact: Path, tmp_path: Path) -> None:
     command = [
         # An older PEFT warns of settings that the artifact's has in addition.
-        sys.executable, "-W", "ignore", "-m", "tfb", "evaluate", "--model", MODEL, "--artifact",
-        str(artifact), "--data", "no.jsonl",
-    ]  # fmt: skip
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "tfb",
+        "evaluate",
+        "--model",
+        MODEL,
+        "--artifact",
+        str(artifact),
+        "--data",
+        "no.jsonl",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1 and done.stdout == ""
     assert one_line(done.stderr) == "error: no.jsonl: there is no such file; check the path\n"

@@ -28,8 +28,10 @@ def evaluation(name: str = "tfb", dataset: str = "test", *, seed: int = 0) -> Ev
     probs = torch.randn(60, 4, generator=generator).mul(2).softmax(-1)
     labels = torch.multinomial(probs, 1, generator=generator)[:, 0]
     total = torch.special.entr(probs).sum(-1)
-    rows = [Row(f"{dataset}-{i}", prompt=f"question {i}?", choices=("A", "B", "C", "D"))
-            for i in range(60)]  # fmt: skip
+    rows = [
+        Row(f"{dataset}-{i}", prompt=f"question {i}?", choices=("A", "B", "C", "D"))
+        for i in range(60)
+    ]
     return Evaluation(name, dataset, probs, labels, total, 0.3 * total, 10, 10.0, rows)
 
 
@@ -150,10 +152,13 @@ def test_rows_that_are_not_known_are_numbered(tmp_path: Path) -> None:
     assert "billing" in page(tmp_path / "b", [replace(e, classes=("billing",) * 4) for e in bare])
 
 
-@pytest.mark.parametrize("row", [
-    Row("1", text="x" * 1000),
-    Row("1", messages=({"role": "user", "content": "x" * 1000},), choices=("A", "B", "C", "D")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "row",
+    [
+        Row("1", text="x" * 1000),
+        Row("1", messages=({"role": "user", "content": "x" * 1000},), choices=("A", "B", "C", "D")),
+    ],
+)
 def test_long_texts_are_shortened(tmp_path: Path, row: Row) -> None:
     text = page(tmp_path, [replace(e, rows=[row] * 60) for e in BOTH])
     assert max(map(len, re.findall("x+", text))) == max(HEAD, TAIL)
@@ -193,8 +198,11 @@ def test_other_methods_and_data_sets_are_a_table(tmp_path: Path) -> None:
         written = [SCALES[n].write(c.after) for n, c in changes.items()]
         assert row[2:7] == written and row[7] == "10"
     marks = [bool(re.search(f'class="{word}"', table)) for word in ("better", "worse")]
-    verdicts = {SCALES[n].verdict(c) for e in more for n, c in compare(
-        next(f for f in more if f.dataset == e.dataset), e).items()}  # fmt: skip
+    verdicts = {
+        SCALES[n].verdict(c)
+        for e in more
+        for n, c in compare(next(f for f in more if f.dataset == e.dataset), e).items()
+    }
     assert marks == ["better" in verdicts, "worse" in verdicts]
 
 
@@ -202,8 +210,9 @@ def test_few_rows_and_one_label_are_said(tmp_path: Path) -> None:
     labels = torch.zeros(60, dtype=torch.int64)
     text = page(tmp_path, [replace(e, labels=labels) for e in BOTH])
     assert "Only 60 rows" in text and "All rows have the same label" in text
-    many = replace(plain(), probs=plain().probs.repeat(2, 1), labels=torch.arange(120) % 4,
-                   total=None, rows=())  # fmt: skip
+    many = replace(
+        plain(), probs=plain().probs.repeat(2, 1), labels=torch.arange(120) % 4, total=None, rows=()
+    )
     assert "Only" not in page(tmp_path / "b", [many])
 
 
@@ -214,8 +223,9 @@ HOSTILE = ["<script>alert('x')</script>", '"onload="x', "{{ 1 + 1 }} $a_b$ \\fra
 def test_all_data_are_escaped(tmp_path: Path, word: str) -> None:
     """Names, ids, texts, choices, facts, notes: text in the page, and tags that match."""
     row = Row(word, prompt=f"{word} ?", choices=(word,) * 4, label=0)
-    found = [replace(e, name=f"{word} {i}", dataset=word, rows=[row] * 60)
-             for i, e in enumerate(BOTH)]  # fmt: skip
+    found = [
+        replace(e, name=f"{word} {i}", dataset=word, rows=[row] * 60) for i, e in enumerate(BOTH)
+    ]
     ood = [replace(e, dataset=f"far {word}", labels=None) for e in found]
     text = write_report(
         tmp_path / "r.html",
