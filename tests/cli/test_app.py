@@ -298,7 +298,7 @@ def test_bad_rows_are_named_first(
         ("score", ("--format", "csv"), "--format csv: expected one of parquet, jsonl"),
         ("score", ("--draws", 5), "--draws 5"),
         ("score", ("--draws", "many"), "--draws many: expected an even number or auto"),
-        ("score", ("--draws", "auto", "--logits"), "--draws auto: rows have different numbers"),
+        ("score", ("--draws", "auto", "--per-draw"), "--draws auto: rows have different numbers"),
         ("score", ("--engine", "abacus"), "--engine abacus: expected one of local"),
         ("score", ("--columns", "prompt"), "--columns 'prompt': expected name=column"),
         (

@@ -279,8 +279,8 @@ def test_settings_are_checked_first(demo: tuple[tfb.BayesianModel, Any]) -> None
     model, tokenizer = demo
     for how, message in (
         ({"draws": 3}, "draws"),
-        ({"draws": "many"}, "draws='many'"),
-        ({"draws": "auto", "per_draw": True}, "draws='auto'"),
+        ({"draws": "many"}, "draws=many"),
+        ({"draws": "auto", "per_draw": True}, "draws=auto"),
     ):
         with pytest.raises(ValueError, match=message):
             score(["never read"], model, tokenizer, **how)

@@ -147,7 +147,7 @@ def test_missing_shards_are_read_as_if_all_were(
     shards = plan([entry["records"] for _, entry in input_files(sources, None)], job)
     every = list(read_shards(sources, shards, job))
     assert [w.shard for w in every] == shards
-    assert [i.id for w in every for i in w.items] == [str(n) for n in range(11)]
+    assert [begun["id"] for w in every for _, begun in w.items] == [str(n) for n in range(11)]
     missing = [s for n, s in enumerate(shards) if n not in finished]
     left = list(read_shards(sources, missing, job))
     assert left == [w for w in every if w.shard in missing]
@@ -239,7 +239,7 @@ def test_formats_of_input_and_output(job: Job, whole: dict[str, bytes], tmp_path
 
 
 def test_all_that_can_be_asked_for(job: Job, tmp_path: Path) -> None:
-    """Draws, logits, kept columns of any type, the user's names, cut rows, adaptive draws."""
+    """Draws, kept columns of any type, the user's names, cut rows, adaptive draws."""
     rows = [
         {"uid": r["id"], "q": r["prompt"], "options": r["choices"], "note": note}
         for r, note in zip(ROWS, ["x", 1, None, {"a": [1.5]}], strict=False)
@@ -252,16 +252,15 @@ def test_all_that_can_be_asked_for(job: Job, tmp_path: Path) -> None:
         "parquet": ["x", "1", None, '{"a": [1.5]}'],
     }
     for kind, expected in notes.items():
-        one = replace(asked, output=str(tmp_path / kind), format=kind, per_draw=True, logits=True)
+        one = replace(asked, output=str(tmp_path / kind), format=kind, per_draw=True)
         run(one)
         found = results(one)
         assert [r["note"] for r in found] == expected
         assert [r["uid"] for r in found] == [r["id"] for r in found] == [r["uid"] for r in rows]
         first = ["id", "note", "uid", "prediction", "choice", "probs", *UNCERTAINTIES, "draws"]
-        assert list(found[0]) == [*first, "label", "draw_probs", "draw_logits", "error"]
+        assert list(found[0]) == [*first, "label", "draw_probs", "error"]
         for row in found:
-            draws = torch.tensor(row["draw_logits"]).softmax(-1)
-            assert torch.tensor(row["draw_probs"]).shape == draws.shape == (2, len(row["probs"]))
+            assert torch.tensor(row["draw_probs"]).shape == (2, len(row["probs"]))
     auto = replace(asked, output=str(tmp_path / "auto"), draws="auto")
     run(auto)
     assert {r["draws"] for r in results(auto)} <= {4, 8, 16, 32, 64}
@@ -601,7 +600,7 @@ def test_input_is_checked_first(job: Job, tmp_path: Path, monkeypatch: pytest.Mo
         ({"format": "csv"}, "format=csv: expected one of parquet, jsonl"),
         ({"draws": 3}, "draws=3: "),
         ({"draws": "many"}, "draws=many: expected an even number or auto"),
-        ({"draws": "auto", "logits": True}, "draws=auto: rows have different"),
+        ({"draws": "auto", "per_draw": True}, "draws=auto: rows have different"),
         ({"part_rows": 0}, "part_rows=0: expected at least 1"),
         ({"limit": 0}, "limit=0: expected at least 1"),
         ({"tail": 2}, "tail=2 belongs to mode='tail'"),
@@ -651,10 +650,10 @@ class Crowded:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._bayes, name)
 
-    def logits(self, inputs: Any, *others: Any, **how: Any) -> Any:
+    def predict(self, inputs: Any, *others: Any, **how: Any) -> Any:
         if inputs["input_ids"].numel() > 60:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return self._bayes.logits(inputs, *others, **how)
+        return self._bayes.predict(inputs, *others, **how)
 
 
 def test_parts_with_errors_are_done_again(

@@ -57,7 +57,6 @@ def score(
         list[str] | None, typer.Option(help="columns that pass through: a,b; repeatable")
     ] = None,
     per_draw: Annotated[bool, typer.Option(help="keep every draw's probabilities")] = False,
-    logits: Annotated[bool, typer.Option(help="keep every draw's logits")] = False,
     limit: Limit = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with what is there")] = False,
     retry_errors: Annotated[
@@ -105,7 +104,6 @@ def score(
         truncate=truncate,
         keep=tuple(name for option in keep or [] for name in option.split(",")),
         per_draw=per_draw,
-        logits=logits,
         limit=limit,
         device=device,
         workers=workers,

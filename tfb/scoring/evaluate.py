@@ -65,8 +65,7 @@ def predict_rows(
     Args:
         bayes: the model.
         encoded: the rows.
-        draws: as for ``bayes.predict``. A number of draws at sigma = 0 is one draw, unless they are
-            kept.
+        draws: as for ``bayes.predict``; at sigma = 0 a number is one draw, unless kept.
         batch_size: most rows of a batch.
         keep_draws: keep each draw's probabilities.
         progress: gets the number of rows just finished.
@@ -122,7 +121,7 @@ def evaluations(
         draws: antithetic draws of each row.
         batch_size: most rows of a batch.
         temperature: adds the deterministic adapter at this temperature.
-        sigmas: a name for each sigma to sample at; None: {"tfb": bayes.sigma}.
+        sigmas: sigmas to sample at, by name; None: {"tfb": bayes.sigma}.
         progress: gets the number of rows just finished, once for each sigma.
     """
     labels = torch.tensor([-1 if y is None else y for y in encoded.labels])
@@ -141,19 +140,11 @@ def evaluations(
         scaled = apply_temperature(mean.probs.log(), temperature)
         entropy = torch.special.entr(scaled).sum(-1)
         found.append(evaluation("temperature-scaled", scaled, entropy))
-    sampled = (
-        {"tfb": bayes.draws(draws)}
-        if sigmas is None
-        else {
-            name: Draws.antithetic(draws, sigma, seed=bayes.config.seed)
-            for name, sigma in sigmas.items()
-        }
-    )
-    for name, chosen in sampled.items():
-        if chosen.sigmas[0] == 0.0:  # there is nothing to draw
+    for name, sigma in (sigmas or {"tfb": bayes.draws(draws).sigmas[0]}).items():
+        if sigma == 0.0:  # there is nothing to draw
             found.append(evaluation(name, mean.probs, mean.total, draws=1))
             continue
-        p = predicted(chosen)
+        p = predicted(Draws.antithetic(draws, sigma, seed=bayes.config.seed))
         found.append(
             evaluation(name, p.probs, p.total, epistemic=p.epistemic, draws=draws, passes=cost)
         )
@@ -168,20 +159,11 @@ def compare_label_tokens(
     truncate: str | None = None,
     batch_size: int = 50,
 ) -> dict[str, float] | None:
-    """Measure by which tokens of the choices an adapter was trained.
+    """Return the NLL, in nats, of labelled choice rows by each of ``LABEL_TOKENS``, if that tells.
 
-    Args:
-        bayes: the model.
-        rows: labelled choice rows.
-        tokenizer: the model's.
-        truncate: as for :func:`encode`.
-        batch_size: most rows of a batch.
-
-    Returns:
-        The NLL, in nats, by each of ``LABEL_TOKENS``, from one pass each. None where both give the
-        same tokens, one of them cannot be used, their difference is within two standard errors,
-        neither is better than a guess, or no more than half of the labels occur: then a model that
-        always says the same may have the lower NLL.
+    None where both give the same tokens, one cannot be used, they are within two standard errors,
+    neither is better than a guess, or no more than half of the labels occur: then a model that
+    always says the same may have the lower NLL.
     """
     found: dict[str, EncodedRows] = {}
     for name in LABEL_TOKENS:

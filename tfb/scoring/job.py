@@ -27,11 +27,10 @@ from tfb.adapters.loading import (
 from tfb.data.encoding import check_truncate
 from tfb.data.readers import schema_of
 from tfb.data.rows import Row, RowError, RowFormat
-from tfb.draws import check_even
 from tfb.model import BayesianModel
 from tfb.sampling.config import check_mode
 from tfb.scoring.output import FORMATS
-from tfb.scoring.scorer import BATCH_TOKENS, UNCERTAINTIES, Item, Scorer
+from tfb.scoring.scorer import BATCH_TOKENS, UNCERTAINTIES, Item, Scorer, check_draws, rows_of
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,6 @@ class Job:
         truncate: the side on which rows that are too long are cut; None: they are errors.
         keep: columns that pass through.
         per_draw: keep each draw's probabilities.
-        logits: keep each draw's logits.
         limit: records to read, the first ones; None: all.
         device: None: a GPU if there is one.
         workers: models of the engine "ray"; None: as many as fit.
@@ -76,28 +74,18 @@ class Job:
     truncate: str | None = None
     keep: tuple[str, ...] = ()
     per_draw: bool = False
-    logits: bool = False
     limit: int | None = None
     device: str | None = None
     workers: int | None = None
     ray_address: str | None = None
 
     def check(self) -> None:
-        """Refuse settings that cannot work, before anything is read.
-
-        Raises:
-            ValueError: names the setting.
-        """
+        """Refuse settings that cannot work, before anything is read."""
         if self.format not in FORMATS:
             raise ValueError(f"format={self.format}: expected one of {', '.join(FORMATS)}")
         check_mode(self.mode or "full", self.tail)
         check_truncate(self.truncate)
-        if not isinstance(self.draws, str):
-            check_even(self.draws)
-        elif self.draws != "auto":
-            raise ValueError(f"draws={self.draws}: expected an even number or auto")
-        elif self.per_draw or self.logits:
-            raise ValueError("draws=auto: rows have different numbers of draws; keep none of them")
+        check_draws(self.draws, kept=self.per_draw)
         for name in ("batch_tokens", "part_rows", "limit", "workers"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -105,44 +93,32 @@ class Job:
 
     @cached_property
     def row_format(self) -> RowFormat:
-        """How records become rows, by the job's or the artifact's labels and the task.
-
-        Raises:
-            ArtifactError: no artifact.
-            ValueError: another number of labels than the artifact's head has classes.
-        """
+        """How records become rows, by the job's or the artifact's labels and the task."""
         sidecar = read_sidecar(self.artifact)
         task, saved = str(sidecar["task"]), sidecar.get("labels")
         config = base_config(self.model, self.artifact) if task == "SEQ_CLS" else None
         return RowFormat(self.columns, class_names(task, config, self.labels, saved), task)
 
     def part_schema(self, sources: Iterable[Path]) -> pa.Schema:
-        """Return the columns of a part.
+        """Return the columns of a part, after a look at those that files declare.
 
-        Those that pass through have the type that all files declare, else they are text.
-
-        Raises:
-            RowError: a file that declares its columns lacks one that is needed.
-            ValueError: one that passes through has the name of one of ours.
+        What passes through has the type that all files declare, else it is text.
         """
-        types: dict[str, set[pa.DataType | None]] = {name: set() for name in self.keep}
-        for source in sources:
-            declared = schema_of(source)
-            if declared is not None:
-                self._check_columns(declared.names, source)
-            for name, found in types.items():
-                found.add(None if declared is None else declared.field(name).type)
         number, text, real = pa.int32(), pa.string(), pa.float32()
-        known = {name: found.pop() for name, found in types.items() if len(found) == 1}
-        kept = {name: known.get(name) or text for name in self.keep}
+        declared = {source: schema_of(source) for source in sources}
+        for source, schema in declared.items():
+            if schema is not None:
+                self._check_columns(schema.names, source)
+        kept = {}
+        for name in self.keep:
+            types = {None if s is None else s.field(name).type for s in declared.values()}
+            kept[name] = (types.pop() if len(types) == 1 else None) or text
         ours = {"prediction": number, "choice": text, "probs": pa.list_(real)}
         ours |= {**dict.fromkeys(UNCERTAINTIES, real), "draws": number, "label": number}
         if self.truncate is not None:
             ours["truncated"] = number
         if self.per_draw:
             ours["draw_probs"] = pa.list_(pa.list_(real))
-        if self.logits:
-            ours["draw_logits"] = pa.list_(pa.list_(real))
         if taken := sorted(set(kept) & {"id", *ours, "error"}):
             raise ValueError(f"keep={taken[0]}: the output has a column of that name; rename yours")
         return pa.schema({"id": text, **kept, **ours, "error": text})
@@ -171,23 +147,13 @@ class Job:
             draws=self.draws,
             batch_tokens=self.batch_tokens,
             per_draw=self.per_draw,
-            logits=self.logits,
             truncate=self.truncate,
             labels=self.row_format.labels,
         )
 
     def declared(self) -> dict[str, Any]:
         """Return the part of the configuration that is known before a model is loaded."""
-        names = (
-            "draws",
-            "batch_tokens",
-            "part_rows",
-            "format",
-            "per_draw",
-            "logits",
-            "truncate",
-            "limit",
-        )
+        names = ("draws", "batch_tokens", "part_rows", "format", "per_draw", "truncate", "limit")
         labels = self.row_format.labels
         return {
             **{name: getattr(self, name) for name in names},
@@ -214,13 +180,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Shard:
-    """The unit of a run: a range of records of one input file, which becomes one part.
+    """The unit of a run: records start:stop of one input file, which become one part.
 
-    Attributes:
-        file: number of the input file.
-        start: number of its first record in the file.
-        stop: number of the record after its last.
-        before: records of the files in front.
+    ``before`` counts the records of the files in front.
     """
 
     file: int
@@ -247,7 +209,7 @@ class Work:
     @property
     def rows(self) -> list[Row]:
         """The rows that are to be scored."""
-        return [item.row for item in self.items if item.row is not None]
+        return rows_of(self.items)
 
 
 def differences(was: Mapping[str, Any], now: Mapping[str, Any], group: str = "") -> list[str]:
@@ -264,9 +226,9 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any], group: str = "")
 
 
 def model_sha256(base: nn.Module) -> str:
-    """Return the SHA-256, in hex, of every parameter and buffer of the base model.
+    """Hash every parameter and buffer of the base model; the artifact has a hash of its own.
 
-    Adapters are left out: the artifact has a hash of its own. About a second for each gigabyte.
+    Takes about a second for each gigabyte.
     """
     digest = hashlib.sha256()
     tensors = {**dict(base.named_parameters()), **dict(base.named_buffers())}
@@ -280,14 +242,9 @@ def model_sha256(base: nn.Module) -> str:
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the SHA-256, in hex, of a tokenizer's rules and chat template.
-
-    Where the rules cannot be written, the vocabulary stands for them.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        text = json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    """Hash a tokenizer's rules, or its vocabulary where they cannot be written, and template."""
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        rules = backend.to_str()
     else:
-        text = backend.to_str()
-    template = getattr(tokenizer, "chat_template", None)
-    return hashlib.sha256((text + str(template or "")).encode()).hexdigest()
+        rules = json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256((rules + str(tokenizer.chat_template or "")).encode()).hexdigest()

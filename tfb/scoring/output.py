@@ -1,7 +1,7 @@
 """The output folder of a scoring run.
 
     part-00002-00004096.parquet   results of a shard: file 2, from record 4096 (or .jsonl)
-    manifest.json                 configuration, input files, counts, throughput
+    manifest.json                 configuration, input files, counts
     .lock                         held while a run writes to the folder
 
 The parts are the truth of what is finished; the manifest's counts are for people.
@@ -13,7 +13,6 @@ import errno
 import fcntl
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -58,13 +57,7 @@ class Counts:
 
 
 class OutputFolder:
-    """One run's folder. Used as a context manager it holds the folder's lock.
-
-    Args:
-        path: absent, empty, or the folder of an earlier run.
-        schema: of its parts.
-        kind: one of ``FORMATS``.
-    """
+    """One run's folder of parts of a ``kind``, one of ``FORMATS``; as a context it is locked."""
 
     def __init__(self, path: Path, schema: pa.Schema, kind: str) -> None:
         self.path, self.schema, self.kind = path, schema, kind
@@ -73,26 +66,21 @@ class OutputFolder:
         with _writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             atomic.sync(self.path.parent)
-            self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            self._lock = (self.path / LOCK).open("a")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            os.close(self._lock)
+            self._lock.close()
             raise OutputError(f"{self.path}: another run is writing to it; wait for it") from error
         for left in self.path.glob(".*.partial"):
             left.unlink()
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._lock)
+        self._lock.close()
 
     def earlier(self, *, resume: bool) -> dict[str, Any] | None:
-        """Return the manifest of the run to go on with; None where a run may begin.
-
-        Raises:
-            OutputError: the folder holds something else, a run that is not to go on, or one of an
-                older version.
-        """
+        """Return the manifest of the run to go on with; None where a run may begin."""
         if not self.path.exists():
             return None
         if not self.path.is_dir():
@@ -120,25 +108,14 @@ class OutputFolder:
         path = self.path / MANIFEST
         try:
             found = dict(json.loads(path.read_text(encoding="utf-8")))
-            if found["format_version"] == 1 or (
-                isinstance(found["configuration"], dict)
-                and isinstance(found["files"], list)
-                and isinstance(found["counts"]["rows"], int)
-            ):
+            if found["format_version"] == 1 or {"configuration", "files", "counts"} <= found.keys():
                 return found
         except (ValueError, KeyError, TypeError):
             pass
         raise OutputError(f"{path}: is damaged; choose a new folder")
 
     def finished(self, sizes: Mapping[str, int]) -> dict[str, Counts]:
-        """Return what each finished part holds, by its name.
-
-        Args:
-            sizes: rows of every part of the run, by name.
-
-        Raises:
-            OutputError: a part that cannot be read, or is none of the run's.
-        """
+        """Return what each finished part holds; ``sizes``: rows of all of the run's, by name."""
         found = {}
         for path in sorted(self.path.glob("part-*")):
             if path.suffix != f".{self.kind}" or path.stem not in sizes:
@@ -166,22 +143,18 @@ class OutputFolder:
             ) from error
 
     def write_part(self, name: str, rows: Sequence[Result]) -> None:
-        """Write the results of one shard.
-
-        Raises:
-            OutputError: it cannot be written (a full disk); nothing of it is left then.
-        """
+        """Write the results of one shard; where that fails (a full disk), nothing is left."""
         data = _jsonl(rows, self.schema) if self.kind == "jsonl" else _parquet(rows, self.schema)
-        _write(self.path / f"{name}.{self.kind}", data)
+        self._write(f"{name}.{self.kind}", data)
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
-        """Replace manifest.json.
-
-        Raises:
-            OutputError: as ``write_part``.
-        """
+        """Replace manifest.json."""
         text = json.dumps(manifest, indent=2, allow_nan=False) + "\n"
-        _write(self.path / MANIFEST, text.encode())
+        self._write(MANIFEST, text.encode())
+
+    def _write(self, name: str, data: bytes) -> None:
+        with _writing(self.path / name):
+            atomic.write(self.path / name, data)
 
 
 def _jsonl(rows: Iterable[Result], schema: pa.Schema) -> bytes:
@@ -216,11 +189,6 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, str | int):
         return value
     return value.hex() if isinstance(value, bytes) else str(value)
-
-
-def _write(path: Path, data: bytes) -> None:
-    with _writing(path):
-        atomic.write(path, data)
 
 
 @contextmanager

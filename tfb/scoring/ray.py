@@ -35,11 +35,7 @@ class EngineError(ValueError):
 
 
 def import_ray() -> Any:
-    """Import Ray.
-
-    Raises:
-        ImportError: it is missing; names the extra.
-    """
+    """Import Ray; where it is missing, name the extra."""
     # No word of a run leaves the machine. Ray reads this once.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
@@ -54,15 +50,8 @@ def import_ray() -> Any:
 class RayEngine:
     """A model in each of ``job.workers`` actors; see :class:`tfb.scoring.run.LocalEngine`.
 
-    Joins the cluster at ``job.ray_address`` (None: ``RAY_ADDRESS``, or a Ray of its own on this
-    machine, which ends with the process). A worker takes one GPU where the cluster has any and
-    ``job.device`` is not a CPU, else a CPU for each torch thread. Model and artifact must be found
-    under the same names on every machine, the input only here.
-
-    Raises:
-        ImportError: no Ray.
-        ConnectionError: no cluster there.
-        ValueError: more workers than fit on this machine.
+    Without ``job.ray_address`` the cluster is that of ``RAY_ADDRESS``, or a Ray of its own on this
+    machine. A worker takes one GPU if there is any, else a CPU for each torch thread.
     """
 
     def __init__(self, job: Job) -> None:
@@ -93,11 +82,7 @@ class RayEngine:
         return self._expected
 
     def results(self, work: Iterable[Work]) -> Generator[tuple[Work, list[Result]]]:
-        """Score shards; they come as they are finished.
-
-        Raises:
-            EngineError: a worker has another configuration, or failed for good.
-        """
+        """Score shards; they come as they are finished."""
         shards = iter(work)
         next_ = next(shards, None)
         # A worker that is not there yet, as where a cluster is still growing, gets no shard.
@@ -171,10 +156,9 @@ def _absolute(name: str) -> str:
 
 
 def _connect(ray: Any, address: str | None) -> None:
-    main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     finally:
-        if main:  # Ray sets its own
+        if threading.current_thread() is threading.main_thread():  # Ray sets its own
             signal.signal(signal.SIGTERM, handler)

@@ -65,12 +65,11 @@ def run(
 
     Args:
         job: what is to be done.
-        resume: go on in a folder that a run has begun; an absent or empty one is begun.
+        resume: go on in a folder that a run has begun.
         retry_errors: resume, and do the shards again whose parts hold errors.
-        max_error_rate: the run stops once more than this share of all rows, of ``LEAST_ROWS`` at
-            least, are errors.
+        max_error_rate: after ``LEAST_ROWS`` rows, a greater share of errors stops the run.
         engine: "local" or "ray".
-        report: is told after every finished shard the counts of all parts, and the rows of the run.
+        report: is told the counts of all parts, and the run's rows, after every shard.
 
     Raises:
         ValueError: settings that cannot work.
@@ -78,7 +77,7 @@ def run(
         ArtifactError: an artifact that cannot be used.
         OutputError: a folder that cannot be written or not be continued.
         EngineError: Ray's workers failed.
-        ImportError: no Ray.
+        ImportError: Ray is asked for and not installed.
     """
     job.check()
     _check(job, engine, max_error_rate)
@@ -165,7 +164,7 @@ def _now() -> str:
 def noted_signals() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM in place of acting on them; a second one acts as usual."""
     caught: list[int] = []
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before: dict[int, Any] = {}
 
     def restore() -> None:
         for number, handler in before.items():
@@ -175,10 +174,8 @@ def noted_signals() -> Iterator[list[int]]:
         caught.append(number)
         restore()
 
-    if threading.current_thread() is not threading.main_thread():
-        before = {}  # no other thread may set handlers
-    for number in before:
-        signal.signal(number, note)
+    if threading.current_thread() is threading.main_thread():  # no other may set handlers
+        before.update({number: signal.signal(number, note) for number in SIGNALS})
     try:
         yield caught
     finally:
@@ -191,18 +188,9 @@ def noted_signals() -> Iterator[list[int]]:
 def input_files(
     sources: Sequence[Path], limit: int | None, earlier: Sequence[Mapping[str, Any]] = ()
 ) -> list[tuple[Path, dict[str, Any]]]:
-    """Return the files of a run, those of ``earlier`` under their numbers, then the new ones.
+    """Return the files of a run and what its manifest tells of each.
 
-    Args:
-        sources: the input files.
-        limit: records of the run; files behind them are left out.
-        earlier: what the manifest of a resumed run tells of its files.
-
-    Returns:
-        Each with what the manifest tells of it: name, size, sha256, records.
-
-    Raises:
-        RowError: a file of the earlier run is missing or has changed, or there are no records.
+    Those of an ``earlier`` manifest come first, unchanged. Files behind the limit are left out.
     """
     left = {str(source): source for source in sources}
     found, faults = list[tuple[Path, dict[str, Any]]](), []
@@ -245,11 +233,7 @@ def plan(records: Iterable[int], job: Job) -> list[Shard]:
 
 
 def read_shards(sources: Sequence[Path], shards: Iterable[Shard], job: Job) -> Iterator[Work]:
-    """Read the records of shards, in order, each file once.
-
-    Raises:
-        RowError: a file that cannot be read, or holds fewer records than were counted.
-    """
+    """Read the records of shards, in order, each file once."""
     form = job.row_format
     columns = [*form.names.values(), *job.keep]
     for number, group in groupby(shards, key=lambda shard: shard.file):

@@ -1,8 +1,7 @@
 """Rows to result rows: encoded, batched by tokens, predicted. What cannot be scored is an error.
 
-Results depend on the rows that are given together, the model and the settings alone, so it does
-not matter which process computes them, or when. Only where memory ran out are batches other ones;
-results are then the same to rounding.
+Results depend on the rows that are given together, the model and the settings alone. Only where
+memory ran out are batches other ones; results are then the same to rounding.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -24,13 +23,16 @@ from tfb.data.batching import EncodedRows, batches, padded_tokens, token_batches
 from tfb.data.encoding import RowEncoder
 from tfb.data.readers import Record, iter_records
 from tfb.data.rows import Row, RowError, RowFormat
-from tfb.draws import Draws
+from tfb.draws import Draws, check_even
 from tfb.model import BayesianModel
 from tfb.predictive import Predictive
 from tfb.sampling.adaptive import Adaptive
 
 Result = dict[str, Any]
 """A row of the output by column; one with an error has ``id`` and ``error`` alone."""
+
+Item = tuple[Row | None, Result]
+"""A record of the input: the row to score, if it is one, and what its result begins with."""
 
 UNCERTAINTIES = ("total", "aleatoric", "epistemic", "agreement", "standard_error")
 BATCH_TOKENS = 4096
@@ -40,15 +42,8 @@ OUT_OF_MEMORY = "out of memory, even alone in its batch; shorten it"
 NOT_FINITE = "the model returned NaN or Inf; check the adapter and the dtype"
 
 
-# --- what a model reads and gives -----------------------------------------------------------------
-
-
 def row_format(bayes: BayesianModel, columns: Mapping[str, str] | None = None) -> RowFormat:
-    """Return how data become rows for a model, by its task and ``labels``.
-
-    Raises:
-        ValueError: another number of labels than the model has classes.
-    """
+    """Return how data become rows for a model, by its task and ``labels``."""
     names = class_names(bayes.task, bayes.base.config, bayes.labels)
     return RowFormat(columns or {}, names, bayes.task)
 
@@ -71,10 +66,9 @@ def row_encoder(
 
 
 def result_columns(p: Predictive) -> dict[str, Tensor]:
-    """Return the computed columns of B rows, in float32 on the CPU.
+    """Return the computed columns of B rows, [B, ...] in float32 on the CPU.
 
-    ``prediction``, ``draws`` [B] int64; ``probs`` [B, K]; ``UNCERTAINTIES`` [B], the standard error
-    that of the predicted class; ``draw_probs`` [B, S, K] where draws were kept.
+    ``draw_probs`` are [B, S, K]; the standard error is that of the predicted class.
     """
     counts = p.draw_counts
     found = {
@@ -89,55 +83,30 @@ def result_columns(p: Predictive) -> dict[str, Tensor]:
     return {n: (t.float() if t.is_floating_point() else t).cpu() for n, t in found.items()}
 
 
-# --- records of the input, and their results ------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Item:
-    """One record of the input: a row to score, or what is wrong with it.
-
-    Attributes:
-        id: None where none could be read.
-        row: None with an error.
-        error: None with a row.
-        kept: the columns that pass through.
-    """
-
-    id: str | None
-    row: Row | None
-    error: str | None = None
-    kept: Mapping[str, Any] = field(default_factory=dict)
-
-
 def read_item(record: Record | Row, number: int, form: RowFormat, keep: Sequence[str] = ()) -> Item:
-    """Make a row of a record, or an error.
-
-    Args:
-        record: as it was read; a row stays as it is.
-        number: the record's number in the input, the id of one that brings none.
-        form: how fields become rows.
-        keep: columns that pass through.
-    """
+    """Make a row of a record, or an error. Its ``number`` is the id of one that brings none."""
     if isinstance(record, Row):
-        return Item(record.id, record)
-    name, kept = None, dict[str, Any]()
+        return record, {"id": record.id}
+    begun: Result = {"id": None}
     try:
         if record.fields is None:
             raise RowError(record.fault or "cannot be read")
-        name = form.row_id(record.fields, record.place, number)
-        kept = _kept(record.fields, keep, record.place)
-        return Item(name, form.row(record.fields, record.place, number), None, kept)
+        begun["id"] = form.row_id(record.fields, record.place, number)
+        begun |= _kept(record.fields, keep, record.place)
+        return form.row(record.fields, record.place, number), begun
     except RowError as error:
-        return Item(name, None, _error(str(error), record.place), kept)
+        return None, begun | {"error": _error(str(error), record.place)}
+
+
+def rows_of(items: Iterable[Item]) -> list[Row]:
+    """Return the rows that are to be scored."""
+    return [row for row, _ in items if row is not None]
 
 
 def result_rows(items: Iterable[Item], results: Iterable[Result]) -> list[Result]:
     """Return one result for each item, from the ``results`` of those that hold a row."""
     found = iter(results)
-    return [
-        {"id": item.id, **item.kept, **({"error": item.error} if item.row is None else next(found))}
-        for item in items
-    ]
+    return [begun if row is None else begun | next(found) for row, begun in items]
 
 
 def _kept(fields: Mapping[str, Any], keep: Sequence[str], place: str) -> dict[str, Any]:
@@ -159,18 +128,9 @@ def _error(text: str, place: str) -> str:
     return text if len(text) <= LONGEST_ERROR else text[:LONGEST_ERROR] + " ..."
 
 
-# --- scoring --------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Prepared:
-    """Rows that were encoded, and the results of those that could not be.
-
-    Attributes:
-        rows: those that were encoded.
-        encoded: their tokens; None if there are none.
-        faults: the results of the others, by position among all.
-    """
+    """The rows that were encoded, and the results of the others, by position among all."""
 
     rows: list[Row]
     encoded: EncodedRows | None
@@ -183,11 +143,10 @@ class Scorer:
     Args:
         bayes: the model.
         tokenizer: its tokenizer.
-        draws: a number of antithetic draws, :class:`Draws`, or "auto" or :class:`Adaptive`.
+        draws: as for ``bayes.predict``, "auto" included.
         batch_tokens: most padded tokens of a batch, of one copy of its rows.
         batch_size: most rows of a batch; None: any number.
         per_draw: keep each draw's probabilities.
-        logits: keep each draw's logits, as the model gives them.
         truncate: the side on which rows that are too long are cut; None: they are errors.
         labels: names of the classes of text rows.
 
@@ -204,16 +163,21 @@ class Scorer:
         batch_tokens: int = BATCH_TOKENS,
         batch_size: int | None = None,
         per_draw: bool = False,
-        logits: bool = False,
         truncate: str | None = None,
         labels: Sequence[str] | None = None,
     ) -> None:
-        self.bayes, self.labels = bayes, labels
+        self.bayes, self.labels, self.per_draw = bayes, labels, per_draw
         self.encoder = row_encoder(bayes, tokenizer, truncate)
         self.batch_tokens, self.batch_size = batch_tokens, batch_size
-        self.per_draw, self.logits = per_draw, logits
-        self._draws = _resolved(bayes, draws, kept=per_draw or logits)
-        most = self._draws.most if isinstance(self._draws, Adaptive) else len(self._draws)
+        check_draws(draws, kept=per_draw)
+        self._draws: Draws | Adaptive
+        if isinstance(draws, str | Adaptive):
+            bayes.draws(2)  # refuses a model without sigma
+            self._draws = draws if isinstance(draws, Adaptive) else Adaptive()
+            most = self._draws.most
+        else:
+            self._draws = bayes.distinct_draws(draws, kept=per_draw)
+            most = len(self._draws)
         # On a GPU the model would go by the memory that happens to be free, and a pass of another
         # shape rounds differently.
         self._draws_per_pass = None if bayes.device.type == "cpu" else most
@@ -233,11 +197,10 @@ class Scorer:
 
     def compute(self, prepared: Prepared) -> list[Result]:
         """Predict what was prepared: one result for each row, in order."""
-        encoded, faults = prepared.encoded, prepared.faults
-        found = {} if encoded is None else self._predict(prepared.rows, encoded)
-        good = iter(range(len(found)))
-        n = len(found) + len(faults)
-        return [faults[i] if i in faults else found[next(good)] for i in range(n)]
+        rows, encoded, faults = prepared.rows, prepared.encoded, prepared.faults
+        good = iter([] if encoded is None else self._predict(rows, encoded))
+        everywhere = range(len(rows) + len(faults))
+        return [faults[i] if i in faults else next(good) for i in everywhere]
 
     def batches(self, encoded: EncodedRows, rows: Iterable[int] | None = None) -> list[list[int]]:
         """Return the positions of encoded rows (None: of all) as this scorer batches them."""
@@ -249,9 +212,8 @@ class Scorer:
         if not rows:
             return None
         encoded = self.encoder(rows)
-        for row, ids in zip(rows, encoded.input_ids, strict=True):
-            if not ids:
-                raise RowError(f"{_named(row)}: no tokens; write text that the tokenizer knows")
+        if not all(encoded.input_ids):
+            raise RowError("no tokens; write text that the tokenizer knows")
         return encoded
 
     def _faults(self, rows: Sequence[Row], at: Sequence[int]) -> dict[int, Result]:
@@ -265,8 +227,8 @@ class Scorer:
             return {at[0]: _fault(rows[at[0]], str(error))}
         return {}
 
-    def _predict(self, rows: Sequence[Row], encoded: EncodedRows) -> dict[int, Result]:
-        """Return results by position. Where memory runs out, the batch is split."""
+    def _predict(self, rows: Sequence[Row], encoded: EncodedRows) -> list[Result]:
+        """Return the results in order. Where memory runs out, batches are split."""
         results: dict[int, Result] = {}
         waiting = self.batches(encoded)
         while waiting:
@@ -289,7 +251,7 @@ class Scorer:
                 tokens = min(self.batch_tokens, padded_tokens(encoded, batch))
                 self.batch_tokens = max(1, tokens // 2)
                 waiting = self.batches(encoded, [i for b in [batch, *waiting] for i in b])
-        return results
+        return [results[i] for i in range(len(rows))]
 
     def _batch(
         self,
@@ -303,8 +265,15 @@ class Scorer:
         results: dict[int, Result] = {}
         try:
             for batch in batches(chosen, batch_size=len(at), pad_token_id=pad):
-                columns = self._columns(batch.model_inputs(), batch.label_ids, draws_per_pass)
-                if self.encoder.truncate is not None and chosen.truncated is not None:
+                p = self.bayes.predict(
+                    batch.model_inputs(),
+                    self._draws,
+                    label_ids=batch.label_ids,
+                    keep_draws=self.per_draw,
+                    draws_per_pass=draws_per_pass,
+                )
+                columns = result_columns(p)
+                if self.encoder.truncate is not None:
                     columns["truncated"] = torch.tensor(chosen.truncated)[batch.indices]
                 table = zip(*(values.tolist() for values in columns.values()), strict=True)
                 for i, values in zip(batch.indices.tolist(), table, strict=True):
@@ -317,19 +286,6 @@ class Scorer:
             torch.cuda.empty_cache()
         return None
 
-    def _columns(
-        self, inputs: dict[str, Tensor], label_ids: Tensor | None, draws_per_pass: int | None
-    ) -> dict[str, Tensor]:
-        if isinstance(self._draws, Adaptive):
-            p = self.bayes.predict(
-                inputs, self._draws, label_ids=label_ids, draws_per_pass=draws_per_pass
-            )
-            return result_columns(p)
-        logits = self.bayes.logits(inputs, self._draws, label_ids, draws_per_pass=draws_per_pass)
-        p = self.bayes.predictive(logits, self._draws, keep_draws=self.per_draw)
-        kept = {"draw_logits": logits.float().transpose(0, 1).cpu()} if self.logits else {}
-        return result_columns(p) | kept
-
     def _result(self, row: Row, values: Result) -> Result:
         if not all(map(math.isfinite, values["probs"])):
             return _fault(row, NOT_FINITE)
@@ -341,28 +297,19 @@ class Scorer:
         return {**first, **values, "label": row.label, "error": None}
 
 
-def _named(row: Row) -> str:
-    return f"{row.source} (id {row.id!r})"
-
-
 def _fault(row: Row, text: str) -> Result:
-    named = text if text.startswith(row.source) else f"{_named(row)}: {text}"
+    named = text if text.startswith(row.source) else f"{row.source} (id {row.id!r}): {text}"
     return {"id": row.id, "error": _error(named, row.source)}
 
 
-def _resolved(
-    bayes: BayesianModel, draws: int | Draws | Adaptive | str, *, kept: bool
-) -> Draws | Adaptive:
-    if isinstance(draws, str):
-        if draws != "auto":
-            raise ValueError(f"draws={draws!r}: expected a number, tfb.Draws or 'auto'")
-        draws = Adaptive()
-    if not isinstance(draws, Adaptive):
-        return bayes.distinct_draws(draws, kept=kept)
-    if kept:
-        raise ValueError("draws='auto': rows have different numbers of draws; keep none of them")
-    bayes.draws(2)  # refuses a model without sigma
-    return draws
+def check_draws(draws: int | Draws | Adaptive | str, *, kept: bool) -> None:
+    """Refuse draws that no model can sample, or that cannot be kept."""
+    if isinstance(draws, str) and draws != "auto":
+        raise ValueError(f"draws={draws}: expected an even number or auto")
+    if kept and isinstance(draws, str | Adaptive):
+        raise ValueError("draws=auto: rows have different numbers of draws; keep none of them")
+    if isinstance(draws, int):
+        check_even(draws)
 
 
 def score(
@@ -392,11 +339,7 @@ def score(
         per_draw: keep each draw's probabilities.
         columns: for our names of columns those of the data, where they differ.
         truncate: "left" or "right": the side on which rows that are too long are cut.
-        errors: "raise", or "rows": a row that cannot be scored is a result with its reason in
-            ``error``, which is None in others.
-
-    Returns:
-        An iterator of results.
+        errors: "raise", or "rows": results have ``error``, the reason of a row without one.
 
     Raises:
         RowError: a row that cannot be scored, with ``errors="raise"``; a file that cannot be read.
@@ -416,18 +359,13 @@ def score(
         truncate=truncate,
         labels=form.labels,
     )
-    found = _stream(data, form, scorer)
-    return found if errors == "rows" else map(_good, found)
+    return _stream(data, form, scorer, raises=errors == "raise")
 
 
-def _stream(data: Any, form: RowFormat, scorer: Scorer) -> Iterator[Result]:
+def _stream(data: Any, form: RowFormat, scorer: Scorer, *, raises: bool) -> Iterator[Result]:
     stream = enumerate(iter_records(data, form))
     while window := [read_item(record, n, form) for n, record in islice(stream, WINDOW)]:
-        rows = [item.row for item in window if item.row is not None]
-        yield from result_rows(window, scorer(rows))
-
-
-def _good(result: Result) -> Result:
-    if (error := result.pop("error")) is not None:
-        raise RowError(error)
-    return result
+        for result in result_rows(window, scorer(rows_of(window))):
+            if raises and (error := result.pop("error")) is not None:
+                raise RowError(error)
+            yield result
