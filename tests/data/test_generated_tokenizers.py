@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import assume, event, given, settings
+from hypothesis import assume, event, example, given, settings
 from hypothesis import strategies as st
 from support.tokenizers import (
     BOS,
@@ -27,7 +27,8 @@ from support.tokenizers import (
     tokens_of,
     wrapped,
 )
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from tfb.data.batching import EncodedRows
 from tfb.data.encoding import RowEncoder
@@ -52,13 +53,44 @@ def outcome(encoder: RowEncoder, rows: Sequence[Row]) -> EncodedRows | str:
         return str(error)
 
 
+def slow(tokenizer: Any, **settings: Any) -> RowEncoder:
+    """An encoder that tokenizes every text as a whole."""
+    encoder = RowEncoder(tokenizer, **settings)
+    encoder._spliced._breaks_at_spaces = False
+    return encoder
+
+
+# --- the fast way and the slow one ----------------------------------------------------------------
+
+
+@settings(max_examples=1000)
+@given(SPECS, ROWS, st.sampled_from(["all", "last"]))
+# A mark begins a new stretch of text, in front of which a '▁' goes.
+@example(Spec("prepended", known=False), row_of("no<|x|>", "AB"), "last")
+# The space is the mark's, two spaces as well.
+@example(Spec("byte-level"), row_of("no<|r|>", [" A", "  B"]), "all")
+# A prompt that ends with what its tokenizer writes for a space, or takes for one.
+@example(Spec("prepended", known=False), row_of("Topic▁", "AB"), "all")
+@example(Spec("cleaned"), row_of("Topic\u200b", "AB"), "all")
+def test_splicing_changes_nothing(spec: Spec, row: Row, label_tokens: str) -> None:
+    """One text of a row and one of each choice give what all texts give. The first row's text is
+    that of its first choice, so each choice is put first."""
+    tokenizer = tokenizer_of(spec)
+    fast, whole = (make(tokenizer, label_tokens=label_tokens) for make in (RowEncoder, slow))
+    for turn in range(len(row.choices or ())):
+        turned = row_of(row.prompt or "", (row.choices or ())[turn:] + (row.choices or ())[:turn])
+        found = outcome(fast, [turned])
+        assert found == outcome(whole, [turned])
+    event("an error" if isinstance(found, str) else "tokens")
+
+
 @settings(max_examples=200)
 @given(SPECS, st.lists(ROWS, min_size=2, max_size=6))
 def test_a_row_is_itself_in_any_company(spec: Spec, rows: list[Row]) -> None:
     """The tokens of several rows, or the error of the first that has one, are those of each."""
     tokenizer = tokenizer_of(spec)
     rows = [row_of(row.prompt or "", row.choices or (), i) for i, row in enumerate(rows)]
-    alone = [outcome(RowEncoder(tokenizer), [row]) for row in rows]
+    alone = [outcome(slow(tokenizer), [row]) for row in rows]
     errors = [found for found in alone if isinstance(found, str)]
     together = outcome(RowEncoder(tokenizer), rows)
     if errors:
@@ -187,12 +219,40 @@ def test_special_tokens_of_an_alphabet_of_its_own(
     assert found.label_ids == [(vocabulary["A"], vocabulary["G"])]
 
 
+def bare(pieces: str, merges: list[tuple[str, str]], **how: Any) -> Any:
+    """As Llama 2, over a small alphabet."""
+    vocabulary = {piece: i for i, piece in enumerate(pieces.split())}
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, **how))
+    made.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token=how.get("unk_token"))
+
+
+@pytest.mark.parametrize("choices", ["AB", "BA"])
+def test_a_prompts_last_character_without_a_token(choices: str) -> None:
+    """It may vanish, so that spaces meet over it, or become one <unk> with a space."""
+    merges = [("▁", "B"), ("▁", "▁"), ("▁", "A")]
+    for tokenizer, prompt in (
+        (bare("▁ A B a x ▁B ▁▁ ▁A", merges), "x q"),
+        (bare("<unk> x A B a", [], unk_token="<unk>", fuse_unk=True), "xq"),
+    ):
+        rows = [row_of(prompt, choices)]
+        found = outcome(RowEncoder(tokenizer), rows)
+        assert found == outcome(slow(tokenizer), rows)
+
+
 # --- the generated tokenizers are what they should be ---------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_vocabularies(kind: str) -> None:
-    """Pieces of several characters are used."""
-    plain = [tokenizer_of(Spec(kind, seed=seed)) for seed in range(4)]
+    """Pieces run over spaces where they may, and those of several characters are used."""
+    plain, over = (
+        [tokenizer_of(Spec(kind, over_spaces=may, seed=seed)) for seed in range(4)]
+        for may in (False, True)
+    )
+    assert all(RowEncoder(tokenizer)._spliced._breaks_at_spaces for tokenizer in plain)
+    assert not any(RowEncoder(tokenizer)._spliced._breaks_at_spaces for tokenizer in over)
     text = "Topic is it yes no bank Answer banking"
     assert any(len(t.tokenize(text)) < len(text) * 0.8 for t in plain)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from tfb.data.batching import EncodedRows
 from tfb.data.rows import Row, RowError
+from tfb.data.splicing import Splicer, Tokens, Written
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
-
-Tokens = tuple[list[int], list[list[int]]]  # of a prompt, and of its choices as they continue it
 
 LABEL_TOKENS = ("all", "last")
 SIDES = ("left", "right")
@@ -85,6 +84,7 @@ class RowEncoder:
         self._shares = length_normalization == "none"
         self._front: list[int] = []
         self._front, self._back = self._around()
+        self._spliced = Splicer(tokenizer, partial(self._ids, ended=False))
 
     @classmethod
     def of(
@@ -171,7 +171,7 @@ class RowEncoder:
 
     # --- prompts and choices as text --------------------------------------------------------------
 
-    def _written(self, row: Row) -> tuple[str, list[str]]:
+    def _written(self, row: Row) -> Written:
         """Return the prompt, and the whole text with each choice."""
         prompt, between = row.prompt or "", " "
         if row.messages is not None:
@@ -222,9 +222,18 @@ class RowEncoder:
     def _continuations(self, rows: Sequence[Row]) -> list[Tokens | None]:
         """Return each prompt's tokens and its choices' continuations; None where they merge."""
         written = [self._written(row) for row in rows]
+        found = self._spliced(written)
+        left = [i for i, tokens in enumerate(found) if tokens is None]
+        for i, tokens in zip(left, self._whole([written[i] for i in left]), strict=True):
+            found[i] = tokens
+        return found
+
+    def _whole(self, written: list[Written]) -> list[Tokens | None]:
+        """Do what ``_continuations`` does from every text as a whole."""
         texts = [text for prompt, whole in written for text in (prompt, prompt.rstrip(), *whole)]
         distinct = list(dict.fromkeys(texts))
-        known = dict(zip(distinct, self._ids(distinct, ended=False), strict=True))
+        tokens = self._ids(distinct, ended=False) if distinct else []
+        known = dict(zip(distinct, tokens, strict=True))
 
         def split(prompt: str, whole: list[str]) -> Tokens | None:
             for begin in (known[prompt], known[prompt.rstrip()]):
