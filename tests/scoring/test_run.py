@@ -34,13 +34,14 @@ from tfb.demo import digits
 from tfb.scoring import run as offline
 from tfb.scoring.job import Job, differences, model_sha256
 from tfb.scoring.output import Counts, OutputError
-from tfb.scoring.run import LocalEngine, Outcome, input_files, noted_signals, plan, read_shards, run
+from tfb.scoring.run import Outcome, input_files, noted_signals, plan, read_shards, run
 from tfb.scoring.scorer import UNCERTAINTIES
 
 MODEL, ADAPTER = str(digits.BASE), str(digits.ADAPTER)
 SINGLE = 2.0**-24
 COUNTS = {"rows": 21, "errors": 0, "truncated": 0, "total": 21}
 DONE = Outcome("complete", Counts(21))
+LOAD = Job.load
 KILLS = int(os.environ.get("TFB_KILLS", "30"))
 
 
@@ -62,13 +63,7 @@ def job(
     artifact: str, loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Job:
     """A job on 21 digits in parts of 6, with a model that is loaded once for all tests."""
-
-    class Loaded(LocalEngine):
-        def __init__(self, job: Job) -> None:
-            self._job = job
-            self._bayes, self._tokenizer = loaded
-
-    monkeypatch.setitem(offline.ENGINES, "local", Loaded)
+    monkeypatch.setattr(Job, "load", lambda _: loaded)
     return small_job(artifact, tmp_path)
 
 
@@ -144,7 +139,7 @@ def test_missing_shards_are_read_as_if_all_were(
 ) -> None:
     """Whichever are finished: the same items, numbers and places."""
     job, sources = replace(job_of_texts[0], part_rows=size), job_of_texts[1]
-    shards = plan([entry["records"] for _, entry in input_files(sources, None)], job)
+    shards = plan([file["records"] for file in input_files(sources, None)], job)
     every = list(read_shards(sources, shards, job))
     assert [w.shard for w in every] == shards
     assert [begun["id"] for w in every for _, begun in w.items] == [str(n) for n in range(11)]
@@ -327,8 +322,6 @@ from tfb.scoring.run import LocalEngine, run
 
 kills, seed, job = int(sys.argv[1]), int(sys.argv[2]), Job(**json.loads(sys.argv[3]))
 loaded = LocalEngine(job)
-configuration = loaded.configuration()
-loaded.configuration = lambda: configuration
 offline.ENGINES["local"] = lambda _: loaded  # once: while it loads, nothing is written
 
 def work(at, total):
@@ -661,9 +654,7 @@ def test_parts_with_errors_are_done_again(
 ) -> None:
     """On request; parts without errors are not touched."""
     with monkeypatch.context() as patch:
-        engine = offline.ENGINES["local"](job)
-        patch.setattr(engine, "_bayes", Crowded(loaded[0]))
-        patch.setitem(offline.ENGINES, "local", lambda _: engine)
+        patch.setattr(Job, "load", lambda _: (Crowded(loaded[0]), loaded[1]))
         first = run(job, max_error_rate=1)
         assert first == Outcome("complete", Counts(21, 6))
     name, good = next(iter(whole.items()))
@@ -768,7 +759,7 @@ def test_exit_status(
     code, out, _ = command("--resume")
     assert code == 0 and "complete: 21 rows" in out and files(job) == whole
     with monkeypatch.context() as patch:
-        patch.setitem(offline.ENGINES, "local", LocalEngine)
+        patch.setattr(Job, "load", LOAD)
         code, _, err = command("--resume", "--mode", "tail", "--tail", 1)
     assert code == 1 and "note: sigma was searched with mode=full" in err
     assert "mode: full -> tail; tail: None -> 1" in err

@@ -74,12 +74,9 @@ class RayEngine:
             )
         actor = ray.remote(Worker).options(max_restarts=RETRIES, max_task_retries=RETRIES, **needs)
         self._actors = [actor.remote(job, threads) for _ in range(workers)]
-
-    def configuration(self) -> dict[str, Any]:
-        """Return what results depend on, as the first worker that is ready has it."""
-        asked = [actor.configuration.remote() for actor in self._actors]
-        self._expected = self._first(asked)[1]
-        return self._expected
+        # That of the first worker that is ready; the others are compared with it.
+        self.configuration: dict[str, Any]
+        _, self.configuration = self._first([a.configuration.remote() for a in self._actors])
 
     def results(self, work: Iterable[Work]) -> Generator[tuple[Work, list[Result]]]:
         """Score shards; they come as they are finished."""
@@ -95,7 +92,7 @@ class RayEngine:
                 actor, found = flying.pop(task)
                 for _ in range(IN_FLIGHT if found is None else 1):
                     if next_ is not None:
-                        task = actor.score.remote(next_.rows, self._expected)
+                        task = actor.score.remote(next_.rows, self.configuration)
                         flying[task] = actor, next_
                         next_ = next(shards, None)
                 if isinstance(answer, str):

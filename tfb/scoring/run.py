@@ -88,7 +88,7 @@ def run(
     earlier = folder.earlier(resume=resume or retry_errors)
     _compare(folder, earlier, job.declared() | columns)
     files = input_files(sources, job.limit, () if earlier is None else earlier["files"])
-    shards = plan([entry["records"] for _, entry in files], job)
+    shards = plan([file["records"] for file in files], job)
     with folder:
         if folder.earlier(resume=True) != earlier:
             raise OutputError(f"{folder.path}: another run has written to it meanwhile; run again")
@@ -96,14 +96,14 @@ def run(
         if retry_errors:
             finished = {name: counts for name, counts in finished.items() if not counts.errors}
         scoring = ENGINES[engine](job)
-        configuration = scoring.configuration() | columns
+        configuration = scoring.configuration | columns
         _compare(folder, earlier, configuration)
         total, counts = sum(map(len, shards)), sum(finished.values(), Counts())
         manifest = {
             "status": RUNNING,
             "format_version": FORMAT_VERSION,
             "configuration": configuration,
-            "files": [entry for _, entry in files],
+            "files": files,
             "started": _now() if earlier is None else earlier["started"],
         }
 
@@ -113,7 +113,7 @@ def run(
 
         note()
         missing = [shard for shard in shards if shard.name not in finished]
-        work = read_shards([source for source, _ in files], missing, job)
+        work = read_shards([Path(file["name"]) for file in files], missing, job)
         with noted_signals() as caught, closing(scoring.results(work)) as scored:
             for done, results in scored:
                 rows = result_rows(done.items, results)
@@ -187,31 +187,29 @@ def noted_signals() -> Iterator[list[int]]:
 
 def input_files(
     sources: Sequence[Path], limit: int | None, earlier: Sequence[Mapping[str, Any]] = ()
-) -> list[tuple[Path, dict[str, Any]]]:
-    """Return the files of a run and what its manifest tells of each.
+) -> list[dict[str, Any]]:
+    """Return what the manifest tells of the files of a run.
 
     Those of an ``earlier`` manifest come first, unchanged. Files behind the limit are left out.
     """
     left = {str(source): source for source in sources}
-    found, faults = list[tuple[Path, dict[str, Any]]](), []
-    for entry in map(dict, earlier):
-        source = left.pop(entry["name"], None)
+    found, faults = list(map(dict, earlier)), []
+    for file in found:
+        source = left.pop(file["name"], None)
         if source is None:
-            faults.append(f"{entry['name']} is missing")
-        elif changes := differences(entry, _identity(source)):
+            faults.append(f"{file['name']} is missing")
+        elif changes := differences(file, _identity(source)):
             faults.append(f"{source} has changed ({'; '.join(changes)})")
-        else:
-            found.append((source, entry))
     if faults:
         raise RowError(
             f"the input is not that of the finished parts: {', '.join(faults)}; give the same "
             "files under the same names, or choose a new folder"
         )
     for source in left.values():
-        if limit is not None and sum(entry["records"] for _, entry in found) >= limit:
+        if limit is not None and sum(file["records"] for file in found) >= limit:
             break
-        found.append((source, {**_identity(source), "records": count_records(source)}))
-    if not any(entry["records"] for _, entry in found):
+        found.append({**_identity(source), "records": count_records(source)})
+    if not any(file["records"] for file in found):
         raise RowError(f"{', '.join(map(str, sources))}: the input holds no rows; add some")
     return found
 
@@ -259,27 +257,23 @@ class LocalEngine:
     """One model in this process; a thread reads and tokenizes one shard ahead of it."""
 
     def __init__(self, job: Job) -> None:
-        self._job = job
-        self._bayes, self._tokenizer = job.load()
-
-    def configuration(self) -> dict[str, Any]:
-        """Return what results depend on, see :meth:`Job.configuration`."""
-        return self._job.configuration(self._bayes, self._tokenizer)
+        bayes, tokenizer = job.load()
+        self.configuration = job.configuration(bayes, tokenizer)
+        self._scorer = job.scorer(bayes, tokenizer)
 
     def results(self, work: Iterable[Work]) -> Generator[tuple[Work, list[Result]]]:
         """Score shards in turn; an error in reading is raised after the shards before it."""
-        scorer = self._job.scorer(self._bayes, self._tokenizer)
         stream = iter(work)
 
         def prepare() -> tuple[Work, Prepared] | None:
             found = next(stream, None)
-            return None if found is None else (found, scorer.prepare(found.rows))
+            return None if found is None else (found, self._scorer.prepare(found.rows))
 
         with ThreadPoolExecutor(1, thread_name_prefix="tfb-reader") as reader:
             ahead = reader.submit(prepare)
             while (ready := ahead.result()) is not None:
                 ahead = reader.submit(prepare)
-                yield ready[0], scorer.compute(ready[1])
+                yield ready[0], self._scorer.compute(ready[1])
 
 
 ENGINES: dict[str, Callable[[Job], LocalEngine | RayEngine]] = {
