@@ -124,15 +124,14 @@ def evaluations(
         sigmas: sigmas to sample at, by name; None: {"tfb": bayes.sigma}.
         progress: gets the number of rows just finished, once for each sigma.
     """
-    labels = torch.tensor([-1 if y is None else y for y in encoded.labels])
-    known = None if bool((labels < 0).any()) else labels
+    labels = None if None in encoded.labels else torch.tensor(encoded.labels)
     cost = passes_per_row([len(ids) for ids in encoded.input_ids], draws, bayes.config.tail)
 
     def predicted(draws_: Draws) -> Predictive:
         return predict_rows(bayes, encoded, draws_, batch_size=batch_size, progress=progress)
 
     def evaluation(name: str, probs: Tensor, total: Tensor, **more: Any) -> Evaluation:
-        return Evaluation(name, dataset, probs, known, total=total, **({"passes": 1.0} | more))
+        return Evaluation(name, dataset, probs, labels, total=total, **({"passes": 1.0} | more))
 
     mean = predicted(Draws.mean())
     found = [evaluation("deterministic", mean.probs, mean.total)]

@@ -129,14 +129,12 @@ class OutputFolder:
         return found
 
     def _read(self, path: Path) -> Counts:
-        names = [name for name in ("error", "truncated") if name in self.schema.names]
         try:
             if self.kind == "jsonl":
                 with path.open(encoding="utf-8") as file:
-                    rows = [json.loads(line) for line in file]
-            else:
-                rows = pq.read_table(path, columns=names, partitioning=None).to_pylist()
-            return Counts.of([{name: row[name] for name in names} for row in rows])
+                    return Counts.of([json.loads(line) for line in file])
+            names = [name for name in ("error", "truncated") if name in self.schema.names]
+            return Counts.of(pq.read_table(path, columns=names, partitioning=None).to_pylist())
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
             raise OutputError(
                 f"{path}: is damaged ({error}); remove this part, its rows are then scored again"

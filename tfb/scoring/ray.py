@@ -75,8 +75,7 @@ class RayEngine:
         actor = ray.remote(Worker).options(max_restarts=RETRIES, max_task_retries=RETRIES, **needs)
         self._actors = [actor.remote(job, threads) for _ in range(workers)]
         # That of the first worker that is ready; the others are compared with it.
-        self.configuration: dict[str, Any]
-        _, self.configuration = self._first([a.configuration.remote() for a in self._actors])
+        self.configuration = self._first([a.configuration.remote() for a in self._actors])[1]
 
     def results(self, work: Iterable[Work]) -> Generator[tuple[Work, list[Result]]]:
         """Score shards; they come as they are finished."""
@@ -140,9 +139,6 @@ class Worker:
 
 def _reason(error: Exception) -> str:
     """Return one line of an error of Ray, which holds whole tracebacks."""
-    cause = getattr(error, "cause", None)
-    if isinstance(cause, Exception):
-        return f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}"
     lines = str(error).splitlines() or [""]
     return next((line for line in reversed(lines) if RAISED.match(line)), lines[-1])
 
