@@ -175,9 +175,11 @@ def test_classification_rows(bayes: tfb.BayesianModel) -> None:
     for i, ids in enumerate(MIXED.input_ids):
         row = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)).long()}
         torch.testing.assert_close(
-            found.probs[i], head.predict(row, draws).probs[0].float(),
-            rtol=2 * SINGLE, atol=2 * SINGLE,
-        )  # fmt: skip
+            found.probs[i],
+            head.predict(row, draws).probs[0].float(),
+            rtol=2 * SINGLE,
+            atol=2 * SINGLE,
+        )
 
 
 def test_nan_names_the_row() -> None:

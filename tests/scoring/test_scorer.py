@@ -54,9 +54,7 @@ def same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
         assert list(one) == list(other)
         for name, value in one.items():
             if isinstance(value, float | list):
-                torch.testing.assert_close(
-                    torch.tensor(value), torch.tensor(other[name]), **CLOSE
-                )  # fmt: skip
+                torch.testing.assert_close(torch.tensor(value), torch.tensor(other[name]), **CLOSE)
             else:
                 assert value == other[name], name
 
@@ -87,10 +85,13 @@ def test_values_are_those_of_predict(
         assert values["prediction"] == best and values["choice"] == (row.choices or ())[best]
         assert values["draws"] == (4 if p.draw_counts is None else int(p.draw_counts))
         for name, wanted in (
-            ("probs", p.probs[0]), ("total", p.total[0]), ("aleatoric", p.aleatoric[0]),
-            ("epistemic", p.epistemic[0]), ("agreement", p.agreement[0]),
+            ("probs", p.probs[0]),
+            ("total", p.total[0]),
+            ("aleatoric", p.aleatoric[0]),
+            ("epistemic", p.epistemic[0]),
+            ("agreement", p.agreement[0]),
             ("standard_error", p.standard_error[0, best]),
-        ):  # fmt: skip
+        ):
             torch.testing.assert_close(torch.tensor(values[name]), wanted.float(), **CLOSE)
 
 
@@ -105,9 +106,7 @@ def test_without_noise_one_draw(tokenizer: Any, mode: tuple[str, int | None]) ->
     for one, all_ in zip(found, kept, strict=True):
         assert (one["draws"], all_["draws"], len(all_["draw_probs"])) == (1, 4, 4)
         assert (one["epistemic"], one["standard_error"], one["agreement"]) == (0.0, 0.0, 1.0)
-        torch.testing.assert_close(
-            torch.tensor(one["probs"]), torch.tensor(all_["probs"]), **CLOSE
-        )  # fmt: skip
+        torch.testing.assert_close(torch.tensor(one["probs"]), torch.tensor(all_["probs"]), **CLOSE)
 
 
 @pytest.mark.parametrize("budget", [1, 30, 100, 10_000])

@@ -26,11 +26,11 @@ from tfb.adapters.loading import (
 )
 from tfb.data.encoding import check_truncate
 from tfb.data.readers import schema_of
-from tfb.data.rows import Row, RowError, RowFormat
+from tfb.data.rows import RowError, RowFormat
 from tfb.model import BayesianModel
 from tfb.sampling.config import check_mode
 from tfb.scoring.output import FORMATS
-from tfb.scoring.scorer import BATCH_TOKENS, UNCERTAINTIES, Item, Scorer, check_draws, rows_of
+from tfb.scoring.scorer import BATCH_TOKENS, UNCERTAINTIES, Item, Scorer, check_draws
 
 
 @dataclass(frozen=True)
@@ -205,11 +205,6 @@ class Work:
 
     shard: Shard
     items: list[Item]
-
-    @property
-    def rows(self) -> list[Row]:
-        """The rows that are to be scored."""
-        return rows_of(self.items)
 
 
 def differences(was: Mapping[str, Any], now: Mapping[str, Any], group: str = "") -> list[str]:

@@ -23,7 +23,7 @@ import torch
 
 from tfb.data.rows import Row
 from tfb.scoring.job import Job, Work, differences
-from tfb.scoring.scorer import Result
+from tfb.scoring.scorer import Result, rows_of
 
 RETRIES = 3  # of an actor that died, and of the shard that it had
 RAISED = re.compile(r"[\w.]+(Error|Exception): ")  # the end of a traceback
@@ -91,7 +91,7 @@ class RayEngine:
                 actor, found = flying.pop(task)
                 for _ in range(IN_FLIGHT if found is None else 1):
                     if next_ is not None:
-                        task = actor.score.remote(next_.rows, self.configuration)
+                        task = actor.score.remote(rows_of(next_.items), self.configuration)
                         flying[task] = actor, next_
                         next_ = next(shards, None)
                 if isinstance(answer, str):

@@ -26,7 +26,7 @@ from tfb.data.rows import RowError
 from tfb.scoring.job import Job, Shard, Work, differences
 from tfb.scoring.output import FORMAT_VERSION, Counts, OutputError, OutputFolder
 from tfb.scoring.ray import RayEngine, import_ray
-from tfb.scoring.scorer import Prepared, Result, read_item, result_rows
+from tfb.scoring.scorer import Prepared, Result, read_item, result_rows, rows_of
 
 LEAST_ROWS = 1000  # before which no share of errors stops a run
 RUNNING, COMPLETE, STOPPED, TOO_MANY_ERRORS = "running", "complete", "stopped", "too many errors"
@@ -267,7 +267,7 @@ class LocalEngine:
 
         def prepare() -> tuple[Work, Prepared] | None:
             found = next(stream, None)
-            return None if found is None else (found, self._scorer.prepare(found.rows))
+            return None if found is None else (found, self._scorer.prepare(rows_of(found.items)))
 
         with ThreadPoolExecutor(1, thread_name_prefix="tfb-reader") as reader:
             ahead = reader.submit(prepare)

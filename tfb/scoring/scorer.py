@@ -339,7 +339,7 @@ def score(
         per_draw: keep each draw's probabilities.
         columns: for our names of columns those of the data, where they differ.
         truncate: "left" or "right": the side on which rows that are too long are cut.
-        errors: "raise", or "rows": results have ``error``, the reason of a row without one.
+        errors: "raise", or "rows": a bad row is a result with its reason in ``error``.
 
     Raises:
         RowError: a row that cannot be scored, with ``errors="raise"``; a file that cannot be read.
