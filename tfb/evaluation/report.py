@@ -61,7 +61,7 @@ def page_path(output: str | Path, *, overwrite: bool = False) -> Path:
     path = Path(output)
     page = path if path.suffix == ".html" else path / PAGE
     if page.is_dir() or page.parent.is_file() or (page.exists() and not overwrite):
-        raise ValueError(f"{page} exists already; choose another name or remove it")
+        raise ValueError(f"{page} exists already; choose another name, or overwrite=True")
     return page
 
 
