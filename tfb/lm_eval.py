@@ -244,6 +244,11 @@ def _check(bayes: BayesianModel, draws: Draws) -> None:
             "of a prompt only, which continuations of several tokens do not have; fit with "
             "mode 'full'"
         )
+    if bayes.config.temperature != 1.0:
+        raise ValueError(
+            f"tfb: temperature={bayes.config.temperature:g} is that of scored labels, and log-"
+            "probabilities of texts have none; configure(temperature=1.0)"
+        )
     if draws.noise != "weight":
         raise ValueError("tfb: needs weight noise, one weight sample for all tokens")
 

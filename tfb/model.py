@@ -25,6 +25,7 @@ from tfb.sampling.generate import Generation, run_generation
 from tfb.sampling.kv_cache import why_no_tail
 from tfb.sampling.overrides import install, uninstall
 from tfb.sampling.state import Batch, SamplingState, active, other_owner_of
+from tfb_kernels.reference import compute_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -265,7 +266,7 @@ class BayesianModel:
     def predictive(self, logits: Tensor, draws: Draws, *, keep_draws: bool = False) -> Predictive:
         """Average the probabilities of logits [S, B, K] at the model's temperature."""
         if self.config.temperature != 1.0:
-            logits = logits / self.config.temperature
+            logits = logits.to(compute_dtype(logits.dtype)) / self.config.temperature
         return Predictive.from_logits(logits, draws, keep_draws=keep_draws)
 
     def predict(

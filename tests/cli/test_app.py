@@ -371,6 +371,8 @@ def test_messages_of_the_library_name_the_options() -> None:
         ("or accept it: bayes.configure(mode='full')", "or accept it: --mode full"),
     ):
         assert as_flags(message, flags) == said
+    folder = "mode=x,draws=3/artifact"
+    assert as_flags(f"{folder}: draws=3", flags, ["--out", folder]) == f"{folder}: --draws 3"
 
 
 @pytest.mark.usefixtures("no_model")

@@ -154,12 +154,39 @@ def test_patterns_folders_and_order(tmp_path: Path) -> None:
 
 
 def test_a_saved_dataset(tmp_path: Path) -> None:
-    """What ``Dataset.save_to_disk`` writes; what ``map`` leaves beside it is none of its rows."""
+    """What ``Dataset.save_to_disk`` wrote last; caches and earlier shards are none of its rows."""
     write_stream(tmp_path / "data-00000-of-00001.arrow")
     write_stream(tmp_path / "cache-1.arrow")
+    write_stream(tmp_path / "data-00001-of-00002.arrow")  # of an earlier save
     (tmp_path / "dataset_info.json").write_text("{}")
-    (tmp_path / "state.json").write_text("{}")
+    state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}
+    (tmp_path / "state.json").write_text(json.dumps(state))
     assert [r.fields for r in records(tmp_path)] == ROWS
+    (tmp_path / "state.json").write_text("{}")
+    with pytest.raises(RowError, match=r"its state\.json is no saved Dataset's; save it again"):
+        records(tmp_path)
+
+
+def test_compression_is_told_by_the_name_in_any_case(tmp_path: Path) -> None:
+    (tmp_path / "rows.JSONL.GZ").write_bytes(gzip.compress(lines()))
+    assert [r.fields for r in records(tmp_path / "rows.JSONL.GZ")] == ROWS
+    (tmp_path / "rows.parquet.gz").write_bytes(b"")
+    with pytest.raises(RowError, match="the format is told by the name"):
+        records(tmp_path / "rows.parquet.gz")
+
+
+def test_a_row_of_several_lines_is_named_by_its_first(tmp_path: Path) -> None:
+    """And what csv itself refuses is one faulty record among good ones."""
+    file = tmp_path / "rows.csv"
+    file.write_text('text,label\n"a\nb",0\n' + "x" * 101 + ",1\nc,2\n")
+    before = csv.field_size_limit(100)
+    try:
+        first, second, third = records(file)
+    finally:
+        csv.field_size_limit(before)
+    assert first.place == f"{file}:2" and first.fields == {"text": "a\nb", "label": "0"}
+    assert second.fields is None and "not valid CSV" in str(second.fault)
+    assert third.fields == {"text": "c", "label": "2"}
 
 
 def test_what_is_not_there_is_refused(tmp_path: Path) -> None:

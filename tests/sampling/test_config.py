@@ -88,3 +88,14 @@ def test_generation_has_no_temperature_of_labels() -> None:
     bayes = bayesian().configure(temperature=2.0)
     with pytest.raises(ValueError, match="generate: temperature=2 is that of scored labels"):
         bayes.generate(CASES["llama"].batch(), 2, max_new_tokens=1)
+
+
+def test_logits_in_few_bits_are_divided_in_float32() -> None:
+    """As softmax is taken: rounding z / T to bfloat16 would move probabilities by a percent."""
+    bayes = bayesian().configure(temperature=1.3)
+    logits = (torch.randn(4, 200, 6) * 8).bfloat16()
+    draws = Draws.antithetic(4, 0.3)
+    expected = (logits.double() / 1.3).softmax(-1).mean(0)
+    found = bayes.predictive(logits, draws).probs
+    assert found.dtype == torch.float32
+    assert float((found.double() - expected).abs().max()) <= 16 * EPS

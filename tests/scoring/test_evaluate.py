@@ -83,6 +83,27 @@ def test_sigma_zero_is_the_deterministic_evaluation(bayes: tfb.BayesianModel) ->
     assert (noisy.draws, noisy.passes) == (4, 4.0) and float(noisy.epistemic.min()) > 0  # type: ignore[union-attr]
 
 
+def test_the_deterministic_adapter_has_no_temperature(
+    demo: tuple[tfb.BayesianModel, Any],
+) -> None:
+    """Its figures are those of T = 1, and of the temperature asked for, whatever the model's is."""
+    model, tokenizer = demo
+    encoded = encode(model, digit_rows(6), tokenizer)
+    how: Any = {"dataset": "d", "draws": 2, "batch_size": 3, "temperature": 1.5}
+    plain = evaluations(model, encoded, **how)
+    model.configure(temperature=2.0)
+    try:
+        tempered = evaluations(model, encoded, **how)
+        sampled = predict_rows(model, encoded, 2)
+    finally:
+        model.configure(temperature=1.0)
+    for one, two in zip(plain[:2], tempered[:2], strict=True):
+        # A logarithm and a softmax more, in float32.
+        torch.testing.assert_close(one.probs, two.probs, rtol=1e-4, atol=1e-6)
+    assert torch.equal(tempered[2].probs, sampled.probs)
+    assert not torch.allclose(plain[2].probs, sampled.probs, atol=1e-3)
+
+
 def test_no_noise_is_one_draw_unless_draws_are_kept() -> None:
     """The same bits as the deterministic adapter, no disagreement and no Monte-Carlo error."""
     still = tfb.bayesianize(exact(CASES["llama"].build()), seed=3)

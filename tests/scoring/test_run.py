@@ -34,6 +34,7 @@ from tfb.demo import digits
 from tfb.scoring import run as offline
 from tfb.scoring.job import Job, differences, model_sha256
 from tfb.scoring.output import Counts, OutputError
+from tfb.scoring.ray import Worker
 from tfb.scoring.run import Outcome, input_files, noted_signals, plan, read_shards, run
 from tfb.scoring.scorer import UNCERTAINTIES
 
@@ -769,3 +770,19 @@ def test_exit_status(
     code, out, err = command("--output", f"{job.output}-bad")
     assert code == 3 and "complete: 26 rows, 5 of them errors" in out
     assert "5 of 26 rows are errors, more than --max-error-rate 0.05" in err
+
+
+def test_engines_agree_on_a_tokenizer_that_encoding_changes(
+    artifact: str, loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer.json may hold a truncation, which the first encoding resets."""
+
+    def load(_: Job) -> tuple[Any, Any]:
+        tokenizer = load_tokenizer(MODEL)
+        tokenizer.backend_tokenizer.enable_truncation(64)
+        return loaded[0], tokenizer
+
+    monkeypatch.setattr(Job, "load", load)
+    job = small_job(artifact, tmp_path)
+    worker = Worker(job, torch.get_num_threads())
+    assert offline.LocalEngine(job).configuration == worker.configuration()

@@ -162,7 +162,10 @@ def load(base_model: nn.Module | str | Path, folder: str | Path) -> BayesianMode
             raise ArtifactError(f"{folder}: {file} is missing")
         if file_sha256(folder / file) != sidecar[digest]:
             raise ArtifactError(f"{folder}: {file} has changed since the fit; fit again")
-    config = SamplingConfig(**{name: sidecar[name] for name in _CONFIG if name in sidecar})
+    try:
+        config = SamplingConfig(**{name: sidecar[name] for name in _CONFIG if name in sidecar})
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"{folder}: damaged, {SIDECAR} has {error}; fit again") from error
     label_tokens = sidecar.get("label_tokens", "all")
     if not isinstance(base_model, nn.Module):
         base_model = load_base(base_model, folder)

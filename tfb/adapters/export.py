@@ -51,6 +51,7 @@ def export(
     A draw of weight noise is a LoRA of the same rank and scaling: lora_B = B', lora_A = A' +
     (sigma / d) o E. So a server of many LoRA adapters serves the posterior by one request for each
     draw, whose probabilities (never logits) are averaged. Everything else of the adapter is copied.
+    At a temperature T other than 1, which export.json says, they are those of logits / T.
 
     B' and A' are another factorization than the adapter's own, so a file in fewer bits rounds the
     adapter anew. "rounding" in export.json is the root mean square of the updates' rounding over
@@ -95,8 +96,8 @@ def export(
             name = f"draw-{i:0{width}d}"
             (staging / name).mkdir()
             (staging / name / CONFIG).write_bytes(config)
-            tensors = stored | _sampled(bayes, sigma, stream, chosen.seed, dtype, rounding)
-            save_file(tensors, str(staging / name / WEIGHTS), {"format": "pt"})
+            sampled = _sampled(bayes, sigma, stream, chosen.seed, dtype, rounding)
+            save_file(stored | sampled, str(staging / name / WEIGHTS), {"format": "pt"})
             written.append(
                 {
                     "folder": name,
@@ -115,7 +116,8 @@ def export(
             "base_model": json.loads(config).get("base_model_name_or_path"),
             "sigma": sigmas.pop() if len(sigmas) == 1 else None,
             "seed": chosen.seed,
-            "dtype": dtype,
+            "temperature": bayes.config.temperature,
+            "dtype": sorted({str(t.dtype).removeprefix("torch.") for t in sampled.values()}),
             "rounding": rounding.ratio,
             "adapter_sha256": adapter_hash,
             "artifact_sha256": _artifact_hashes(bayes.source),

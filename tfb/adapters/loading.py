@@ -106,9 +106,19 @@ def set_padding(base: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         config.pad_token_id = tokenizer.pad_token_id
 
 
+def check_device(device: str | None) -> None:
+    """Refuse a name that is no device's."""
+    try:
+        torch.device(device or "cpu")
+    except RuntimeError as error:
+        raise ValueError(f"device={device}: expected cpu, cuda or cuda:0, ...") from error
+
+
 def to_device(model: nn.Module, device: str | None = None) -> None:
     """Move a model to ``device``, by default to a GPU if there is one."""
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={device}: torch sees no GPU here")
     if next(model.parameters()).device.type != chosen.type:
         model.to(chosen)
 

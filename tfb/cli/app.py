@@ -61,7 +61,7 @@ def main() -> NoReturn:
     except (ValueError, OSError, ImportError, NotImplementedError) as error:
         if os.environ.get("TFB_TRACEBACK"):
             raise
-        message = as_flags(str(error), _flags(sys.argv[1:2]))
+        message = as_flags(str(error), _flags(sys.argv[1:2]), sys.argv[2:])
         # Escaped: a message may hold brackets ("tfb[report]", a file's name) that rich would eat.
         message = f"[bold red]error[/]: {escape(message)}"
         Console(stderr=True).print(message, highlight=False, soft_wrap=True)

@@ -57,11 +57,15 @@ Truncate = Annotated[
 LABEL_TOKENS_HELP = "by which tokens choices are scored: all, or the last one (authors' scripts)"
 
 
-def as_flags(message: str, flags: Mapping[str, str]) -> str:
+def as_flags(message: str, flags: Mapping[str, str], given: Sequence[str] = ()) -> str:
     """Say "draws=3: expected an even number" as "--draws 3: expected an even number".
 
     The library names parameters; ``flags`` are the command's options by the names of theirs.
+    What the user has ``given``, such as a folder called "seed=0", stays as it is.
     """
+    if quoted := next((text for text in given if "=" in text and text in message), None):
+        parts = message.split(quoted)
+        return quoted.join(as_flags(part, flags, given) for part in parts)
     message = re.sub(r"bayes\.configure\((.*?)\)", r"\1", message)
     names = "|".join(map(re.escape, flags))
     # Not within a word, a path or a flag's own value.
@@ -79,6 +83,7 @@ def quiet() -> None:
     """Keep the libraries' own progress and advice out of the way of our messages."""
     import transformers
 
+    warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
     # PEFT asks transformers for an old name whenever it wraps a model; users can do nothing.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     transformers.logging.set_verbosity_error()

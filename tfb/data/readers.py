@@ -30,7 +30,7 @@ CSV = (".csv", ".tsv")
 PARQUET = (".parquet", ".pq")
 ARROW = (".arrow", ".feather")
 SUFFIXES = JSON + CSV + PARQUET + ARROW
-CODECS = (".gz", ".zst", ".bz2", ".lz4")  # behind the suffix of a text file
+CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".lz4": "lz4"}  # behind a text file's
 BLOCK = 1024  # rows of a table that are turned into Python objects at a time
 csv.field_size_limit(1 << 26)  # the default, 128 KiB, is less than a long prompt
 
@@ -125,7 +125,8 @@ def _items(data: Any, form: RowFormat) -> Iterator[Any]:
             form.check(data.column_names, "the Dataset")
         features = data.features.to_dict() if data.features else {}
         return _with_classes(data.with_format(None), features)
-    if hasattr(data, "columns") and hasattr(data, "__arrow_c_stream__"):
+    table = hasattr(data, "columns") or hasattr(data, "schema")  # no column of one
+    if table and hasattr(data, "__arrow_c_stream__"):
         return _table_rows(data, form)
     if isinstance(data, Mapping) or hasattr(data, "columns") or not isinstance(data, Iterable):
         raise TypeError(
@@ -231,20 +232,29 @@ def _named(name: str | os.PathLike[str]) -> Iterator[Path]:
 
 def _suffix(path: Path) -> str:
     """Return the suffix that tells the format, with none of compression behind it."""
-    return (path.with_suffix("") if path.suffix in CODECS else path).suffix.lower()
+    inner = path.with_suffix("").suffix.lower()
+    text = path.suffix.lower() in CODECS and inner in JSON + CSV
+    return inner if text else path.suffix.lower()
 
 
 def _in_folder(folder: Path) -> list[Path]:
     if (folder / "dataset_dict.json").is_file():
         raise RowError(f"{folder}: holds several splits; name the folder of one")
     if (folder / "state.json").is_file():  # of Dataset.save_to_disk; beside its data lie caches
-        paths = folder.glob("data*.arrow")
-    else:
-        paths = (p for p in folder.iterdir() if p.is_file() and _suffix(p) in SUFFIXES)
+        return _saved_files(folder)
+    paths = (p for p in folder.iterdir() if p.is_file() and _suffix(p) in SUFFIXES)
     found = sorted(path for path in paths if not path.name.startswith((".", "_")))
     if not found:
         raise RowError(f"{folder}: a folder without input files; name the files")
     return found
+
+
+def _saved_files(folder: Path) -> list[Path]:
+    try:  # shards of an earlier save may lie there as well
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return [folder / file["filename"] for file in state["_data_files"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RowError(f"{folder}: its state.json is no saved Dataset's; save it again") from error
 
 
 # --- reading one file -----------------------------------------------------------------------------
@@ -368,8 +378,15 @@ def _parsed(data: Any, place: str) -> Record:
 
 def _csv_records(source: Path) -> Iterator[Record]:
     with _csv(source) as (names, reader):
-        for values in reader:
-            place = f"{source}:{reader.line_num}"
+        while True:
+            place = f"{source}:{reader.line_num + 1}"
+            try:
+                values = next(reader, None)
+            except csv.Error as error:
+                yield Record(place, None, f"{place}: not valid CSV ({error}); quote it")
+                continue
+            if values is None:
+                return
             if len(values) == len(names):
                 yield Record(place, dict(zip(names, values, strict=True)))
             elif values:  # no empty line
@@ -392,7 +409,8 @@ def _csv(source: Path) -> Iterator[tuple[list[str], Any]]:
 
 def _open(source: Path) -> io.BufferedReader:
     """Open a text file for its bytes, decompressed by its name."""
-    return io.BufferedReader(pa.input_stream(str(source)), 1 << 16)
+    codec = CODECS.get(source.suffix.lower())
+    return io.BufferedReader(pa.input_stream(str(source), compression=codec), 1 << 16)
 
 
 @contextmanager

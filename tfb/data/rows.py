@@ -313,7 +313,9 @@ def _string(value: Any, name: str, source: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Turn a value of numpy or torch into Python's own."""
+    """Turn a value of numpy, torch or pandas into Python's own."""
+    if type(value).__name__ == "NAType":  # is neither equal to anything nor true or false
+        return None
     return value.tolist() if hasattr(value, "tolist") else value
 
 

@@ -65,8 +65,9 @@ def predict_adaptively(
         size = min(size, settings.most - done)
         draws = some_draws(size, first_stream=done // 2)
         part = {k: some(v, active) for k, v in batch.items()}
-        logits = logits_of(part, draws, some(label_ids, active)) / temperature
-        kept.append(logits.to(compute_dtype(logits.dtype)).softmax(-1).cpu())
+        logits = logits_of(part, draws, some(label_ids, active))
+        logits = logits.to(compute_dtype(logits.dtype)) / temperature
+        kept.append(logits.softmax(-1).cpu())
         done += size
         found = Predictive.from_probs(torch.cat(kept), some_draws(done))
         error = found.standard_error.gather(-1, found.prediction[:, None])[:, 0]

@@ -78,7 +78,7 @@ def predict_rows(
         chosen = bayes.distinct_draws(draws, kept=keep_draws)
     widest = max(map(encoded.num_choices, range(len(encoded))))
     found: dict[str, list[Tensor]] = {}
-    order: list[Tensor] = []
+    order, seen, adaptive = list[Tensor](), list[Draws](), list[Tensor]()
     for batch in batches(encoded, batch_size=batch_size, pad_token_id=bayes.pad_token_id):
         p = bayes.predict(
             batch.model_inputs(), chosen, label_ids=batch.label_ids, keep_draws=keep_draws
@@ -87,16 +87,21 @@ def predict_rows(
             bad = int(batch.indices[(~p.probs.isfinite()).any(-1).cpu()][0])
             raise ValueError(f"row {encoded.ids[bad]}: {NOT_FINITE}")
         order.append(batch.indices)
+        seen.append(p.draws)
         for name in ("probs", "total", "aleatoric", "agreement", "standard_error", "draw_probs"):
             if (value := getattr(p, name)) is not None:
                 wide = (0, widest - value.shape[-1]) if value.dim() > 1 else (0, 0)
                 found.setdefault(name, []).append(pad(value.float().cpu(), wide))
+        if p.draw_counts is not None:
+            adaptive.append(p.draw_counts)
         if progress is not None:
             progress(len(batch))
     back = torch.cat(order).argsort()
     whole = {n: torch.cat(v, 1 if n == "draw_probs" else 0) for n, v in found.items()}
     whole = {n: v[:, back] if n == "draw_probs" else v[back] for n, v in whole.items()}
-    return Predictive(**whole, draws=p.draws)
+    counts = torch.cat(adaptive)[back] if adaptive else None
+    most = max(seen, key=len)  # of the rows that asked for the most
+    return Predictive(**whole, draws=most, draw_counts=counts)
 
 
 def evaluations(
@@ -133,12 +138,17 @@ def evaluations(
     def evaluation(name: str, probs: Tensor, total: Tensor, **more: Any) -> Evaluation:
         return Evaluation(name, dataset, probs, labels, total=total, **({"passes": 1.0} | more))
 
+    def at(temperature: float, name: str) -> Evaluation:
+        # Predictions have the model's temperature in them, the adapter as it is has none.
+        if temperature == bayes.config.temperature:
+            return evaluation(name, mean.probs, mean.total)
+        probs = apply_temperature(mean.probs.log(), temperature / bayes.config.temperature)
+        return evaluation(name, probs, torch.special.entr(probs).sum(-1))
+
     mean = predicted(Draws.mean())
-    found = [evaluation("deterministic", mean.probs, mean.total)]
+    found = [at(1.0, "deterministic")]
     if temperature is not None:
-        scaled = apply_temperature(mean.probs.log(), temperature)
-        entropy = torch.special.entr(scaled).sum(-1)
-        found.append(evaluation("temperature-scaled", scaled, entropy))
+        found.append(at(temperature, "temperature-scaled"))
     for name, sigma in (sigmas or {"tfb": bayes.draws(draws).sigmas[0]}).items():
         if sigma == 0.0:  # there is nothing to draw
             found.append(evaluation(name, mean.probs, mean.total, draws=1))

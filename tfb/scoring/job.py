@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from tfb.adapters.artifact import SIDECAR, file_sha256, library_versions, load, read_sidecar
 from tfb.adapters.loading import (
     base_config,
+    check_device,
     class_names,
     load_tokenizer,
     set_padding,
@@ -86,6 +87,7 @@ class Job:
         check_mode(self.mode or "full", self.tail)
         check_truncate(self.truncate)
         check_draws(self.draws, kept=self.per_draw)
+        check_device(self.device)
         for name in ("batch_tokens", "part_rows", "limit", "workers"):
             value = getattr(self, name)
             if value is not None and value < 1:

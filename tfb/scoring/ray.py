@@ -25,7 +25,7 @@ from tfb.data.rows import Row
 from tfb.scoring.job import Job, Work, differences
 from tfb.scoring.scorer import Result, rows_of
 
-RETRIES = 3  # of an actor that died, and of the shard that it had
+RETRIES = 3  # of a shard whose actor died
 RAISED = re.compile(r"[\w.]+(Error|Exception): ")  # the end of a traceback
 IN_FLIGHT = 2  # shards of an actor: one that is scored, one that waits
 
@@ -72,7 +72,7 @@ class RayEngine:
                 f"workers={workers}: each takes {each}, so {fit} fit; take fewer workers"
                 + ("" if gpu else " or a smaller OMP_NUM_THREADS")
             )
-        actor = ray.remote(Worker).options(max_restarts=RETRIES, max_task_retries=RETRIES, **needs)
+        actor = ray.remote(Worker).options(max_restarts=-1, max_task_retries=RETRIES, **needs)
         self._actors = [actor.remote(job, threads) for _ in range(workers)]
         # That of the first worker that is ready; the others are compared with it.
         self.configuration = self._first([a.configuration.remote() for a in self._actors])[1]
@@ -120,8 +120,9 @@ class Worker:
     def __init__(self, job: Job, threads: int) -> None:
         torch.set_num_threads(threads)
         bayes, tokenizer = job.load()
-        self._scorer = job.scorer(bayes, tokenizer)
+        # In this order, as in one process: encoding may change a tokenizer, and its hash.
         self._configuration = job.configuration(bayes, tokenizer)
+        self._scorer = job.scorer(bayes, tokenizer)
 
     def configuration(self) -> dict[str, Any]:
         """Return what its results depend on."""
