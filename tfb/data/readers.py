@@ -329,7 +329,8 @@ def _table(
             while groups and (rows := file.metadata.row_group(groups[0]).num_rows) <= start:
                 start -= rows
                 del groups[0]
-            batches = file.iter_batches(BLOCK, groups, columns)
+            # Of no groups, old versions of pyarrow cannot make an iterator.
+            batches = file.iter_batches(BLOCK, groups, columns) if groups else ()
             yield file.schema_arrow, _from_record(start, batches)
         return
     with pa.memory_map(str(source)) as file:
