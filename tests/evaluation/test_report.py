@@ -262,7 +262,7 @@ def test_an_earlier_page_is_replaced_only_if_asked(tmp_path: Path) -> None:
     held = tmp_path / "held"
     held.write_text("mine")
     for path in (held, held / "r.html"):  # below a file
-        with pytest.raises(ValueError, match="no page can be written there; name a folder"):
+        with pytest.raises(ValueError, match="no page can be written there"):
             page_path(path, overwrite=True)
 
 

@@ -61,7 +61,10 @@ def page_path(output: str | Path, *, overwrite: bool = False) -> Path:
     path = Path(output)
     page = path if path.suffix == ".html" else path / PAGE
     if page.is_dir() or page.parent.is_file():
-        raise ValueError(f"{path}: no page can be written there; name a folder or an .html file")
+        raise ValueError(
+            f"{path}: no page can be written there, something of that name is there already; "
+            "choose a folder or an .html file"
+        )
     if page.exists() and not overwrite:
         raise ValueError(f"{page} exists already; choose another name, or remove it")
     return page
