@@ -44,8 +44,8 @@ def check(case: Case) -> None:
 
     Passes without noise give our mean, batches what one batch gives, and the naive loop's average
     over 40 draws is within eight of our standard errors (six of the difference's), where it is
-    above 1 %: smaller ones are the averages of a few large draws, which 40 need not hold. Flipout's
-    noise is no weight sample, so its averages differ; without noise it is checked.
+    above a tenth of a guess: smaller ones are the averages of a few large draws, which 40 need not
+    hold. Flipout's noise is no weight sample, so its averages differ; without noise it is checked.
     """
     exact = case.bayes.predict(case.batch, Draws.mean(), label_ids=case.label_ids).probs
     plain = [forward(case, case.bayes.model), forward(case, case.twin)]
@@ -61,7 +61,7 @@ def check(case: Case) -> None:
     ours = few.bayes.predict(few.batch, Draws.iid(40, SIGMA), label_ids=few.label_ids)
     naive = naive_loop(few, 40, SIGMA)[0]
     off = (naive - ours.probs).abs() / (ours.standard_error + 1e-6)
-    assert float(off[ours.probs > 0.01].max()) <= 8
+    assert float(off[ours.probs > 0.1 / off.shape[-1]].max()) <= 8
 
 
 def ways(case: Case, draws: Draws, toy: bool) -> dict[str, dict[Way, Step]]:
