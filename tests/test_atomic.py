@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from pathlib import Path
@@ -17,6 +18,15 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
         atomic.write(path, data)
         assert path.read_bytes() == data
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_json_in_a_folder_that_is_made(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "deep.json"
+    atomic.write_json(path, {"a": [1, None]})
+    assert json.loads(path.read_text()) == {"a": [1, None]} and path.read_text().endswith("}\n")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        atomic.write_json(path, [float("nan")])
+    assert json.loads(path.read_text()) == {"a": [1, None]}
 
 
 def test_a_disk_that_is_full_keeps_the_old_file(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
@@ -13,11 +14,12 @@ from pathlib import Path
 def write(path: Path, data: bytes) -> None:
     """Write a file under a temporary name, sync it to disk, and rename it.
 
-    Whatever happens, a file that has its name is whole.
+    Whatever happens, a file that has its name is whole. Its folder is made if need be.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written. The temporary file is removed.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
     try:
         with temporary.open("wb") as file:
@@ -29,6 +31,16 @@ def write(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a value as JSON that people can read too.
+
+    Raises:
+        ValueError: it holds NaN or an infinity.
+        OSError: see :func:`write`.
+    """
+    write(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 def sync(folder: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tfb.draws import Draws
 from tfb_kernels import predictive_reduction
@@ -98,12 +100,35 @@ class Predictive:
             draw_probs=None if self.draw_probs is None else self.draw_probs[:, which],
         )
 
+    def to_cpu(self) -> Predictive:
+        """Return it on the CPU, in float32."""
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        values |= {n: as_float32(v) for n, v in values.items() if isinstance(v, Tensor)}
+        return Predictive(**values)
+
     @classmethod
     def gather(cls, parts: Sequence[tuple[Tensor, Predictive]]) -> Predictive:
-        """Put together pairs of row numbers and their predictions; the last has most draws."""
+        """Put together pairs of row numbers and their predictions.
+
+        Classes that the rows of a part lack are zeros.
+        """
         order = torch.cat([index for index, _ in parts]).argsort()
-        whole = {n: torch.cat([getattr(p, n) for _, p in parts])[order] for n in _ROW_FIELDS}
-        return cls(**whole, draws=parts[-1][1].draws)
+        widest = max(p.probs.shape[-1] for _, p in parts)
+
+        def whole(name: str, rows: int = 0) -> Tensor | None:
+            found = [getattr(p, name) for _, p in parts]
+            if found[0] is None:
+                return None
+            wide = [pad(t, (0, widest - t.shape[-1])) if t.dim() > 1 else t for t in found]
+            return torch.cat(wide, rows).index_select(rows, order)
+
+        columns: dict[str, Any] = {name: whole(name) for name in _ROW_FIELDS}
+        return cls(
+            **columns,
+            draws=max((p.draws for _, p in parts), key=len),
+            draw_probs=whole("draw_probs", 1),
+            draw_counts=whole("draw_counts"),
+        )
 
     @cached_property
     def prediction(self) -> Tensor:
@@ -119,6 +144,11 @@ class Predictive:
     def epistemic(self) -> Tensor:
         """[B], mutual information between label and weights: total - aleatoric."""
         return (self.total - self.aleatoric).clamp_min(0.0)  # by Jensen: only rounding is below
+
+
+def as_float32(values: Tensor) -> Tensor:
+    """Return values on the CPU, numbers with a point in float32."""
+    return (values.float() if values.is_floating_point() else values).cpu()
 
 
 _ROW_FIELDS = ("probs", "total", "aleatoric", "agreement", "standard_error")

@@ -11,7 +11,7 @@ from benchmarks.environment import results_folder
 from benchmarks.paper import run, tables, tasks
 from benchmarks.paper.prompts import FORMS
 from benchmarks.timing import Bench
-from tfb.cli.console import write_json
+from tfb.atomic import write_json
 
 DEFAULTS = run.Setting("", "", "mle", tasks.TRAINED)
 NAMES = tuple(field.name for field in fields(run.Setting))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.command import Run
 from support.models import (
     CASES,
     LLAMA,
@@ -33,7 +34,6 @@ from tfb import AdapterError, ArtifactError, BayesianModel, Draws
 from tfb.adapters import export as exporting
 from tfb.adapters.artifact import file_sha256, read_sidecar
 from tfb.adapters.loading import load_tokenizer
-from tfb.cli import app as cli
 from tfb.data.readers import read_rows
 from tfb.demo import digits
 from tfb.scoring.evaluate import encode, predict_rows
@@ -366,24 +366,12 @@ def test_folders_that_hold_something_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
+def command(tfb_command: Run) -> Run:
     """Exit status, stdout and stderr of ``tfb export`` in this process."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tfb", "export", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(left.value.code or 0), out, err
-
-    return call
+    return partial(tfb_command, "export")
 
 
-def test_command_line_round_trip(
-    shared: Path, tmp_path: Path, command: Callable[..., tuple[int, str, str]]
-) -> None:
+def test_command_line_round_trip(shared: Path, tmp_path: Path, command: Run) -> None:
     """A real adapter: plain PEFT over the files predicts what tfb predicts, row by row."""
     model = shared / "models" / "stories260K"
     adapter = shared / "adapters" / "stories260K-clinc-domain"
@@ -429,7 +417,7 @@ def test_command_line_round_trip(
 
 def test_command_line_refuses_before_it_loads(
     tmp_path: Path,
-    command: Callable[..., tuple[int, str, str]],
+    command: Run,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = tfb.load_adapter(tfb.load_base(digits.BASE, digits.ADAPTER), digits.ADAPTER)
@@ -455,24 +443,8 @@ def test_command_line_refuses_before_it_loads(
         assert code == 1 and message in err, err
     assert not (tmp_path / "o").exists()
     monkeypatch.undo()
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        [
-            "tfb",
-            "export",
-            *map(str, common),
-            "--mode",
-            "full",
-            "--draws",
-            "2",
-            "--out",
-            str(tmp_path / "o"),
-        ],
-    )
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-    assert left.value.code == 0 and len(draw_folders(tmp_path / "o")) == 2
+    code, _, err = command(*common, "--mode", "full", "--draws", 2, "--out", tmp_path / "o")
+    assert code == 0 and len(draw_folders(tmp_path / "o")) == 2, err
 
 
 def test_llama_targets_are_all_exported(tmp_path: Path) -> None:

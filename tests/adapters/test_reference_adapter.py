@@ -3,40 +3,39 @@
 from __future__ import annotations
 
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.command import Run, fit_command
 
 import tfb
-from tfb.cli import app as cli
+
+ADAPTER = "adapters/stories260K-clinc-domain"
+Command = Callable[..., tuple[str, str]]
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["tfb", *map(str, arguments)])
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-    assert not left.value.code
+@pytest.fixture
+def command(tfb_command: Run) -> Command:
+    """Stdout and stderr of a command that ends well."""
+
+    def call(*arguments: object) -> tuple[str, str]:
+        code, out, err = tfb_command(*arguments)
+        assert code == 0, err
+        return out, err
+
+    return call
 
 
-def test_clinc_domain(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clinc_domain(shared: Path, tmp_path: Path, command: Command) -> None:
     """fit, then evaluate on the first 1,500 validation rows: at sigma = .02 with 10 draws NLL .773
     +- .02, ECE 3.5 +- 1.5, accuracy 76.4 +- 1 (a naive loop's); at sigma = 0 NLL .8803, 76.27;
     with tail sampling of one position at sigma = .05 NLL .808 and ECE 4.7, as far off at most."""
     model = shared / "models" / "stories260K"
     data, artifact = shared / "data" / "clinc-domain", tmp_path / "artifact"
     command(
-        monkeypatch,
-        "fit",
-        "--model",
-        model,
-        "--adapter",
-        shared / "adapters" / "stories260K-clinc-domain",
-        "--anchors",
-        data / "anchor.jsonl",
-        "--out",
-        artifact,
+        *fit_command(model, shared / ADAPTER, data / "anchor.jsonl", artifact),
         "--limit",
         100,
         "--draws",
@@ -54,7 +53,6 @@ def test_clinc_domain(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def evaluate(*options: object) -> dict[str, Any]:
         figures = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
         command(
-            monkeypatch,
             "evaluate",
             "--model",
             model,
@@ -90,10 +88,7 @@ def test_clinc_domain(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_convention_that_an_adapter_was_trained_for(
-    shared: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    shared: Path, tmp_path: Path, command: Command
 ) -> None:
     """fit says it, in its first lines where it is not the one asked for; evaluate says it of the
     other; an artifact that does not tell is scored by all tokens, with a note."""
@@ -101,13 +96,11 @@ def test_the_convention_that_an_adapter_was_trained_for(
     common = ("--model", model, "--draws", 2, "--limit", 20)
 
     def run(name: str, *options: object) -> tuple[str, str]:
-        capsys.readouterr()
-        command(monkeypatch, name, *common, *options)
-        return capsys.readouterr()
+        return command(name, *common, *options)
 
     fit = (
         "--adapter",
-        shared / "adapters" / "stories260K-clinc-domain",
+        shared / ADAPTER,
         "--mode",
         "tail",
         "--tail",
@@ -153,7 +146,7 @@ def test_the_convention_that_an_adapter_was_trained_for(
         assert tfb.load(model, tmp_path / "last").label_tokens == "all"
 
 
-def test_clinc150(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clinc150(shared: Path, tmp_path: Path, command: Command) -> None:
     """A SEQ_CLS adapter with its own head: validation accuracy 57.8 %, within four standard errors
     of 300 rows, and noise only makes it less sure of itself."""
     splits = json.loads((shared / "data" / "clinc150" / "data_small.json").read_text())
@@ -173,7 +166,6 @@ def test_clinc150(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     tfb.save(bayes, artifact)
     figures = tmp_path / "figures.json"
     command(
-        monkeypatch,
         "evaluate",
         "--model",
         model,

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.command import Run
+from support.artifacts import digits_artifact
+from support.command import Run, fit_command
 
 import tfb
 from tfb.adapters.loading import load_tokenizer
@@ -47,10 +48,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An artifact at sigma = .008, without a search."""
-    model = tfb.load_adapter(tfb.load_base(MODEL, ADAPTER), ADAPTER)
-    bayes = tfb.bayesianize(model, seed=3, source=Path(ADAPTER))
-    bayes.configure(sigma=0.008)
-    return tfb.save(bayes, tmp_path_factory.mktemp("made") / "artifact")
+    return digits_artifact(tmp_path_factory.mktemp("made"))
 
 
 def jsonl(path: Path, *rows: dict[str, Any] | str) -> Path:
@@ -66,15 +64,7 @@ def test_fit_evaluate_score_report(run: Run, data: dict[str, Path], tmp_path: Pa
     """Each command's output is the next one's input."""
     made = tmp_path / "artifact"
     code, out, err = run(
-        "fit",
-        "--model",
-        MODEL,
-        "--adapter",
-        ADAPTER,
-        "--anchors",
-        data["anchor"],
-        "--out",
-        made,
+        *fit_command(MODEL, ADAPTER, data["anchor"], made),
         "--draws",
         2,
         "--limit",
@@ -387,17 +377,7 @@ def test_anchors_of_one_class_or_without_labels(run: Run, tmp_path: Path) -> Non
         ),
     ):
         file = jsonl(tmp_path / f"{name}.jsonl", *rows)
-        code, _, err = run(
-            "fit",
-            "--model",
-            MODEL,
-            "--adapter",
-            ADAPTER,
-            "--anchors",
-            file,
-            "--out",
-            tmp_path / "t",
-        )
+        code, _, err = run(*fit_command(MODEL, ADAPTER, file, tmp_path / "t"))
         assert code == 1 and message in one_line(err)
 
 
@@ -495,17 +475,7 @@ def test_missing_things_are_named(
             "there is no such file",
         ),
         (
-            (
-                "fit",
-                "--model",
-                MODEL,
-                "--adapter",
-                gone,
-                "--anchors",
-                data["anchor"],
-                "--out",
-                gone,
-            ),
+            fit_command(MODEL, gone, data["anchor"], gone),
             "not a folder here",
         ),
         (

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from support.command import Run
+from support.command import Run, fit_command
 from support.models import CASES, randomize
 from support.tables import FILES, NAMES, tokenizer, written
 
@@ -38,14 +38,7 @@ def test_every_command_reads_every_file(
     common = ("--model", model, "--artifact", artifact, *columns, "--draws", 2)
     steps = {
         "fit": (
-            "--model",
-            model,
-            "--adapter",
-            adapter,
-            "--anchors",
-            data,
-            "--out",
-            artifact,
+            *fit_command(model, adapter, data, artifact)[1:],
             *columns,
             "--labels",
             names,
@@ -80,17 +73,7 @@ def test_what_the_options_cannot_be(
 ) -> None:
     model, adapter = classifier
     data = written(tmp_path / "rows.csv")
-    fit = (
-        "fit",
-        "--model",
-        model,
-        "--adapter",
-        adapter,
-        "--anchors",
-        data,
-        "--out",
-        tmp_path / "o",
-    )
+    fit = fit_command(model, adapter, data, tmp_path / "o")
     for options, message in (
         (("--columns", "text"), "--columns 'text': expected name=column, such as text=sentence"),
         (("--columns", "text="), "--columns 'text=': expected name=column"),
@@ -139,21 +122,7 @@ def test_truncation_is_said_by_every_command(
     data, artifact = tmp_path / "rows.csv", tmp_path / "artifact"
     rows = "".join(f"{'a b c d ' * (40 if i % 3 == 0 else 1)},{i % 3}\n" for i in range(8))
     data.write_text("text,label\n" + rows)
-    fit = (
-        "fit",
-        "--model",
-        model,
-        "--adapter",
-        adapter,
-        "--anchors",
-        data,
-        "--out",
-        artifact,
-        "--objective",
-        "min_nll",
-        "--draws",
-        2,
-    )
+    fit = (*fit_command(model, adapter, data, artifact), "--objective", "min_nll", "--draws", 2)
     code, _, err = tfb_command(*fit)
     assert code == 1 and "160 tokens, but the model takes" in err and "truncate" in err
     limit = CASES["llama_classifier"].base().config.max_position_embeddings

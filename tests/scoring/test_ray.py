@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.artifacts import digits_artifact
 
-import tfb
 from benchmarks.environment import REPOSITORY
 from tfb.data.rows import Row
 from tfb.demo import digits
@@ -59,10 +59,7 @@ def cluster() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> str:
-    bayes = tfb.bayesianize(tfb.load_adapter(tfb.load_base(MODEL, ADAPTER), ADAPTER), seed=3)
-    bayes.configure(sigma=0.008)
-    bayes.source = Path(ADAPTER)
-    return str(tfb.save(bayes, tmp_path_factory.mktemp("made") / "artifact"))
+    return str(digits_artifact(tmp_path_factory.mktemp("made")))
 
 
 @pytest.fixture

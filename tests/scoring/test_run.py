@@ -21,6 +21,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.artifacts import digits_artifact
 from support.command import Run
 
 import tfb
@@ -48,10 +49,7 @@ KILLS = int(os.environ.get("TFB_KILLS", "30"))
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> str:
-    bayes = tfb.bayesianize(tfb.load_adapter(tfb.load_base(MODEL, ADAPTER), ADAPTER), seed=3)
-    bayes.configure(sigma=0.008)
-    bayes.source = Path(ADAPTER)
-    return str(tfb.save(bayes, tmp_path_factory.mktemp("made") / "artifact"))
+    return str(digits_artifact(tmp_path_factory.mktemp("made")))
 
 
 @pytest.fixture(scope="module")

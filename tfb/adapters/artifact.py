@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,11 +20,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from tfb.adapters.bridge import bayesianize
 from tfb.adapters.loading import class_names, load_adapter, load_base, save_adapter
-from tfb.atomic import staged_folder
+from tfb.atomic import staged_folder, write_json
+from tfb.data.encoding import check_label_tokens
 from tfb.draws import stable_layer_id
 from tfb.model import BayesianModel
 from tfb.posterior import LowRankPosterior
@@ -107,7 +109,7 @@ def save(
             "extra": extra,
             "versions": library_versions(),
         }
-        (staging / SIDECAR).write_text(json.dumps(sidecar, indent=2, allow_nan=False) + "\n")
+        write_json(staging / SIDECAR, sidecar)
     return path
 
 
@@ -164,9 +166,10 @@ def load(base_model: nn.Module | str | Path, folder: str | Path) -> BayesianMode
             raise ArtifactError(f"{folder}: {file} has changed since the fit; fit again")
     try:
         config = SamplingConfig(**{name: sidecar[name] for name in _CONFIG if name in sidecar})
+        label_tokens = sidecar.get("label_tokens", "all")
+        check_label_tokens(label_tokens)
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"{folder}: damaged, {SIDECAR} has {error}; fit again") from error
-    label_tokens = sidecar.get("label_tokens", "all")
     if not isinstance(base_model, nn.Module):
         base_model = load_base(base_model, folder)
     model = load_adapter(base_model, folder)
@@ -212,6 +215,13 @@ def _read_posteriors(folder: Path, sidecar: dict[str, Any]) -> dict[str, LowRank
     return found
 
 
+def base_tensors(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield those that are not an adapter's, under the names that they have without one."""
+    for name, tensor in named:
+        if not any(part in name for part in ("lora_", "modules_to_save", "original_module")):
+            yield name.replace(".base_layer", ""), tensor
+
+
 def base_fingerprint(base: nn.Module) -> dict[str, Any]:
     """Return what identifies a base model.
 
@@ -219,11 +229,7 @@ def base_fingerprint(base: nn.Module) -> dict[str, Any]:
     first elements, which does not depend on the dtype it is loaded in.
     """
     shapes, samples = hashlib.sha256(), {}
-    parameters = sorted(
-        (name.replace(".base_layer", ""), p)
-        for name, p in base.named_parameters()
-        if not any(part in name for part in ("lora_", "modules_to_save", "original_module"))
-    )
+    parameters = sorted(base_tensors(base.named_parameters()))
     stride = max(1, len(parameters) // _FINGERPRINT_PARAMETERS)
     for i, (name, p) in enumerate(parameters):
         shapes.update(f"{name}:{list(p.shape)}\n".encode())

@@ -27,7 +27,7 @@ from tfb.adapters.artifact import (
     library_versions,
 )
 from tfb.adapters.loading import CONFIG, WEIGHTS, lora_keys, save_adapter
-from tfb.atomic import staged_folder
+from tfb.atomic import staged_folder, write_json
 from tfb.draws import Draws
 from tfb.model import BayesianModel
 from tfb.posterior import AdapterError, LowRankPosterior
@@ -124,7 +124,7 @@ def export(
             "draws": written,
             "versions": library_versions(),
         }
-        (staging / MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n")
+        write_json(staging / MANIFEST, manifest)
     return path
 
 

@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from tfb.atomic import write_json
 from tfb.cli.console import (
     LABEL_TOKENS_HELP,
     Artifact,
@@ -38,7 +39,6 @@ from tfb.cli.console import (
     progress_bar,
     quiet,
     say,
-    write_json,
 )
 from tfb.cli.demo import demo
 from tfb.cli.report import report
@@ -209,7 +209,6 @@ def evaluate(
 ) -> None:
     """Measure accuracy, NLL, ECE and Brier of the deterministic adapter and of TFB."""
     from tfb.draws import check_even
-    from tfb.evaluation.metrics import evaluate as measure
     from tfb.sampling.config import SamplingConfig
     from tfb.scoring.evaluate import evaluations
 
@@ -234,16 +233,11 @@ def evaluate(
             batch_size=batch_size,
             progress=advance,
         )
-    print_metrics(found)
+    figures = print_metrics(found)
     if bayes.sigma == 0.0:
         say("sigma = 0: no noise, so tfb is the deterministic adapter")
     if json_out is None:
         return
-    reference, truth = found[0].probs.argmax(-1), found[0].labels
-    assert truth is not None
-    figures = {
-        e.name: measure(e.probs, truth, reference_predictions=reference).to_dict() for e in found
-    }
     setting = {
         "sigma": bayes.sigma,
         "draws": found[-1].draws,  # one where sigma is 0
@@ -252,7 +246,8 @@ def evaluate(
         "label_tokens": given.encoder.label_tokens,
         "truncated": encoded.rows_cut,
     }
-    write_json(json_out, {"data": str(data.name), **setting, "metrics": figures})
+    metrics = {e.name: m.to_dict() for e, m in zip(found, figures, strict=True)}
+    write_json(json_out, {"data": str(data.name), **setting, "metrics": metrics})
 
 
 app.command()(score)

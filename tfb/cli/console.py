@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import warnings
@@ -17,15 +16,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tfb import atomic
-
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from tfb.data.batching import EncodedRows
     from tfb.data.encoding import RowEncoder
     from tfb.data.rows import Row, RowFormat
-    from tfb.evaluation.metrics import Evaluation
+    from tfb.evaluation.metrics import Evaluation, Metrics
     from tfb.model import BayesianModel
     from tfb.search.result import SigmaFit
 
@@ -324,11 +321,11 @@ def _least(figures: Mapping[str, float]) -> str:
     return min(figures, key=figures.__getitem__)
 
 
-def print_metrics(found: Sequence[Evaluation]) -> None:
-    """Print one table, a row for each evaluation."""
+def print_metrics(found: Sequence[Evaluation]) -> list[Metrics]:
+    """Print one table, a row for each evaluation, and return what it says."""
     from tfb.evaluation.metrics import evaluate
 
-    table = Table()
+    table, figures = Table(), []
     for heading in ("data", "method"):
         table.add_column(heading)
     for heading in ("accuracy %", "NLL", "ECE %", "Brier", "conf-acc %", "flipped %"):
@@ -336,7 +333,7 @@ def print_metrics(found: Sequence[Evaluation]) -> None:
     for e in found:
         assert e.labels is not None
         reference = next(f for f in found if f.dataset == e.dataset).probs.argmax(-1)
-        m = evaluate(e.probs, e.labels, reference_predictions=reference)
+        figures.append(m := evaluate(e.probs, e.labels, reference_predictions=reference))
         table.add_row(
             e.dataset,
             e.name,
@@ -348,9 +345,4 @@ def print_metrics(found: Sequence[Evaluation]) -> None:
             f"{100 * (m.flip_ratio or 0):.2f}",
         )
     out.print(table)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a file whole or not at all, in a folder that is made if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic.write(path, (json.dumps(value, indent=2) + "\n").encode())
+    return figures

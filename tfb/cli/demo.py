@@ -105,20 +105,20 @@ def demo(
 
 def print_changes(found: list[Evaluation]) -> None:
     """Print what each method changed of the first of its data set, with 95 % intervals."""
-    from tfb.evaluation.compare import compare
+    from tfb.evaluation.compare import compare_all
 
     table = Table(title="change, 95 % interval (*: it excludes 0)")
     for heading in ("data", "method", "accuracy %", "NLL", "ECE %", "AURC %"):
         table.add_column(heading)
-    first = {e.dataset: e for e in reversed(found)}
-    for e in found:
-        if (before := first[e.dataset]) is not e:
-            changes, cells = compare(before, e), []
-            for name, factor in (("accuracy", 100), ("nll", 1), ("ece", 100), ("aurc", 100)):
-                c = changes[name]
-                cells.append(
-                    f"{factor * c.change:+.3g}{' *' if c.significant else ''}\n"
-                    f"{factor * c.low:+.3g} to {factor * c.high:+.3g}"
-                )
-            table.add_row(e.dataset, e.name, *cells)
+    for e, changes in zip(found, compare_all(found), strict=True):
+        if e.name == found[0].name:  # the adapter, which others are compared with
+            continue
+        cells = []
+        for name, factor in (("accuracy", 100), ("nll", 1), ("ece", 100), ("aurc", 100)):
+            c = changes[name]
+            cells.append(
+                f"{factor * c.change:+.3g}{' *' if c.significant else ''}\n"
+                f"{factor * c.low:+.3g} to {factor * c.high:+.3g}"
+            )
+        table.add_row(e.dataset, e.name, *cells)
     out.print(table)

@@ -7,7 +7,7 @@ resample is too high on average, most so where it is small: an improvement's lim
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,9 +75,16 @@ def compare(before: Evaluation, after: Evaluation) -> dict[str, Change]:
     def changes(rows: np.ndarray, axis: int) -> np.ndarray:
         return np.stack([later[name](rows) - then[name](rows) for name in names])
 
+    known = [(0.0, 0.0)] * len(names) if before is after and N > 1 else _limits(changes, N)
     found = {"accuracy": _accuracy_limits(before, after)}
-    found |= dict(zip(names, _limits(changes, N), strict=True))
+    found |= dict(zip(names, known, strict=True))
     return {name: Change(was[name], now[name], *limits, N) for name, limits in found.items()}
+
+
+def compare_all(evaluations: Sequence[Evaluation]) -> list[dict[str, Change]]:
+    """Return the changes of each against the first of its data set, which changes nothing."""
+    first = {e.dataset: e for e in reversed(evaluations)}
+    return [compare(first[e.dataset], e) for e in evaluations]
 
 
 def compare_auroc(

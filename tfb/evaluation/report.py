@@ -16,7 +16,7 @@ import torch
 
 from tfb import atomic
 from tfb.evaluation import figures
-from tfb.evaluation.compare import RESAMPLES, Change, compare, compare_auroc
+from tfb.evaluation.compare import RESAMPLES, Change, compare_all, compare_auroc
 from tfb.evaluation.metrics import BINS, Evaluation, auroc, risk_coverage
 
 PAGE = "index.html"
@@ -107,6 +107,7 @@ def write_report(
         raise ValueError(f"ood: {other[0]} was not evaluated on {before.dataset}")
     after = next((e for e in evaluations[1:2] if e.dataset == before.dataset), before)
     same = after is not before and torch.equal(before.probs, after.probs)
+    changes = compare_all(evaluations)
     shown = {"before": before} | ({} if same or after is before else {"after": after})
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("tfb.evaluation", ""),
@@ -123,8 +124,8 @@ def write_report(
         shown=shown,
         rows=len(before.probs),
         one_class=len(before.known_labels.unique()) == 1,
-        verdicts=_verdicts(before, after, ood),
-        others=_others(evaluations) if len(evaluations) > 2 else [],
+        verdicts=_verdicts(changes[after is not before], before, after, ood),
+        others=list(zip(evaluations, changes, strict=True)) if len(evaluations) > 2 else [],
         flipped=_flipped(before, after),
         uncertain=_uncertain(shown),
         reliability={c: figures.reliability_panel(e, c) for c, e in shown.items()},
@@ -137,28 +138,21 @@ def write_report(
         resamples=RESAMPLES,
         bins=BINS,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
     atomic.write(path, page.encode())
     return path
 
 
 def _verdicts(
-    before: Evaluation, after: Evaluation, ood: Sequence[Evaluation]
+    changes: Mapping[str, Change], before: Evaluation, after: Evaluation, ood: Sequence[Evaluation]
 ) -> list[tuple[str, str, Change]]:
     """Return the key of the scale, OOD data set or "", and change of every metric."""
-    found = [(key, "", change) for key, change in compare(before, after).items()]
+    found = [(key, "", change) for key, change in changes.items()]
     for dataset in dict.fromkeys(e.dataset for e in ood):
         theirs = {e.name: e for e in ood if e.dataset == dataset and e.total is not None}
         if before.name in theirs and after.name in theirs:
             was, now = ((theirs[e.name], e) for e in (before, after))
             found.append(("auroc", dataset, compare_auroc(was, now)))
     return found
-
-
-def _others(evaluations: Sequence[Evaluation]) -> list[tuple[Evaluation, dict[str, Change]]]:
-    """Return every evaluation with its changes against the first of its data set."""
-    first = {e.dataset: e for e in reversed(evaluations)}
-    return [(e, compare(first[e.dataset], e)) for e in evaluations]
 
 
 def _flipped(before: Evaluation, after: Evaluation) -> dict[str, Any]:

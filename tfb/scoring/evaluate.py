@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from tfb.data.batching import EncodedRows, batches
@@ -76,9 +75,7 @@ def predict_rows(
     chosen = draws
     if not isinstance(draws, str | Adaptive):
         chosen = bayes.distinct_draws(draws, kept=keep_draws)
-    widest = max(map(encoded.num_choices, range(len(encoded))))
-    found: dict[str, list[Tensor]] = {}
-    order, seen, adaptive = list[Tensor](), list[Draws](), list[Tensor]()
+    found: list[tuple[Tensor, Predictive]] = []
     for batch in batches(encoded, batch_size=batch_size, pad_token_id=bayes.pad_token_id):
         p = bayes.predict(
             batch.model_inputs(), chosen, label_ids=batch.label_ids, keep_draws=keep_draws
@@ -86,22 +83,10 @@ def predict_rows(
         if not bool(p.probs.isfinite().all()):
             bad = int(batch.indices[(~p.probs.isfinite()).any(-1).cpu()][0])
             raise ValueError(f"row {encoded.ids[bad]}: {NOT_FINITE}")
-        order.append(batch.indices)
-        seen.append(p.draws)
-        for name in ("probs", "total", "aleatoric", "agreement", "standard_error", "draw_probs"):
-            if (value := getattr(p, name)) is not None:
-                wide = (0, widest - value.shape[-1]) if value.dim() > 1 else (0, 0)
-                found.setdefault(name, []).append(pad(value.float().cpu(), wide))
-        if p.draw_counts is not None:
-            adaptive.append(p.draw_counts)
+        found.append((batch.indices, p.to_cpu()))
         if progress is not None:
             progress(len(batch))
-    back = torch.cat(order).argsort()
-    whole = {n: torch.cat(v, 1 if n == "draw_probs" else 0) for n, v in found.items()}
-    whole = {n: v[:, back] if n == "draw_probs" else v[back] for n, v in whole.items()}
-    counts = torch.cat(adaptive)[back] if adaptive else None
-    most = max(seen, key=len)  # of the rows that asked for the most
-    return Predictive(**whole, draws=most, draw_counts=counts)
+    return Predictive.gather(found)
 
 
 def evaluations(

@@ -8,6 +8,8 @@ import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from tfb.adapters.artifact import SIDECAR, file_sha256, library_versions, load, read_sidecar
+from tfb.adapters.artifact import (
+    SIDECAR,
+    base_tensors,
+    file_sha256,
+    library_versions,
+    load,
+    read_sidecar,
+)
 from tfb.adapters.loading import (
     base_config,
     check_device,
@@ -228,12 +237,10 @@ def model_sha256(base: nn.Module) -> str:
     Takes about a second for each gigabyte.
     """
     digest = hashlib.sha256()
-    tensors = {**dict(base.named_parameters()), **dict(base.named_buffers())}
-    for name, tensor in sorted(tensors.items()):
-        if any(part in name for part in ("lora_", "modules_to_save", "original_module")):
-            continue
+    tensors = base_tensors(chain(base.named_parameters(), base.named_buffers()))
+    for name, tensor in sorted(tensors, key=itemgetter(0)):
         data = tensor.detach().cpu().contiguous()
-        digest.update(f"{name.replace('.base_layer', '')} {data.dtype} {list(data.shape)}".encode())
+        digest.update(f"{name} {data.dtype} {list(data.shape)}".encode())
         digest.update(data.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

@@ -143,16 +143,14 @@ class OutputFolder:
     def write_part(self, name: str, rows: Sequence[Result]) -> None:
         """Write the results of one shard; where that fails (a full disk), nothing is left."""
         data = _jsonl(rows, self.schema) if self.kind == "jsonl" else _parquet(rows, self.schema)
-        self._write(f"{name}.{self.kind}", data)
+        path = self.path / f"{name}.{self.kind}"
+        with _writing(path):
+            atomic.write(path, data)
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
         """Replace manifest.json."""
-        text = json.dumps(manifest, indent=2, allow_nan=False) + "\n"
-        self._write(MANIFEST, text.encode())
-
-    def _write(self, name: str, data: bytes) -> None:
-        with _writing(self.path / name):
-            atomic.write(self.path / name, data)
+        with _writing(self.path / MANIFEST):
+            atomic.write_json(self.path / MANIFEST, manifest)
 
 
 def _jsonl(rows: Iterable[Result], schema: pa.Schema) -> bytes:

@@ -25,7 +25,7 @@ from tfb.data.readers import Record, iter_records
 from tfb.data.rows import Row, RowError, RowFormat
 from tfb.draws import Draws, check_even
 from tfb.model import BayesianModel
-from tfb.predictive import Predictive
+from tfb.predictive import Predictive, as_float32
 from tfb.sampling.adaptive import Adaptive
 
 Result = dict[str, Any]
@@ -80,7 +80,7 @@ def result_columns(p: Predictive) -> dict[str, Tensor]:
     }
     if p.draw_probs is not None:
         found["draw_probs"] = p.draw_probs.transpose(0, 1)
-    return {n: (t.float() if t.is_floating_point() else t).cpu() for n, t in found.items()}
+    return {name: as_float32(values) for name, values in found.items()}
 
 
 def read_item(record: Record | Row, number: int, form: RowFormat, keep: Sequence[str] = ()) -> Item:
