@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from tfb.scoring.scorer import score
     from tfb.search.fit import fit_sigma
     from tfb.search.loss import AnchorSet
-    from tfb.search.result import SearchError, SigmaFit
+    from tfb.search.result import PredictiveFit, SearchError
 
 __version__ = "0.1.0"
 
@@ -46,7 +46,7 @@ _HOMES = {
     "Predictive": "predictive",
     "SamplingConfig": "sampling.config",
     "SearchError": "search.result",
-    "SigmaFit": "search.result",
+    "PredictiveFit": "search.result",
     "bayesianize": "adapters.bridge",
     "export": "adapters.export",
     "fit_sigma": "search.fit",
@@ -69,9 +69,9 @@ __all__ = [
     "Generation",
     "LowRankPosterior",
     "Predictive",
+    "PredictiveFit",
     "SamplingConfig",
     "SearchError",
-    "SigmaFit",
     "bayesianize",
     "export",
     "fit_sigma",

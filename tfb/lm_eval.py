@@ -47,7 +47,8 @@ class BayesianLM(HFLM):
     """A :class:`BayesianModel` as the harness sees a causal language model.
 
     A draw is one weight sample for all tokens of a continuation, and for all windows of a text:
-    log-likelihoods are log mean_s prod_t p_s(token t | what is before it). Greedy is a continuation
+    log-likelihoods are log mean_s prod_t p_s(token t | what is before it), p_s at the model's
+    temperature. Greedy is a continuation
     whose every token is the most likely one of mean_s p_s, as ``bayes.generate`` writes it.
     """
 
@@ -116,6 +117,7 @@ class BayesianLM(HFLM):
         """Return what the harness writes beside its results, and what was sampled."""
         posterior = {
             "sigma": sorted({abs(sigma) for sigma in self.draws.sigmas}),
+            "temperature": self.bayes.config.temperature,
             "seed": self.draws.seed,
             "draws": len(self.draws),
             "noise_version": NOISE_VERSION,
@@ -213,7 +215,8 @@ class BayesianLM(HFLM):
             for draws in split(self.draws, most, bayes.device):
                 with bayes.sampling(draws):
                     logits = bayes.model(**inputs, **last).logits[:, -keep:]
-                log_p = logits.to(compute_dtype(logits.dtype)).log_softmax(-1)
+                logits = logits.to(compute_dtype(logits.dtype)) / bayes.config.temperature
+                log_p = logits.log_softmax(-1)
                 yield log_p.unflatten(0, (len(draws), -1))
 
     def _model_generate(
@@ -243,11 +246,6 @@ def _check(bayes: BayesianModel, draws: Draws) -> None:
             f"tfb: sigma was searched with mode={bayes.config.mode!r}, noise at the last positions "
             "of a prompt only, which continuations of several tokens do not have; fit with "
             "mode 'full'"
-        )
-    if bayes.config.temperature != 1.0:
-        raise ValueError(
-            f"tfb: temperature={bayes.config.temperature:g} is that of scored labels, and log-"
-            "probabilities of texts have none; configure(temperature=1.0)"
         )
     if draws.noise != "weight":
         raise ValueError("tfb: needs weight noise, one weight sample for all tokens")

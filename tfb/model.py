@@ -328,7 +328,7 @@ class BayesianModel:
         per_draw: bool = False,
         **options: Any,
     ) -> Generation:
-        """Continue prompts with the posterior predictive.
+        """Continue prompts with the posterior predictive; every token has the model's temperature.
 
         Args:
             batch: a tokenizer's tensors [B, T], with either padding side.
@@ -338,19 +338,14 @@ class BayesianModel:
                 stopping criteria, streamer, ...).
 
         Raises:
-            ValueError: not a causal LM, sigma not set or searched for tails, a temperature of
-                scored labels, token noise, or an option that cannot work with several draws.
+            ValueError: not a causal LM, sigma not set or searched for tails, token noise, or an
+                option that cannot work with several draws.
         """
         if self.config.mode == "tail" and not isinstance(draws, Draws):
             raise ValueError(
                 f"generate: sigma was searched with mode='tail' (tail={self.config.tail}), and "
                 "generation has its noise at every token; fit with mode 'full', or accept this "
                 "sigma there: bayes.configure(mode='full')"
-            )
-        if self.config.temperature != 1.0:
-            raise ValueError(
-                f"generate: temperature={self.config.temperature:g} is that of scored labels; "
-                "bayes.configure(temperature=1.0) to generate"
             )
         return run_generation(self, batch, self.draws(draws), per_draw, options)
 

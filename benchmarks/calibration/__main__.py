@@ -33,7 +33,7 @@ from tfb.adapters.artifact import ADAPTER, file_sha256
 
 RESULTS = REPOSITORY / "benchmarks/results"
 SUITE = "calibration"
-CLINC = ("clinc-domain", "clinc150", "clinc150-early", "clinc-fewshot")
+CLINC = ("clinc-domain", "clinc150", "clinc150-early", "clinc-fewshot", "banking")
 ROWS, SHIFT_ROWS = dict.fromkeys(CLINC, 1000), dict.fromkeys(CLINC, 500)
 DEFAULT_ROWS, DEFAULT_SHIFT_ROWS, DEFAULT_ANCHORS = 600, 300, 300
 REFERENCES = ("mle", "temperature")  # what every method is compared with
@@ -48,7 +48,6 @@ SOURCES = (
             "evaluation",
             "families",
             "laplace",
-            "layer_scale",
             "methods",
             "questions",
             "reference_rule",
@@ -137,26 +136,21 @@ def sizes(task: str, options: argparse.Namespace) -> dict[str, int]:
     }
 
 
-def adapter_hashes(
-    method: str, adapters: Callable[[str, int], Path], mle_seed: int, seed: int
-) -> dict[str, str]:
-    """Return the SHA-256 of every adapter that a method's row depends on, by kind and seed.
+def adapter_hashes(method: str, adapters: Callable[[int], Path], mle_seed: int) -> dict[str, str]:
+    """Return the SHA-256 of every adapter that a method's row depends on, by seed.
 
     Args:
         method: its name.
         adapters: as of a :class:`Setting`.
         mle_seed: as of a :class:`Setting`.
-        seed: the task's.
 
     Raises:
         FileNotFoundError: one is not trained yet.
     """
-    used = {("mle", mle_seed)}  # the reference of all
+    used = {mle_seed}  # the reference of all
     if method == "ensemble":
-        used |= {("mle", member) for member in Setting.members}
-    if method == "map":
-        used |= {("map", seed)}
-    return {f"{kind}-{n}": file_sha256(adapters(kind, n) / ADAPTER) for kind, n in sorted(used)}
+        used |= set(Setting.members)
+    return {str(n): file_sha256(adapters(n) / ADAPTER) for n in sorted(used)}
 
 
 def finished(point: Row, adapters: Hashes, results: Path) -> bool:
@@ -223,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             find = partial(adapter, options.adapters, name)
             own = 0 if name in GIVEN else seed
             # Of all tasks before the first runs: an adapter that is missing ends it here.
-            hashes = {m: adapter_hashes(m, find, own, seed) for m in options.method}
+            hashes = {m: adapter_hashes(m, find, own) for m in options.method}
             wanted.append((name, seed, sizes(name, options), find, own, hashes))
     for name, seed, size, find, own, hashes in wanted:
         point = {"task": name, "seed": seed, **size}

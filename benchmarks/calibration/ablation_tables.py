@@ -22,6 +22,7 @@ TITLES = {
 }
 HEADINGS = (
     "σ",
+    "T",
     "95 % interval",
     "passes",
     "accuracy %",
@@ -55,7 +56,7 @@ def _table(own: Sequence[Row], rows: Sequence[Row]) -> str:
     body = []
     for task in dict.fromkeys(r["point"]["task"] for r in own):
         base = [r for r in rows if r["measure"] == "deterministic" and r["point"]["task"] == task]
-        body += [[task, "deterministic", "0", "", "1", *_figures([r])] for r in base]
+        body += [[task, "deterministic", "0", "1", "", "1", *_figures([r])] for r in base]
         groups: dict[str, list[Row]] = {}
         for row in own:
             if row["point"]["task"] == task:
@@ -71,8 +72,8 @@ def _name(row: Row) -> str:
     value = f"{100 * p['value']:g} %" if ablation == "tolerance" else str(p["value"])
     if ablation in ("objective", "tolerance"):
         return f"{value}, {LABELS[p['source']]}"
-    if ablation in ("family", "anchors"):
-        return f"{value}, {p['options']['objective']}"
+    if ablation in ("family", "anchors", "search_draws"):
+        return f"{value}, {p['options'].get('objective', 'max_variance')}"
     if ablation == "tail":
         return f"last {value} ({row['prediction_passes']:.2f} passes a row)"
     return value
@@ -82,20 +83,33 @@ def _cells(group: Sequence[Row]) -> list[str]:
     """Cells behind the name, of one row or of the mean over several samples of anchors."""
     found = [r for r in group if r["sigma"] is not None]
     if not found:
-        return ["no answer", "", "", *[""] * len(FIGURES)]
+        return ["no answer", "", "", "", *[""] * len(FIGURES)]
     if len(group) == 1:
         row = found[0]
         return [
             f"{row['sigma']:.3g}",
+            f"{_temperature(row):.3g}",
             _interval(row["interval"]),
             f"{row['passes']:.1f}",
             *_figures(found),
         ]
-    sigmas = [r["sigma"] for r in found]
-    spread = f"{mean(sigmas):.3g} ± {stdev(sigmas):.2g}" if len(sigmas) > 1 else f"{sigmas[0]:.3g}"
+    sigma = _spread([r["sigma"] for r in found])
+    temperature = _spread([_temperature(r) for r in found])
     if len(found) < len(group):
-        spread += f" ({len(found)} of {len(group)})"
-    return [spread, "", f"{mean(r['passes'] for r in found):.1f}", *_figures(found)]
+        sigma += f" ({len(found)} of {len(group)})"
+    return [sigma, temperature, "", f"{mean(r['passes'] for r in found):.1f}", *_figures(found)]
+
+
+def _temperature(row: Row) -> float:
+    """Return T, which the first rows do not name: it was 1."""
+    return float(row.get("temperature", 1.0))
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Return mean ± sd, or the value that all have."""
+    if len(set(values)) == 1:
+        return f"{values[0]:.3g}"
+    return f"{mean(values):.3g} ± {stdev(values):.2g}"
 
 
 def _interval(limits: Any) -> str:
@@ -128,9 +142,9 @@ def _note(rows: Sequence[Row]) -> str:
         )
     return (
         f"{'; '.join(sizes)}. One thing varies, the rest is the paper's rule: nll, max_variance, "
-        "0.3 %, 4 draws in the search, 10 in prediction, held-out anchors. Passes are those of "
-        "the search, over its anchors; AUROC tells out-of-scope rows from test rows by total or "
-        "epistemic uncertainty. A question mark: the search saw no upper limit."
+        "0.3 %, 4 draws in the search, 10 in prediction, held-out anchors; min_nll fits T too. "
+        "Passes are those of the search, over its anchors; AUROC tells out-of-scope rows from test "
+        "rows by total or epistemic uncertainty. A question mark: the search saw no upper limit."
     )
 
 

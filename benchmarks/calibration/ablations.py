@@ -5,16 +5,17 @@ One thing is varied at a time, from the paper's rule (metric nll, objective max_
 
     family       low_rank (TFB), constant, full_rank (families.py), two objectives
     metric       every metric of fit_sigma, max_variance
-    objective    max_variance, min_nll, gvi; held-out and training anchors
+    objective    max_variance, min_nll with and without T, gvi; held-out and training anchors
     tolerance    0.1 % to 30 %, held-out and training anchors
     draws        of the prediction, at the sigma of that rule
-    search_draws of the search
+    search_draws of the search, two objectives
     anchors      50 to 1,000, three disjoint samples of each size, two objectives
     tail         positions that get noise, min_nll; causal language models alone
 
-A row is one sigma, its interval, what the search cost, and the figures on test and out-of-scope
-rows. Those are predicted once for each family and power of 1.1 next to sigma, which is at most 5 %
-off.
+The two objectives are max_variance, at T = 1, and min_nll, which fits T too. A row is one sigma and
+T, sigma's interval, what the search cost, and the figures on test and out-of-scope rows. Those are
+predicted once for each family and power of 1.1 next to sigma, which is at most 5 % off; T then
+divides each draw's log-probabilities, as if its logits.
 """
 
 from __future__ import annotations
@@ -43,16 +44,16 @@ from benchmarks.timing import Bench, Row, record
 from tfb.adapters.loading import load_tokenizer
 from tfb.data.batching import EncodedRows
 from tfb.draws import Draws
-from tfb.evaluation.metrics import auroc, evaluate
+from tfb.evaluation.metrics import apply_temperature, auroc, evaluate
 from tfb.model import BayesianModel
 from tfb.scoring.evaluate import encode, predict_rows
 from tfb.search.loss import METRICS, passes_per_row
-from tfb.search.result import SearchError, SigmaFit
+from tfb.search.result import PredictiveFit, SearchError
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 TOLERANCES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 DRAWS = (2, 4, 10, 20, 40)
-SEARCH_DRAWS = (2, 4, 10, 20)
+SEARCH_DRAWS = (4, 8, 16)
 TAILS = (1, 2, 4, 8)
 OBJECTIVES = ("max_variance", "min_nll")
 DEFAULTS: dict[str, Any] = {
@@ -127,14 +128,15 @@ def settings(sizes: Sizes, training_rows: int, task_type: str) -> Iterator[Setti
     for family, objective in product(FAMILIES, OBJECTIVES):
         yield Setting("family", family, n, family=family, options={"objective": objective})
     for metric in METRICS:
-        tolerance = 0.01 if metric == "accuracy" else 0.003  # as in the paper
-        yield Setting("metric", metric, n, options={"metric": metric, "tolerance": tolerance})
+        options = {"metric": metric, "tolerance": METRICS[metric].tolerance}
+        yield Setting("metric", metric, n, options=options)
     yield from _by_source(n, "held_out", n)
     yield from _by_source(n, "train", training_rows)
     for draws in DRAWS:
         yield Setting("draws", draws, n, draws=draws)
-    for draws in SEARCH_DRAWS:
-        yield Setting("search_draws", draws, n, options={"draws": draws})
+    for draws, objective in product(SEARCH_DRAWS, OBJECTIVES):
+        options = {"objective": objective, "draws": draws}
+        yield Setting("search_draws", draws, n, options=options)
     for count, subset, objective in product(sizes.counts, range(SUBSETS), OBJECTIVES):
         yield Setting("anchors", count, count, subset=subset, options={"objective": objective})
     for tail in TAILS if task_type == "CAUSAL_LM" else ():
@@ -145,6 +147,8 @@ def _by_source(n: int, source: str, likelihood_rows: int) -> Iterator[Setting]:
     """Yield what is compared on held-out and on training anchors."""
     for objective in OBJECTIVES:
         yield Setting("objective", objective, n, source, options={"objective": objective})
+    options: dict[str, Any] = {"objective": "min_nll", "temperature": False}
+    yield Setting("objective", "min_nll at T = 1", n, source, options=options)
     # Ordinary variational inference: lambda is one over the rows of the likelihood.
     options = {"objective": "gvi", "metric": "expected_nll", "kl_weight": 1 / likelihood_rows}
     yield Setting("objective", "gvi", n, source, options=options)
@@ -160,7 +164,7 @@ class Study:
     folder: Path
     sizes: Sizes
     models: dict[str, BayesianModel] = field(default_factory=dict)
-    fits: dict[tuple[Any, ...], SigmaFit | str] = field(default_factory=dict)
+    fits: dict[tuple[Any, ...], PredictiveFit | str] = field(default_factory=dict)
     predicted: dict[tuple[str, int | None, float], dict[str, Tensor]] = field(default_factory=dict)
 
     @cached_property
@@ -191,7 +195,7 @@ class Study:
         start = min(setting.subset * max(self.sizes.counts), len(rows) - setting.count)
         return rows.subset(range(start, start + setting.count))
 
-    def fit(self, setting: Setting) -> SigmaFit | str:
+    def fit(self, setting: Setting) -> PredictiveFit | str:
         """Return the search's answer, or why it has none."""
         key = setting.search()
         if key not in self.fits:
@@ -206,20 +210,26 @@ class Study:
         return self.fits[key]
 
     def figures(
-        self, family: str, sigma: float, draws: int, tail: int | None = None
+        self,
+        family: str,
+        sigma: float,
+        draws: int,
+        tail: int | None = None,
+        temperature: float = 1.0,
     ) -> dict[str, float | None]:
         """Judge test rows, and how well uncertainty tells out-of-scope rows from them.
 
-        Sigma = 0 has no epistemic uncertainty, so no AUROC of it.
+        Sigma = 0 has no epistemic uncertainty, so no AUROC of it. Draws are kept at T = 1, for any
+        other T.
         """
         rounded = STEP ** round(math.log(sigma, STEP)) if sigma > 0 else 0.0
         found = self.predicted.get((family, tail, rounded), {})
         if not found or len(found["test"]) < draws:
-            self.model(family).configure(**_mode(tail))
+            self.model(family).configure(temperature=1.0, **_mode(tail))
             found = {name: self._draws(family, rounded, draws, name) for name in ("test", "oos")}
             self.predicted[family, tail, rounded] = found
-        probs, total, epistemic = _summary(found["test"][:draws])
-        _, oos_total, oos_epistemic = _summary(found["oos"][:draws])
+        probs, total, epistemic = _summary(found["test"][:draws], temperature)
+        _, oos_total, oos_epistemic = _summary(found["oos"][:draws], temperature)
         m = evaluate(probs, torch.tensor(self.encoded["test"].labels))
         return {
             "sigma_tested": rounded,
@@ -250,9 +260,11 @@ def _mode(tail: int | None) -> dict[str, Any]:
     return {"mode": "full" if tail is None else "tail", "tail": tail}
 
 
-def _summary(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean [N, K], its entropy [N], and mutual information [N] of p [S, N, K]."""
+def _summary(p: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean [N, K], its entropy [N], and mutual information [N] of p [S, N, K] brought to T."""
     p = p.double()
+    if temperature != 1.0:  # a draw's log-probabilities are its logits up to a constant
+        p = apply_temperature(p.log(), temperature)
     probs = p.mean(0)
     total = torch.special.entr(probs).sum(-1)
     return probs, total, (total - torch.special.entr(p).sum(-1).mean(0)).clamp_min(0.0)
@@ -268,7 +280,8 @@ def measure(study: Study, bench: Bench) -> None:
         "shift_rows": len(task.shifts["oos"]),
     }
     point = common | {"value": "deterministic"}
-    _record(bench, "deterministic", point, {"sigma": 0.0} | study.figures("low_rank", 0.0, 2))
+    values: dict[str, Any] = {"sigma": 0.0, "temperature": 1.0}
+    _record(bench, "deterministic", point, values | study.figures("low_rank", 0.0, 2))
     for s in settings(sizes, len(task.train), task.task_type):
         point = common | {
             "value": s.value,
@@ -282,15 +295,16 @@ def measure(study: Study, bench: Bench) -> None:
         }
         fit = study.fit(s)
         if isinstance(fit, str):
-            values: dict[str, Any] = {"sigma": None, "error": fit}
+            values = {"sigma": None, "error": fit}
         else:
             values = {
                 "sigma": fit.sigma,
+                "temperature": fit.temperature,
                 "interval": fit.interval,
                 "passes": fit.passes,
                 "notes": len(fit.notes),
             }
-            values |= study.figures(s.family, fit.sigma, s.draws, s.tail)
+            values |= study.figures(s.family, fit.sigma, s.draws, s.tail, fit.temperature)
             if s.tail is not None:
                 lengths = [len(ids) for ids in study.encoded["test"].input_ids]
                 values["prediction_passes"] = passes_per_row(lengths, s.draws, s.tail)
@@ -326,7 +340,7 @@ def load_study(name: str, root: Path, sizes: Sizes) -> Study:
     ):
         if len(rows) < least:
             raise ValueError(f"{name}: {len(rows)} {what} are too few for {sizes}")
-    return Study(task, adapter(root, name, "mle", 0), sizes)
+    return Study(task, adapter(root, name, 0), sizes)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

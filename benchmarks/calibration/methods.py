@@ -1,35 +1,32 @@
 """Every method of the comparison: fits on anchors, predicts the test rows and every shift.
 
-    mle             the adapter as it is            map          trained with a Gaussian prior
-    temperature     mle, one temperature            mc_dropout   dropout as in training, 10 passes
-    ensemble        three adapters                  laplace      last-layer Laplace, its prior
-                                                                 by marginal likelihood
+    mle             the adapter as it is
+    temperature     mle, one temperature        mc_dropout   dropout as in training, 10 passes
+    ensemble        three adapters              laplace      last-layer Laplace, its prior by
+                                                             marginal likelihood
     laplace_tuned   last-layer Laplace, its prior by NLL of the anchors
     authors_rule    TFB, sigma by the authors' scripts' rule
-    tfb             TFB by the paper's objective: max_variance, nll, 10 antithetic draws
-    tfb_min_nll     sigma of least NLL (default)    tfb_gvi      of least l + KL / |D|, on training
-                                                                 rows
-    tfb_tail        min_nll, noise at the last position only
-    tfb_last        min_nll, noise in the last block only
-    tfb_layers      min_nll, layer-adaptive: a multiplier for each module
-    tfb_temperature tfb_min_nll, then a temperature
+    tfb             TFB by the paper's rule: max_variance, nll
+    tfb_min_nll     TFB, sigma of least NLL
+    tfb_joint       sigma and T of least NLL, T on each draw's logits (the library's default)
+    tfb_averaged    the same sigma, T on the averaged probabilities instead
+    tfb_tail        sigma and T of least NLL, noise at the last position only
 
-Fitting sees held-out anchors, or training rows (gvi, laplace), or both (laplace_tuned), never a
-test row. To add a method: a function here and its line in ``METHODS``.
+All TFB methods predict with 10 antithetic draws. Fitting sees held-out anchors, or training rows
+(laplace), or both (laplace_tuned), never a test row. To add a method: a function here and its line
+in ``METHODS``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 
-import tfb
 from benchmarks.calibration.laplace import SAMPLES, fit_laplace, sample_laplace, tune_laplace
-from benchmarks.calibration.layer_scale import scale_layers
 from benchmarks.calibration.reference_rule import fit_reference
 from benchmarks.calibration.setting import (
     GIVEN_DROPOUT,
@@ -47,10 +44,9 @@ from tfb.evaluation.metrics import apply_temperature, fit_temperature
 from tfb.sampling.kv_cache import why_no_tail
 from tfb.search.fit import fit_sigma
 from tfb.search.loss import passes_per_row
-from tfb.search.result import SigmaFit
+from tfb.search.result import PredictiveFit
 
 TAIL = 1
-SENSITIVITY_SIGMA = 0.01  # at which modules are measured where min_nll finds no noise good
 
 
 class LeftOut(Exception):
@@ -95,17 +91,13 @@ class Methods:
     def mle(self) -> Outcome:
         return Outcome(self._deterministic, passes=1.0)
 
-    def map(self) -> Outcome:
-        bayes = self.setting.model("map", self.setting.task.seed)
-        return Outcome(self._everywhere(bayes, Draws.mean()), passes=1.0, trained=1)
-
     def ensemble(self) -> Outcome:
         """Lakshminarayanan et al. 2017: the mean of the members' probabilities."""
         s = self.setting
         members = [
             self._deterministic
             if seed == s.mle_seed
-            else self._everywhere(s.model("mle", seed), Draws.mean())
+            else self._everywhere(s.model(seed), Draws.mean())
             for seed in s.members
         ]
         predicted = {
@@ -143,17 +135,6 @@ class Methods:
         anchors = sampled(self.setting.model(), self.setting.anchors, Draws.mean())
         predicted, T = self._tempered(self._deterministic, anchors)
         return Outcome(predicted, passes=1.0, fitting=1.0, details={"temperature": T})
-
-    def tfb_temperature(self) -> Outcome:
-        plain, draws = self._min_nll
-        anchors = sampled(self.setting.model(), self.setting.anchors, draws)
-        predicted, T = self._tempered(plain.predicted, anchors)
-        return Outcome(
-            predicted,
-            plain.passes,
-            fitting=plain.fitting + plain.passes,
-            details={**plain.details, "temperature": T},
-        )
 
     def _tempered(
         self, predicted: Mapping[str, Predicted], anchors: Predicted
@@ -205,64 +186,47 @@ class Methods:
     # --- TFB ----------------------------------------------------------------------------------
 
     def authors_rule(self) -> Outcome:
-        return self._tfb(self.setting.anchors, search=fit_reference)[0]
+        return self._tfb(search=fit_reference)
 
     def tfb(self) -> Outcome:
-        return self._tfb(self.setting.anchors, objective="max_variance")[0]
+        return self._tfb(objective="max_variance")
 
     def tfb_min_nll(self) -> Outcome:
-        return self._min_nll[0]
+        return self._tfb(temperature=False)
 
-    def tfb_gvi(self) -> Outcome:
-        s = self.setting
-        outcome, _ = self._tfb(
-            s.train_anchors, objective="gvi", metric="expected_nll", kl_weight=1 / len(s.train)
+    def tfb_joint(self) -> Outcome:
+        return self._joint
+
+    def tfb_averaged(self) -> Outcome:
+        joint, s = self._joint, self.setting
+        bayes = s.model()
+        sigma = float(joint.details["sigma"])
+        draws = Draws.antithetic(s.draws, sigma, seed=s.task.seed) if sigma > 0 else Draws.mean()
+        predicted, T = self._tempered(
+            self._everywhere(bayes, draws), sampled(bayes, s.anchors, draws)
         )
-        return outcome
+        details = {"sigma": sigma, "temperature": T}
+        return Outcome(predicted, joint.passes, joint.fitting + len(draws), details=details)
 
     def tfb_tail(self) -> Outcome:
         bayes = self.setting.model()
         if reason := why_no_tail(bayes.base, bayes.task):
             raise LeftOut(reason)
-        return self._tfb(self.setting.anchors, objective="min_nll", mode="tail", tail=TAIL)[0]
+        return self._tfb(mode="tail", tail=TAIL)
 
-    def tfb_last(self) -> Outcome:
-        bayes = self.setting.model(layers=tfb.last_layers(1))
-        return self._tfb(self.setting.anchors, bayes=bayes, objective="min_nll")[0]
-
-    def tfb_layers(self) -> Outcome:
+    def _tfb(self, search: Callable[..., PredictiveFit] = fit_sigma, **options: Any) -> Outcome:
+        """Fit on the anchors, predict with antithetic draws at the T that was found."""
         s = self.setting
-        sigma = float(self._min_nll[0].details["sigma"]) or SENSITIVITY_SIGMA
-        own = s.model(layers=lambda name: True)  # its posteriors are replaced
-        bayes, scales = scale_layers(own, s.anchors, sigma=sigma)
-        outcome, _ = self._tfb(s.anchors, bayes=bayes, objective="min_nll")
-        m = scales.multipliers.values()
-        return replace(
-            outcome,
-            fitting=outcome.fitting + scales.passes + self._min_nll[0].fitting,
-            details={**outcome.details, "least_multiplier": min(m), "largest_multiplier": max(m)},
-        )
-
-    def _tfb(
-        self,
-        anchors: EncodedRows,
-        *,
-        bayes: Any = None,
-        search: Callable[..., SigmaFit] = fit_sigma,
-        **options: Any,
-    ) -> tuple[Outcome, Draws]:
-        """Search sigma, predict with antithetic draws."""
-        s = self.setting
-        bayes = s.model() if bayes is None else bayes
-        fit = search(bayes, anchors, **options)
-        draws = bayes.draws(s.draws) if fit.sigma > 0 else Draws.mean()
-        passes = prediction_passes(bayes, s.judged["test"], draws)
+        bayes = s.model()
+        fit = search(bayes, s.anchors, **options)
+        draws = bayes.distinct_draws(s.draws)
         outcome = Outcome(
             self._everywhere(bayes, draws),
-            passes,
-            fitting=fit.passes * len(anchors) / len(s.anchors),
+            prediction_passes(bayes, s.judged["test"], draws),
+            fitting=fit.passes,
             details={
                 "sigma": fit.sigma,
+                "temperature": fit.temperature,
                 "interval": fit.interval,
                 "stopped": fit.stopped,
                 "objective": fit.objective,
@@ -273,8 +237,9 @@ class Methods:
                 "notes": list(fit.notes),
             },
         )
-        bayes.configure(mode="full")  # the model is shared, and every method's default is full
-        return outcome, draws
+        # The model is shared, and other methods begin from the defaults.
+        bayes.configure(mode="full", temperature=1.0)
+        return outcome
 
     # --- made once ----------------------------------------------------------------------------
 
@@ -283,25 +248,20 @@ class Methods:
         return self._everywhere(self.setting.model(), Draws.mean())
 
     @cached_property
-    def _min_nll(self) -> tuple[Outcome, Draws]:
-        return self._tfb(self.setting.anchors, objective="min_nll")
+    def _joint(self) -> Outcome:
+        return self._tfb()
 
     def _everywhere(self, bayes: Any, draws: Draws) -> dict[str, Predicted]:
         return {name: sampled(bayes, rows, draws) for name, rows in self.setting.judged.items()}
 
 
 def prediction_passes(bayes: Any, rows: EncodedRows, draws: Draws) -> float:
-    """Return the passes a row; blocks below the noise and tokens before the tail count once."""
-    S = len(draws)
-    if bayes.config.mode == "tail":
-        return passes_per_row([len(ids) for ids in rows.input_ids], S, bayes.config.tail)
-    share = len(bayes.blocks_below) / bayes.base.config.num_hidden_layers
-    return share + S * (1 - share)
+    """Return the passes a row; tokens before the tail count once."""
+    return passes_per_row([len(ids) for ids in rows.input_ids], len(draws), bayes.config.tail)
 
 
 METHODS: dict[str, Callable[[Methods], Outcome]] = {
     "mle": Methods.mle,
-    "map": Methods.map,
     "temperature": Methods.temperature,
     "mc_dropout": Methods.mc_dropout,
     "ensemble": Methods.ensemble,
@@ -310,9 +270,7 @@ METHODS: dict[str, Callable[[Methods], Outcome]] = {
     "authors_rule": Methods.authors_rule,
     "tfb": Methods.tfb,
     "tfb_min_nll": Methods.tfb_min_nll,
-    "tfb_gvi": Methods.tfb_gvi,
+    "tfb_joint": Methods.tfb_joint,
+    "tfb_averaged": Methods.tfb_averaged,
     "tfb_tail": Methods.tfb_tail,
-    "tfb_last": Methods.tfb_last,
-    "tfb_layers": Methods.tfb_layers,
-    "tfb_temperature": Methods.tfb_temperature,
 }

@@ -2,9 +2,9 @@
 
     python -m benchmarks.calibration.quality --record
 
-Sigma is searched for each mode on held-out rows (objective min_nll), the figures are on others, and
-the cost is timed in this run, in passes of the deterministic adapter. Errors are those of averaged
-probabilities to 512 antithetic draws of the same predictive, averaged over replicates.
+Sigma is searched for each mode on held-out rows (objective min_nll, T = 1), the figures are on
+others, and the cost is timed in this run, in passes of the deterministic adapter. Errors are those
+of averaged probabilities to 512 antithetic draws of the same predictive, averaged over replicates.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def measure(shared: Path, bench: Bench) -> None:
         bayes = family.model(shared)
         anchors, encoded = (encode(bayes, part, tokenizer) for part in (held, judged))
         labels = torch.tensor(encoded.labels)
-        fit = tfb.fit_sigma(bayes, anchors, objective="min_nll", draws=4)
+        fit = tfb.fit_sigma(bayes, anchors, objective="min_nll", temperature=False, draws=4)
 
         def predict(draws: Draws, bayes: Any = bayes, rows: Any = encoded) -> tuple[float, Tensor]:
             start = time.perf_counter()

@@ -17,7 +17,7 @@ from tfb.draws import Draws
 from tfb.model import BayesianModel
 from tfb.search.fit import Anchors
 from tfb.search.loss import AnchorSet, PassCounter
-from tfb.search.result import CurvePoint, SigmaFit
+from tfb.search.result import CurvePoint, PredictiveFit
 
 BOUNDS = (1e-3, 0.015)  # the published runs: low is fixed, high is --bayes-beta
 DRAWS = 10
@@ -35,8 +35,8 @@ def fit_reference(
     tolerance: float = TOLERANCE,
     batch_size: int = 50,
     progress: Callable[[int], None] | None = None,
-) -> SigmaFit:
-    """Search sigma as the scripts do and configure the model with it.
+) -> PredictiveFit:
+    """Search sigma as the scripts do and configure the model with it, and with T = 1.
 
     Args:
         bayes: the model; its mode and seed count.
@@ -77,14 +77,13 @@ def fit_reference(
 
     best, curve = reference_rule(losses, N, tolerance=tolerance, bounds=bounds)
     base = curve[0].loss
-    bayes.configure(sigma=best)
-    return SigmaFit(
-        **asdict(replace(config, sigma=best)),
+    bayes.configure(sigma=best, temperature=1.0)
+    return PredictiveFit(
+        **asdict(replace(config, sigma=best, temperature=1.0)),
         metric="pseudo_nll",
         objective="max_variance",
         tolerance=tolerance,
         relative=True,
-        two_sided=True,
         search="bisection",
         draws=draws,
         anchors=N,
@@ -119,14 +118,14 @@ def reference_rule(
     """
     plain = losses(0.0, 0)
     base = float(plain.mean())
-    curve = [CurvePoint(0.0, base, 0.0, 0.0)]
+    curve = [CurvePoint(0.0, base, 0.0 if N > 1 else None, anchors=N)]
     low, high = bounds
     best = high
     for step in range(STEPS):
         middle = (low + high) / 2
         found = losses(middle, step)
-        error = float((found - plain).std() / N**0.5)
-        curve.append(CurvePoint(middle, float(found.mean()), error, float("nan")))
+        error = float((found - plain).std() / N**0.5) if N > 1 else None
+        curve.append(CurvePoint(middle, float(found.mean()), error, anchors=N))
         if abs(curve[-1].loss - base) / base / N > tolerance:
             best = high = middle
         else:

@@ -62,36 +62,29 @@ class Setting:
     """What the methods of one (task, seed) share.
 
     Attributes:
-        adapters: folder of an adapter by kind ("mle", "map") and seed.
+        adapters: folder of an adapter by its seed.
         mle_seed: of the adapter that all methods but the ensemble take.
         members: seeds of the ensemble.
         draws: of sampling methods.
     """
 
     task: Task
-    adapters: Callable[[str, int], Path]
+    adapters: Callable[[int], Path]
     mle_seed: int
     members: tuple[int, ...] = (0, 1, 2)
     draws: int = 10
-    _models: dict[tuple[str, int], BayesianModel] = field(default_factory=dict)
+    _models: dict[int, BayesianModel] = field(default_factory=dict)
 
-    def model(self, kind: str = "mle", seed: int | None = None, layers: Any = None) -> Any:
-        """Return the model of an adapter. With all of its layers it is loaded once and shared."""
+    def model(self, seed: int | None = None) -> Any:
+        """Return the model of an adapter; it is loaded once and shared."""
         seed = self.mle_seed if seed is None else seed
-        if layers is None and (kind, seed) in self._models:
-            return self._models[kind, seed]
-        folder = self.adapters(kind, seed)
-        model = tfb.load_adapter(tfb.load_base(self.task.base, folder), folder)
-        bayes = tfb.bayesianize(
-            model, layers=layers, seed=self.task.seed, label_tokens=LABEL_TOKENS
-        )
-        if layers is None:
-            self._models[kind, seed] = bayes
-        return bayes
-
-    @cached_property
-    def pad(self) -> int:
-        return self.model().pad_token_id
+        if seed not in self._models:
+            folder = self.adapters(seed)
+            model = tfb.load_adapter(tfb.load_base(self.task.base, folder), folder)
+            self._models[seed] = tfb.bayesianize(
+                model, seed=self.task.seed, label_tokens=LABEL_TOKENS
+            )
+        return self._models[seed]
 
     @cached_property
     def anchors(self) -> EncodedRows:
@@ -100,10 +93,6 @@ class Setting:
     @cached_property
     def train(self) -> EncodedRows:
         return self._encode(self.task.train)
-
-    @cached_property
-    def train_anchors(self) -> EncodedRows:
-        return self._encode(self.task.train_anchors)
 
     @cached_property
     def judged(self) -> dict[str, EncodedRows]:

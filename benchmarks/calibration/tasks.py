@@ -6,6 +6,10 @@
     clinc-fewshot   MiniLM, 150 intents from 10 training rows each
     exam            MiniLM, a science question: of ARC-Challenge, ARC-Easy or OpenBookQA
     subject         MiniLM, a question of MMLU: which of its four subjects; few rows
+    difficulty      MiniLM, a question of ARC: of its easy or of its challenge set
+    banking         stories260K, next token over 15 intents of one domain
+
+The last two were not looked at while defaults were chosen.
 
 Training, anchor and test rows share no text letter for letter, also across seeds: they come from
 files or parts of files that do not depend on the seed, which draws from within those. So an
@@ -33,14 +37,28 @@ from benchmarks.environment import minilm_folder
 from tfb.data.readers import read_rows
 from tfb.data.rows import Row
 
-TASKS = ("clinc-domain", "clinc150", "clinc150-early", "clinc-fewshot", "exam", "subject")
+TASKS = (
+    "clinc-domain",
+    "clinc150",
+    "clinc150-early",
+    "clinc-fewshot",
+    "exam",
+    "subject",
+    "difficulty",
+    "banking",
+)
 GIVEN = {"clinc-domain": "stories260K-clinc-domain", "clinc150": "stories260K-clinc150"}
-LABEL_TOKENS = "last"  # of clinc-domain: the convention that the given adapter was trained with
+LABEL_TOKENS = "last"  # of next tokens: the convention that the given adapter was trained with
 SHOTS = 10  # training rows of an intent, clinc-fewshot
 DOMAIN_ROWS = 2000  # training rows of clinc-domain, as many as the given adapter had
-EXAM_ROWS = 200  # training rows of a class, exam
-EXAM_POOL = 600  # rows of a class of the training files that training rows are drawn from
-EXAM_HELD, EXAM_TEST = 400, 450  # rows of a class: anchors, of the training files; test
+SOURCES = {  # of questions to be told apart
+    "exam": ("arc/ARC-Challenge/{}.json", "arc/ARC-Easy/{}.json", "openbookqa/{}.tsv"),
+    "difficulty": ("arc/ARC-Challenge/{}.json", "arc/ARC-Easy/{}.json"),
+}
+SOURCE_ROWS = 200  # training rows of a class
+SOURCE_POOL = 600  # rows of a class of the training files that training rows are drawn from
+SOURCE_HELD, SOURCE_TEST = 400, 450  # rows of a class: anchors, of the training files; test
+BANKING = "ABCDEFGHIJKLMNO"
 SUBJECTS = ("college_chemistry", "college_physics", "high_school_chemistry", "high_school_physics")
 SUBJECT_POOL, SUBJECT_ANCHORS = 0.45, 0.15  # shares of MMLU's rows; the rest is test
 SUBJECT_ROWS = 0.8  # training rows, a share of their pool
@@ -108,9 +126,11 @@ def load_task(
     data = shared / "data"
     if name == "clinc-domain":
         return _clinc_domain(shared, seed, *sizes)
+    if name == "banking":
+        return _banking(shared, seed, *sizes)
     if name in ("clinc150", "clinc150-early", "clinc-fewshot"):
         return _intents(name, shared, seed, *sizes)
-    return (_exam if name == "exam" else _subject)(data, seed, *sizes)
+    return _subject(data, seed, *sizes) if name == "subject" else _sources(name, data, seed, *sizes)
 
 
 # --- CLINC150 -------------------------------------------------------------------------------------
@@ -203,29 +223,63 @@ def _clinc_domain(shared: Path, seed: int, rows: int, anchors: int, shift_rows: 
     )
 
 
+def _banking(shared: Path, seed: int, rows: int, anchors: int, shift_rows: int) -> Task:
+    domains = json.loads((shared / "data/clinc150/domains.json").read_text(encoding="utf-8"))
+    index = {intent: i for i, intent in enumerate(sorted(domains["banking"]))}
+    splits, _ = intents(shared)
+    seen = {text for text, _intent in splits["train"]}
+
+    def made(split: str) -> list[Row]:
+        found = [
+            Row(
+                id=f"{split}-{i}",
+                prompt=f"{text}? Intent",
+                choices=tuple(BANKING),
+                label=index.get(intent),
+                source=f"{split}-{i}",
+            )
+            for i, (text, intent) in enumerate(splits[split])
+            if (intent in index or split == "oos_test") and (split == "train" or text not in seen)
+        ]
+        return _shuffled(found, f"banking {split} {seed}")
+
+    train = made("train")
+    return Task(
+        name="banking",
+        seed=seed,
+        base=shared / "models/stories260K",
+        task_type="CAUSAL_LM",
+        classes=len(index),
+        train=train,
+        anchors=made("val")[:anchors],
+        test=made("test")[:rows],
+        train_anchors=train[:anchors],
+        shifts={"oos": made("oos_test")[:shift_rows]},
+    )
+
+
 # --- questions by their source ----------------------------------------------------------------
 
 
-def _exam(data: Path, seed: int, rows: int, anchors: int, shift_rows: int) -> Task:
-    files = ("arc/ARC-Challenge/{}.json", "arc/ARC-Easy/{}.json", "openbookqa/{}.tsv")
+def _sources(name: str, data: Path, seed: int, rows: int, anchors: int, shift_rows: int) -> Task:
     train, pools, held, test = [], [], [], []
-    for label, file in enumerate(files):
+    for label, file in enumerate(SOURCES[name]):
         read = arc if file.startswith("arc") else openbookqa
         known = stems(read(data / file.format("train")), label, f"train-{label}")
-        known = _shuffled(known, "exam")[: EXAM_POOL + EXAM_HELD]
-        pools += known[:EXAM_POOL]
-        held += known[EXAM_POOL:]
-        train += _shuffled(known[:EXAM_POOL], f"exam train {seed}")[:EXAM_ROWS]
-        test += stems(read(data / file.format("test")), label, f"test-{label}")[:EXAM_TEST]
+        known = _shuffled(known, name)[: SOURCE_POOL + SOURCE_HELD]
+        pools += known[:SOURCE_POOL]
+        held += known[SOURCE_POOL:]
+        train += _shuffled(known[:SOURCE_POOL], f"{name} train {seed}")[:SOURCE_ROWS]
+        test += stems(read(data / file.format("test")), label, f"test-{label}")[:SOURCE_TEST]
     held = unseen(held, pools)
     test = unseen(test, [*pools, *held])
     return _question_task(
-        "exam",
-        3,
+        name,
+        len(SOURCES[name]),
         seed,
         train,
-        anchors=_shuffled(held, f"exam anchors {seed}")[:anchors],
-        test=_shuffled(test, f"exam test {seed}")[:rows],
+        anchors=_shuffled(held, f"{name} anchors {seed}")[:anchors],
+        test=_shuffled(test, f"{name} test {seed}")[:rows],
         shifts={"mmlu": _mmlu(data), "winogrande": _sentences(data)},
         shift_rows=shift_rows,
     )

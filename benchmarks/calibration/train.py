@@ -1,9 +1,9 @@
 """Trains the adapters that the shared data lacks: ``python -m benchmarks.calibration.train``.
 
 Plain LoRA as people train it: AdamW, linear decay, a fixed number of epochs, no early stop, no
-tuning for any method. "map" differs from "mle" in one term of the loss, a Gaussian prior on the
-LoRA factors. An adapter is an ordinary PEFT folder with ``train.json`` beside it: configuration,
-losses, versions, seconds. Folders are complete or not there; what is there is not trained again.
+tuning for any method. An adapter is an ordinary PEFT folder with ``train.json`` beside it:
+configuration, losses, versions, seconds. Folders are complete or not there; what is there is not
+trained again.
 """
 
 from __future__ import annotations
@@ -34,9 +34,7 @@ from tfb.data.encoding import RowEncoder
 from tfb.data.rows import Row
 
 ADAPTERS = Path(__file__).resolve().parent / "adapters"
-KINDS = ("mle", "map")
 SEEDS = (0, 1, 2)
-PRIOR_STD = 0.1  # of every entry of A and B, for kind "map"
 LLAMA = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BERT = ("query", "value", "dense")
 
@@ -63,34 +61,36 @@ RECIPES = {
     "clinc-fewshot": Recipe(BERT, epochs=12, learning_rate=5e-3),
     "exam": Recipe(BERT, epochs=12, learning_rate=3e-3),
     "subject": Recipe(BERT, epochs=12, learning_rate=3e-3, batch_size=16),
+    "difficulty": Recipe(BERT, epochs=12, learning_rate=3e-3),
+    "banking": Recipe(LLAMA, epochs=12, learning_rate=2e-3),
 }
 
 
-def adapter(root: Path, task: str, kind: str, seed: int) -> Path:
-    """Return an adapter's folder: "<task>-<kind>-<seed>" in ``root``, or a given one in ``shared``.
+def adapter(root: Path, task: str, seed: int) -> Path:
+    """Return an adapter's folder: "<task>-<seed>" in ``root``, or a given one in ``shared``.
 
     Raises:
-        ValueError: an unknown task or kind. FileNotFoundError: not trained yet.
+        ValueError: an unknown task. FileNotFoundError: not trained yet.
     """
-    if task not in TASKS or kind not in KINDS:
-        raise ValueError(f"adapter {task} {kind}: tasks {', '.join(TASKS)}; kinds mle, map")
-    if is_given(task, kind, seed):
+    if task not in TASKS:
+        raise ValueError(f"adapter {task}: expected one of {', '.join(TASKS)}")
+    if is_given(task, seed):
         return shared_folder() / "adapters" / GIVEN[task]
-    folder = root / f"{task}-{kind}-{seed}"
+    folder = root / f"{task}-{seed}"
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{folder} is not trained: python -m benchmarks.calibration.train --root {root} "
-            f"--task {task} --kind {kind} --seed {seed}"
+            f"--task {task} --seed {seed}"
         )
     return folder
 
 
-def is_given(task: str, kind: str, seed: int) -> bool:
+def is_given(task: str, seed: int) -> bool:
     """Whether the adapter comes with the shared data."""
-    return task in GIVEN and (kind, seed) == ("mle", 0)
+    return task in GIVEN and seed == 0
 
 
-def train(task: Task, kind: str, recipe: Recipe, folder: Path) -> dict[str, Any]:
+def train(task: Task, recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Train one adapter and put it at ``folder``, which must not be there. Returns train.json."""
     if folder.exists():
         raise FileExistsError(f"{folder} is there already; remove it to train again")
@@ -99,7 +99,6 @@ def train(task: Task, kind: str, recipe: Recipe, folder: Path) -> dict[str, Any]
     model, tokenizer = _model(task, recipe)
     rows = encoder(task, tokenizer, model.config)(task.train)
     pad = int(model.config.pad_token_id)
-    prior = [p for name, p in model.named_parameters() if "lora_" in name] if kind == "map" else []
     losses = []
     steps = _schedule(model, recipe, math.ceil(len(rows) / recipe.batch_size))
     model.train()
@@ -107,8 +106,7 @@ def train(task: Task, kind: str, recipe: Recipe, folder: Path) -> dict[str, Any]
         total = 0.0
         for batch in _epoch(rows, recipe.batch_size, pad, f"{task.name} {task.seed} {epoch}"):
             nll = F.cross_entropy(_logits(model, batch, task), batch.labels)
-            decay = sum((p.square().sum() for p in prior), torch.zeros(()))
-            (nll + decay / (2 * PRIOR_STD**2 * len(rows))).backward()
+            nll.backward()
             next(steps)
             total += float(nll.detach()) * len(batch)
         losses.append(total / len(rows))
@@ -119,11 +117,9 @@ def train(task: Task, kind: str, recipe: Recipe, folder: Path) -> dict[str, Any]
     }
     record = {
         "task": task.name,
-        "kind": kind,
         "seed": task.seed,
         "rows": len(rows),
         "recipe": asdict(recipe),
-        "prior_std": PRIOR_STD if prior else None,
         "train_loss": losses,
         "figures": measured,
         "seconds": time.perf_counter() - started,
@@ -249,7 +245,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", type=Path, default=ADAPTERS, help="folder of all adapters")
     parser.add_argument("--task", nargs="+", choices=TASKS, default=TASKS)
-    parser.add_argument("--kind", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--seed", nargs="+", type=int, choices=SEEDS, default=SEEDS)
     parser.add_argument("--threads", type=int, help="torch's threads")
     options = parser.parse_args()
@@ -258,12 +253,11 @@ def main() -> None:
     shared = shared_folder()
     for seed in options.seed:  # all of the first seed, so that it can be used
         for name in options.task:
-            for kind in options.kind:
-                folder = options.root / f"{name}-{kind}-{seed}"
-                if is_given(name, kind, seed) or folder.is_dir():
-                    continue
-                record = train(load_task(name, shared, seed), kind, RECIPES[name], folder)
-                print(f"{folder.name}: {record['seconds']:.0f} s", record["figures"], flush=True)
+            folder = options.root / f"{name}-{seed}"
+            if is_given(name, seed) or folder.is_dir():
+                continue
+            record = train(load_task(name, shared, seed), RECIPES[name], folder)
+            print(f"{folder.name}: {record['seconds']:.0f} s", record["figures"], flush=True)
 
 
 if __name__ == "__main__":

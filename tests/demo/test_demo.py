@@ -57,19 +57,23 @@ def test_the_readmes_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for name, folder in (("base", digits.BASE), ("adapter", digits.ADAPTER)):
         Path("path/to", name).symlink_to(folder)
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    first, batches, temperature, generation = (
+    first, batches, methods, generation = (
         part.split("```")[0] for part in text.split("```python\n")[1:5]
     )
     names: dict[str, Any] = {}
     exec(first, names)
     names["yes"], names["no"] = names["anchors"].label_ids[0][:2]
     names["prompts"] = [digits.rows("test")[0]["prompt"]]
-    for block in (batches, temperature, generation):
+    for block in (batches, methods, generation):
         exec(block, names)
-    B, K = names["probs"].shape
-    assert (B, K) == (1, 2) and names["logits"].shape[0] == 10 and names["out"].total.shape[0] == 1
+    assert names["pred"].probs.shape == (1, 2) and names["logits"].shape[0] == 10
+    assert names["out"].total.shape[0] == 1
     bayes, fit = names["bayes"], names["fit"]
-    assert bayes.sigma == fit.sigma > 0 and read_sidecar("artifact")["fit"]["sigma"] == fit.sigma
+    assert bayes.config == fit.config and names["both"] == fit
+    assert names["paper"].temperature == names["noise"].temperature == 1.0
+    assert names["scaled"].sigma == 0.0 and names["paper"].sigma > names["noise"].sigma
+    sidecar = read_sidecar("artifact")
+    assert all(sidecar[k] == sidecar["fit"][k] for k in ("sigma", "temperature"))
     [again] = tfb.score(read_rows("rows.jsonl", limit=1), bayes, names["tokenizer"])
     [first] = tfb.score(read_rows("rows.jsonl", limit=1), bayes, names["tokenizer"], draws=10)
     assert first == again and set(names["result"]) == set(again)

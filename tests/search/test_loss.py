@@ -16,14 +16,7 @@ from tfb.data.batching import NO_LABEL, EncodedRows
 from tfb.data.rows import Row
 from tfb.sampling.config import SamplingConfig
 from tfb.search import loss as anchor
-from tfb.search.loss import (
-    METRICS,
-    AnchorLoss,
-    AnchorSet,
-    PassCounter,
-    jackknife_error,
-    passes_per_row,
-)
+from tfb.search.loss import METRICS, AnchorLoss, AnchorSet, PassCounter, passes_per_row
 
 # The same float64 sums in another order, through two blocks of width 16: some hundred roundings
 # of 1.1e-16, amplified by norms and softmax. A single float32 rounding (6e-8) would show.
@@ -202,30 +195,79 @@ def explicit(bayes: tfb.BayesianModel, batch: Any, draws: Draws, metric: str) ->
     return -probs[torch.arange(len(probs)), target].log()
 
 
+@pytest.mark.parametrize("mode", [("full", None), ("tail", 2)])
 @pytest.mark.parametrize("metric", METRICS)
 def test_row_losses_are_those_of_predict_on_the_same_draws(
-    bayes: tfb.BayesianModel, metric: str
+    metric: str, mode: tuple[str, int | None]
 ) -> None:
     """At every sigma the streams are those of Draws.antithetic: common random numbers."""
-    loss = loss_of(bayes, metric=metric)
-    table = loss(SIGMAS)
+    if metric == "embedding_norm" and mode[1] is not None:
+        pytest.skip("a norm of all tokens has no tail")
+    bayes = build().configure(mode=mode[0], tail=mode[1], seed=5)
+    loss = loss_of(bayes, metric=metric, config=bayes.config)
+    found = loss(SIGMAS)
+    assert [s for s, _ in found.points] == [0.0, *SIGMAS] and found.losses.dtype == torch.float64
     for g, sigma in enumerate([0.0, *SIGMAS]):
         draws = Draws.antithetic(6, sigma, seed=5)
         wanted = torch.cat([explicit(bayes, b, draws, metric) for b in loss.anchors.batches])
-        found = table.rows[g - 1] if g else loss.baseline
-        assert found.dtype == torch.float64
-        torch.testing.assert_close(found, wanted, rtol=EXACT, atol=EXACT)
-    if metric in ("nll", "embedding_norm"):
-        assert float((table.rows - loss.baseline).abs().min()) > 1e3 * EXACT  # noise has an effect
+        torch.testing.assert_close(found.losses[g], wanted, rtol=EXACT, atol=EXACT)
+    if metric in ("nll", "embedding_norm"):  # noise has an effect
+        assert float((found.losses[1:] - found.losses[0]).abs().min()) > 1e3 * EXACT
 
 
-def test_losses_are_those_at_the_models_temperature() -> None:
-    bayes = build().configure(temperature=1.7, seed=5)
-    loss = loss_of(bayes, config=None)
-    draws = Draws.antithetic(6, 0.1, seed=5)
-    wanted = torch.cat([explicit(bayes, b, draws, "nll") for b in loss.anchors.batches])
-    torch.testing.assert_close(loss([0.1]).rows[0], wanted, rtol=EXACT, atol=EXACT)
-    assert float((loss.baseline - loss_of(bayes).baseline).abs().min()) > 1e3 * EXACT
+def test_rows_are_right_where_predict_is(bayes: tfb.BayesianModel) -> None:
+    loss = loss_of(bayes)
+    found = loss(SIGMAS)
+    assert found.correct is not None
+    for g, sigma in enumerate([0.0, *SIGMAS]):
+        draws = Draws.antithetic(6, sigma, seed=5)
+        wrong = torch.cat([explicit(bayes, b, draws, "accuracy") for b in loss.anchors.batches])
+        assert torch.equal(found.correct[g], wrong == 0)
+    assert loss_of(bayes, metric="pseudo_nll")(SIGMAS).correct is None
+
+
+@pytest.mark.parametrize("anchors", [MIXED, rows()], ids=["mixed", "equal"])
+def test_each_sigma_has_the_temperature_of_least_nll(
+    bayes: tfb.BayesianModel, anchors: EncodedRows
+) -> None:
+    """The losses are predict's at that T, and stationary in it, by a difference whose error is
+    of third order: |l'(log T)| <= l'' h / 2 at an answer that is right to h."""
+    loss = loss_of(bayes, anchors, temperature=True)
+    found = loss([0.05, 0.2])
+    assert [s for s, _ in found.points] == [0.0, 0.0, 0.05, 0.2] and found.points[0][1] == 1.0
+    plain = loss_of(bayes, anchors)([0.05, 0.2])
+    assert torch.equal(found.losses[0], plain.losses[0])
+    for (sigma, T), losses, at_one in zip(
+        found.points[1:], found.losses[1:], plain.losses, strict=True
+    ):
+
+        def nll(T: float, sigma: float = sigma) -> Tensor:
+            tempered = build().configure(temperature=T)
+            draws = Draws.antithetic(6, sigma, seed=5)
+            batches = loss.anchors.batches
+            return torch.cat([explicit(tempered, b, draws, "nll") for b in batches])
+
+        torch.testing.assert_close(losses, nll(T), rtol=EXACT, atol=EXACT)
+        assert float(losses.mean()) < float(at_one.mean())
+        h = 1e-3
+        assert float(losses.mean()) < float(nll(T * (1 + h)).mean())
+        assert float(losses.mean()) < float(nll(T / (1 + h)).mean())
+
+
+def test_without_a_wrong_row_there_is_no_temperature(bayes: tfb.BayesianModel) -> None:
+    """The likelihood would grow for ever as T falls."""
+    guessed = loss_of(bayes, rows(), "pseudo_nll")([])  # any metric: for the order of the rows
+    assert guessed.points == ((0.0, 1.0),)
+    loss = loss_of(bayes, rows(), temperature=True)
+    loss([])
+    assert loss.log_probs is not None
+    right = loss.log_probs.argmax(-1).tolist()
+    batches = [dict(b) for b in loss.anchors.batches]
+    for batch in batches:
+        batch["labels"] = torch.tensor([right.pop(0) for _ in batch["labels"]])
+    assert AnchorLoss(
+        bayes, AnchorSet.of(batches), "nll", draws=2, config=SamplingConfig(), temperature=True
+    )([0.001]).points == ((0.0, 1.0), (0.001, 1.0))
 
 
 def test_classification_head() -> None:
@@ -237,65 +279,67 @@ def test_classification_head() -> None:
         loss = loss_of(bayes, text, metric)
         draws = Draws.antithetic(6, 0.1, seed=5)
         wanted = torch.cat([explicit(bayes, b, draws, metric) for b in loss.anchors.batches])
-        torch.testing.assert_close(loss([0.1]).rows[0], wanted, rtol=EXACT, atol=EXACT)
+        torch.testing.assert_close(loss([0.1]).losses[1], wanted, rtol=EXACT, atol=EXACT)
 
 
 def test_unlabelled_anchors_have_the_unsupervised_losses(bayes: tfb.BayesianModel) -> None:
     bare = rows(labels=[None] * 7)
     for metric in ("pseudo_nll", "embedding_norm"):
-        labelled, unlabelled = (loss_of(bayes, a, metric)(SIGMAS).rows for a in (rows(), bare))
+        labelled, unlabelled = (loss_of(bayes, a, metric)(SIGMAS).losses for a in (rows(), bare))
         assert torch.equal(labelled, unlabelled)
 
 
-def test_probability_floor(bayes: tfb.BayesianModel) -> None:
-    """-log max(p, 1e-12)."""
-    loss = loss_of(bayes, rows())
-    sure = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64)
-    loss._mean = sure.expand(7, 3)
-    assert loss.baseline.tolist() == [
-        pytest.approx(0.0 if y == 0 else 27.631021115928547) for y in loss.anchors.labels.tolist()
-    ]
+# --- the matrix ---------------------------------------------------------------------------------
+
+
+def test_join_keeps_the_adapter_first_and_every_sigma_once(bayes: tfb.BayesianModel) -> None:
+    loss = loss_of(bayes, temperature=True)
+    joined = loss([0.05]).join(loss([0.02, 0.05, 0.2]))
+    whole = loss([0.02, 0.05, 0.2])
+    assert joined.points == whole.points and [s for s, _ in joined.points][:2] == [0.0, 0.0]
+    torch.testing.assert_close(joined.losses, whole.losses, rtol=EXACT, atol=EXACT)
+    assert joined.correct is not None and torch.equal(joined.correct, whole.correct)  # type: ignore[arg-type]
+
+
+def test_standard_error_is_of_the_paired_change(bayes: tfb.BayesianModel) -> None:
+    found = loss_of(bayes)([0.2])
+    change = found.losses[1] - found.losses[0]
+    wanted = float((change - change.mean()).square().sum() / (7 * 6)) ** 0.5
+    assert found.standard_error(1) == pytest.approx(wanted, rel=1e-12)
+    assert found.standard_error(0) == 0.0
 
 
 # --- passes, batches and chunks -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("metric", METRICS)
-def test_sigmas_together_are_each_alone(
-    bayes: tfb.BayesianModel, metric: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("mode", [("full", None), ("tail", 2)])
+def test_sigmas_rows_and_chunks_do_not_matter(
+    mode: tuple[str, int | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loss = loss_of(bayes, metric=metric)
-    together = loss(SIGMAS)
-    for g, sigma in enumerate(SIGMAS):
-        alone = loss([sigma])
-        torch.testing.assert_close(alone.rows[0], together.rows[g], rtol=EXACT, atol=EXACT)
-        torch.testing.assert_close(
-            jackknife_error(alone.left_out)[0],
-            jackknife_error(together.left_out)[g],
-            rtol=1e-6,
-            atol=EXACT,
-        )
+    bayes = build().configure(mode=mode[0], tail=mode[1])
+    whole = loss_of(bayes, config=bayes.config)(SIGMAS)
     monkeypatch.setattr(anchor, "ROWS_PER_PASS", 36)  # two sigmas of 6 draws on 3 rows
-    chunked = loss(SIGMAS)
-    torch.testing.assert_close(chunked.rows, together.rows, rtol=EXACT, atol=EXACT)
+    loss = loss_of(bayes, config=bayes.config)
+    torch.testing.assert_close(loss(SIGMAS).losses, whole.losses, rtol=EXACT, atol=EXACT)
+    some = torch.tensor([0, 2, 3, 6])
+    alone = loss([SIGMAS[1]], some)
+    torch.testing.assert_close(alone.losses[0], whole.losses[0, some], rtol=EXACT, atol=EXACT)
+    torch.testing.assert_close(alone.losses[1], whole.losses[2, some], rtol=EXACT, atol=EXACT)
 
 
 def test_batch_size_does_not_matter(bayes: tfb.BayesianModel) -> None:
     """Rows of one K are sorted by length whatever the batch size, so their order is the same."""
-    whole = loss_of(bayes, batch_size=50)(SIGMAS)
+    whole = loss_of(bayes, batch_size=50)(SIGMAS).losses
     for batch_size in (1, 2, 4):
-        table = loss_of(bayes, batch_size=batch_size)(SIGMAS)
-        torch.testing.assert_close(table.rows, whole.rows, rtol=EXACT, atol=EXACT)
-        torch.testing.assert_close(
-            jackknife_error(table.left_out), jackknife_error(whole.left_out), rtol=1e-6, atol=EXACT
-        )
+        found = loss_of(bayes, batch_size=batch_size)(SIGMAS).losses
+        torch.testing.assert_close(found, whole, rtol=EXACT, atol=EXACT)
 
 
 def test_batch_size_in_float32_stays_in_the_budget(bayes: tfb.BayesianModel) -> None:
     """Budget: twice the error of a float32 pass against the float64 model of the same weights."""
     single = build(double=False)
-    truth = loss_of(bayes, batch_size=50)(SIGMAS).rows
-    found = {size: loss_of(single, batch_size=size)(SIGMAS).rows for size in (1, 2, 50)}
+    truth = loss_of(bayes, batch_size=50)(SIGMAS).losses
+    found = {size: loss_of(single, batch_size=size)(SIGMAS).losses for size in (1, 2, 50)}
     eager = float((found[50] - truth).abs().max())
     assert 0 < eager < 1e-3
     for size in (1, 2):
@@ -303,12 +347,17 @@ def test_batch_size_in_float32_stays_in_the_budget(bayes: tfb.BayesianModel) -> 
 
 
 def test_passes_and_progress_are_counted(bayes: tfb.BayesianModel) -> None:
+    """Full mode: 1 + 3 x 6, the adapter's once. Tail mode: sigma = 0 is one of a sweep's draws,
+    which share 1 - k / T of each row."""
     seen: list[int] = []
     loss = loss_of(bayes, progress=seen.append)
-    assert loss.passes == 1 and sum(seen) == 0
-    assert loss.baseline.shape == (7,) and loss.passes == 1
     loss(SIGMAS)
     assert loss.passes == 1 + 3 * 6 and sum(seen) == 3 * 6 * 7
+    loss([0.3], torch.tensor([LENGTHS.index(2)]))
+    assert loss.passes > 1 + 3 * 6 and sum(seen) == 3 * 6 * 7 + 6
+    tail = loss_of(bayes, config=SamplingConfig(mode="tail", tail=2))
+    tail(SIGMAS)
+    assert tail.passes == pytest.approx(passes_per_row(LENGTHS, 4 * 6, 2), rel=1e-14)
 
 
 PROMPTS = [3, 7, 20]
@@ -334,36 +383,6 @@ def test_passes_per_row(draws: int, tail: int | None, passes: float) -> None:
     assert counter.passes == pytest.approx(passes, rel=1e-14)
 
 
-# --- the standard error over draws --------------------------------------------------------------
-
-
-@pytest.mark.parametrize("metric", METRICS)
-def test_draw_standard_error_is_the_jackknife_over_streams(
-    bayes: tfb.BayesianModel, metric: str
-) -> None:
-    """Leave out one stream (a pair), average the rest, take the loss."""
-    loss = loss_of(bayes, metric=metric)
-    error = jackknife_error(loss([0.1, 0.3]).left_out)
-    for g, sigma in enumerate((0.1, 0.3)):
-        draws = Draws.antithetic(6, sigma, seed=5)
-        left_out = []
-        for unit in draws.units:
-            keep = [s for s in range(6) if s not in unit]
-            rest = Draws(
-                tuple(draws.sigmas[s] for s in keep), tuple(draws.streams[s] for s in keep), seed=5
-            )
-            rows_ = [explicit(bayes, b, rest, metric) for b in loss.anchors.batches]
-            left_out.append(float(torch.cat(rows_).mean()))
-        U = len(left_out)
-        centre = sum(left_out) / U
-        wanted = ((U - 1) / U * sum((x - centre) ** 2 for x in left_out)) ** 0.5
-        assert float(error[g]) == pytest.approx(wanted, rel=1e-6, abs=EXACT)
-
-
-def test_draw_standard_error_of_one_stream_is_unknown(bayes: tfb.BayesianModel) -> None:
-    assert bool(jackknife_error(loss_of(bayes, n=2)(SIGMAS).left_out).isnan().all())
-
-
 # --- refusals -----------------------------------------------------------------------------------
 
 
@@ -373,7 +392,7 @@ def test_nan_is_refused(metric: str) -> None:
     with torch.no_grad():
         broken.base.model.norm.weight[0] = float("nan")
     with pytest.raises(ValueError, match="the model returned NaN or Inf; check weights and inputs"):
-        loss_of(broken, metric=metric)
+        loss_of(broken, metric=metric)([0.1])
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -13,7 +13,7 @@ from support.models import CASES, exact, make_batch
 
 import tfb
 from benchmarks.calibration.reference_rule import fit_reference, reference_rule
-from tfb import Draws, SigmaFit
+from tfb import Draws, PredictiveFit
 from tfb.search.loss import AnchorSet
 
 N = 8
@@ -56,11 +56,13 @@ def test_known_curves(name: str, upper: float) -> None:
     assert (sigma == upper) == (name == "nothing violates")
     assert [step for _, step in asked] == [0, 0, 1, 2, 3, 4] and asked[0][0] == 0.0
     assert [(p.sigma, p.loss) for p in points] == sorted((s, curve(s)) for s, _ in asked)
+    assert all((p.standard_error, p.temperature, p.anchors) == (0.0, 1.0, N) for p in points)
 
 
 @pytest.mark.parametrize("upper", [0.015, 1.0])
 def test_a_model(upper: float) -> None:
-    """Their rule with ``predict`` alone: pseudo-labels, fresh iid noise, log(p + 1e-12)."""
+    """Their rule with ``predict`` alone: pseudo-labels, fresh iid noise, log(p + 1e-12). It knows
+    no temperature: the model's is set to 1."""
     model = tfb.bayesianize(exact(CASES["llama"].build()), seed=3)
     ids = torch.tensor([10, 11, 12])
     anchors = AnchorSet.of([make_batch(4, 3, 5, 2, seed=i) | {"label_ids": ids} for i in (0, 1)])
@@ -79,10 +81,12 @@ def test_a_model(upper: float) -> None:
         return sum(losses) / len(losses)
 
     seen: list[int] = []
+    model.configure(temperature=2.0)
     fit = fit_reference(model, anchors, draws=4, bounds=(0.001, upper), progress=seen.append)
-    assert fit.sigma == model.sigma == authors_rule(loss_at, 8, upper)
+    assert fit.config == model.config and fit.temperature == 1.0
+    assert fit.sigma == authors_rule(loss_at, 8, upper)
     assert fit.stopped.startswith("upper bound" if fit.sigma == upper else "smallest violating")
     assert (fit.sigma < upper) == (upper == 1.0)  # one case of each kind
     assert fit.passes == 1 + 5 * 4 and sum(seen) == 8 * fit.passes
-    again = SigmaFit.from_dict(json.loads(json.dumps(fit.to_dict(), allow_nan=False)))
-    assert again.to_dict() == fit.to_dict() and again.metric == "pseudo_nll" and again.two_sided
+    again = PredictiveFit.from_dict(json.loads(json.dumps(fit.to_dict(), allow_nan=False)))
+    assert again == fit and again.metric == "pseudo_nll"

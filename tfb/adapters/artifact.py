@@ -30,7 +30,7 @@ from tfb.draws import stable_layer_id
 from tfb.model import BayesianModel
 from tfb.posterior import LowRankPosterior
 from tfb.sampling.config import SamplingConfig
-from tfb.search.result import SigmaFit
+from tfb.search.result import PredictiveFit
 from tfb_kernels import NOISE_VERSION
 
 FORMAT_VERSION = 1
@@ -65,7 +65,7 @@ def check_output_folder(folder: str | Path) -> Path:
 
 
 def save(
-    bayes: BayesianModel, folder: str | Path, *, fit: SigmaFit | None = None, **extra: Any
+    bayes: BayesianModel, folder: str | Path, *, fit: PredictiveFit | None = None, **extra: Any
 ) -> Path:
     """Write a model with its posterior and configuration to a new folder, all of it or nothing.
 

@@ -98,7 +98,9 @@ def fit(
     ] = None,
     tolerance: Annotated[
         float | None,
-        typer.Option(help="degradation that max_variance accepts, relative; default 0.003"),
+        typer.Option(
+            help="degradation that max_variance accepts, relative; default 0.003, of accuracy 0.01"
+        ),
     ] = None,
     absolute: Annotated[bool, typer.Option(help="tolerance in the loss's own units")] = False,
     search: Annotated[str, typer.Option(help="grid or bisection")] = "grid",
@@ -108,12 +110,18 @@ def fit(
         str,
         typer.Option(help="choices of several tokens: none (sum of log-probs) or tokens (mean)"),
     ] = "none",
-    draws: Annotated[int, typer.Option(help="antithetic draws at each sigma")] = 4,
+    temperature: Annotated[
+        bool, typer.Option(help="fit a temperature beside sigma (objective min_nll)")
+    ] = True,
+    sigma: Annotated[
+        float | None, typer.Option(help="fit the temperature alone, at this sigma; 0: no noise")
+    ] = None,
+    draws: Annotated[int, typer.Option(help="antithetic draws at each sigma")] = 8,
     limit: Limit = None,
     seed: Annotated[int, typer.Option(help="seed of the noise")] = 0,
     batch_size: BatchSize = 50,
 ) -> None:
-    """Search sigma on anchor rows and write the artifact."""
+    """Fit sigma and the temperature on anchor rows and write the artifact."""
     from tfb.adapters.artifact import check_output_folder, save
     from tfb.adapters.bridge import bayesianize
     from tfb.adapters.loading import (
@@ -126,7 +134,7 @@ def fit(
     from tfb.sampling.config import SamplingConfig
     from tfb.scoring.evaluate import compare_label_tokens
     from tfb.search.fit import check_arguments, default_objective, fit_sigma
-    from tfb.search.loss import SUPERVISED, AnchorSet
+    from tfb.search.loss import METRICS, AnchorSet
 
     quiet()
     check_output_folder(output)
@@ -136,7 +144,9 @@ def fit(
     if absolute and tolerance is None:
         raise ValueError("--absolute says how --tolerance is meant: give --tolerance as well")
     objective = default_objective(objective, metric, tolerance, search)
-    check_arguments(metric, tolerance, search, objective, draws)
+    check_arguments(
+        metric, tolerance, search, objective, draws, temperature=temperature, sigma=sigma
+    )
     source = adapter_folder(adapter)
     given = Input.of(
         model,
@@ -148,7 +158,7 @@ def fit(
         length_normalization=length_normalization,
     )
     rows = given.read(anchors, limit)
-    if metric in SUPERVISED:
+    if METRICS[metric].labelled:
         needed = f"metric {metric} needs one on every row of --anchors (embedding_norm needs none)"
         check_labels(rows, needed)
     encoded = given.encode(rows)
@@ -178,6 +188,8 @@ def fit(
             tolerance,
             search,
             objective=objective,
+            temperature=temperature,
+            sigma=sigma,
             relative=not absolute,
             draws=draws,
             batch_size=batch_size,
@@ -235,11 +247,14 @@ def evaluate(
         )
     figures = print_metrics(found)
     if bayes.sigma == 0.0:
-        say("sigma = 0: no noise, so tfb is the deterministic adapter")
+        T = bayes.config.temperature
+        at = "" if T == 1.0 else f" at temperature {T:.4g}"
+        say(f"sigma = 0: no noise, so tfb is the deterministic adapter{at}")
     if json_out is None:
         return
     setting = {
         "sigma": bayes.sigma,
+        "temperature": bayes.config.temperature,
         "draws": found[-1].draws,  # one where sigma is 0
         "mode": bayes.config.mode,
         "tail": bayes.config.tail,
@@ -281,7 +296,7 @@ def export(
     if sidecar["sigma"] == 0:
         raise ValueError(
             f"--artifact {artifact}: its sigma is 0, and all draws would be the adapter itself: "
-            "serve that one"
+            f"serve that one, with logits divided by {sidecar.get('temperature', 1.0):.6g}"
         )
     chosen = PosteriorDraws.antithetic(
         draws, sidecar["sigma"], seed=sidecar["seed"] if seed is None else seed

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tfb.data.rows import Row, RowFormat
     from tfb.evaluation.metrics import Evaluation, Metrics
     from tfb.model import BayesianModel
-    from tfb.search.result import SigmaFit
+    from tfb.search.result import PredictiveFit
 
 out = Console(width=None if sys.stdout.isatty() else 120)
 
@@ -269,30 +269,33 @@ def progress_bar(label: str, total: int | None) -> Iterator[Callable[[int], None
         yield lambda n: bar.advance(task, n)
 
 
-def print_fit(found: SigmaFit) -> None:
+def print_fit(found: PredictiveFit) -> None:
     """Print the curve and the answer."""
     table = Table(title=f"{found.metric} on {found.anchors} anchors")
-    for heading in ("sigma", "loss", "change", "± anchors", "± draws", "anchors"):
+    for heading in ("sigma", "T", "loss", "change", "± error", "accuracy %", "anchors"):
         table.add_column(heading, justify="right")
     for p in found.curve:
-        change = p.loss - found.baseline
         table.add_row(
             f"{p.sigma:.5g}",
+            f"{p.temperature:.3g}",
             f"{p.loss:.4f}",
-            f"{change:+.4f}",
-            f"{p.standard_error:.4f}",
-            f"{p.draw_standard_error:.4f}",
+            f"{p.loss - found.baseline:+.4f}",
+            "" if p.standard_error is None else f"{p.standard_error:.4f}",
+            "" if p.accuracy is None else f"{100 * p.accuracy:.1f}",
             str(p.anchors or found.anchors),
         )
     out.print(table)
     kl = "" if found.kl is None else f", KL {found.kl:.4g} nats"
     lam = "" if found.implied_lambda is None else f", implied lambda {found.implied_lambda:.3g}"
     cost = f"{found.passes:.4g} passes{kl}{lam}"
-    say(f"sigma = {found.sigma:.6g} ({found.objective}; {found.stopped}; {cost})")
+    say(f"sigma = {found.sigma:.6g}, T = {found.temperature:.4g} ({found.objective}; {cost})")
+    say(found.stopped)
     if found.interval is not None:
         low, high = found.interval
         end = "beyond what was measured" if high is None else f"{high:.4g}"
-        say(f"95 % interval over anchors and draws: {low:.4g} to {end}")
+        say(f"95 % interval of sigma over anchors: {low:.4g} to {end}")
+    if found.change is not None:
+        say("95 % interval of the change of the loss: {:+.4f} to {:+.4f}".format(*found.change))
     for remark in found.notes:
         say(f"note: {remark}")
 

@@ -102,6 +102,7 @@ def facts(sidecar: Mapping[str, Any], draws: int) -> dict[str, str]:
     tail, fit = sidecar.get("tail"), sidecar.get("fit")
     found = {
         "σ": f"{sidecar['sigma']:.6g}",
+        "Temperature": f"{sidecar.get('temperature', 1.0):.4g}",
         "Mode": "full" if tail is None else f"tail, last {tail} of the prompt's tokens",
         "Draws": f"{draws}, antithetic; seed {sidecar['seed']}" if sidecar["sigma"] else "none",
         "Model": f"{sidecar['base']['model_type']}, {len(sidecar['layers'])} matrices with noise",

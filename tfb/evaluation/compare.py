@@ -75,7 +75,9 @@ def compare(before: Evaluation, after: Evaluation) -> dict[str, Change]:
     def changes(rows: np.ndarray, axis: int) -> np.ndarray:
         return np.stack([later[name](rows) - then[name](rows) for name in names])
 
-    known = [(0.0, 0.0)] * len(names) if before is after and N > 1 else _limits(changes, N)
+    known = (
+        [(0.0, 0.0)] * len(names) if before is after and N > 1 else percentile_limits(changes, N)
+    )
     found = {"accuracy": _accuracy_limits(before, after)}
     found |= dict(zip(names, known, strict=True))
     return {name: Change(was[name], now[name], *limits, N) for name, limits in found.items()}
@@ -100,12 +102,19 @@ def compare_auroc(
     def change(ood: np.ndarray, rows: np.ndarray, axis: int) -> np.ndarray:
         return np.stack([aurocs(x[ood], y[rows]) - aurocs(u[ood], v[rows])])
 
-    [limits] = _limits(change, *sizes[:2])
+    [limits] = percentile_limits(change, *sizes[:2])
     return Change(auroc(*totals[:2]), auroc(*totals[2:]), *limits, min(sizes))
 
 
-def _limits(statistic: Callable[..., np.ndarray], *sizes: int) -> list[tuple[float, float]]:
-    """Percentile limits of each of a statistic's values [F, ...] of row numbers [..., N]."""
+def percentile_limits(
+    statistic: Callable[..., np.ndarray], *sizes: int
+) -> list[tuple[float, float]]:
+    """Return percentile limits of a statistic over resampled rows.
+
+    Args:
+        statistic: takes row numbers [..., N] of each sample, and returns F values, [F, ...].
+        sizes: rows of each sample.
+    """
     samples = [np.arange(n) for n in sizes]
     if min(sizes) < 2:
         return [(np.nan, np.nan)] * len(statistic(*samples, axis=-1))

@@ -116,9 +116,12 @@ def risk_coverage_panel(axes: Axes, evaluations: Mapping[str, Evaluation]) -> No
 
 @_panel
 def sigma_panel(axes: Axes, fit: Mapping[str, Any]) -> None:
-    """Draw the loss of the anchors against sigma, from a fit's record (``SigmaFit.to_dict()``)."""
+    """Draw the anchors' loss against sigma, from a fit's record (``PredictiveFit.to_dict()``)."""
     points = fit["curve"]
     whole = [p for p in points if p.get("anchors") in (None, fit["anchors"])]
+    if [p["sigma"] for p in whole[:2]] == [0.0, 0.0]:  # at T = 1, and at the T of least loss
+        axes.plot(0.0, whole[0]["loss"], "o", markersize=5, color=COLOURS["before"])
+        whole = whole[1:]
     positive = [p["sigma"] for p in points if p["sigma"] > 0]
     sigmas, losses = ([p[name] for p in whole] for name in ("sigma", "loss"))
     _points(axes, sigmas, losses, [Z * _error(p) for p in whole], "after", "-")
@@ -150,15 +153,15 @@ def _decades(low: float, high: float) -> list[float]:
 
 
 def _error(point: Mapping[str, Any]) -> float:
-    """Return the standard error of the change to sigma = 0, over anchors and over draws."""
-    return math.hypot(point["standard_error"] or 0.0, point["draw_standard_error"] or 0.0)
+    """Return the standard error of the change from the adapter, over anchors."""
+    return float(point["standard_error"] or 0.0)
 
 
 def shown_losses(fit: Mapping[str, Any], whole: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
     """Return limits of the loss axis; losses far beyond the answer would flatten what decides."""
     near = [p for i, p in enumerate(whole) if i < 3 or p["sigma"] <= 1.6 * fit["sigma"]]
     levels = [p["loss"] + side * Z * _error(p) for p in near for side in (-1, 1)]
-    levels += [] if fit.get("limit") is None else [fit["limit"]]
+    levels += [level for level in (fit["baseline"], fit.get("limit")) if level is not None]
     low, high = min(levels), max(levels)
     spread = high - low or 1.0
     return low - 0.15 * spread, high + 0.1 * spread

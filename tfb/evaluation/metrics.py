@@ -257,21 +257,25 @@ def aurocs(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
     return u / (P * M)
 
 
-def fit_temperature(log_probs: Tensor, labels: Tensor) -> float:
-    """Return the temperature T of least NLL of softmax(log_probs / T) (Guo et al. 2017).
+def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+    """Return the temperature T of least NLL of mean_s softmax(logits_s / T).
+
+    For one model it is that of Guo et al. 2017.
 
     Args:
-        log_probs: [N, K], or logits; -inf where a row has no such class.
+        logits: [N, K], or of S draws [S, N, K]; log-probabilities will do; -inf where a row has no
+            such class.
         labels: [N].
 
     Raises:
         ValueError: empty input, NaN, labels out of range, shapes.
     """
-    _check(log_probs.softmax(-1), labels)
-    scores = log_probs.double()
+    scores = logits.double()[None] if logits.dim() == 2 else logits.double()
+    _check(scores.softmax(-1).mean(0), labels)
 
     def nll(log_t: float) -> float:
-        return float(nll_of_rows((scores / math.exp(log_t)).softmax(-1), labels).mean())
+        probs = (scores / math.exp(log_t)).softmax(-1).mean(0)
+        return float(nll_of_rows(probs, labels).mean())
 
     found = minimize_scalar(nll, bounds=LOG_TEMPERATURE_BOUNDS, method="bounded")
     return math.exp(float(found.x))

@@ -86,7 +86,7 @@ def write_report(
         output: an .html file, or a folder for ``index.html``.
         evaluations: labelled. The first two are compared in full, the first of every data set with
             all others of it.
-        fit: ``SigmaFit.to_dict()``.
+        fit: ``PredictiveFit.to_dict()``.
         title: heading of the page.
         ood: rows unlike those of the first data set, by the same methods.
         facts: how this was made, by name.

@@ -37,8 +37,8 @@ class Generation:
     """B continuations and the uncertainty of every token's distribution, in nats.
 
     Uncertainties [B, L] are those of the averaged distribution that each new token was taken from,
-    before temperature, top-k or other processors. They are 0 after a row's end token, and None for
-    continuations by draw.
+    before the processors of ``generate`` (its own temperature, top-k, ...). They are 0 after a
+    row's end token, and None for continuations by draw.
 
     Attributes:
         sequences: [B, T + L] token ids, prompts first ([S, B, T + L] for continuations by draw).
@@ -57,16 +57,18 @@ class Generation:
 class Averager:
     """Reduces a step's logits [S * B, L, V] to scores [B, L, V] and keeps the uncertainties.
 
-    score = log mean_s softmax(l_s) + mean_s logsumexp(l_s). The second term changes no probability.
-    With it, scores at sigma = 0 are the logits themselves, whose sign some processors look at.
+    With l_s the logits over the model's temperature, score = log mean_s softmax(l_s) + mean_s
+    logsumexp(l_s). The second term changes no probability. With it, scores at sigma = 0 are l
+    itself, whose sign some processors look at.
     """
 
     draws: int
+    temperature: float
     kept: list[Tensor] = field(default_factory=list)  # total and aleatoric [2, B] of each step
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Return the scores."""
-        logits = logits.to(compute_dtype(logits.dtype))
+        logits = logits.to(compute_dtype(logits.dtype)) / self.temperature
         apart = logits.unflatten(0, (self.draws, -1))  # [S, B, L, V]
         normalizer = apart.logsumexp(-1, keepdim=True)
         log_p = apart - normalizer
@@ -133,8 +135,14 @@ def run_generation(
     _check_arguments(options, defaults)
     inputs = align(batch, "left", bayes.base.device)
     T, S = inputs["input_ids"].shape[1], len(draws)
-    averager = None if per_draw else Averager(S)
-    state = SamplingState(bayes.base, draws, cached=True, diverged=per_draw, reduce=averager)
+    temperature = bayes.config.temperature
+    averager = None if per_draw else Averager(S, temperature)
+
+    def tempered(logits: Tensor) -> Tensor:
+        return logits.to(compute_dtype(logits.dtype)) / temperature
+
+    reduce = averager or (None if temperature == 1.0 else tempered)
+    state = SamplingState(bayes.base, draws, cached=True, diverged=per_draw, reduce=reduce)
     if per_draw:
         inputs = {
             k: v.repeat(S, *([1] * (v.dim() - 1))) if isinstance(v, Tensor) else v

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from tfb.evaluation.metrics import PROBABILITY_FLOOR, Evaluation, apply_temperat
 from tfb.model import BayesianModel
 from tfb.predictive import Predictive
 from tfb.sampling.adaptive import Adaptive
+from tfb.sampling.config import SamplingConfig
 from tfb.scoring.scorer import NOT_FINITE, row_encoder, row_format
 from tfb.search.loss import passes_per_row
 
@@ -96,13 +98,12 @@ def evaluations(
     dataset: str,
     draws: int,
     batch_size: int,
-    temperature: float | None = None,
-    sigmas: Mapping[str, float] | None = None,
+    configs: Mapping[str, SamplingConfig] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Evaluation]:
-    """Evaluate rows by the deterministic adapter, optionally with a temperature, and by TFB.
+    """Evaluate rows by the deterministic adapter (sigma = 0, T = 1), and by the predictive.
 
-    At sigma = 0 TFB is one pass, the deterministic one, without epistemic uncertainty.
+    At sigma = 0 that is one pass, without epistemic uncertainty.
 
     Args:
         bayes: the model.
@@ -110,38 +111,38 @@ def evaluations(
         dataset: their name.
         draws: antithetic draws of each row.
         batch_size: most rows of a batch.
-        temperature: adds the deterministic adapter at this temperature.
-        sigmas: sigmas to sample at, by name; None: {"tfb": bayes.sigma}.
-        progress: gets the number of rows just finished, once for each sigma.
+        configs: sigma and T to evaluate, by name; None: {"tfb": bayes.config}.
+        progress: gets the number of rows just finished, once for each evaluation that runs.
     """
     labels = None if None in encoded.labels else torch.tensor(encoded.labels)
     cost = passes_per_row([len(ids) for ids in encoded.input_ids], draws, bayes.config.tail)
+    own = bayes.config
+    bayes.draws(draws)  # refuses a sigma that is not set
 
-    def predicted(draws_: Draws) -> Predictive:
-        return predict_rows(bayes, encoded, draws_, batch_size=batch_size, progress=progress)
+    def predicted(config: SamplingConfig) -> Predictive:
+        bayes.configure(sigma=config.sigma, temperature=config.temperature)
+        return predict_rows(bayes, encoded, draws, batch_size=batch_size, progress=progress)
 
     def evaluation(name: str, probs: Tensor, total: Tensor, **more: Any) -> Evaluation:
         return Evaluation(name, dataset, probs, labels, total=total, **({"passes": 1.0} | more))
 
-    def at(temperature: float, name: str) -> Evaluation:
-        # Predictions have the model's temperature in them, the adapter as it is has none.
-        if temperature == bayes.config.temperature:
-            return evaluation(name, mean.probs, mean.total)
-        probs = apply_temperature(mean.probs.log(), temperature / bayes.config.temperature)
-        return evaluation(name, probs, torch.special.entr(probs).sum(-1))
-
-    mean = predicted(Draws.mean())
-    found = [at(1.0, "deterministic")]
-    if temperature is not None:
-        found.append(at(temperature, "temperature-scaled"))
-    for name, sigma in (sigmas or {"tfb": bayes.draws(draws).sigmas[0]}).items():
-        if sigma == 0.0:  # there is nothing to draw
-            found.append(evaluation(name, mean.probs, mean.total, draws=1))
-            continue
-        p = predicted(Draws.antithetic(draws, sigma, seed=bayes.config.seed))
-        found.append(
-            evaluation(name, p.probs, p.total, epistemic=p.epistemic, draws=draws, passes=cost)
-        )
+    try:
+        mean = predicted(replace(own, sigma=0.0, temperature=1.0))
+        found = [evaluation("deterministic", mean.probs, mean.total)]
+        for name, config in (configs or {"tfb": own}).items():
+            if config.sigma == 0.0:  # there is nothing to draw
+                probs, total = mean.probs, mean.total
+                if config.temperature != 1.0:
+                    probs = apply_temperature(mean.probs.log(), config.temperature)
+                    total = torch.special.entr(probs).sum(-1)
+                found.append(evaluation(name, probs, total, draws=1))
+                continue
+            p = predicted(config)
+            found.append(
+                evaluation(name, p.probs, p.total, epistemic=p.epistemic, draws=draws, passes=cost)
+            )
+    finally:
+        bayes.configure(sigma=own.sigma, temperature=own.temperature)
     return found
 
 

@@ -1,33 +1,47 @@
-"""``fit_sigma``: how much posterior scale the anchors tolerate (TFB, section 3.3; docs/search.md).
+"""``fit_sigma``: the noise, and the temperature, that anchors support (docs/search.md).
 
-To add an objective or a search: :mod:`tfb.search.select`; a metric: :mod:`tfb.search.loss`.
+To add an objective: a rule in :mod:`tfb.search.select`; a metric: :mod:`tfb.search.loss`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import binomtest
+from torch import Tensor
 
 from tfb.data.batching import EncodedRows
 from tfb.draws import check_even
+from tfb.evaluation.metrics import nll_of_rows
 from tfb.model import BayesianModel
-from tfb.posterior import default_prior_sigma
+from tfb.posterior import LowRankPosterior, default_prior_sigma
 from tfb.sampling.config import SamplingConfig
 from tfb.sampling.state import Batch
-from tfb.search.confidence import compare_held_out, crossing_interval, doubts, minimum_interval
-from tfb.search.curve import LIKELIHOODS, LossCurve
-from tfb.search.loss import METRICS, AnchorLoss, AnchorSet
-from tfb.search.result import SigmaFit
-from tfb.search.select import Divergence, Objective, by_bisection, by_grid, find_minimum
+from tfb.search.loss import METRICS, AnchorLoss, AnchorSet, LossMatrix
+from tfb.search.result import CurvePoint, PredictiveFit
+from tfb.search.select import (
+    SIGNIFICANT,
+    Crossing,
+    Least,
+    Rule,
+    by_bisection,
+    by_grid,
+    change_limits,
+    less_accurate,
+    part_of,
+)
 
-OBJECTIVES = ("max_variance", "min_nll", "gvi")
+OBJECTIVES = ("min_nll", "max_variance", "gvi")
 SEARCHES = ("grid", "bisection")
-MIN_RESOLUTION = 1e-9  # a bracket cannot be narrower than a few ulp
 DEFAULT_BOUNDS = (1e-3, 0.1)
-SEARCH_DRAWS = 4
-TOLERANCE = 0.003
+SEARCH_DRAWS = 8
+NEARLY_ALL, NEAR_ZERO = 0.95, 0.1  # right, and NLL over that of a guess, on training rows
+NLL_FLOOR = 0.01  # nats: below this a relative tolerance on the NLL is ill-conditioned
 
 Anchors = AnchorSet | EncodedRows | Iterable[Batch]
 
@@ -40,12 +54,11 @@ def fit_sigma(
     search: str = "grid",
     *,
     objective: str | None = None,
+    temperature: bool = True,
+    sigma: float | None = None,
     relative: bool = True,
-    two_sided: bool | None = None,
     draws: int = SEARCH_DRAWS,
     bounds: tuple[float, float] = DEFAULT_BOUNDS,
-    points: int = 6,
-    resolution: float = 0.01,
     steps: int = 12,
     prior_sigma: float | None = None,
     kl_weight: float | None = None,
@@ -53,35 +66,34 @@ def fit_sigma(
     batch_size: int = 50,
     mode: str | None = None,
     tail: int | None = None,
-    held_out: Anchors | None = None,
     progress: Callable[[int], None] | None = None,
-) -> SigmaFit:
-    """Search sigma on anchors; configure the model with it, and with the mode it was found in.
+) -> PredictiveFit:
+    """Fit the noise sigma and the temperature T to anchors, and configure the model with both.
+
+    The default minimises the NLL of mean_s softmax(z_s / T) over both. Without ``temperature`` it
+    is TFB as published (section 3.3), at ``sigma=0`` temperature scaling (Guo et al. 2017).
 
     Args:
         bayes: the model.
         anchors: held-out rows: an :class:`AnchorSet`, encoded rows, or batches as in one.
-        metric: what degrades: "nll", "accuracy", "expected_nll", and without labels "pseudo_nll"
-            or "embedding_norm".
-        tolerance: degradation that max_variance accepts; default 0.003.
+        metric: the loss: "nll", "accuracy", "expected_nll", and without labels "pseudo_nll" or
+            "embedding_norm".
+        tolerance: degradation that max_variance accepts; default 0.003, of the accuracy 0.01.
         search: "grid", or "bisection" for max_variance.
         objective: "min_nll", "max_variance" or "gvi"; by default min_nll for metric "nll" where
             neither a tolerance nor a bisection is asked for, else max_variance.
-        relative: the tolerance is relative to l(0), not in the loss's units.
-        two_sided: an improvement counts as degradation too; by default for embedding_norm.
+        temperature: min_nll of metric nll fits T too; everything else leaves it 1.
+        sigma: fit T alone, at this sigma.
+        relative: the tolerance is relative to the adapter's loss, not in the loss's units.
         draws: antithetic draws at each sigma.
         bounds: the first range of sigma; it is extended where needed.
-        points: size of the first grid.
-        resolution: relative precision of the answer on the measured curve.
         steps: most steps of a bisection.
         prior_sigma: the prior's scale for KL; by default of the adapter's own scale.
         kl_weight: lambda of gvi; default 1 / anchors.
-        seed: of the noise and of the anchors' order; default: the model's.
+        seed: of the noise and of the first level's anchors; default: the model's.
         batch_size: of encoded rows.
         mode: "full" or "tail", here and in later predictions; default: the model's.
         tail: positions with noise in tail mode.
-        held_out: labelled rows, as anchors, surely not trained on: a note says if the anchors' NLL
-            lies far below theirs.
         progress: called with finished rows x draws.
 
     Raises:
@@ -89,58 +101,61 @@ def fit_sigma(
         SearchError: the objective has no answer on these anchors.
     """
     objective = default_objective(objective, metric, tolerance, search)
-    check_arguments(metric, tolerance, search, objective, draws, bounds, points)
-    tolerance = TOLERANCE if tolerance is None else tolerance
-    _check_positive(resolution, steps=steps, prior_sigma=prior_sigma, kl_weight=kl_weight)
-    form = {"pad_token_id": bayes.pad_token_id, "batch_size": batch_size}
-    anchor_set = AnchorSet.of(anchors, **form)
-    others = None if held_out is None else AnchorSet.of(held_out, **form)
-    if others is not None:
-        others.check("nll")
-        anchor_set.check("nll")
+    check_arguments(metric, tolerance, search, objective, draws, bounds, temperature, sigma)
+    _check_positive(steps=steps, prior_sigma=prior_sigma, kl_weight=kl_weight)
+    tolerance = METRICS[metric].tolerance if tolerance is None else tolerance
+    fits_temperature = temperature and objective == "min_nll" and metric == "nll"
+    anchor_set = AnchorSet.of(anchors, pad_token_id=bayes.pad_token_id, batch_size=batch_size)
     config = _config(bayes, metric, mode, tail, seed)
-    loss = AnchorLoss(bayes, anchor_set, metric, draws=draws, config=config, progress=progress)
-    if two_sided is None:
-        two_sided = metric == "embedding_norm"
-    curve = LossCurve(loss, metric, tolerance, relative, two_sided)
-    prior = prior_sigma or default_prior_sigma(list(bayes.posteriors.values()))
+    loss = AnchorLoss(
+        bayes,
+        anchor_set,
+        metric,
+        draws=draws,
+        config=config,
+        temperature=fits_temperature,
+        progress=progress,
+    )
+    posteriors = list(bayes.posteriors.values())
+    kl = Divergence(posteriors, prior_sigma or default_prior_sigma(posteriors))
     weight = kl_weight or 1.0 / len(anchor_set)
-    kl = Divergence(bayes.posteriors, prior)
-    if objective != "max_variance":
-        least = Objective(curve, kl if objective == "gvi" else None, weight)
-        sigma, stopped = find_minimum(least, bounds=bounds, points=points, resolution=resolution)
-        limits = minimum_interval(curve, sigma, least)
+    allowed = _allowance(metric, tolerance, relative)
+    rule: Rule
+    if objective == "max_variance":
+        rule = Crossing(allowed, two_sided=metric == "embedding_norm")
     else:
-        if search == "grid":
-            sigma, stopped = by_grid(curve, bounds=bounds, points=points, resolution=resolution)
-        else:
-            sigma, stopped = by_bisection(curve, bounds=bounds, resolution=resolution, steps=steps)
-        limits = crossing_interval(curve, sigma)
-    notes = doubts(curve, objective, sigma, limits)
-    if others is not None:
-        notes += compare_held_out(loss, others)
-    fit = SigmaFit(
-        **asdict(replace(config, sigma=sigma)),
+        gvi = objective == "gvi"
+        rule = Least(lambda s: weight * kl(s) if gvi else 0.0, guarded=not gvi, margin=tolerance)
+    seen = None
+    if sigma is not None:
+        whole = loss([sigma] if sigma > 0 else [])
+    elif isinstance(rule, Crossing) and search == "bisection":
+        whole = by_bisection(loss, rule, bounds[1], steps)
+    else:
+        seen, whole = by_grid(loss, rule, part_of(len(anchor_set), config.seed), bounds)
+    verdict = _verdict(rule, whole, loss, sigma)
+    fit = PredictiveFit(
+        **asdict(replace(config, sigma=verdict.sigma, temperature=verdict.temperature)),
         metric=metric,
         objective=objective,
         tolerance=tolerance,
         relative=relative,
-        two_sided=two_sided,
         search=search,
         draws=draws,
         anchors=len(anchor_set),
         anchor_hash=anchor_set.content_hash,
-        baseline=curve.baseline,
-        limit=curve.baseline + curve.allowed if objective == "max_variance" else None,
-        curve=curve.reported(),
+        baseline=(baseline := float(whole.means[0])),
+        limit=baseline + float(allowed(np.array(baseline))) if isinstance(rule, Crossing) else None,
+        curve=_curve(whole, seen),
         passes=loss.passes,
-        stopped=stopped,
-        interval=limits,
-        notes=tuple(notes),
+        stopped=verdict.text,
+        interval=rule.limits(whole) if sigma is None and len(anchor_set) > 1 else None,
+        change=verdict.change,
+        notes=verdict.notes,
         kl_weight=weight if objective == "gvi" else None,
-        **_variational(curve, sigma, kl),
+        **_variational(whole, verdict.sigma, kl),
     )
-    bayes.configure(sigma=sigma, mode=fit.mode, tail=fit.tail)
+    bayes.configure(sigma=fit.sigma, temperature=fit.temperature, mode=fit.mode, tail=fit.tail)
     return fit
 
 
@@ -161,11 +176,12 @@ def check_arguments(
     objective: str,
     draws: int,
     bounds: tuple[float, float] = DEFAULT_BOUNDS,
-    points: int = 6,
+    temperature: bool = True,
+    sigma: float | None = None,
 ) -> None:
     """Refuse what no search can work with, before a model loads."""
     for name, value, known in (
-        ("metric", metric, METRICS),
+        ("metric", metric, tuple(METRICS)),
         ("objective", objective, OBJECTIVES),
         ("search", search, SEARCHES),
     ):
@@ -173,21 +189,24 @@ def check_arguments(
             raise ValueError(f"{name}={value!r}: expected one of {', '.join(known)}")
     if objective != "max_variance" and search != "grid":
         raise ValueError(f"objective={objective!r} is a minimisation: use search='grid'")
-    if objective != "max_variance" and metric not in LIKELIHOODS:
+    if objective != "max_variance" and not METRICS[metric].likelihood:
         raise ValueError(f"objective={objective!r} needs metric='nll' (or another likelihood)")
     if tolerance is not None and not 0 < tolerance < math.inf:
         raise ValueError(f"tolerance={tolerance}: expected a positive number")
     check_even(draws)
     if not 0 < bounds[0] < bounds[1] < math.inf:
         raise ValueError(f"bounds={bounds}: expected 0 < lower < upper")
-    if points < 3:
-        raise ValueError(f"points={points}: a grid needs at least 3")
+    if sigma is not None:
+        SamplingConfig(sigma=sigma)  # refuses what cannot be
+        if not (temperature and (metric, objective) == ("nll", "min_nll")):
+            raise ValueError(
+                f"sigma={sigma} leaves the temperature to fit: use metric='nll', "
+                "objective='min_nll' and temperature=True"
+            )
 
 
-def _check_positive(resolution: float, **numbers: float | None) -> None:
+def _check_positive(**numbers: float | None) -> None:
     """Refuse other arguments out of range; None is a default."""
-    if not MIN_RESOLUTION <= resolution < 1:
-        raise ValueError(f"resolution={resolution}: expected {MIN_RESOLUTION:g} to 1")
     for name, value in numbers.items():
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name}={value}: expected a positive number")
@@ -205,16 +224,173 @@ def _config(
     return config if seed is None else replace(config, seed=seed)
 
 
-def _variational(curve: LossCurve, sigma: float, kl: Divergence) -> dict[str, Any]:
+def _allowance(metric: str, tolerance: float, relative: bool) -> Callable[[np.ndarray], np.ndarray]:
+    """Return what a tolerance allows, as a function of the adapter's loss."""
+    if not relative:
+        return lambda loss: np.full_like(loss, tolerance)
+    if metric == "accuracy":  # the loss is the error rate
+        return lambda loss: tolerance * (1.0 - loss)
+    floor = NLL_FLOOR if METRICS[metric].likelihood else 0.0
+    return lambda loss: tolerance * np.maximum(loss, floor)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """KL(q || p) in nats as a function of sigma, for one isotropic prior."""
+
+    posteriors: Sequence[LowRankPosterior]
+    prior_sigma: float
+
+    def __call__(self, sigma: float) -> float:
+        """Return KL(q || p); it diverges at sigma = 0."""
+        if sigma == 0.0:
+            return math.inf
+        return sum(p.kl(sigma, self.prior_sigma) for p in self.posteriors)
+
+    def slope(self, sigma: float) -> float:
+        """Return d KL / d sigma."""
+        entries = sum(p.effective_rank * p.in_features for p in self.posteriors)
+        return entries * (sigma / self.prior_sigma**2 - 1.0 / sigma)
+
+
+# --- the verdict ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer, in numbers and in words; see :class:`PredictiveFit`."""
+
+    sigma: float
+    temperature: float
+    text: str
+    change: tuple[float, float] | None
+    notes: tuple[str, ...]
+
+
+def _verdict(rule: Rule, matrix: LossMatrix, loss: AnchorLoss, fixed: float | None) -> Verdict:
+    """Judge what was measured on all anchors; ``fixed`` is the sigma that is not searched."""
+    notes, suspicious = _doubtful_rows(loss)
+    if isinstance(rule, Crossing):
+        sigma, place = rule.crossing(matrix)
+        low, high = matrix.sigmas[place - 1 : place + 1].tolist()
+        if less_accurate(matrix, place - 1):
+            notes.append(f"at this sigma {_fall(matrix, place - 1)}")
+        text = f"the loss crosses the tolerance between {low:.4g} and {high:.4g}"
+        return Verdict(sigma, 1.0, text, None, tuple(notes))
+    assert isinstance(rule, Least)
+    best = rule.best(matrix) if fixed is None else len(matrix.points) - 1
+    sigma, T = matrix.points[best]
+    point, limits = f"sigma = {sigma:.4g}, T = {T:.4g}", change_limits(matrix, best)
+    if not rule.guarded or fixed:
+        text = "T of least loss at this sigma" if fixed else "the least objective measured"
+        return Verdict(sigma, T, text, limits, tuple(notes))
+    gain, error = float(matrix.means[0] - matrix.means[best]), matrix.standard_error(best)
+    if fixed is None and (free := rule.best(matrix, guarded=False)) != best:
+        where = "sigma = {:.4g}, T = {:.4g}".format(*matrix.points[free])
+        notes.append(f"{where} has the least loss, but there {_fall(matrix, free)}: not chosen")
+    if best == 0 or suspicious or gain <= error:
+        text = "keep the adapter: nothing that was tried lowers the loss enough"
+        if suspicious:
+            text = "keep the adapter: these anchors cannot tell how sure it should be"
+        elif best != 0:
+            text = (
+                f"keep the adapter: {point} lowers the loss by {gain:.2g}, which is within its "
+                f"standard error of {error:.2g} over anchors"
+            )
+        return Verdict(0.0, 1.0, text, limits, tuple(notes))
+    if limits is not None and limits[1] >= 0.0:
+        notes.append(
+            "the 95 % interval of the change of the loss includes 0: more anchors would tell "
+            "whether this helps"
+        )
+    return Verdict(sigma, T, f"the loss falls by {gain:.2g}", limits, tuple(notes))
+
+
+def _fall(matrix: LossMatrix, g: int) -> str:
+    """Say how accuracy fell at point g."""
+    assert matrix.correct is not None
+    was, now = (100 * float(matrix.correct[i].double().mean()) for i in (0, g))
+    return f"accuracy falls from {was:.1f} to {now:.1f} % of the anchors, which is significant"
+
+
+def _doubtful_rows(loss: AnchorLoss) -> tuple[list[str], bool]:
+    """Judge labelled anchors by the adapter's own predictions.
+
+    Returns:
+        Notes, and whether the anchors look like the adapter's training rows.
+    """
+    log_probs, labels = loss.log_probs, loss.anchors.labels
+    if log_probs is None or labels is None or loss.metric == "pseudo_nll":
+        return [], False
+    probs = log_probs.exp()
+    found, (N, K), there = [], probs.shape, len(labels.unique())
+    choices = log_probs.isfinite().sum(-1).clamp_min(2).double()
+    # With ten rows a label, evenly frequent labels miss one with a probability of about K e^-10.
+    if there < K and N >= 10 * K and bool((choices == K).all()):
+        found.append(
+            f"only {there} of {K} labels occur among the {N} anchors: if their file is sorted, "
+            "shuffle it before its first rows are taken"
+        )
+    nll, right = nll_of_rows(probs, labels), int((probs.argmax(-1) == labels).sum())
+    # An over-confident adapter can have a worse NLL than a guess, and be right most of the time.
+    lead = choices.log() - nll
+    by_chance = binomtest(right, N, float((1 / choices).mean()), alternative="greater").pvalue
+    if float(lead.mean()) < 2 * _standard_error(lead) and by_chance > SIGNIFICANT:
+        found.append(
+            "the adapter is no better than a guess on these anchors: check that the base model, "
+            "the rows' format and their labels are those it was trained with"
+        )
+    # The NLL of an over-fitted adapter exceeds the entropy of its predictions on held-out rows.
+    surprise = nll - torch.special.entr(probs).sum(-1)
+    known = right >= NEARLY_ALL * N and float(nll.mean()) < NEAR_ZERO * math.log(K)
+    if suspicious := known and float(surprise.mean()) < 2 * _standard_error(surprise):
+        found.append(
+            "the anchors look like rows that the adapter was trained on: it knows nearly every "
+            "label, and is as sure as it is right; use held-out rows"
+        )
+    return found, suspicious
+
+
+def _standard_error(rows: Tensor) -> float:
+    return float(rows.std()) / len(rows) ** 0.5 if len(rows) > 1 else math.inf
+
+
+# --- the record -----------------------------------------------------------------------------------
+
+
+def _curve(whole: LossMatrix, seen: LossMatrix | None) -> tuple[CurvePoint, ...]:
+    """Return all points; of level 1 those that all anchors have not seen."""
+    base = float(whole.means[0])
+
+    def points(matrix: LossMatrix) -> list[CurvePoint]:
+        found = []
+        for g, (sigma, T) in enumerate(matrix.points):
+            error = matrix.standard_error(g)
+            right = None if matrix.correct is None else float(matrix.correct[g].double().mean())
+            loss = base + float(matrix.means[g] - matrix.means[0])
+            count = matrix.losses.shape[1]
+            found.append(
+                CurvePoint(sigma, loss, error if math.isfinite(error) else None, T, right, count)
+            )
+        return found
+
+    found = points(whole)
+    if seen is not None:
+        own = [p.sigma for p in found]
+        found += [p for p in points(seen) if not any(math.isclose(p.sigma, s) for s in own)]
+    return tuple(sorted(found, key=lambda p: p.sigma))
+
+
+def _variational(matrix: LossMatrix, sigma: float, kl: Divergence) -> dict[str, Any]:
     """Return KL and implied lambda at the answer (Theorem 4.2), by a difference across it."""
     if sigma == 0.0:
         return {"prior_sigma": kl.prior_sigma}
-    a = max(s for s in (0.0, *curve.points) if s < sigma)
-    b = min(s for s in curve.points if s > sigma)
-    slope_loss = 2 * sigma * (curve.change(b) - curve.change(a)) / (b * b - a * a)
-    slope_kl = kl.slope(sigma)
-    return {
-        "prior_sigma": kl.prior_sigma,
-        "kl": kl(sigma),
-        "implied_lambda": -slope_loss / slope_kl if slope_kl != 0.0 else None,
-    }
+    found: dict[str, Any] = {"prior_sigma": kl.prior_sigma, "kl": kl(sigma)}
+    below = (matrix.sigmas < sigma).nonzero()[-1]
+    above = (matrix.sigmas > sigma).nonzero()[:1]
+    if len(above):
+        a, b = float(matrix.sigmas[below]), float(matrix.sigmas[above])
+        change = float(matrix.means[above] - matrix.means[below])
+        slope = 2 * sigma * change / (b * b - a * a)
+        found["implied_lambda"] = -slope / kl.slope(sigma) if kl.slope(sigma) else None
+    return found

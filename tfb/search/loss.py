@@ -1,4 +1,4 @@
-"""The loss that is traced as sigma grows: anchor sets, their losses, and what these cost."""
+"""The loss of anchors as sigma grows: anchor sets, the matrix of their losses, what it costs."""
 
 from __future__ import annotations
 
@@ -6,23 +6,39 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tfb.data.batching import NO_LABEL, EncodedRows, batches
 from tfb.draws import Draws
-from tfb.evaluation.metrics import nll_of_rows
+from tfb.evaluation.metrics import PROBABILITY_FLOOR, fit_temperature
 from tfb.model import BayesianModel
 from tfb.sampling.config import SamplingConfig
 from tfb.sampling.state import Batch
 from tfb.search.result import SearchError
+from tfb_kernels.reference import compute_dtype
 
-METRICS = ("nll", "accuracy", "pseudo_nll", "embedding_norm", "expected_nll")
-SUPERVISED = ("nll", "accuracy", "expected_nll")
-PER_ROW = ("expected_nll", "embedding_norm")  # a draw's output is the row's loss already
-ROWS_PER_PASS = 1024  # rows x draws in one forward pass
+ROWS_PER_PASS = 1024  # rows x draws in one forward pass: more bring no more speed
+
+
+class Metric(NamedTuple):
+    """What a metric needs, whether it is a likelihood, and the paper's tolerance, relative."""
+
+    labelled: bool
+    likelihood: bool
+    tolerance: float
+
+
+METRICS = {
+    "nll": Metric(labelled=True, likelihood=True, tolerance=0.003),
+    "accuracy": Metric(labelled=True, likelihood=False, tolerance=0.01),
+    "expected_nll": Metric(labelled=True, likelihood=True, tolerance=0.003),
+    "pseudo_nll": Metric(labelled=False, likelihood=True, tolerance=0.003),
+    "embedding_norm": Metric(labelled=False, likelihood=False, tolerance=0.003),
+}
 
 
 @dataclass(frozen=True)
@@ -86,7 +102,7 @@ class AnchorSet:
 
     def check(self, metric: str) -> None:
         """Refuse what cannot be searched on by a metric: missing labels, one class only."""
-        if metric not in SUPERVISED:
+        if not METRICS[metric].labelled:
             return
         if self.labels is None:
             raise ValueError(
@@ -150,11 +166,6 @@ class PassCounter:
         """Count a sweep of ``draws`` draws over ``rows``."""
         self._spent += int((self._common[rows] + draws * self._drawn[rows]).sum())
 
-    @property
-    def draw_cost(self) -> float:
-        """One more draw in a sweep over all rows, in passes."""
-        return int(self._drawn.sum()) / self._total
-
 
 def passes_per_row(lengths: Sequence[int], draws: int, tail: int | None = None) -> float:
     """Return what draws of prompts of these many tokens cost, as :class:`PassCounter` counts."""
@@ -164,26 +175,52 @@ def passes_per_row(lengths: Sequence[int], draws: int, tail: int | None = None) 
 
 
 @dataclass(frozen=True)
-class LossTable:
-    """Losses of anchors at G sigmas [G, N], and their mean without each stream [G, U]."""
+class LossMatrix:
+    """Losses of n anchors at G points (sigma, T); the first is the adapter's own, (0, 1).
 
-    rows: Tensor
-    left_out: Tensor
+    Attributes:
+        points: G pairs, ascending in sigma.
+        losses: [G, n] float64.
+        correct: [G, n], whether the label is predicted; None without labels.
+    """
 
+    points: tuple[tuple[float, float], ...]
+    losses: Tensor
+    correct: Tensor | None
 
-def jackknife_error(left_out: Tensor) -> Tensor:
-    """Return the standard error of a mean (NaN of one unit) from those without each [..., U]."""
-    U = left_out.shape[-1]
-    if U == 1:
-        return torch.full(left_out.shape[:-1], float("nan"), dtype=left_out.dtype)
-    return ((U - 1) * left_out.var(-1, unbiased=False)).sqrt()
+    @cached_property
+    def sigmas(self) -> Tensor:
+        """The sigma of each point, [G] float64."""
+        return torch.tensor([sigma for sigma, _ in self.points], dtype=torch.float64)
+
+    @cached_property
+    def means(self) -> Tensor:
+        """The mean loss at each point, [G]."""
+        return self.losses.mean(1)
+
+    def standard_error(self, g: int) -> float:
+        """Return the standard error over anchors of the change from the adapter; inf of one row."""
+        change = self.losses[g] - self.losses[0]
+        return float(change.std()) / len(change) ** 0.5 if len(change) > 1 else float("inf")
+
+    def join(self, other: LossMatrix) -> LossMatrix:
+        """Add the points of another matrix of the same rows, at sigmas that this one lacks."""
+        own = {sigma for sigma, _ in self.points}
+        new = [g for g, (sigma, _) in enumerate(other.points) if sigma not in own]
+        points = (*self.points, *(other.points[g] for g in new))
+        order = sorted(range(len(points)), key=lambda g: points[g][0])  # stable: (0, 1) stays first
+        correct = None
+        if self.correct is not None and other.correct is not None:
+            correct = torch.cat([self.correct, other.correct[new]])[order]
+        losses = torch.cat([self.losses, other.losses[new]])[order]
+        return LossMatrix(tuple(points[g] for g in order), losses, correct)
 
 
 class AnchorLoss:
-    """The anchors' loss as a function of sigma; counts the passes it spends.
+    """Measures anchors at any sigmas, all on the same antithetic streams; counts the passes.
 
-    All sigmas share antithetic streams, without which the loss is not even monotone. To add a
-    metric: a branch in ``_outputs`` or ``_label_loss``.
+    Without common streams the loss is not even monotone in sigma. To add a metric: its line in
+    ``METRICS`` and a branch in ``_losses``.
     """
 
     def __init__(
@@ -193,136 +230,152 @@ class AnchorLoss:
         metric: str,
         *,
         draws: int,
-        config: SamplingConfig | None = None,
+        config: SamplingConfig,
+        temperature: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> None:
-        """Check the anchors; in full mode measure them at sigma = 0."""
+        """Check the anchors.
+
+        Args:
+            bayes: the model.
+            anchors: the rows.
+            metric: of ``METRICS``.
+            draws: antithetic draws at each sigma.
+            config: mode, tail and seed to sample with.
+            temperature: take each sigma at its T of least mean loss (metric "nll").
+            progress: called with finished rows x draws.
+        """
         anchors.check(metric)
         self.bayes, self.anchors, self.metric = bayes, anchors, metric
-        self.n, self.progress = draws, progress
-        self.config = bayes.config if config is None else config
-        self.cost = PassCounter(anchors.batches, self.config.tail)
-        self._mean: Tensor | None = None  # [N, K] probabilities (widest K), or [N] losses
-        self.measured = torch.zeros(len(anchors), dtype=torch.bool)  # at sigma = 0
-        if self.config.mode == "full":
-            self._measure_baseline()
+        self.draws, self.config, self.progress = draws, config, progress
+        self.temperature = temperature
+        self.cost = PassCounter(anchors.batches, config.tail)
+        self._adapter: dict[int, Tensor] = {}  # outputs at sigma = 0 of each batch, full mode
+        self.log_probs: Tensor | None = None  # [n, K] of the adapter on the rows measured last
 
     @property
     def passes(self) -> float:
-        """Deterministic passes spent so far."""
+        """Deterministic passes over all anchors spent so far."""
         return self.cost.passes
 
-    @property
-    def baseline(self) -> Tensor:
-        """Losses at sigma = 0, [N]."""
-        self._measure_baseline()
-        return self.baseline_of(torch.arange(len(self.anchors)))
-
-    def baseline_of(self, rows: Tensor) -> Tensor:
-        """Return the losses at sigma = 0 of rows that have been measured."""
-        assert self._mean is not None
-        return self._losses(self._mean[rows], rows)
-
-    @property
-    def probabilities(self) -> Tensor | None:
-        """Probabilities at sigma = 0 [N, K], None for metrics without."""
-        return None if self.metric in PER_ROW else self._mean
-
-    def __call__(self, sigmas: Sequence[float], *, rows: Tensor | None = None) -> LossTable:
-        """Return the losses at sigmas > 0 of all anchors, or of ascending ``rows``.
-
-        Where their loss at sigma = 0 is not known (tail mode), sigma = 0 joins the sweep.
-        """
+    def __call__(self, sigmas: Sequence[float], rows: Tensor | None = None) -> LossMatrix:
+        """Measure sigmas > 0 and the adapter on all anchors, or on ascending ``rows``."""
         rows = torch.arange(len(self.anchors)) if rows is None else rows
-        units = self.n // 2
-        found, left_out = [], torch.zeros(len(sigmas), units, dtype=torch.float64)
-        for batch, at in self._pieces(rows):
-            first = [] if bool(self.measured[at].all()) else [0.0]
-            per_unit = self._sweep(batch, at, [*first, *sigmas])
-            if first:
-                self._remember(at, per_unit[0, 0])
-                per_unit = per_unit[:, 1:]
-            mean = per_unit.mean(0)
-            found.append(self._losses(mean, at))
-            for u in range(units):
-                without = (mean * units - per_unit[u]) / (units - 1) if units > 1 else mean
-                left_out[:, u] += self._losses(without, at).sum(-1)
-        return LossTable(torch.cat(found, dim=1), left_out / len(rows))
+        wanted = sorted(set(sigmas))
+        plain, drawn = [], []
+        for number, at, whole in self._pieces(rows):
+            zero, out = self._sweep(number, at, whole, wanted)
+            plain.append(zero)
+            drawn.append(out)
+        adapter = _together(plain)  # [1, n, K], or [1, n] of norms
+        if self.metric != "embedding_norm":
+            self.log_probs = adapter[0].log_softmax(-1)
+        targets = self._targets(rows, adapter)
+        points, found = [], []
+        for g, sigma in enumerate((0.0, *wanted)):
+            out = adapter if g == 0 else _together([d[g - 1] for d in drawn])
+            fitted = self._temperature(out, targets) if self.temperature else 1.0
+            for T in dict.fromkeys((1.0, fitted)) if g == 0 else (fitted,):
+                points.append((sigma, T))
+                found.append(self._losses(out, T, targets))
+        correct = [right for _, right in found if right is not None]
+        return LossMatrix(
+            tuple(points),
+            torch.stack([losses for losses, _ in found]),
+            torch.stack(correct) if correct else None,
+        )
 
-    def _sweep(self, batch: Batch, at: Tensor, sigmas: Sequence[float]) -> Tensor:
-        """Return outputs [U, G, B, ...] of the rows ``at``, averaged over each antithetic pair."""
-        units, per_pass, parts = self.n // 2, len(sigmas), []
-        if self.config.mode == "full":  # in tail mode each part would run the prompt again
-            per_pass = max(1, ROWS_PER_PASS // (self.n * len(at)))
-        for g in range(0, len(sigmas), per_pass):
-            draws = Draws.grid(sigmas[g : g + per_pass], self.n, seed=self.config.seed)
-            out = self._outputs(batch, draws, at)
-            parts.append(out.unflatten(0, (units, -1, 2)).mean(2))
+    def _pieces(self, rows: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield the number of each batch that has any of ``rows``, those rows, and all of its."""
+        start = 0
+        for number, batch in enumerate(self.anchors.batches):
+            whole = torch.arange(start, start + int(batch["input_ids"].shape[0]))
+            start += len(whole)
+            if len(at := rows[torch.isin(rows, whole)]):
+                yield number, at, whole
+
+    def _sweep(
+        self, number: int, at: Tensor, whole: Tensor, sigmas: Sequence[float]
+    ) -> tuple[Tensor, Tensor]:
+        """Return outputs [1, b, ...] at sigma = 0 and [G, S, b, ...] at sigmas, of rows ``at``."""
+        batch = self.anchors.batches[number]
+        full = self.config.mode == "full"
+        if full and number not in self._adapter:
+            self._adapter[number] = self._outputs(batch, Draws.mean())
+            self.cost.spend(whole, 1)
+        if full and not sigmas:
+            return self._adapter[number][:, at - whole[0]], torch.zeros(0)
+        # In tail mode sigma = 0 and all others share one prefill.
+        grid = list(sigmas) if full else [0.0, *sigmas]
+        step = max(1, ROWS_PER_PASS // (self.draws * len(at))) if full else len(grid)
+        part = batch if len(at) == len(whole) else _take(batch, at - whole[0], len(whole))
+        found = []
+        for g in range(0, len(grid), step):
+            draws = Draws.grid(grid[g : g + step], self.draws, seed=self.config.seed)
+            out = self._outputs(part, draws).unflatten(0, (self.draws // 2, -1, 2))
+            found.append(out.movedim(1, 0).flatten(1, 2))  # stream, sigma, sign -> sigma, draw
             if self.progress is not None:
                 self.progress(len(draws) * len(at))
-        self.cost.spend(at, len(sigmas) * self.n)
-        return torch.cat(parts, dim=1)
+        self.cost.spend(at, len(grid) * self.draws)
+        drawn = torch.cat(found)
+        if full:
+            return self._adapter[number][:, at - whole[0]], drawn
+        return drawn[0, :1], drawn[1:]
 
-    def _pieces(self, rows: Tensor) -> Iterator[tuple[Batch, Tensor]]:
-        """Yield each batch's share of ``rows``, and their places among all anchors."""
-        start = 0
-        for batch in self.anchors.batches:
-            B = int(batch["input_ids"].shape[0])
-            at = rows[(rows >= start) & (rows < start + B)]
-            if len(at):
-                yield (batch if len(at) == B else _take(batch, at - start, B)), at
-            start += B
-
-    def _measure_baseline(self) -> None:
-        """Measure at sigma = 0 all rows that were not."""
-        for batch, at in self._pieces((~self.measured).nonzero()[:, 0]):
-            self._remember(at, self._outputs(batch, Draws.mean(), at)[0])
-            self.cost.spend(at, 1)
-
-    def _remember(self, at: Tensor, out: Tensor) -> None:
-        """Keep outputs at sigma = 0 of the rows ``at``: [B, K] or [B]."""
-        if self._mean is None:
-            self._mean = torch.zeros(len(self.anchors), *out.shape[1:], dtype=torch.float64)
-        if out.dim() == 2:
-            K = max(self._mean.shape[1], out.shape[1])
-            self._mean, out = (
-                torch.nn.functional.pad(t, (0, K - t.shape[1])) for t in (self._mean, out)
-            )
-        self._mean[at] = out
-        self.measured[at] = True
-
-    def _outputs(self, batch: Batch, draws: Draws, at: Tensor) -> Tensor:
-        """Return each draw's probabilities [S, B, K], or losses [S, B], in float64 on the CPU."""
+    def _outputs(self, batch: Batch, draws: Draws) -> Tensor:
+        """Return each draw's logits [S, b, K], or norms [S, b], on the CPU, float32 at least."""
         inputs = {k: v for k, v in batch.items() if k not in ("labels", "label_ids")}
         if self.metric == "embedding_norm":
-            out = self.bayes.hidden_norms(inputs, draws).double().cpu()
+            out = self.bayes.hidden_norms(inputs, draws)
         else:
             form: Any = {"mode": self.config.mode, "tail": self.config.tail}
-            logits = self.bayes.logits(inputs, draws, batch.get("label_ids"), **form)
-            out = (logits.double() / self.config.temperature).softmax(-1).cpu()
-        _check_finite(out, draws)
-        return self._label_loss(out, at) if self.metric == "expected_nll" else out
+            out = self.bayes.logits(inputs, draws, batch.get("label_ids"), **form)
+        out = out.to(compute_dtype(out.dtype)).cpu()
+        _check_finite(out if out.dim() == 2 else out.softmax(-1), draws)
+        return out
 
-    def _losses(self, out: Tensor, at: Tensor) -> Tensor:
-        """Return losses from averaged outputs of the rows ``at``."""
-        return out if self.metric in PER_ROW else self._label_loss(out, at)
-
-    def _label_loss(self, out: Tensor, at: Tensor) -> Tensor:
-        """Return losses [..., N'] from probabilities [..., N', K] of the rows ``at``."""
+    def _targets(self, rows: Tensor, adapter: Tensor) -> Tensor | None:
+        """Return what is to be predicted, [n]: labels, or the adapter's own predictions."""
+        if self.metric == "embedding_norm":
+            return None
         if self.metric == "pseudo_nll":
-            assert self._mean is not None
-            target = self._mean[at].argmax(-1)
-        else:
-            labels = self.anchors.labels
-            assert labels is not None  # check() said so
-            target = labels[at]
-            if bool(((target < 0) | (target >= out.shape[-1])).any()):
-                raise ValueError(f"anchors: a label lies outside the {out.shape[-1]} choices")
+            return adapter[0].argmax(-1)
+        assert self.anchors.labels is not None  # check() said so
+        targets, K = self.anchors.labels[rows], adapter.shape[-1]
+        if bool(((targets < 0) | (targets >= K)).any()):
+            raise ValueError(f"anchors: a label lies outside the {K} choices")
+        return targets
+
+    def _temperature(self, logits: Tensor, targets: Tensor | None) -> float:
+        """Return the T of least mean NLL of logits [S, n, K]."""
+        assert targets is not None
+        if bool((logits.softmax(-1).mean(0).argmax(-1) == targets).all()):
+            return 1.0  # without a wrong row the likelihood grows for ever as T falls
+        return fit_temperature(logits, targets)
+
+    def _losses(
+        self, out: Tensor, T: float, targets: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return losses [n] of outputs [S, n, ...] at T, and whether each row is right."""
+        if targets is None:
+            return out.mean(0), None
+        p = (out / T).softmax(-1)
+        mean = p.mean(0)
+        right = mean.argmax(-1) == targets
         if self.metric == "accuracy":
-            return (out.argmax(-1) != target).double()
-        shape = out.shape[:-1]
-        rows = nll_of_rows(out.flatten(0, -2), target.expand(shape).flatten())
-        return rows.unflatten(0, shape)
+            return (~right).double(), right
+        each = p if self.metric == "expected_nll" else mean[None]
+        index = targets.expand(each.shape[:-1])[..., None]
+        losses = -each.gather(-1, index)[..., 0].clamp_min(PROBABILITY_FLOOR).log().mean(0)
+        return losses, right if METRICS[self.metric].labelled else None
+
+
+def _together(parts: Sequence[Tensor]) -> Tensor:
+    """Join outputs [S, b, K] or [S, b] of all batches, in float64; classes some lack get -inf."""
+    if parts[0].dim() == 3:
+        K = max(part.shape[-1] for part in parts)
+        parts = [pad(part, (0, K - part.shape[-1]), value=-torch.inf) for part in parts]
+    return torch.cat(list(parts), dim=1).double()
 
 
 def _check_finite(out: Tensor, draws: Draws) -> None:

@@ -1,9 +1,8 @@
-"""What a search found: :class:`SigmaFit`, and the curve it measured."""
+"""What a search found: :class:`PredictiveFit`, and the curve it measured."""
 
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -19,42 +18,47 @@ class CurvePoint:
     """One measured sigma.
 
     Attributes:
-        loss: mean over all anchors; an estimate where part of them was measured.
-        standard_error: of the paired difference to sigma = 0, over anchors.
-        draw_standard_error: jackknife over streams; NaN of one.
+        loss: mean over the anchors measured; on a part of them, its change from the adapter there
+            plus the adapter's loss on all.
+        standard_error: of that change, over anchors; None of a single one.
+        temperature: T of the loss.
+        accuracy: share of these anchors that is right; None without labels.
         anchors: rows measured; None in records of 0.1.0: all.
     """
 
     sigma: float
     loss: float
-    standard_error: float
-    draw_standard_error: float
+    standard_error: float | None
+    temperature: float = 1.0
+    accuracy: float | None = None
     anchors: int | None = None
 
 
 @dataclass(frozen=True)
-class SigmaFit:
-    """What a search found and how; plain JSON through ``to_dict``.
+class PredictiveFit:
+    """A fit of the predictive: sigma, T, and how they were found; plain JSON through ``to_dict``.
 
     Attributes:
-        sigma: the answer.
-        metric: as given to :func:`tfb.fit_sigma`; so are objective, tolerance, relative, two_sided,
-            search, mode, draws, seed and tail.
+        sigma: the posterior's scale.
+        temperature: T of the likelihood; 1 unless fitted.
+        metric: as given to :func:`tfb.fit_sigma`; so are objective, tolerance, relative, search,
+            mode, tail, draws and seed.
         anchors: number of rows.
         anchor_hash: SHA-256 of their content.
-        baseline: l(0).
+        baseline: the adapter's loss.
         limit: the largest accepted loss of max_variance.
-        curve: every measured point, ascending, sigma = 0 first.
+        curve: every measured point, ascending, the adapter first.
         passes: deterministic passes over the anchors that the search cost.
-        stopped: why the search stopped.
+        stopped: how the answer was found; a verdict in words.
         length_normalization: how choices of several tokens were scored.
-        temperature: T of the likelihood.
+        interval: 95 % limits of sigma over anchors; an upper None: beyond what was measured.
+        change: 95 % limits over anchors of the change of the loss, from the adapter to the best
+            point; None for max_variance.
+        notes: doubts worth reading.
         kl_weight: lambda of gvi.
         prior_sigma: the prior's scale.
         kl: KL(q || p) in nats at sigma.
         implied_lambda: -l'(sigma) / KL'(sigma), for which this sigma solves gvi (Theorem 4.2).
-        notes: doubts worth reading.
-        interval: 95 % limits of sigma over anchors and draws; an upper None: not shown.
     """
 
     sigma: float
@@ -62,7 +66,6 @@ class SigmaFit:
     objective: str
     tolerance: float
     relative: bool
-    two_sided: bool
     search: str
     mode: str
     draws: int
@@ -74,15 +77,16 @@ class SigmaFit:
     curve: tuple[CurvePoint, ...]
     passes: float
     stopped: str
+    temperature: float = 1.0
     tail: int | None = None
     length_normalization: str = "none"
-    temperature: float = 1.0
+    interval: tuple[float, float | None] | None = None
+    change: tuple[float, float] | None = None
+    notes: tuple[str, ...] = ()
     kl_weight: float | None = None
     prior_sigma: float | None = None
     kl: float | None = None
     implied_lambda: float | None = None
-    notes: tuple[str, ...] = ()
-    interval: tuple[float, float | None] | None = None
 
     @property
     def config(self) -> SamplingConfig:
@@ -91,21 +95,20 @@ class SigmaFit:
         return SamplingConfig(**{name: getattr(self, name) for name in names})
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON types; NaN becomes None."""
-        found: dict[str, Any] = json.loads(json.dumps(asdict(self)), parse_constant=lambda _: None)
+        """Return plain JSON types."""
+        found: dict[str, Any] = json.loads(json.dumps(asdict(self), allow_nan=False))
         return found
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> SigmaFit:
-        """Undo ``to_dict``, also of earlier versions, whose other fields are ignored."""
-
-        def point(p: dict[str, Any]) -> CurvePoint:
-            numbers = {k: math.nan if v is None else v for k, v in p.items() if k != "anchors"}
-            return CurvePoint(**numbers, anchors=p.get("anchors"))
-
+    def from_dict(cls, data: dict[str, Any]) -> PredictiveFit:
+        """Undo ``to_dict``, also of 0.1.0, whose other fields are ignored."""
         known = {f.name: data[f.name] for f in fields(cls) if f.name in data}
-        known["curve"] = tuple(map(point, data["curve"]))
+        names = [f.name for f in fields(CurvePoint)]
+        known["curve"] = tuple(
+            CurvePoint(**{name: p[name] for name in names if name in p}) for p in data["curve"]
+        )
         known["notes"] = tuple(data.get("notes", ()))
-        if known.get("interval") is not None:
-            known["interval"] = tuple(data["interval"])
+        for name in ("interval", "change"):
+            if known.get(name) is not None:
+                known[name] = tuple(data[name])
         return cls(**known)

@@ -1,404 +1,296 @@
-"""Where the answer lies on a curve: the crossing of the tolerance, or the least of an objective.
+"""Where the answer lies: two levels of one parallel grid, or a bisection, and two rules.
 
-A crossing (max_variance) is accepted by all anchors, and violated just above by all or surely by a
-part. Antithetic pairs leave the even terms of the noise: losses are nearly linear in sigma^2.
+The rules: the least of an objective, or the largest sigma that the tolerance accepts. Level 1 is
+nine sigmas on part of the anchors, level 2 five around its answer on all of them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
-from scipy import optimize
-from scipy.interpolate import krogh_interpolate
+from scipy.stats import binomtest
+from torch import Tensor
 
-from tfb.posterior import LowRankPosterior
-from tfb.search.curve import SURE, LossCurve, standard_error
+from tfb.evaluation.compare import percentile_limits
+from tfb.search.loss import LossMatrix
 from tfb.search.result import SearchError
 
-SIGMA_LIMITS = (1e-8, 1e4)
-COARSE_SHARE = 1 / 8  # of the anchors: as many as a grid takes at most
-CONFIRMING_SHARE = 1 / 4  # of the anchors, for a violation next to the answer
-MAX_EXTENSIONS = 4
-MAX_STEPS = 200
-SWEEP = 5  # most sigmas of a sweep in tail mode
-SPAN = 1.9  # how far such a sweep reaches in both directions, while the crossing is uncertain
-CLOSE = 1.25  # widest gap from which a slope is taken for the crossing's
-SPREAD = 1.4  # ratio of neighbouring sigmas around a minimum
-MAX_REFINEMENTS = 4
-REFINED = 5.0  # times the resolution: from the least measured sigma to where it should lie
-ROUNDING = 1 + 1e-9
+COARSE, FINE = 9, 5  # sigmas of the two levels
+SHARE, FEWEST = 4, 64  # level 1 sees a quarter of the anchors, at least so many
+MAX_EXTENSIONS = 4  # of either level, before a search gives up
+RESOLUTION = 0.01  # of a bisection: far below the width of any interval
+SIGNIFICANT = 0.05  # level of the test that accuracy has fallen
+
+Measure = Callable[[list[float], Tensor | None], LossMatrix]
+Limits = tuple[float, float | None]
+
+
+class Rule(Protocol):
+    """What is looked for."""
+
+    def end(self, matrix: LossMatrix, first: bool) -> int:
+        """Return 0 where the points hold the answer, -1 or 1 where it lies below or above them."""
+
+    def centre(self, matrix: LossMatrix) -> float:
+        """Return the sigma > 0 around which all anchors are to be measured."""
+
+    def limits(self, matrix: LossMatrix) -> Limits:
+        """Return 95 % limits of sigma over anchors; an upper None: beyond what was measured."""
+
+
+@dataclass(frozen=True)
+class Least:
+    """The point of least l + penalty.
+
+    Attributes:
+        penalty: of a sigma; infinite at 0 for gvi.
+        guarded: leave out points whose accuracy is significantly below the adapter's.
+        margin: relative change of the loss that matters: noise costs passes, and has to gain more.
+    """
+
+    penalty: Callable[[float], float]
+    guarded: bool
+    margin: float
+
+    def offsets(self, matrix: LossMatrix, *, guarded: bool = True) -> Tensor:
+        """Return what is added to the mean losses, [G]; infinite where none may be chosen."""
+        least = self.margin * abs(float(matrix.means[matrix.sigmas == 0].min()))
+        found = [self.penalty(sigma) + (least if sigma else 0.0) for sigma, _ in matrix.points]
+        if self.guarded and guarded:
+            found = [math.inf if less_accurate(matrix, g) else v for g, v in enumerate(found)]
+        return torch.tensor(found, dtype=torch.float64)
+
+    def best(self, matrix: LossMatrix, *, guarded: bool = True) -> int:
+        """Return the number of the point."""
+        return int((matrix.means + self.offsets(matrix, guarded=guarded)).argmin())
+
+    def end(self, matrix: LossMatrix, first: bool) -> int:
+        """Look further where the least is at an end of what was measured."""
+        sigma = float(matrix.sigmas[self.best(matrix)])
+        positive = matrix.sigmas[matrix.sigmas > 0]
+        if sigma == positive.max():
+            return 1
+        if sigma > 0 or not first:
+            return -1 if sigma == positive.min() else 0
+        # Where even the smallest sigma seen hurts, a smaller one may help.
+        base = float(matrix.means[matrix.sigmas == 0].min())
+        least = float(matrix.means[matrix.sigmas == positive.min()])
+        return -1 if least - base > self.margin * abs(base) else 0
+
+    def centre(self, matrix: LossMatrix) -> float:
+        """Return the best sigma; where it is 0, the one that is the least surely worse."""
+        if sigma := float(matrix.sigmas[self.best(matrix)]):
+            return sigma
+        values = (matrix.means + self.offsets(matrix)).tolist()
+        positive = [g for g, (sigma, _) in enumerate(matrix.points) if sigma > 0]
+        return matrix.points[min(positive, key=lambda g: values[g] - matrix.standard_error(g))][0]
+
+    def limits(self, matrix: LossMatrix) -> Limits:
+        """Return where the least lies in 95 % of resamples of the anchors."""
+        losses, sigmas = matrix.losses.numpy(), matrix.sigmas.numpy()
+        offsets = self.offsets(matrix).numpy()
+
+        def least(rows: np.ndarray, axis: int) -> np.ndarray:
+            means = np.moveaxis(losses[:, rows].mean(-1), 0, -1)
+            return sigmas[(means + offsets).argmin(-1)][None]
+
+        [(low, high)] = percentile_limits(least, losses.shape[1])
+        positive = sigmas[sigmas > 0]
+        # At the least sigma that was measured it may as well be smaller.
+        low = 0.0 if not len(positive) or low <= positive.min() else low
+        return low, None if len(positive) and high >= positive.max() else high
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """The largest sigma connected to 0 whose degradation is within the tolerance.
+
+    Between measured sigmas the loss is linear in sigma^2, as antithetic pairs leave it to leading
+    order: their average has no odd terms of the noise.
+
+    Attributes:
+        allowed: the change of loss allowed at mean losses l(0), an array.
+        two_sided: an improvement counts as degradation too.
+    """
+
+    allowed: Callable[[np.ndarray], np.ndarray]
+    two_sided: bool
+
+    def find(self, sigmas: np.ndarray, means: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return crossings [...] of mean losses [..., G] at ascending sigmas, 0 first.
+
+        Also the place among ``sigmas`` of the violation behind each; G: none violates, and the
+        crossing is the last sigma.
+        """
+        change = means - means[..., :1]
+        excess = (abs(change) if self.two_sided else change) - self.allowed(means[..., :1])
+        violates = excess > 0
+        G = len(sigmas)
+        place = np.where(violates.any(-1), violates.argmax(-1), G)
+        high = np.minimum(place, G - 1)
+        b = np.take_along_axis(excess, high[..., None], -1)[..., 0]
+        a = np.take_along_axis(excess, high[..., None] - 1, -1)[..., 0]
+        x, y = sigmas[high - 1] ** 2, sigmas[high] ** 2
+        share = np.where(place < G, -a / np.where(b > a, b - a, 1.0), 1.0)
+        return np.sqrt(x + share * (y - x)), place
+
+    def crossing(self, matrix: LossMatrix) -> tuple[float, int]:
+        """Return the crossing, and the number of the violation behind it."""
+        sigma, place = self.find(matrix.sigmas.numpy(), matrix.means.numpy())
+        return float(sigma), int(place)
+
+    def end(self, matrix: LossMatrix, first: bool) -> int:
+        """Look further where no sigma violates, or none is accepted."""
+        _, place = self.crossing(matrix)
+        return 1 if place == len(matrix.points) else -1 if place == 1 else 0
+
+    def centre(self, matrix: LossMatrix) -> float:
+        """Return the crossing."""
+        return self.crossing(matrix)[0]
+
+    def limits(self, matrix: LossMatrix) -> Limits:
+        """Return where the crossing lies in 95 % of resamples of the anchors."""
+        losses, sigmas = matrix.losses.numpy(), matrix.sigmas.numpy()
+
+        def crossing(rows: np.ndarray, axis: int) -> np.ndarray:
+            return self.find(sigmas, np.moveaxis(losses[:, rows].mean(-1), 0, -1))[0][None]
+
+        [(low, high)] = percentile_limits(crossing, losses.shape[1])
+        return low, None if high >= sigmas[-1] else high
+
+
+def less_accurate(matrix: LossMatrix, g: int) -> bool:
+    """Whether point g is right significantly less often than the adapter (McNemar, one-sided)."""
+    if matrix.correct is None:
+        return False
+    before, after = matrix.correct[0], matrix.correct[g]
+    lost, gained = int((before & ~after).sum()), int((~before & after).sum())
+    if lost <= gained:
+        return False
+    return bool(binomtest(lost, lost + gained, alternative="greater").pvalue < SIGNIFICANT)
 
 
 def geometric(low: float, high: float, points: int) -> list[float]:
     """Return a geometric grid; its ends are exact, so that they are not measured twice."""
-    inner = torch.logspace(math.log10(low), math.log10(high), points, dtype=torch.float64)
-    return [low, *inner[1:-1].tolist(), high]
-
-
-def sweep(curve: LossCurve) -> int:
-    """Return how many sigmas to measure at once: several if they cost little in a sweep (tail)."""
-    sigmas = int(1 / (curve.loss.n * curve.loss.cost.draw_cost))
-    return min(SWEEP, sigmas) if sigmas >= 3 else 1
-
-
-def _coarse(curve: LossCurve, points: int) -> tuple[float, int]:
-    """Return the share of the anchors and the points of the first grid."""
-    # A sweep that costs more than its draws begins nearer.
-    return (2 * COARSE_SHARE, 2 * points - 1) if sweep(curve) > 1 else (COARSE_SHARE, points)
+    inner = np.geomspace(low, high, points)[1:-1].tolist()
+    return [low, *inner, high]
 
 
 def by_grid(
-    curve: LossCurve, *, bounds: tuple[float, float], points: int, resolution: float
-) -> tuple[float, str]:
-    """Find the crossing by a grid on part of the anchors, then interpolation on all."""
-    share, points = _coarse(curve, points)
-    curve.decide(geometric(*bounds, points), share)
-    low, high = _locate(curve, share)
-    for step in range(MAX_STEPS):
-        if stopped := _why_narrow(curve, low, high, resolution):
-            return low, stopped
-        _narrow(curve, low, high, resolution, step)
-        low, high = _locate(curve)
-    raise SearchError(f"no crossing settled in {MAX_STEPS} steps; lower the resolution")
+    measure: Measure, rule: Rule, part: Tensor, bounds: tuple[float, float]
+) -> tuple[LossMatrix, LossMatrix]:
+    """Measure both levels; return their matrices.
 
+    Args:
+        measure: measures sigmas on some anchors, or (None) on all.
+        rule: what is looked for.
+        part: the anchors of level 1.
+        bounds: the first range.
 
-def by_bisection(
-    curve: LossCurve, *, bounds: tuple[float, float], resolution: float, steps: int
-) -> tuple[float, str]:
-    """Find the crossing by halving; each sigma takes as many anchors as its decision needs."""
-    most, done = min(steps, MAX_STEPS), 0
-    low, high = _first_violation(curve, bounds[1])
-    while True:
-        narrow = low > 0 and high / low - 1 <= resolution
-        if not narrow and done < most:
-            middle = (low + high) / 2
-            curve.decide([middle])
-            low, high = (middle, high) if curve.excess(middle) <= 0 else (low, middle)
-            done += 1
-        elif low == 0.0:
-            raise SearchError(
-                f"unbracketed: no sigma down to {high:.3g} was accepted in {most} steps; "
-                "lower bounds[1], raise steps or the tolerance"
-            )
-        elif curve.complete(low) and curve.complete(high):
-            if narrow:
-                return low, f"bracket [{low:.6g}, {high:.6g}] within resolution, {done} steps"
-            return low, f"{done} steps; largest accepted, violated at {high:.6g}"
-        else:  # an end that part of the anchors decided is not an answer yet
-            curve.measure([s for s in (low, high) if not curve.complete(s)])
-            low, violating = curve.crossing()
-            high = violating or _locate(curve)[1]
-
-
-def _first_violation(curve: LossCurve, high: float) -> tuple[float, float]:
-    """Return an accepted sigma or 0, and a violation: ``high``, or further out."""
-    low = 0.0
-    for _ in range(MAX_EXTENSIONS + 1):
-        curve.decide([high])
-        if curve.excess(high) > 0:
-            return low, high
-        low, high = high, high * 4
-    return _locate(curve)
-
-
-def _locate(curve: LossCurve, share: float = COARSE_SHARE) -> tuple[float, float]:
-    """Return an accepted sigma > 0 and the violation next to it; extend the range to hold both."""
-    for _ in range(MAX_EXTENSIONS + 1):
-        accepted, violating = curve.crossing()
-        if violating is None:
-            low, high = accepted, min(accepted * 8, SIGMA_LIMITS[1])
-        elif accepted == 0.0:
-            low, high = max(violating / 32, SIGMA_LIMITS[0]), violating
-        else:
-            return accepted, violating
-        if low >= high:  # at a limit
-            break
-        curve.decide(geometric(low, high, 3), share)
-    accepted, violating = curve.crossing()
-    if violating is None:
-        raise SearchError(
-            f"unbracketed: even sigma={accepted:g} changes the loss by less than the "
-            f"tolerance ({curve.allowed:.3g}); the anchors do not respond to the adapter's "
-            "noise, or the tolerance is too large"
-        )
-    if accepted == 0.0:
-        raise SearchError(
-            f"unbracketed: even sigma={violating:g} worsens the loss by "
-            f"{curve.change(violating):.3g}, more than the {curve.allowed:.3g} allowed; raise the "
-            "tolerance or use more anchors"
-        )
-    return accepted, violating
-
-
-def _why_narrow(curve: LossCurve, low: float, high: float, resolution: float) -> str | None:
-    """Say why the bracket is narrow enough; None: it is not."""
-    if not (curve.complete(low) and curve.sure(high)):
-        return None
-    ratio = high / low
-    if ratio - 1 <= resolution:
-        return f"bracket [{low:.6g}, {high:.6g}] within resolution"
-    # An error rate has steps, between which there is nothing to interpolate.
-    widest = 2 * CLOSE if curve.complete(high) else CLOSE
-    if curve.metric == "accuracy" or ratio > widest:
-        return None
-    near = [s for s in curve.whole if s < low <= s * CLOSE]
-    ahead = _line(curve, near[-1], low) if near else math.inf
-    if ratio > CLOSE and math.isinf(ahead):
-        return None
-    if max(_line(curve, low, high), ahead if near else 0.0) > low * (1 + 0.75 * resolution):
-        return None
-    return f"crossing interpolated in [{low:.6g}, {high:.6g}], measured below it"
-
-
-def _narrow(curve: LossCurve, low: float, high: float, resolution: float, step: int) -> None:
-    """Measure where the crossing should lie."""
-    root, tight = _expected(curve, low, high), 1 + 0.99 * resolution
-    if curve.complete(low) and low < root <= low * (1 + 0.75 * resolution):
-        # Only the violation just above is missing. With a neighbour known on all anchors, part
-        # of them tells; if it is accepted after all, it is the new lower end and needs all.
-        above = low * tight
-        curve.decide([above], CONFIRMING_SHARE)
-        violates = curve.excess(above) > 0 and curve.sure(above)
-        curve.measure([] if violates else [above])
-        return
-    if step % 2 and step >= (1 if curve.metric == "accuracy" else 6):
-        wanted = []  # interpolation does not get there: halve now and then
-    elif sweep(curve) > 1:
-        wanted = _around(curve, low, high, root, tight)
-    else:
-        wanted = [_aim(curve, low, high, root, resolution)]
-    new = [s for s in wanted if not curve.complete(s)]
-    curve.measure(new or [(low * high) ** 0.5])
-
-
-def _around(curve: LossCurve, low: float, high: float, root: float, tight: float) -> list[float]:
-    """Return the sigmas of a sweep in tail mode."""
-    if curve.complete(low) and curve.sure(high):  # one of these brackets is the last, if smooth
-        return [s for e in (-1.8, -0.8, 0.2, 1.2) if low < (s := root * tight**e) < high]
-    return geometric(root / SPAN, root * SPAN, sweep(curve))
-
-
-def _aim(curve: LossCurve, low: float, high: float, root: float, resolution: float) -> float:
-    """Return the one sigma to measure next on all anchors."""
-    tight = 1 + 0.99 * resolution
-    if curve.complete(high) and high > root >= high / (1 + 0.25 * resolution):
-        aim = high / tight
-    else:
-        aim = root * (1 - resolution / 2)
-    # An end that is known on part of the anchors only, and that close, is measured itself.
-    for end in (low, high):
-        if not curve.complete(end) and end / tight <= aim <= end * tight:
-            return end
-    if not (curve.complete(low) and curve.sure(high)):
-        return aim
-    return min(max(aim, low * (1 + resolution / 4)), high / (1 + resolution / 4))
-
-
-def _expected(curve: LossCurve, low: float, high: float) -> float:
-    """Return where the crossing of all anchors should lie, by sigmas known on all if they can."""
-    known = curve.whole
-    above = min((s for s in known if curve.excess(s) > 0), default=None)
-    below = max(s for s in known if curve.excess(s) <= 0 and (above is None or s < above))
-    if above is not None:
-        if below > 0 or curve.change(low) > 0:
-            return _interpolated(curve, below, above)
-    elif below > 0:
-        ahead = _line(curve, known[known.index(below) - 1], below)
-        if low < ahead < high:
-            # Past a dip the curve bends upwards: a line ahead comes too late, a chord too early.
-            dips = any(curve.change(s) < 0 for s in curve.points)
-            return math.sqrt(ahead * _interpolated(curve, low, high)) if dips else ahead
-    return _interpolated(curve, low, high)
-
-
-def _interpolated(curve: LossCurve, low: float, high: float) -> float:
-    """Return the crossing between two sigmas on a polynomial in sigma^2 through up to two more."""
-    straight = _line(curve, low, high)
-    a, b = curve.excess(low), curve.excess(high)
-    if not a < 0 < b:
-        return straight
-    nodes = {low: a, high: b}
-    others = [s for s in curve.whole if s not in nodes]
-    for s in sorted(others, key=lambda s: abs(s * s - straight * straight))[:2]:
-        near = low / CLOSE**2 <= s <= high * CLOSE**2  # others have to continue the rise
-        value = curve.excess(s)
-        if near or (value < a if s < low else value > b):
-            nodes[s] = value
-    x, y = [s * s for s in nodes], list(nodes.values())
-    root = optimize.brentq(lambda t: float(krogh_interpolate(x, y, t)), x[0], x[1])
-    return math.sqrt(root)
-
-
-def _line(curve: LossCurve, first: float, second: float) -> float:
-    """Return the crossing on the line in sigma^2 through two sigmas; inf if it never comes."""
-    a, b = curve.excess(first), curve.excess(second)
-    x, y = first * first, second * second
-    if b <= a:
-        return math.inf
-    return math.sqrt(max(x - a * (y - x) / (b - a), 0.0))
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """KL(q || p) in nats as a function of sigma, for one isotropic prior."""
-
-    posteriors: Mapping[str, LowRankPosterior]
-    prior_sigma: float
-
-    def __call__(self, sigma: float) -> float:
-        """Return KL(q || p)."""
-        return sum(p.kl(sigma, self.prior_sigma) for p in self.posteriors.values())
-
-    def slope(self, sigma: float) -> float:
-        """Return d KL / d sigma."""
-        entries = sum(p.effective_rank * p.in_features for p in self.posteriors.values())
-        return entries * (sigma / self.prior_sigma**2 - 1.0 / sigma)
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What is minimised: l(sigma), for gvi + weight KL(q || p), nats an anchor."""
-
-    curve: LossCurve
-    kl: Divergence | None
-    weight: float
-
-    def penalty(self, sigma: float) -> float:
-        """Return weight KL; it diverges at sigma = 0."""
-        if self.kl is None:
-            return 0.0
-        return math.inf if sigma == 0.0 else self.weight * self.kl(sigma)
-
-    def __call__(self, sigma: float) -> float:
-        """Return the objective at a measured sigma, corrected where it was measured on a part."""
-        return self.curve.baseline + self.curve.change(sigma) + self.penalty(sigma)
-
-    def lower_limit(self, sigma: float) -> float:
-        """Return one standard error over anchors below the objective."""
-        return self(sigma) - standard_error(self.curve.differences(sigma), 0.0)
-
-    def between(self, low: float, high: float, nodes: list[float]) -> float:
-        """Return where it is least in a range, by a polynomial through 0 and ``nodes``.
-
-        In sigma: near a minimum, several per cent below l(0), closer than one in sigma^2.
-        """
-        at = [0.0, *nodes]
-        grid = np.geomspace(low, high, 1001)
-        loss = krogh_interpolate(at, [self.curve.change(s) for s in at], grid)
-        values = [v + self.penalty(float(s)) for s, v in zip(grid, loss, strict=True)]
-        return float(grid[int(np.argmin(values))])
-
-
-def find_minimum(
-    objective: Objective, *, bounds: tuple[float, float], points: int, resolution: float
-) -> tuple[float, str]:
-    """Find the sigma of the least objective.
-
-    A grid on part of the anchors says where to look. More is measured until the least on all has
-    near neighbours, interpolation agrees, and no sigma known on a part may still be better.
+    Raises:
+        SearchError: no range that was tried holds the answer.
     """
-    curve = objective.curve
-    begin = _start(objective, bounds, points)
-    # A sweep that costs more than its draws takes more of them.
-    reach = 2 if sweep(curve) > 1 else 1
-    curve.measure([begin * SPREAD**e for e in range(-reach, reach + 1)])
-    refinements = 0
-    while True:
-        if doubtful := _doubtful(objective):
-            curve.measure_further(doubtful)
-            continue
-        if wanted := _missing(objective, begin):
-            curve.measure(wanted)
-            continue
-        best = _least(objective)
-        if best == 0.0:
-            return 0.0, "no sigma measured has a lower loss than the deterministic adapter"
-        left, right = _neighbours(curve, best)
-        if left == 0.0:
-            return best, f"least measured value, at the smallest sigma that is tried ({best:.3g})"
-        nearest = sorted(curve.whole[1:], key=lambda s: abs(math.log(s / best)))[:4]
-        wanted_at = objective.between(left, right, list({left, best, right, *nearest}))
-        close = abs(math.log(wanted_at / best)) <= REFINED * resolution
-        if close or refinements == MAX_REFINEMENTS or curve.complete(wanted_at):
-            return best, (
-                f"least of the sigmas measured, neighbours {left:.6g} and {right:.6g}; "
-                f"interpolated {wanted_at:.6g}"
-            )
-        refinements += 1
-        curve.measure([wanted_at])
+    low, high = bounds
+    ratio = high / low
+
+    def coarse(low: float, high: float) -> list[float]:
+        return geometric(low, high, COARSE)
+
+    seen = _extended(
+        measure,
+        rule,
+        part,
+        coarse(low, high),
+        lambda lowest, side: (
+            coarse(lowest / ratio, lowest)[:-1] if side < 0 else coarse(lowest, lowest * ratio)[1:]
+        ),
+        first=True,
+    )
+    step = ratio ** (1 / (COARSE - 1))
+    centre = rule.centre(seen)
+    fine = geometric(centre / step, centre * step, FINE)
+    whole = _extended(
+        measure,
+        rule,
+        None,
+        fine,
+        lambda edge, side: [edge * step ** (side / 2)],
+        first=False,
+    )
+    return seen, whole
 
 
-def _start(objective: Objective, bounds: tuple[float, float], points: int) -> float:
-    """Return where to look on all anchors, from a grid on part of them that is extended."""
-    curve = objective.curve
-    share, points = _coarse(curve, points)
-    curve.measure(geometric(*bounds, points), share)
+def _extended(
+    measure: Measure,
+    rule: Rule,
+    rows: Tensor | None,
+    sigmas: list[float],
+    further: Callable[[float, int], list[float]],
+    *,
+    first: bool,
+    below: bool = True,
+) -> LossMatrix:
+    """Measure sigmas, and ``further`` ones beyond the end at which the answer lies."""
+    matrix = measure(sigmas, rows)
+    for extensions in range(MAX_EXTENSIONS + 1):
+        side = rule.end(matrix, first)
+        if side == 0 or (side < 0 and not below):
+            return matrix
+        positive = matrix.sigmas[matrix.sigmas > 0]
+        edge = float(positive.min() if side < 0 else positive.max())
+        if extensions < MAX_EXTENSIONS:
+            matrix = matrix.join(measure(further(edge, side), rows))
+    raise _unbracketed(matrix)
 
-    def least() -> float:
-        return min((0.0, *sorted(curve.points)), key=objective)
 
-    for _ in range(MAX_EXTENSIONS):
-        best, lowest = least(), min(curve.points)
-        if best == max(curve.points):
-            curve.measure([best * f for f in (2.0, 4.0)], share)
-        elif best == 0.0 and curve.excess(lowest) > 0:
-            # Already past the tolerance at the lower end: an improvement may lie below it.
-            curve.measure([lowest / 8], share)
-        elif best == lowest:
-            curve.measure([lowest / f for f in (4.0, 2.0)], share)
-        else:
+def _unbracketed(matrix: LossMatrix) -> SearchError:
+    """Say that no sigma that was tried is the answer."""
+    positive = [sigma for sigma, _ in matrix.points if sigma > 0]
+    return SearchError(
+        f"unbracketed: from sigma={min(positive):.3g} to {max(positive):.3g} the loss goes from "
+        f"{float(matrix.means[1]):.4g} to {float(matrix.means[-1]):.4g}, and the adapter has "
+        f"{float(matrix.means[0]):.4g}; the anchors hardly respond to noise, or the tolerance does "
+        "not fit: change it or bounds"
+    )
+
+
+def by_bisection(measure: Measure, rule: Crossing, high: float, steps: int) -> LossMatrix:
+    """Halve a bracket of the crossing, on all anchors; return what was measured.
+
+    Raises:
+        SearchError: nothing up to 4^4 times ``high`` violates, or nothing down to it / 2^steps is
+            accepted.
+    """
+    matrix = _extended(
+        measure, rule, None, [high], lambda edge, _: [4 * edge], first=False, below=False
+    )
+    for _ in range(steps):
+        _, place = rule.crossing(matrix)
+        below, above = matrix.sigmas[place - 1 : place + 1].tolist()
+        if below > 0 and above / below - 1 <= RESOLUTION:
             break
-    best, known = least(), sorted(curve.points)
-    if best == known[-1]:
-        raise SearchError(f"unbracketed: the objective still falls at sigma={best:g}; widen bounds")
-    if best == 0.0:
-        # The part sees no improvement; all anchors may, where it is least excluded.
-        return min(known, key=objective.lower_limit)
-    i = known.index(best)
-    return objective.between(known[i - 1], known[i + 1], known[i - 1 : i + 2]) if i else best
+        matrix = matrix.join(measure([(below + above) / 2], None))
+    if rule.end(matrix, first=False) < 0:
+        raise _unbracketed(matrix)
+    return matrix
 
 
-def _missing(objective: Objective, begin: float) -> list[float]:
-    """Return what to measure on all anchors before the least of them can be the answer."""
-    curve, best = objective.curve, _least(objective)
-    if best == 0.0:
-        lowest = curve.whole[1]
-        return [] if lowest < begin / 4 or lowest / 8 < SIGMA_LIMITS[0] else [lowest / 4]
-    left, right = _neighbours(curve, best)
-    if best > SIGMA_LIMITS[1]:
-        raise SearchError(f"unbracketed: the objective still falls at sigma={best:g}; widen bounds")
-    wanted = []
-    if left * SPREAD * ROUNDING < best and best / 8 >= SIGMA_LIMITS[0]:
-        wanted.append(best / SPREAD)
-    if best * SPREAD * ROUNDING < right:
-        wanted.append(best * SPREAD)
-    return wanted
+def change_limits(matrix: LossMatrix, g: int) -> tuple[float, float] | None:
+    """Return 95 % limits of the change of the mean loss from the adapter to point g."""
+    change = (matrix.losses[g] - matrix.losses[0]).numpy()
+    if len(change) == 1:
+        return None
+    [limits] = percentile_limits(lambda rows, axis: change[rows].mean(-1)[None], len(change))
+    return limits
 
 
-def _doubtful(objective: Objective) -> list[float]:
-    """Return the sigmas known on a part that may still be the least, as many as go into a sweep."""
-    curve, best = objective.curve, _least(objective)
-    limits = {
-        s: objective(s) - SURE * curve.part_error(s)
-        for s in curve.points
-        if not curve.complete(s) and not best / SPREAD < s < best * SPREAD
-    }
-    least = objective(best)
-    found = [s for s in limits if limits[s] < least]
-    return sorted(found, key=limits.__getitem__)[: sweep(curve)]
-
-
-def _least(objective: Objective) -> float:
-    """Return the sigma of the least objective on all anchors."""
-    return min(objective.curve.whole, key=objective)
-
-
-def _neighbours(curve: LossCurve, sigma: float) -> tuple[float, float]:
-    """Return the nearest sigmas on both sides, measured on all anchors; inf: none above."""
-    known = curve.whole
-    low = max(s for s in known if s < sigma)
-    return low, min((s for s in known if s > sigma), default=math.inf)
+def part_of(anchors: int, seed: int) -> Tensor:
+    """Return the anchors of level 1, ascending: a random quarter, at least ``FEWEST``."""
+    generator = torch.Generator().manual_seed(seed)
+    count = min(anchors, max(math.ceil(anchors / SHARE), FEWEST))
+    return torch.randperm(anchors, generator=generator)[:count].sort().values
