@@ -21,7 +21,8 @@ from tfb.data.batching import EncodedRows
 from tfb.data.readers import read_rows
 from tfb.scoring.evaluate import encode
 from tfb.search import fit as search
-from tfb.search.loss import AnchorSet
+from tfb.search.loss import AnchorSet, LossMatrix
+from tfb.search.select import Least
 
 TRAINED = "look like rows that the adapter was trained on"
 
@@ -124,7 +125,25 @@ def test_an_adapter_that_is_fine_is_left_alone() -> None:
     fit = tfb.fit_sigma(model, anchors, draws=2)  # type: ignore[arg-type]
     assert (fit.sigma, fit.temperature) == (0.0, 1.0) and model.config == fit.config
     assert fit.stopped.startswith("keep the adapter: sigma = 0, T = ")
-    assert "within its standard error" in fit.stopped
+    assert fit.stopped.endswith("lowers the loss by no more than its standard error over anchors")
+
+
+def test_a_temperature_that_is_sure_is_taken_where_noise_is_not() -> None:
+    """T gains .1 on each of twenty rows. Noise gains 2.4 on one and loses .1 on another: .115 on
+    average, and its standard error is .12."""
+    losses = torch.full((3, 20), 5.0, dtype=torch.float64)
+    losses[1] -= 0.1
+    losses[2, 0] -= 2.4
+    losses[2, 1] += 0.1
+    made = LossMatrix(((0.0, 1.0), (0.0, 2.0), (0.01, 2.0)), losses, None)
+    rule, anchors = Least(lambda _: 0.0, guarded=True, margin=0.0), AnchorSet.of([make_batch(2, 2)])
+    assert rule.best(made) == 2
+    loss: Any = FakeLoss(lambda s: 1.0, 0.0, anchors, "nll", 4)
+    verdict = search._verdict(rule, made, loss, None)
+    assert (verdict.sigma, verdict.temperature) == (0.0, 2.0)
+    losses[2] -= 0.05
+    verdict = search._verdict(rule, LossMatrix(made.points, losses, None), loss, None)
+    assert (verdict.sigma, verdict.temperature) == (0.01, 2.0)
 
 
 def test_noise_is_found_where_it_is_the_truth() -> None:

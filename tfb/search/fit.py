@@ -279,31 +279,33 @@ def _verdict(rule: Rule, matrix: LossMatrix, loss: AnchorLoss, fixed: float | No
         return Verdict(sigma, 1.0, text, None, tuple(notes))
     assert isinstance(rule, Least)
     best = rule.best(matrix) if fixed is None else len(matrix.points) - 1
-    sigma, T = matrix.points[best]
-    point, limits = f"sigma = {sigma:.4g}, T = {T:.4g}", change_limits(matrix, best)
     if not rule.guarded or fixed:
         text = "T of least loss at this sigma" if fixed else "the least objective measured"
-        return Verdict(sigma, T, text, limits, tuple(notes))
-    gain, error = float(matrix.means[0] - matrix.means[best]), matrix.standard_error(best)
+        return Verdict(*matrix.points[best], text, change_limits(matrix, best), tuple(notes))
     if fixed is None and (free := rule.best(matrix, guarded=False)) != best:
         where = "sigma = {:.4g}, T = {:.4g}".format(*matrix.points[free])
         notes.append(f"{where} has the least loss, but there {_fall(matrix, free)}: not chosen")
-    if best == 0 or suspicious or gain <= error:
-        text = "keep the adapter: nothing that was tried lowers the loss enough"
-        if suspicious:
-            text = "keep the adapter: these anchors cannot tell how sure it should be"
-        elif best != 0:
-            text = (
-                f"keep the adapter: {point} lowers the loss by {gain:.2g}, which is within its "
-                f"standard error of {error:.2g} over anchors"
-            )
-        return Verdict(0.0, 1.0, text, limits, tuple(notes))
-    if limits is not None and limits[1] >= 0.0:
-        notes.append(
-            "the 95 % interval of the change of the loss includes 0: more anchors would tell "
-            "whether this helps"
+    if suspicious:
+        text = "keep the adapter: these anchors cannot tell how sure it should be"
+        return Verdict(0.0, 1.0, text, None, tuple(notes))
+    scaled = int((matrix.sigmas == 0).nonzero()[-1])  # T alone, where T is fitted
+    for g in dict.fromkeys((best, scaled)):
+        gain, error = float(matrix.means[0] - matrix.means[g]), matrix.standard_error(g)
+        if gain > error:
+            limits = change_limits(matrix, g)
+            if limits is not None and limits[1] >= 0.0:
+                notes.append(
+                    "the 95 % interval of the change of the loss includes 0: more anchors would "
+                    "tell whether this helps"
+                )
+            return Verdict(*matrix.points[g], f"the loss falls by {gain:.2g}", limits, tuple(notes))
+    text = "keep the adapter: nothing that was tried lowers the loss enough"
+    if best != 0:
+        text = (
+            "keep the adapter: sigma = {:.4g}, T = {:.4g} lowers the loss by no more than its "
+            "standard error over anchors".format(*matrix.points[best])
         )
-    return Verdict(sigma, T, f"the loss falls by {gain:.2g}", limits, tuple(notes))
+    return Verdict(0.0, 1.0, text, change_limits(matrix, best), tuple(notes))
 
 
 def _fall(matrix: LossMatrix, g: int) -> str:

@@ -22,7 +22,7 @@ from tfb.search.result import SearchError
 
 COARSE, FINE = 9, 5  # sigmas of the two levels
 SHARE, FEWEST = 4, 64  # level 1 sees a quarter of the anchors, at least so many
-MAX_EXTENSIONS = 4  # of either level, before a search gives up
+EXTENSIONS = (2, 4)  # most of each level: to 10^3 and 10^-7 by default, and by a factor of 3
 RESOLUTION = 0.01  # of a bisection: far below the width of any interval
 SIGNIFICANT = 0.05  # level of the test that accuracy has fallen
 
@@ -237,23 +237,25 @@ def _extended(
 ) -> LossMatrix:
     """Measure sigmas, and ``further`` ones beyond the end at which the answer lies."""
     matrix = measure(sigmas, rows)
-    for extensions in range(MAX_EXTENSIONS + 1):
+    most = EXTENSIONS[0 if first else 1]
+    for extensions in range(most + 1):
         side = rule.end(matrix, first)
         if side == 0 or (side < 0 and not below):
             return matrix
         positive = matrix.sigmas[matrix.sigmas > 0]
         edge = float(positive.min() if side < 0 else positive.max())
-        if extensions < MAX_EXTENSIONS:
+        if extensions < most:
             matrix = matrix.join(measure(further(edge, side), rows))
     raise _unbracketed(matrix)
 
 
 def _unbracketed(matrix: LossMatrix) -> SearchError:
     """Say that no sigma that was tried is the answer."""
-    positive = [sigma for sigma, _ in matrix.points if sigma > 0]
+    positive = matrix.sigmas > 0
+    sigmas, means = matrix.sigmas[positive].tolist(), matrix.means[positive].tolist()
     return SearchError(
-        f"unbracketed: from sigma={min(positive):.3g} to {max(positive):.3g} the loss goes from "
-        f"{float(matrix.means[1]):.4g} to {float(matrix.means[-1]):.4g}, and the adapter has "
+        f"unbracketed: from sigma={sigmas[0]:.3g} to {sigmas[-1]:.3g} the loss goes from "
+        f"{means[0]:.4g} to {means[-1]:.4g}, and the adapter has "
         f"{float(matrix.means[0]):.4g}; the anchors hardly respond to noise, or the tolerance does "
         "not fit: change it or bounds"
     )
