@@ -69,14 +69,15 @@ def requests(arguments: list[Any]) -> list[Any]:
 
 @torch.no_grad()
 def by_definition(
-    bayes: BayesianModel, draws: Draws, context: list[int], rest: list[int]
+    bayes: BayesianModel, draws: Draws, context: list[int], rest: list[int], T: float = 1.0
 ) -> tuple[torch.Tensor, bool]:
-    """Each draw's log-probability of ``rest`` [S], one row and draw at a time, and is_greedy."""
+    """Each draw's log-probability of ``rest`` [S], one row and draw at a time, and is_greedy;
+    every token's logits over T."""
     ids = torch.tensor([context + rest])
     log_p = []
     for s in range(len(draws)):
         with bayes.sampling(draws[s : s + 1]):
-            log_p.append(bayes.model(input_ids=ids).logits[0].log_softmax(-1))
+            log_p.append((bayes.model(input_ids=ids).logits[0] / T).log_softmax(-1))
     after = torch.stack(log_p)[:, len(context) - 1 : -1]  # [S, L, V]
     target = torch.tensor(rest)
     each = after.gather(-1, target.expand(len(draws), -1)[..., None])[..., 0].sum(-1)
@@ -109,6 +110,38 @@ def test_loglikelihood_is_the_definition(
         assert greedy == expected_greedy
         if len(pair[1]) > 1:  # not the mean of logarithms
             assert abs(found - float(each.mean())) > 1e-6
+
+
+@pytest.mark.parametrize("T", [0.6, 1.8])
+def test_the_temperature_divides_every_tokens_logits(
+    bayes: BayesianModel, tokenizer: Any, T: float
+) -> None:
+    """log mean_s prod_t softmax(z_st / T)[token]; greedy as generate writes it at T; told of."""
+    draws = Draws.antithetic(DRAWS, SIGMA, seed=SEED)
+    bayes.configure(temperature=T)
+    try:
+        lm = BayesianLM(bayes, tokenizer=tokenizer, draws=DRAWS, batch_size=3, draws_per_pass=2)
+        found = lm.loglikelihood(requests(PAIRS), disable_tqdm=True)
+        (rolling,) = lm.loglikelihood_rolling(requests([("The end",)]))
+        told = lm.get_model_info()["posterior"]
+        prompt = lm.tok_encode("Once upon a time")
+        out = bayes.generate(
+            {"input_ids": torch.tensor([prompt])}, DRAWS, max_new_tokens=6, do_sample=False
+        )
+        written = out.sequences[0, len(prompt) :].tolist()
+        _, [greedy] = lm.score([(prompt, written)])
+    finally:
+        bayes.configure(temperature=1.0)
+    assert greedy and told["temperature"] == T
+    for (context, rest), (value, best) in zip(PAIRS, found, strict=True):
+        first, then = [lm.prefix_token_id], lm.tok_encode(rest, add_special_tokens=False)
+        if context:
+            first, then = lm._encode_pair(context, rest)
+        each, expected_best = by_definition(bayes, draws, first, then, T)
+        assert value == pytest.approx(average(each), abs=EXACT) and best == expected_best
+        assert abs(value - average(by_definition(bayes, draws, first, then)[0])) > 1e-3
+    each, _ = by_definition(bayes, draws, [lm.prefix_token_id], lm.tok_encode("The end"), T)
+    assert rolling == pytest.approx(average(each), abs=EXACT)
 
 
 def test_greedy_is_what_generate_writes(bayes: BayesianModel, tokenizer: Any) -> None:
@@ -247,7 +280,8 @@ def test_figures_of_a_task_are_our_own(
         values |= dict(zip(batch.indices.tolist(), chosen.tolist(), strict=True))
     assert results["results"][task]["acc,none"] == hits / len(encoded)
     assert 0 < hits < len(encoded) == 40
-    expected_info = {"sigma": [SIGMA], "seed": SEED, "draws": DRAWS, "noise_version": 1}
+    expected_info = {"sigma": [SIGMA], "temperature": 1.0, "seed": SEED, "draws": DRAWS}
+    expected_info |= {"noise_version": 1}
     assert results["config"]["posterior"] == expected_info
     for sample in results["samples"][task]:
         found = [float(answer[0]) for answer in sample["filtered_resps"]]

@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
         help="train: training rows, as the paper; held-out: taken out of the evaluated rows",
     )
     add("--anchor-rows", type=int)
-    add("--objective", help="max_variance, min_nll or gvi")
+    add("--objective", help="max_variance, min_nll or gvi; T stays 1")
     add("--tolerance", type=float)
     add("--compat", choices=("reference",), help="reference: search as the authors' scripts do")
     add("--draws", type=int, help="posterior draws of the evaluation")

@@ -56,7 +56,7 @@ class Setting:
         form: Of the prompts.
         anchors: "train" or "held-out".
         anchor_rows: How many anchors.
-        objective: Of the search.
+        objective: Of the search, which leaves T at 1: the table has no temperature.
         tolerance: Of the search.
         compat: "reference" searches as the authors' scripts do.
         draws: Of the evaluation.
@@ -241,7 +241,8 @@ def _measure(
         if setting.compat:
             fit = fit_reference(bayes, encoded.anchors, **how)
         else:
-            fit = fit_sigma(bayes, encoded.anchors, objective=setting.objective, **how)
+            how |= {"objective": setting.objective, "temperature": False}
+            fit = fit_sigma(bayes, encoded.anchors, **how)
     except SearchError as error:
         raise SearchError(f"{task}, seed {seed}: {error}") from error
     for on, rows in encoded.rows.items():

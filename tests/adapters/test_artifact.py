@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.fits import TEMPERED
 from support.models import CASES, add_lora, causal, llama, make_batch, randomize, run, sampled
 
 import tfb
-from tfb import ArtifactError, BayesianModel, Draws, SigmaFit
+from tfb import ArtifactError, BayesianModel, Draws, PredictiveFit
 from tfb.adapters.artifact import base_fingerprint, check_output_folder, read_sidecar
 from tfb.sampling.config import SamplingConfig
 from tfb_kernels import NOISE_VERSION
@@ -67,6 +69,15 @@ def test_round_trip_gives_the_same_bits(tmp_path: Path, kind: str) -> None:
     assert torch.equal(run(found.model, batch), run(bayes.model, batch))
     assert torch.equal(sampled(found, DRAWS, batch), sampled(bayes, DRAWS, batch))
     assert torch.equal(found.predict(batch).probs, bayes.predict(batch).probs)
+
+
+def test_the_record_of_a_fit_comes_back(tmp_path: Path) -> None:
+    """With its temperature, its two points at sigma = 0 and both intervals."""
+    bayes = bayesian().configure(sigma=TEMPERED.sigma, temperature=TEMPERED.temperature)
+    folder = tfb.save(bayes, tmp_path / "artifact", fit=TEMPERED)
+    record = PredictiveFit.from_dict(read_sidecar(folder)["fit"])
+    assert record == TEMPERED and record.config.temperature == 1.5
+    assert tfb.load(base(), folder).config == replace(record.config, seed=5)  # the model's own
 
 
 def test_only_the_chosen_layers_come_back_bayesian(tmp_path: Path) -> None:
@@ -200,11 +211,14 @@ def test_sigma_must_be_there(tmp_path: Path) -> None:
 def test_an_artifact_of_version_0_1_0_gives_the_same_predictions() -> None:
     """Written by 0.1.0 with a search's record and sigma times 0.7 in every third layer.
 
+    It knew no temperature: T = 1. The record's other fields of then are passed over.
     expected.safetensors holds what it predicted then. Rounding: float32 activations of a model of
     this depth, as between processors (tests/test_model.py).
     """
     folder = Path(__file__).parent / "artifact-0.1.0"
     found = tfb.load(base(), folder)
+    sidecar = read_sidecar(folder)
+    assert "temperature" not in sidecar and found.config.temperature == 1.0
     assert found.config == SamplingConfig(sigma=0.05, seed=5)
     factors = load_file(folder / "tfb.safetensors")
     for i, (name, p) in enumerate(found.posteriors.items()):
@@ -214,8 +228,19 @@ def test_an_artifact_of_version_0_1_0_gives_the_same_predictions() -> None:
     expected = load_file(folder / "expected.safetensors")["probs"]
     probs = found.predict(CASES["llama"].batch(), 4).probs
     torch.testing.assert_close(probs, expected, rtol=1e-4, atol=1e-6)
-    record = SigmaFit.from_dict(read_sidecar(folder)["fit"])
-    assert record.objective == "max_variance" and record.tolerance == 0.05
+    written = sidecar["fit"]
+    record = PredictiveFit.from_dict(written)
+    assert {"two_sided", "family"} <= written.keys() and "change" not in written
+    assert (record.temperature, record.change) == (1.0, None)
+    kept = record.to_dict()
+    for name in kept.keys() & written.keys() - {"curve"}:
+        assert kept[name] == written[name]
+    assert len(record.curve) == 10
+    for point, then in zip(record.curve, written["curve"], strict=True):
+        assert (point.sigma, point.loss) == (then["sigma"], then["loss"])
+        assert (point.standard_error, point.anchors) == (then["standard_error"], 3)
+        assert (point.temperature, point.accuracy) == (1.0, None)
+    assert PredictiveFit.from_dict(kept) == record
 
 
 def test_models_without_the_posterior_are_not_saved(tmp_path: Path) -> None:

@@ -128,6 +128,49 @@ def test_fit_evaluate_score_report(run: Run, data: dict[str, Path], tmp_path: Pa
     assert "seed 5" in text and "torch " in text
 
 
+@pytest.mark.parametrize(
+    ("options", "arguments", "rows"),
+    [
+        (("--no-temperature",), {"temperature": False}, 60),
+        (("--sigma", 0), {"sigma": 0.0}, 200),  # one pass over enough rows for a verdict
+        ((), {}, 60),
+    ],
+)
+def test_fit_is_the_librarys_fit(
+    run: Run,
+    data: dict[str, Path],
+    tmp_path: Path,
+    options: tuple[object, ...],
+    arguments: dict[str, Any],
+    rows: int,
+) -> None:
+    """Without a temperature, a temperature alone, and both: the record, and what evaluate says."""
+    made = tmp_path / "artifact"
+    anchors = ("--limit", rows, "--draws", 2, *options)
+    code, out, err = run(*fit_command(MODEL, ADAPTER, data["anchor"], made), *anchors)
+    assert code == 0, err
+    bayes = tfb.bayesianize(tfb.load_adapter(tfb.load_base(MODEL, ADAPTER), ADAPTER))
+    encoded = encode(bayes, read_rows(data["anchor"], limit=rows), load_tokenizer(MODEL))
+    fit = tfb.fit_sigma(bayes, encoded, draws=2, **arguments)
+    sidecar = json.loads((made / "tfb.json").read_text())
+    assert sidecar["fit"] == fit.to_dict()
+    assert (sidecar["sigma"], sidecar["temperature"]) == (fit.sigma, fit.temperature)
+    assert f"sigma = {fit.sigma:.6g}, T = {fit.temperature:.4g} (min_nll; " in out
+    temperatures = {p.temperature for p in fit.curve}
+    assert (temperatures == {1.0}) == ("--no-temperature" in options)
+    if "--sigma" in options:
+        assert fit.sigma == 0.0 and fit.temperature > 1.0  # the adapter is over-confident
+        assert [(p.sigma, p.temperature) for p in fit.curve] == [(0.0, 1.0), (0.0, fit.temperature)]
+    figures = tmp_path / "figures.json"
+    common = ("--model", MODEL, "--artifact", made, "--draws", 2, "--limit", ROWS)
+    code, out, err = run("evaluate", *common, "--data", data["test"], "--json", figures)
+    assert code == 0, err
+    found = json.loads(figures.read_text())
+    assert (found["sigma"], found["temperature"]) == (fit.sigma, fit.temperature)
+    said = f"tfb is the deterministic adapter at temperature {fit.temperature:.4g}\n"
+    assert (said in out) == (fit.sigma == 0.0 and fit.temperature != 1.0)
+
+
 def test_evaluate_is_the_librarys_evaluation(
     run: Run, data: dict[str, Path], artifact: Path, tmp_path: Path
 ) -> None:
@@ -281,6 +324,15 @@ def test_bad_rows_are_named_first(
         ("fit", ("--mode", "half"), "--mode half: expected one of"),
         ("fit", ("--tolerance", -1), "--tolerance -1.0: expected a positive number"),
         ("fit", ("--mode", "tail"), "--mode tail needs k >= 1"),
+        ("fit", ("--sigma", -1), "--sigma -1.0: expected a finite number >= 0"),
+        (
+            "fit",
+            ("--sigma", 0, "--no-temperature"),
+            "--sigma 0.0 leaves the temperature to fit: use --metric nll, --objective min_nll and "
+            "--temperature",
+        ),
+        ("fit", ("--sigma", 0, "--tolerance", 0.1), "--sigma 0.0 leaves the temperature to fit"),
+        ("fit", ("--sigma", 0, "--metric", "accuracy"), "--sigma 0.0 leaves the temperature"),
         ("evaluate", ("--sigma", -0.5), "--sigma -0.5: expected a finite number >= 0"),
         ("evaluate", ("--sigma", "nan"), "--sigma nan"),
         ("evaluate", ("--mode", "half"), "--mode half"),

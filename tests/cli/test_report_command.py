@@ -34,6 +34,7 @@ SIDECAR: dict[str, Any] = {
 def test_facts_name_what_the_artifact_keeps() -> None:
     assert facts(SIDECAR, 10) == {
         "σ": "0.0214928",
+        "Temperature": "1",
         "Mode": "full",
         "Draws": "10, antithetic; seed 5",
         "Model": "llama, 2 matrices with noise",
@@ -50,6 +51,11 @@ def test_facts_of_an_artifact_without_a_fit() -> None:
     found = facts({**SIDECAR, "fit": None, "extra": {}, "mode": "tail", "tail": 2}, 10)
     assert found["Mode"] == "tail, last 2 of the prompt's tokens"
     assert not {"Search", "Anchors", "KL"} & set(found)
+
+
+def test_the_temperature_is_told() -> None:
+    """To four digits; the record above, as 0.1.0 wrote it, names none: T = 1."""
+    assert facts({**SIDECAR, "temperature": 1.73205}, 10)["Temperature"] == "1.732"
 
 
 def test_no_draws_are_claimed_where_sigma_is_zero() -> None:

@@ -82,25 +82,32 @@ def test_the_readmes_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_the_whole_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On the first 60 rows of each split, into the default folder, which is replaced."""
+    """On all anchors and 60 rows of each split, into the default folder, which is replaced."""
     original = digits.rows
-    monkeypatch.setattr(digits, "rows", lambda name: original(name)[:60])
+    monkeypatch.setattr(digits, "rows", lambda x: original(x)[: None if x == "anchor" else 60])
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo_out").mkdir()
     (tmp_path / "demo_out" / PAGE).write_text("an earlier demo")
     demo(None, draws=2)
     text = capsys.readouterr().out
-    for part in ("sigma on 60 anchors", "same anchors: ", "objective max_variance): ", "in all)"):
+    for part in (
+        "nll on 200 anchors",
+        "temperature alone (sigma 0): ",
+        "max_variance): ",
+        "in all",
+    ):
         assert part in text
+    cells = [[cell.strip() for cell in line.split("│")] for line in text.splitlines()]
     for split in ("test", "shifted"):
-        for method in ("deterministic", "temperature-scaled", "tfb max_variance", "tfb min_nll"):
-            lines = [x for x in text.splitlines() if split in x and method in x]
-            assert len(lines) == 1 + (method != "deterministic")  # metrics, then changes
+        for method in ("deterministic", "tfb", "temperature alone", "tfb, max_variance"):
+            found = [row[1:3] for row in cells].count([split, method])
+            assert found == 1 + (method != "deterministic")  # metrics, then changes
     assert [p.name for p in (tmp_path / "demo_out").iterdir()] == [PAGE]
     page = (tmp_path / "demo_out" / PAGE).read_text()
-    assert "tfb min_nll against deterministic, on the 60 labelled rows of test" in page
+    assert "tfb against deterministic, on the 60 labelled rows of test" in page
     assert page.count("<svg") == 7 and page.count("shifted: ") == 4
-    for fact in ("<dt>σ</dt>", "2, antithetic; seed 0", "60 rows, hash", "torch 2."):
+    assert "Every σ has its own temperature" in page
+    for fact in ("<dt>σ</dt>", "2, antithetic; seed 0", "200 rows, hash", "torch 2."):
         assert fact in page.split("How this was made")[1]
 
 

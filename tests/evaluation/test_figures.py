@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 import torch
-from support.fits import fit
+from support.fits import POINTS, TEMPERED, fit
 
 from tfb.evaluation import figures
 from tfb.evaluation.metrics import Evaluation
-from tfb.search.result import CurvePoint
+from tfb.search.result import CurvePoint, PredictiveFit
 
 SHAPE = "{http://www.w3.org/2000/svg}"
 
@@ -31,6 +33,13 @@ def texts(svg: str) -> list[str]:
     return [t.text or "" for t in root.iter(f"{SHAPE}text")]
 
 
+def line_of(svg: str) -> list[tuple[float, float]]:
+    """The vertices of the line over sigma: of the path that has most of them."""
+    paths = re.findall(r'd="([^"]*)"[^>]*style="[^"]*stroke: var\(--after\)', svg)
+    points = [re.findall(r"[ML] (\S+) (\S+)", path) for path in paths]
+    return [(float(x), float(y)) for x, y in max(points, key=len)]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -39,7 +48,8 @@ def texts(svg: str) -> list[str]:
         {"metric": "accuracy", "limit": 0.9, "interval": (0.0, None)},
         {"interval": None, "metric": "pseudo_nll"},
         {"metric": "embedding_norm", "sigma": 0.015},
-        {"curve": (CurvePoint(0.0, 0.8, 0.0, 0.0), CurvePoint(0.02, 0.8, 0.0, 0.0))},
+        {"curve": (CurvePoint(0.0, 0.8, None), CurvePoint(0.02, 0.8, None))},
+        {"curve": (CurvePoint(0.0, 0.8, 0.0), CurvePoint(0.0, 0.5, 0.1, 1.6)), "sigma": 0.0},
     ],
 )
 def test_sigma_curves_of_all_kinds_can_be_drawn(changes: dict[str, Any]) -> None:
@@ -48,24 +58,43 @@ def test_sigma_curves_of_all_kinds_can_be_drawn(changes: dict[str, Any]) -> None
 
 
 def test_sigma_panel_reads_records_of_0_1_0() -> None:
-    """Their points say no number of anchors: all of them."""
-    record = fit() | {"compat": None, "family": "low_rank"}
+    """Their points have no temperature, and say no number of anchors: all of them."""
+    sidecar = Path(__file__).parents[1] / "adapters" / "artifact-0.1.0" / "tfb.json"
+    record = json.loads(sidecar.read_text())["fit"]
+    ours = PredictiveFit.from_dict(record).to_dict()
     for point in record["curve"]:
         del point["anchors"]
-    assert figures.sigma_panel(record).count("<use") == figures.sigma_panel(fit()).count("<use")
+    shapes = [
+        re.findall(r' (?:d|x|y|style)="([^"]*)"', figures.sigma_panel(one))
+        for one in (record, ours)
+    ]
+    assert shapes[0] == shapes[1] and len(line_of(figures.sigma_panel(record))) == 10
 
 
 def test_points_of_part_of_the_anchors_are_not_on_the_line() -> None:
     """The line of four points has one vertex fewer where one of them is of part of the anchors."""
 
-    def vertices(anchors: int) -> list[int]:
+    def vertices(anchors: int) -> int:
         losses = ((0.0, 0.8, 60), (0.01, 0.7, anchors), (0.02, 0.8, 60), (0.03, 0.9, 60))
-        curve = tuple(CurvePoint(s, loss, 0.01, 0.0, n) for s, loss, n in losses)
-        svg = figures.sigma_panel(fit(curve=curve, interval=None, limit=None))
-        lines = re.findall(r'd="([^"]*)"[^>]*style="[^"]*stroke: var\(--after\)', svg)
-        return [len(re.findall("[ML] ", path)) for path in lines]
+        curve = tuple(CurvePoint(s, loss, 0.01, anchors=n) for s, loss, n in losses)
+        return len(line_of(figures.sigma_panel(fit(curve=curve, interval=None, limit=None))))
 
-    assert max(vertices(60)) == 4 and max(vertices(15)) == 3
+    assert vertices(60) == 4 and vertices(15) == 3
+
+
+def test_the_adapter_stands_apart_from_sigmas_at_their_temperatures() -> None:
+    """One point at sigma = 0 in its own colour, above the line, which begins at the fitted T."""
+    svg = figures.sigma_panel(TEMPERED.to_dict())
+    use = r'<use [^>]*x="(\S+)" y="(\S+)" style="[^"]*var\(--before\)'
+    [(x, y)] = re.findall(use, svg)
+    line = line_of(svg)
+    assert len(line) == sum(n == TEMPERED.anchors for *_, n in POINTS) - 1
+    assert float(x) == line[0][0] < line[1][0]
+    # Heights are in proportion to the loss; they have six decimals and are tens of points.
+    adapter, start, answer = TEMPERED.baseline, POINTS[1][2], TEMPERED.curve[3].loss
+    share = (line[0][1] - float(y)) / (line[1][1] - line[0][1])
+    assert share == pytest.approx((adapter - start) / (start - answer), rel=1e-6)
+    assert not re.findall(use, figures.sigma_panel(fit()))
 
 
 @pytest.mark.parametrize("sigma", [0.0, 0.02])

@@ -216,6 +216,21 @@ def test_fitted_temperature_is_stationary(temperature: float) -> None:
     assert again == pytest.approx(found, rel=1e-4)  # the bounded search ends within 1e-5 in log T
 
 
+def test_the_temperature_of_draws_is_that_of_their_average() -> None:
+    """Least NLL of mean_s softmax(z_s / T), and of draws that agree that of one of them."""
+    logits, labels = drawn(2.0, 500)
+    generator = torch.Generator().manual_seed(2)
+    draws = logits + 2 * torch.randn(4, 500, 5, generator=generator, dtype=torch.float64)
+    found = fit_temperature(draws, labels)
+
+    def nll(t: float) -> float:
+        return evaluate((draws / t).softmax(-1).mean(0), labels).nll
+
+    assert nll(found) < min(nll(found * 1.001), nll(found / 1.001))
+    alike = fit_temperature(logits.expand(4, -1, -1), labels)
+    assert alike == pytest.approx(fit_temperature(logits, labels), rel=1e-4)  # as above
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
 def test_classes_that_a_row_does_not_have_stay_without(temperature: float) -> None:
     """Columns of zeros change neither the fit nor what it gives."""
@@ -271,6 +286,9 @@ def test_bad_reference_and_temperature() -> None:
             apply_temperature(P, temperature)
     for scores, labels, message in (
         (P.log()[:0], Y[:0], "N at least 1"),
+        (P.log()[None, :0], Y[:0], "N at least 1"),
+        (P.log()[0], Y, r"expected probs \[N, K\]"),
+        (P.log()[None, None], Y, r"expected probs \[N, K\]"),
         (P.log(), torch.tensor([0, 1, 2, 3]), r"labels: must lie in \[0, 3\)"),
         (NAN, Y[:2], "hold NaN or Inf"),
     ):

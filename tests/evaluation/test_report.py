@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from markupsafe import escape
-from support.fits import fit
+from support.fits import TEMPERED, fit
 
 from tfb.data.rows import Row
 from tfb.evaluation import figures
@@ -95,9 +95,24 @@ def test_page_holds_everything_and_loads_nothing(tmp_path: Path) -> None:
     assert not re.search(r'(src|href)="(?!#)', text)
     assert "@import" not in text and not re.search(r"url\((?!#)", text)
     assert "<title>A title</title>" in text and "<dt>Seed</dt><dd>7</dd>" in text
-    assert "the loss first falls" in found.text and "σ = 0.02 (objective max_variance)" in text
+    assert "the loss first falls" in found.text and "σ = 0.02 (objective max_variance; " in text
     assert "mean of 10 draws" in text and "prefers-color-scheme: dark" in text
     assert found.text.index("Flipped") < found.text.index("Figure 1")
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.01])
+def test_a_fitted_temperature_is_told(tmp_path: Path, sigma: float) -> None:
+    """In the header and in the caption, with or without noise; T = 1 goes without saying."""
+    text = page(tmp_path / "T", BOTH, replace(TEMPERED, sigma=sigma).to_dict())
+    caption = text.split("Figure 3.")[1].split("</figcaption>")[0]
+    assert f"σ = {sigma:g} with T = 1.5 (objective min_nll; the loss falls)" in caption
+    assert "Every σ has its own temperature of least loss" in caption
+    assert "σ = 0 is the adapter" not in caption
+    assert f", σ = {sigma:g}, T = 1.5.</p>\n</header>" in text
+    legend = '<span class="key before">the adapter</span>'
+    assert legend in text
+    plain_ = page(tmp_path / "plain", BOTH, fit())
+    assert "T = " not in plain_ and legend not in plain_ and "σ = 0 is the adapter" in plain_
 
 
 def test_every_metric_has_its_change_and_verdict(tmp_path: Path) -> None:

@@ -84,12 +84,6 @@ def test_the_temperature_divides_each_draws_logits(kind: str) -> None:
         assert torch.allclose(auto.probs, p.probs, atol=1e-6)
 
 
-def test_generation_has_no_temperature_of_labels() -> None:
-    bayes = bayesian().configure(temperature=2.0)
-    with pytest.raises(ValueError, match="generate: temperature=2 is that of scored labels"):
-        bayes.generate(CASES["llama"].batch(), 2, max_new_tokens=1)
-
-
 def test_logits_in_few_bits_are_divided_in_float32() -> None:
     """As softmax is taken: rounding z / T to bfloat16 would move probabilities by a percent."""
     bayes = bayesian().configure(temperature=1.3)

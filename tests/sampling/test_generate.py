@@ -69,6 +69,131 @@ def test_sigma_zero_is_the_models_own_generate(kind: str, options: dict[str, Any
     assert float(again.epistemic.abs().max()) < EXACT
 
 
+# --- temperature --------------------------------------------------------------------------------
+
+
+class Record(LogitsProcessor):
+    """Keeps the scores that reach a processor and leaves them as they are."""
+
+    def __init__(self) -> None:
+        self.scores: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.scores.append(scores.double())
+        return scores
+
+    def error(self, step: int, probs: Tensor) -> float:
+        """The largest difference from ``probs``, over what rounding of the scores explains.
+
+        transformers rounds them to float32, by up to |score| 2^-24; relative to a probability
+        that counts twice, in its numerator and in what all are divided by.
+        """
+        scores = self.scores[step]
+        budget = 2 * float(scores.abs().max()) * 2.0**-24
+        return float((scores.softmax(-1) - probs).abs().max()) / budget
+
+
+def unpadded() -> dict[str, Tensor]:
+    """Prompts of one length, which a plain call needs no positions for."""
+    return {k: v for k, v in make_batch(5, 5, 5).items() if k != "position_ids"}
+
+
+@torch.no_grad()
+def next_token(bayes: Any, ids: Tensor, draws: Draws, T: float) -> Tensor:
+    """softmax(z_s / T) of every draw [S, B, V], from the model's own logits of whole rows."""
+    with bayes.sampling(draws):
+        logits = bayes.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -1]
+    return (logits / T).softmax(-1).unflatten(0, (len(draws), -1))
+
+
+@pytest.mark.parametrize("T", [0.4, 2.5])
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_the_temperature_divides_the_logits_of_every_token(kind: str, T: float) -> None:
+    """Scores are those of mean_s softmax(z_s / T), as are the tokens and the uncertainties."""
+    bayes, record = endless(kind).configure(temperature=T), Record()
+    processors = LogitsProcessorList([record])
+    found = bayes.generate(unpadded(), DRAWS, logits_processor=processors, **OPTIONS)
+    ids, apart = unpadded()["input_ids"], []
+    for step in range(NEW):
+        p = next_token(bayes, ids, DRAWS, T)  # [S, B, V]
+        mean = p.mean(0)
+        assert record.error(step, mean) < 1
+        total, aleatoric = (torch.special.entr(q).sum(-1) for q in (mean, p))
+        wanted = (total, aleatoric.mean(0), total - aleatoric.mean(0))
+        for name, value in zip(("total", "aleatoric", "epistemic"), wanted, strict=True):
+            assert float((getattr(found, name)[:, step] - value).abs().max()) < EXACT
+        untempered = next_token(bayes, ids, DRAWS, 1.0).mean(0)
+        apart.append(float((untempered - mean).abs().max()))
+        ids = torch.cat([ids, mean.argmax(-1)[:, None]], 1)
+    assert found.sequences.equal(ids)
+    assert min(apart) > 1e-3  # T = 1 would not have passed
+
+
+@pytest.mark.parametrize(
+    ("T", "own", "together"), [(4.0, None, 4.0), (0.1, None, 0.1), (4.0, 0.1, 0.4)]
+)
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_without_noise_it_is_the_temperature_of_transformers(
+    kind: str, T: float, own: float | None, together: float
+) -> None:
+    """With the same random state; one given to generate comes on top."""
+    bayes = endless(kind).configure(temperature=T)
+    options = OPTIONS | {"do_sample": True, "top_k": 9}
+    given = {} if own is None else {"temperature": own}
+    for draws in (Draws.mean(), Draws.iid(3, 0.0)):
+        torch.manual_seed(0)
+        expected = bayes.model.generate(**prompts(), temperature=together, **options)
+        torch.manual_seed(0)
+        assert bayes.generate(prompts(), draws, **options, **given).sequences.equal(expected)
+
+
+def test_each_draw_has_the_temperature() -> None:
+    """per_draw: the scores of S B rows are those of softmax(z_s / T); at sigma = 0 what is drawn
+    is what transformers draws for as many prompts at its temperature."""
+    T, S, record = 2.5, len(DRAWS), Record()
+    bayes = endless("llama").configure(temperature=T)
+    found = bayes.generate(
+        unpadded(), DRAWS, per_draw=True, logits_processor=LogitsProcessorList([record]), **OPTIONS
+    )
+    seen: list[list[Tensor]] = [[] for _ in range(NEW)]
+    for s in range(S):
+        ids = unpadded()["input_ids"]
+        for step in range(NEW):
+            p = next_token(bayes, ids, DRAWS[s : s + 1], T)[0]
+            seen[step].append(p)
+            ids = torch.cat([ids, p.argmax(-1)[:, None]], 1)
+        assert found.sequences[s].equal(ids)
+    for step in range(NEW):
+        assert record.error(step, torch.cat(seen[step])) < 1
+    options = OPTIONS | {"do_sample": True}
+    repeated = {k: v.repeat(3, 1) for k, v in prompts().items()}
+    torch.manual_seed(0)
+    expected = bayes.model.generate(**repeated, temperature=T, **options)
+    torch.manual_seed(0)
+    drawn = bayes.generate(prompts(), Draws.iid(3, 0.0), per_draw=True, **options)
+    assert drawn.sequences.flatten(0, 1).equal(expected)
+    assert len({tuple(row.tolist()) for row in expected}) > 3  # drawn, not one row three times
+
+
+def test_a_model_in_few_bits_divides_in_float32() -> None:
+    """As softmax is taken; bfloat16 would round z / T to 8 bits."""
+    bayes = tfb.bayesianize(KINDS["llama"].build().bfloat16()).configure(temperature=1.3)
+    logits: list[Tensor] = []
+    head = bayes.base.get_output_embeddings()
+    head.register_forward_hook(lambda module, args, out: logits.append(out[:, -1]))
+    for per_draw in (False, True):
+        record = Record()
+        options = OPTIONS | {"max_new_tokens": 1, "logits_processor": [record]}
+        bayes.generate(unpadded(), DRAWS[:1], per_draw=per_draw, **options)
+        assert logits[-1].dtype == torch.bfloat16
+        expected = (logits[-1].double() / 1.3).softmax(-1)
+        # A handful of float32 roundings of about a score's size; one to bfloat16 is 2^15 of them.
+        assert record.error(0, expected) < 16
+
+
+# --- draws and rows -----------------------------------------------------------------------------
+
+
 def test_continuations_of_each_draw() -> None:
     """per_draw: S B continuations, each that of generating with this draw alone."""
     bayes = endless("llama", layers=tfb.last_layers(2))

@@ -12,7 +12,7 @@ from support.models import CASES, FIRST_TOKEN, VOCAB, exact
 from transformers import AutoTokenizer
 
 import tfb
-from tfb import Draws
+from tfb import Draws, SamplingConfig
 from tfb.data.batching import EncodedRows
 from tfb.data.rows import Row, RowError
 from tfb.demo import digits
@@ -72,36 +72,112 @@ def digit_rows(n: int, *, labels: bool = True) -> list[Row]:
 
 # --- evaluations --------------------------------------------------------------------------------
 
+HOW: dict[str, Any] = {"dataset": "d", "draws": 4, "batch_size": 3}
+
+
+def logits_of(bayes: tfb.BayesianModel, i: int, draws: Draws) -> torch.Tensor:
+    """The model's own logits of one row of MIXED, alone, [S, K]."""
+    ids = torch.tensor([MIXED.input_ids[i]])
+    row = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    assert MIXED.label_ids is not None
+    return bayes.logits(row, draws, torch.tensor(MIXED.label_ids[i]))[:, 0]
+
 
 def test_sigma_zero_is_the_deterministic_evaluation(bayes: tfb.BayesianModel) -> None:
     """The same bits, of one pass, and no rounding sold as disagreement of draws."""
-    plain, zero, noisy = evaluations(
-        bayes, MIXED, dataset="d", draws=4, batch_size=3, sigmas={"zero": 0.0, "tfb": 0.1}
-    )
+    configs = {"zero": SamplingConfig(sigma=0.0), "tfb": SamplingConfig(sigma=0.1)}
+    plain, zero, noisy = evaluations(bayes, MIXED, configs=configs, **HOW)
+    assert [e.name for e in (plain, zero, noisy)] == ["deterministic", "zero", "tfb"]
     assert torch.equal(zero.probs, plain.probs) and torch.equal(zero.total, plain.total)  # type: ignore[arg-type]
     assert (zero.draws, zero.passes, zero.epistemic) == (1, 1.0, None)
     assert (noisy.draws, noisy.passes) == (4, 4.0) and float(noisy.epistemic.min()) > 0  # type: ignore[union-attr]
 
 
-def test_the_deterministic_adapter_has_no_temperature(
-    demo: tuple[tfb.BayesianModel, Any],
-) -> None:
-    """Its figures are those of T = 1, and of the temperature asked for, whatever the model's is."""
-    model, tokenizer = demo
-    encoded = encode(model, digit_rows(6), tokenizer)
-    how: Any = {"dataset": "d", "draws": 2, "batch_size": 3, "temperature": 1.5}
-    plain = evaluations(model, encoded, **how)
-    model.configure(temperature=2.0)
+def test_the_deterministic_adapter_has_no_temperature(bayes: tfb.BayesianModel) -> None:
+    """The bits of the model at sigma = 0 and T = 1, whatever it is configured to be."""
+    before = bayes.config
     try:
-        tempered = evaluations(model, encoded, **how)
-        sampled = predict_rows(model, encoded, 2)
+        bayes.configure(sigma=0.0)
+        plain = predict_rows(bayes, MIXED, 4, batch_size=3)
+        bayes.configure(sigma=0.2, temperature=2.0)
+        found = evaluations(bayes, MIXED, **HOW)
+        sampled = predict_rows(bayes, MIXED, 4, batch_size=3)
     finally:
-        model.configure(temperature=1.0)
-    for one, two in zip(plain[:2], tempered[:2], strict=True):
-        # A logarithm and a softmax more, in float32.
-        torch.testing.assert_close(one.probs, two.probs, rtol=1e-4, atol=1e-6)
-    assert torch.equal(tempered[2].probs, sampled.probs)
-    assert not torch.allclose(plain[2].probs, sampled.probs, atol=1e-3)
+        bayes.configure(sigma=before.sigma, temperature=1.0)
+    assert torch.equal(found[0].probs, plain.probs) and torch.equal(found[0].total, plain.total)  # type: ignore[arg-type]
+    assert [e.name for e in found] == ["deterministic", "tfb"]
+    assert torch.equal(found[1].probs, sampled.probs)
+    assert torch.equal(found[1].epistemic, sampled.epistemic)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("T", [0.5, 1.7])
+def test_sigma_zero_with_a_temperature_is_temperature_scaling(
+    bayes: tfb.BayesianModel, T: float
+) -> None:
+    """softmax(log p / T), and its entropy; the same as the model's logits divided by T."""
+    configs = {"scaled": SamplingConfig(sigma=0.0, temperature=T)}
+    plain, scaled = evaluations(bayes, MIXED, configs=configs, **HOW)
+    assert (scaled.draws, scaled.passes, scaled.epistemic) == (1, 1.0, None)
+    expected = (plain.probs.double().log() / T).softmax(-1)
+    # In float32: log p and log p / T are off by a rounding of numbers up to |log p| / T, a
+    # softmax doubles that, and an entropy weighs it with at most |log p| / T + 1.
+    largest = max(1.0, 1 / T) * float(-plain.probs[plain.probs > 0].double().log().min())
+    budget = 8 * SINGLE * largest
+    assert float((scaled.probs.double() - expected).abs().max()) < budget
+    assert scaled.total is not None
+    entropy = torch.special.entr(expected).sum(-1)
+    assert float((scaled.total.double() - entropy).abs().max()) < budget * (largest + 1) * 4
+    for i, k in enumerate(CHOICES):
+        direct = (logits_of(bayes, i, Draws.mean())[0] / T).softmax(-1)
+        assert float((scaled.probs[i, :k].double() - direct).abs().max()) < budget
+        assert not scaled.probs[i, k:].any()
+
+
+def test_each_configuration_is_the_model_so_configured(bayes: tfb.BayesianModel) -> None:
+    """mean_s softmax(z_s / T) at each sigma and T by name; afterwards the model is as it was."""
+    before = bayes.configure(seed=3).config
+    configs = {
+        "noise": SamplingConfig(sigma=0.1),
+        "both": SamplingConfig(sigma=0.1, temperature=1.7),
+        "more": SamplingConfig(sigma=0.3, temperature=0.5),
+    }
+    found = evaluations(bayes, MIXED, configs=configs, **HOW)
+    assert bayes.config == before
+    assert [e.name for e in found] == ["deterministic", *configs]
+    for e in found[1:]:
+        config = configs[e.name]
+        assert config.sigma is not None
+        draws = Draws.antithetic(4, config.sigma, seed=3)
+        for i, k in enumerate(CHOICES):
+            each = (logits_of(bayes, i, draws) / config.temperature).softmax(-1)
+            mean = each.mean(0)
+            assert float((e.probs[i, :k].double() - mean).abs().max()) <= 2 * SINGLE
+            assert e.total is not None and e.epistemic is not None
+            total = torch.special.entr(mean).sum()
+            aleatoric = torch.special.entr(each).sum(-1).mean()
+            # Entropies of up to four classes, below 2 nats.
+            assert abs(float(e.total[i]) - float(total)) <= 8 * SINGLE
+            assert abs(float(e.epistemic[i]) - float(total - aleatoric)) <= 8 * SINGLE
+
+
+def test_the_models_configuration_survives_an_error(bayes: tfb.BayesianModel) -> None:
+    """In the deterministic pass, in one at another sigma, and where a configuration has none."""
+    before = bayes.config
+    configs = {"other": SamplingConfig(sigma=0.3, temperature=1.7)}
+    for batches in (1, 4):  # three batches are the deterministic evaluation
+        seen: list[int] = []
+
+        def fail(rows: int, seen: list[int] = seen, batches: int = batches) -> None:
+            seen.append(rows)
+            if len(seen) == batches:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            evaluations(bayes, MIXED, configs=configs, progress=fail, **HOW)
+        assert bayes.config == before
+    with pytest.raises(ValueError, match="sigma is not set"):
+        evaluations(bayes, MIXED, configs={"bare": SamplingConfig()}, **HOW)
+    assert bayes.config == before
 
 
 def test_no_noise_is_one_draw_unless_draws_are_kept() -> None:

@@ -237,8 +237,12 @@ def test_limits_of_a_minimum_are_those_of_resamples() -> None:
         assert found == (0.0, wanted[1])
 
 
-def test_limits_at_the_last_sigma_are_open() -> None:
+def test_limits_at_the_last_sigma_are_open_unless_level_1_closes_them() -> None:
+    """Both rules; .03 is worse on all rows of a part, .02 on some that are better elsewhere."""
+    part = matrix([[1.0] * 4, [0.5] * 4, [0.1, 0.1, 0.9, 0.9], [3.0, 3.0, 3.1, 3.1]])
     rule = Least(lambda _: 0.0, guarded=False, margin=0.0)
-    assert rule.limits(matrix([[1.0] * 9, [0.5] * 9, [0.1] * 9]))[1] is None
+    last = matrix([[1.0] * 9, [0.1] * 9])
+    assert rule.limits(last, None)[1] is None and rule.limits(last, part)[1] == 0.03
     crossing = Crossing(lambda loss: loss, two_sided=False)
-    assert crossing.limits(matrix([[1.0] * 9, [1.5] * 9, [1.6] * 9]))[1] is None
+    last = matrix([[1.0] * 9, [1.5] * 9])
+    assert crossing.limits(last, None)[1] is None and crossing.limits(last, part)[1] == 0.03

@@ -1,20 +1,19 @@
-"""A made-up record of a search, for pages and figures."""
+"""Made-up records of fits, for pages and figures."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
-from tfb.search.result import CurvePoint, SigmaFit
+from tfb.search.result import CurvePoint, PredictiveFit
 
 LOSSES = [(0.0, 0.8), (0.001, 0.79), (0.01, 0.7), (0.02, 0.8), (0.1, 3.0)]
-FIT = SigmaFit(
+FIT = PredictiveFit(
     sigma=0.02,
     metric="nll",
     objective="max_variance",
     tolerance=0.003,
     relative=True,
-    two_sided=False,
     search="grid",
     mode="full",
     draws=10,
@@ -23,11 +22,32 @@ FIT = SigmaFit(
     anchor_hash="0" * 64,
     baseline=0.8,
     limit=0.8024,
-    curve=tuple(CurvePoint(sigma, loss, 0.01, float("nan")) for sigma, loss in LOSSES),
+    curve=tuple(CurvePoint(sigma, loss, 0.01, anchors=60) for sigma, loss in LOSSES),
     passes=141.0,
-    stopped="crossing bracketed",
+    stopped="crossing found",
     interval=(0.01, 0.03),
     notes=("the loss first falls",),
+)
+# The same with a fitted temperature: the adapter, (0, 1), and then every sigma at its own T.
+POINTS = [
+    (0.0, 1.0, 1.1, 60),
+    (0.0, 1.6, 0.8, 60),
+    (0.001, 1.6, 0.9, 20),
+    (0.01, 1.5, 0.7, 60),
+    (0.02, 1.3, 0.75, 60),
+]
+TEMPERED = replace(
+    FIT,
+    sigma=0.01,
+    temperature=1.5,
+    objective="min_nll",
+    baseline=1.1,
+    limit=None,
+    curve=tuple(
+        CurvePoint(sigma, loss, 0.01, T, accuracy=0.75, anchors=n) for sigma, T, loss, n in POINTS
+    ),
+    stopped="the loss falls",
+    change=(-0.5, -0.3),
 )
 
 

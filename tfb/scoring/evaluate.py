@@ -117,7 +117,8 @@ def evaluations(
     labels = None if None in encoded.labels else torch.tensor(encoded.labels)
     cost = passes_per_row([len(ids) for ids in encoded.input_ids], draws, bayes.config.tail)
     own = bayes.config
-    bayes.draws(draws)  # refuses a sigma that is not set
+    if configs is None:
+        bayes.draws(draws)  # refuses a sigma that is not set
 
     def predicted(config: SamplingConfig) -> Predictive:
         bayes.configure(sigma=config.sigma, temperature=config.temperature)

@@ -149,7 +149,7 @@ def fit_sigma(
         curve=_curve(whole, seen),
         passes=loss.passes,
         stopped=verdict.text,
-        interval=rule.limits(whole) if sigma is None and len(anchor_set) > 1 else None,
+        interval=rule.limits(whole, seen) if sigma is None and len(anchor_set) > 1 else None,
         change=verdict.change,
         notes=verdict.notes,
         kl_weight=weight if objective == "gvi" else None,

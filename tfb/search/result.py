@@ -23,7 +23,7 @@ class CurvePoint:
         standard_error: of that change, over anchors; None of a single one.
         temperature: T of the loss.
         accuracy: share of these anchors that is right; None without labels.
-        anchors: rows measured; None in records of 0.1.0: all.
+        anchors: rows measured; None: all.
     """
 
     sigma: float

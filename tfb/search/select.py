@@ -22,7 +22,7 @@ from tfb.search.result import SearchError
 
 COARSE, FINE = 9, 5  # sigmas of the two levels
 SHARE, FEWEST = 4, 64  # level 1 sees a quarter of the anchors, at least so many
-EXTENSIONS = (2, 4)  # most of each level: to 10^3 and 10^-7 by default, and by a factor of 3
+EXTENSIONS = (2, 16)  # most of each level: to 10^3 and 10^-7 by default, and by a factor of 100
 RESOLUTION = 0.01  # of a bisection: far below the width of any interval
 SIGNIFICANT = 0.05  # level of the test that accuracy has fallen
 
@@ -39,8 +39,11 @@ class Rule(Protocol):
     def centre(self, matrix: LossMatrix) -> float:
         """Return the sigma > 0 around which all anchors are to be measured."""
 
-    def limits(self, matrix: LossMatrix) -> Limits:
-        """Return 95 % limits of sigma over anchors; an upper None: beyond what was measured."""
+    def limits(self, matrix: LossMatrix, seen: LossMatrix | None) -> Limits:
+        """Return 95 % limits of sigma over anchors; an upper None: beyond what was measured.
+
+        Where resamples reach the last sigma of level 2, ``seen``, level 1, may tell an end.
+        """
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class Least:
         positive = [g for g, (sigma, _) in enumerate(matrix.points) if sigma > 0]
         return matrix.points[min(positive, key=lambda g: values[g] - matrix.standard_error(g))][0]
 
-    def limits(self, matrix: LossMatrix) -> Limits:
+    def limits(self, matrix: LossMatrix, seen: LossMatrix | None = None) -> Limits:
         """Return where the least lies in 95 % of resamples of the anchors."""
         losses, sigmas = matrix.losses.numpy(), matrix.sigmas.numpy()
         offsets = self.offsets(matrix).numpy()
@@ -102,8 +105,10 @@ class Least:
         [(low, high)] = percentile_limits(least, losses.shape[1])
         positive = sigmas[sigmas > 0]
         # At the least sigma that was measured it may as well be smaller.
-        low = 0.0 if not len(positive) or low <= positive.min() else low
-        return low, None if len(positive) and high >= positive.max() else high
+        low = 0.0 if low <= positive.min() else low
+        if high < positive.max():
+            return low, high
+        return low, None if seen is None else _worse(seen, high, seen.losses[self.best(seen)], 0.0)
 
 
 @dataclass(frozen=True)
@@ -153,7 +158,7 @@ class Crossing:
         """Return the crossing."""
         return self.crossing(matrix)[0]
 
-    def limits(self, matrix: LossMatrix) -> Limits:
+    def limits(self, matrix: LossMatrix, seen: LossMatrix | None = None) -> Limits:
         """Return where the crossing lies in 95 % of resamples of the anchors."""
         losses, sigmas = matrix.losses.numpy(), matrix.sigmas.numpy()
 
@@ -161,7 +166,21 @@ class Crossing:
             return self.find(sigmas, np.moveaxis(losses[:, rows].mean(-1), 0, -1))[0][None]
 
         [(low, high)] = percentile_limits(crossing, losses.shape[1])
-        return low, None if high >= sigmas[-1] else high
+        if high < sigmas[-1]:
+            return low, high
+        if seen is None:
+            return low, None
+        return low, _worse(seen, high, seen.losses[0], self.allowed(seen.means[:1].numpy()).item())
+
+
+def _worse(seen: LossMatrix, edge: float, reference: Tensor, allowed: float) -> float | None:
+    """Return the first sigma beyond ``edge`` that is worse by two standard errors, or None."""
+    for sigma, losses in zip(seen.sigmas.tolist(), seen.losses, strict=True):
+        change = losses - reference
+        error = float(change.std()) / len(change) ** 0.5
+        if sigma > 1.01 * edge and float(change.mean()) - allowed > 2 * error:
+            return float(sigma)
+    return None
 
 
 def less_accurate(matrix: LossMatrix, g: int) -> bool:
