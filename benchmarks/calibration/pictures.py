@@ -24,7 +24,7 @@ def plot_calibration(rows: Sequence[Row], target: Path) -> None:
     figure = Figure(figsize=(3.0 * len(tasks) + 2.2, 7.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(FIGURES), len(tasks), squeeze=False, sharey=True)
-    names = list(LABELS)
+    names = [name for name in LABELS if any(name in methods for methods in tasks.values())]
     for column, (task, methods) in enumerate(tasks.items()):
         for line, (key, label, factor) in enumerate(FIGURES):
             ax = axes[line][column]

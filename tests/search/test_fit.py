@@ -130,7 +130,7 @@ def test_an_adapter_that_is_fine_is_left_alone() -> None:
 
 def test_a_temperature_that_is_sure_is_taken_where_noise_is_not() -> None:
     """T gains .1 on each of twenty rows. Noise gains 2.4 on one and loses .1 on another: .115 on
-    average, and its standard error is .12."""
+    average, and its standard error is .12, beside the adapter and beside T alone."""
     losses = torch.full((3, 20), 5.0, dtype=torch.float64)
     losses[1] -= 0.1
     losses[2, 0] -= 2.4
@@ -141,9 +141,12 @@ def test_a_temperature_that_is_sure_is_taken_where_noise_is_not() -> None:
     loss: Any = FakeLoss(lambda s: 1.0, 0.0, anchors, "nll", 4)
     verdict = search._verdict(rule, made, loss, None)
     assert (verdict.sigma, verdict.temperature) == (0.0, 2.0)
-    losses[2] -= 0.05
-    verdict = search._verdict(rule, LossMatrix(made.points, losses, None), loss, None)
-    assert (verdict.sigma, verdict.temperature) == (0.01, 2.0)
+    assert "noise lowers it further by no more than the standard error" in verdict.text
+    for more, sigma in ((0.1, 0.0), (0.11, 0.01)):  # .115 + more - .1 against .12
+        found = losses.clone()
+        found[2] -= more
+        verdict = search._verdict(rule, LossMatrix(made.points, found, None), loss, None)
+        assert (verdict.sigma, verdict.temperature) == (sigma, 2.0)
 
 
 def test_noise_is_found_where_it_is_the_truth() -> None:

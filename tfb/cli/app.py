@@ -211,7 +211,9 @@ def evaluate(
     label_tokens: Annotated[
         str | None, typer.Option(help=f"{LABEL_TOKENS_HELP}; default: as fitted")
     ] = None,
-    sigma: Annotated[float | None, typer.Option(help="use this sigma instead")] = None,
+    sigma: Annotated[
+        float | None, typer.Option(help="use this sigma instead, at the artifact's temperature")
+    ] = None,
     mode: Mode = None,
     tail: Tail = None,
     draws: Draws = 10,

@@ -271,12 +271,7 @@ def _verdict(rule: Rule, matrix: LossMatrix, loss: AnchorLoss, fixed: float | No
     """Judge what was measured on all anchors; ``fixed`` is the sigma that is not searched."""
     notes, suspicious = _doubtful_rows(loss)
     if isinstance(rule, Crossing):
-        sigma, place = rule.crossing(matrix)
-        low, high = matrix.sigmas[place - 1 : place + 1].tolist()
-        if less_accurate(matrix, place - 1):
-            notes.append(f"at this sigma {_fall(matrix, place - 1)}")
-        text = f"the loss crosses the tolerance between {low:.4g} and {high:.4g}"
-        return Verdict(sigma, 1.0, text, None, tuple(notes))
+        return _crossing(rule, matrix, notes)
     assert isinstance(rule, Least)
     best = rule.best(matrix) if fixed is None else len(matrix.points) - 1
     if not rule.guarded or fixed:
@@ -289,16 +284,19 @@ def _verdict(rule: Rule, matrix: LossMatrix, loss: AnchorLoss, fixed: float | No
         text = "keep the adapter: these anchors cannot tell how sure it should be"
         return Verdict(0.0, 1.0, text, None, tuple(notes))
     scaled = int((matrix.sigmas == 0).nonzero()[-1])  # T alone, where T is fitted
-    for g in dict.fromkeys((best, scaled)):
-        gain, error = float(matrix.means[0] - matrix.means[g]), matrix.standard_error(g)
-        if gain > error:
+    # Noise has to be sure beside T alone, which costs one pass and never changes a prediction.
+    for g, others in ((best, (scaled, 0)), (scaled, (0,))):
+        if all(matrix.gain(other, g) > matrix.standard_error(g, other) for other in others):
             limits = change_limits(matrix, g)
             if limits is not None and limits[1] >= 0.0:
                 notes.append(
                     "the 95 % interval of the change of the loss includes 0: more anchors would "
                     "tell whether this helps"
                 )
-            return Verdict(*matrix.points[g], f"the loss falls by {gain:.2g}", limits, tuple(notes))
+            text = f"the loss falls by {matrix.gain(0, g):.2g}"
+            if g != best:
+                text += "; noise lowers it further by no more than the standard error of that"
+            return Verdict(*matrix.points[g], text, limits, tuple(notes))
     text = "keep the adapter: nothing that was tried lowers the loss enough"
     if best != 0:
         text = (
@@ -306,6 +304,15 @@ def _verdict(rule: Rule, matrix: LossMatrix, loss: AnchorLoss, fixed: float | No
             "standard error over anchors".format(*matrix.points[best])
         )
     return Verdict(0.0, 1.0, text, change_limits(matrix, best), tuple(notes))
+
+
+def _crossing(rule: Crossing, matrix: LossMatrix, notes: list[str]) -> Verdict:
+    sigma, place = rule.crossing(matrix)
+    low, high = matrix.sigmas[place - 1 : place + 1].tolist()
+    if less_accurate(matrix, place - 1):
+        notes.append(f"at this sigma {_fall(matrix, place - 1)}")
+    text = f"the loss crosses the tolerance between {low:.4g} and {high:.4g}"
+    return Verdict(sigma, 1.0, text, None, tuple(notes))
 
 
 def _fall(matrix: LossMatrix, g: int) -> str:

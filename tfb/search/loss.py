@@ -198,9 +198,16 @@ class LossMatrix:
         """The mean loss at each point, [G]."""
         return self.losses.mean(1)
 
-    def standard_error(self, g: int) -> float:
-        """Return the standard error over anchors of the change from the adapter; inf of one row."""
-        change = self.losses[g] - self.losses[0]
+    def gain(self, a: int, b: int) -> float:
+        """Return how far the mean loss falls from point a to point b."""
+        return float(self.means[a] - self.means[b])
+
+    def standard_error(self, g: int, other: int = 0) -> float:
+        """Return the standard error over anchors of the change from ``other`` to g; inf of one row.
+
+        The first point is the adapter.
+        """
+        change = self.losses[g] - self.losses[other]
         return float(change.std()) / len(change) ** 0.5 if len(change) > 1 else float("inf")
 
     def join(self, other: LossMatrix) -> LossMatrix:
