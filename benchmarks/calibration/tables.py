@@ -122,8 +122,8 @@ SHORT_LEGEND = (
     "rows (all but subject's) and noise. "
     "(+a −b): better than MLE in a, worse in b of the seeds by a paired bootstrap over test rows "
     "(95 %). AUROC: rows out of scope told from test rows by the entropy of the averaged "
-    "prediction. difficulty and banking were not looked at before the defaults were fixed, and run "
-    "once."
+    "prediction. difficulty and banking were made after the defaults were fixed; what their first "
+    "run changed is in benchmarks/NOTES.md."
 )
 LEGEND = (
     SHORT_LEGEND + " AURC: mean error rate of the most certain rows, over coverage. Passes: "
