@@ -32,9 +32,9 @@ except ImportError as error:
 from tfb.adapters.artifact import load
 from tfb.draws import Draws
 from tfb.model import BayesianModel
+from tfb.predictive import tempered
 from tfb.sampling.forward import draws_that_fit, evaluating, split
 from tfb_kernels import NOISE_VERSION
-from tfb_kernels.reference import compute_dtype
 
 log = logging.getLogger(__name__)
 Encoded = tuple[list[int], list[int]]  # tokens of the context and of its continuation
@@ -48,8 +48,8 @@ class BayesianLM(HFLM):
 
     A draw is one weight sample for all tokens of a continuation, and for all windows of a text:
     log-likelihoods are log mean_s prod_t p_s(token t | what is before it), p_s at the model's
-    temperature. Greedy is a continuation
-    whose every token is the most likely one of mean_s p_s, as ``bayes.generate`` writes it.
+    temperature. Greedy is a continuation whose every token is the most likely one of mean_s p_s, as
+    ``bayes.generate`` writes it.
     """
 
     def __init__(
@@ -215,8 +215,7 @@ class BayesianLM(HFLM):
             for draws in split(self.draws, most, bayes.device):
                 with bayes.sampling(draws):
                     logits = bayes.model(**inputs, **last).logits[:, -keep:]
-                logits = logits.to(compute_dtype(logits.dtype)) / bayes.config.temperature
-                log_p = logits.log_softmax(-1)
+                log_p = tempered(logits, bayes.config.temperature).log_softmax(-1)
                 yield log_p.unflatten(0, (len(draws), -1))
 
     def _model_generate(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tfb.draws import Draws
 from tfb.linear import MERGING, LowRankSampler
 from tfb.posterior import LowRankPosterior
-from tfb.predictive import Predictive
+from tfb.predictive import Predictive, tempered
 from tfb.sampling.adaptive import Adaptive, predict_adaptively
 from tfb.sampling.config import SamplingConfig
 from tfb.sampling.fan_out import FanOut
@@ -25,7 +25,6 @@ from tfb.sampling.generate import Generation, run_generation
 from tfb.sampling.kv_cache import why_no_tail
 from tfb.sampling.overrides import install, uninstall
 from tfb.sampling.state import Batch, SamplingState, active, other_owner_of
-from tfb_kernels.reference import compute_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -266,7 +265,7 @@ class BayesianModel:
     def predictive(self, logits: Tensor, draws: Draws, *, keep_draws: bool = False) -> Predictive:
         """Average the probabilities of logits [S, B, K] at the model's temperature."""
         if self.config.temperature != 1.0:
-            logits = logits.to(compute_dtype(logits.dtype)) / self.config.temperature
+            logits = tempered(logits, self.config.temperature)
         return Predictive.from_logits(logits, draws, keep_draws=keep_draws)
 
     def predict(

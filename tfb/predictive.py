@@ -146,6 +146,11 @@ class Predictive:
         return (self.total - self.aleatoric).clamp_min(0.0)  # by Jensen: only rounding is below
 
 
+def tempered(logits: Tensor, temperature: float) -> Tensor:
+    """Return logits / T, in float32 at least: half precision would round them once more."""
+    return logits.to(compute_dtype(logits.dtype)) / temperature
+
+
 def as_float32(values: Tensor) -> Tensor:
     """Return values on the CPU, numbers with a point in float32."""
     return (values.float() if values.is_floating_point() else values).cpu()

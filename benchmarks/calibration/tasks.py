@@ -173,6 +173,21 @@ def _intents(name: str, shared: Path, seed: int, rows: int, anchors: int, shift_
     )
 
 
+def _domains(shared: Path) -> dict[str, list[str]]:
+    """Return the intents of each of the ten domains."""
+    path = shared / "data/clinc150/domains.json"
+    found: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def _prompted(
+    split: str, i: int, prompt: str, choices: tuple[str, ...] | None, label: int | None
+) -> Row:
+    """Make a row of a next-token task, named by its place in CLINC150's split."""
+    name = f"{split}-{i}"
+    return Row(id=name, prompt=prompt, choices=choices, label=label, source=name)
+
+
 def _few(rows: Sequence[Row], shots: int) -> list[Row]:
     """Return the first ``shots`` rows of every label, in the rows' order."""
     count: dict[int | None, int] = {}
@@ -188,17 +203,11 @@ def _clinc_domain(shared: Path, seed: int, rows: int, anchors: int, shift_rows: 
     folder = shared / "data/clinc-domain"
     known = read_rows(folder / "anchor.jsonl")
     prompts = {row.prompt for row in known}
-    domains = json.loads((shared / "data/clinc150/domains.json").read_text(encoding="utf-8"))
+    domains = _domains(shared)
     index = {intent: i for i, name in enumerate(sorted(domains)) for intent in domains[name]}
     splits, _ = intents(shared)
     others = [
-        Row(
-            id=f"train-{i}",
-            prompt=f"{text}? Topic",
-            choices=known[0].choices,
-            label=index[intent],
-            source=f"train-{i}",
-        )
+        _prompted("train", i, f"{text}? Topic", known[0].choices, index[intent])
         for i, (text, intent) in enumerate(splits["train"])
     ]
     seen = prompts | {row.prompt for row in others}
@@ -224,20 +233,13 @@ def _clinc_domain(shared: Path, seed: int, rows: int, anchors: int, shift_rows: 
 
 
 def _banking(shared: Path, seed: int, rows: int, anchors: int, shift_rows: int) -> Task:
-    domains = json.loads((shared / "data/clinc150/domains.json").read_text(encoding="utf-8"))
-    index = {intent: i for i, intent in enumerate(sorted(domains["banking"]))}
+    index = {intent: i for i, intent in enumerate(sorted(_domains(shared)["banking"]))}
     splits, _ = intents(shared)
     seen = {text for text, _intent in splits["train"]}
 
     def made(split: str) -> list[Row]:
         found = [
-            Row(
-                id=f"{split}-{i}",
-                prompt=f"{text}? Intent",
-                choices=tuple(BANKING),
-                label=index.get(intent),
-                source=f"{split}-{i}",
-            )
+            _prompted(split, i, f"{text}? Intent", tuple(BANKING), index.get(intent))
             for i, (text, intent) in enumerate(splits[split])
             if (intent in index or split == "oos_test") and (split == "train" or text not in seen)
         ]

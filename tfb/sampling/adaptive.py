@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from tfb.draws import Draws, check_even
-from tfb.predictive import Predictive
+from tfb.predictive import Predictive, tempered
 from tfb.sampling.state import Batch
-from tfb_kernels.reference import compute_dtype
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,7 @@ def predict_adaptively(
         draws = some_draws(size, first_stream=done // 2)
         part = {k: some(v, active) for k, v in batch.items()}
         logits = logits_of(part, draws, some(label_ids, active))
-        logits = logits.to(compute_dtype(logits.dtype)) / temperature
-        kept.append(logits.softmax(-1).cpu())
+        kept.append(tempered(logits, temperature).softmax(-1).cpu())
         done += size
         found = Predictive.from_probs(torch.cat(kept), some_draws(done))
         error = found.standard_error.gather(-1, found.prediction[:, None])[:, 0]

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from tfb.draws import Draws
+from tfb.predictive import tempered
 from tfb.sampling.forward import align, evaluating
 from tfb.sampling.state import Batch, SampledModel, SamplingState
-from tfb_kernels.reference import compute_dtype
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -68,8 +69,7 @@ class Averager:
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Return the scores."""
-        logits = logits.to(compute_dtype(logits.dtype)) / self.temperature
-        apart = logits.unflatten(0, (self.draws, -1))  # [S, B, L, V]
+        apart = tempered(logits, self.temperature).unflatten(0, (self.draws, -1))  # [S, B, L, V]
         normalizer = apart.logsumexp(-1, keepdim=True)
         log_p = apart - normalizer
         mean = torch.logsumexp(log_p, 0) - math.log(self.draws)
@@ -137,11 +137,8 @@ def run_generation(
     T, S = inputs["input_ids"].shape[1], len(draws)
     temperature = bayes.config.temperature
     averager = None if per_draw else Averager(S, temperature)
-
-    def tempered(logits: Tensor) -> Tensor:
-        return logits.to(compute_dtype(logits.dtype)) / temperature
-
-    reduce = averager or (None if temperature == 1.0 else tempered)
+    plain = None if temperature == 1.0 else partial(tempered, temperature=temperature)
+    reduce = averager or plain
     state = SamplingState(bayes.base, draws, cached=True, diverged=per_draw, reduce=reduce)
     if per_draw:
         inputs = {

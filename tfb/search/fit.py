@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.stats import binomtest
-from torch import Tensor
 
 from tfb.data.batching import EncodedRows
 from tfb.draws import check_even
@@ -22,7 +21,7 @@ from tfb.model import BayesianModel
 from tfb.posterior import LowRankPosterior, default_prior_sigma
 from tfb.sampling.config import SamplingConfig
 from tfb.sampling.state import Batch
-from tfb.search.loss import METRICS, AnchorLoss, AnchorSet, LossMatrix
+from tfb.search.loss import METRICS, AnchorLoss, AnchorSet, LossMatrix, standard_error
 from tfb.search.result import CurvePoint, PredictiveFit
 from tfb.search.select import (
     SIGNIFICANT,
@@ -71,7 +70,8 @@ def fit_sigma(
     """Fit the noise sigma and the temperature T to anchors, and configure the model with both.
 
     The default minimises the NLL of mean_s softmax(z_s / T) over both. Without ``temperature`` it
-    is TFB as published (section 3.3), at ``sigma=0`` temperature scaling (Guo et al. 2017).
+    is TFB at the sigma of least NLL, with ``objective="max_variance"`` TFB by the paper's rule
+    (section 3.3), and at ``sigma=0`` temperature scaling (Guo et al. 2017).
 
     Args:
         bayes: the model.
@@ -344,7 +344,7 @@ def _doubtful_rows(loss: AnchorLoss) -> tuple[list[str], bool]:
     # An over-confident adapter can have a worse NLL than a guess, and be right most of the time.
     lead = choices.log() - nll
     by_chance = binomtest(right, N, float((1 / choices).mean()), alternative="greater").pvalue
-    if float(lead.mean()) < 2 * _standard_error(lead) and by_chance > SIGNIFICANT:
+    if float(lead.mean()) < 2 * standard_error(lead) and by_chance > SIGNIFICANT:
         found.append(
             "the adapter is no better than a guess on these anchors: check that the base model, "
             "the rows' format and their labels are those it was trained with"
@@ -352,16 +352,12 @@ def _doubtful_rows(loss: AnchorLoss) -> tuple[list[str], bool]:
     # The NLL of an over-fitted adapter exceeds the entropy of its predictions on held-out rows.
     surprise = nll - torch.special.entr(probs).sum(-1)
     known = right >= NEARLY_ALL * N and float(nll.mean()) < NEAR_ZERO * math.log(K)
-    if suspicious := known and float(surprise.mean()) < 2 * _standard_error(surprise):
+    if suspicious := known and float(surprise.mean()) < 2 * standard_error(surprise):
         found.append(
             "the anchors look like rows that the adapter was trained on: it knows nearly every "
             "label, and is as sure as it is right; use held-out rows"
         )
     return found, suspicious
-
-
-def _standard_error(rows: Tensor) -> float:
-    return float(rows.std()) / len(rows) ** 0.5 if len(rows) > 1 else math.inf
 
 
 # --- the record -----------------------------------------------------------------------------------

@@ -174,6 +174,11 @@ def passes_per_row(lengths: Sequence[int], draws: int, tail: int | None = None) 
     return (total - drawn + draws * drawn) / total
 
 
+def standard_error(rows: Tensor) -> float:
+    """Return the standard error of the mean of rows [n]; inf of one."""
+    return float(rows.std()) / len(rows) ** 0.5 if len(rows) > 1 else float("inf")
+
+
 @dataclass(frozen=True)
 class LossMatrix:
     """Losses of n anchors at G points (sigma, T); the first is the adapter's own, (0, 1).
@@ -198,6 +203,11 @@ class LossMatrix:
         """The mean loss at each point, [G]."""
         return self.losses.mean(1)
 
+    @cached_property
+    def still(self) -> float:
+        """The least mean loss without noise."""
+        return float(self.means[self.sigmas == 0].min())
+
     def gain(self, a: int, b: int) -> float:
         """Return how far the mean loss falls from point a to point b."""
         return float(self.means[a] - self.means[b])
@@ -207,8 +217,7 @@ class LossMatrix:
 
         The first point is the adapter.
         """
-        change = self.losses[g] - self.losses[other]
-        return float(change.std()) / len(change) ** 0.5 if len(change) > 1 else float("inf")
+        return standard_error(self.losses[g] - self.losses[other])
 
     def join(self, other: LossMatrix) -> LossMatrix:
         """Add the points of another matrix of the same rows, at sigmas that this one lacks."""

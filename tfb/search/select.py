@@ -17,7 +17,7 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from tfb.evaluation.compare import percentile_limits
-from tfb.search.loss import LossMatrix
+from tfb.search.loss import LossMatrix, standard_error
 from tfb.search.result import SearchError
 
 COARSE, FINE = 9, 5  # sigmas of the two levels
@@ -62,7 +62,7 @@ class Least:
 
     def offsets(self, matrix: LossMatrix, *, guarded: bool = True) -> Tensor:
         """Return what is added to the mean losses, [G]; infinite where none may be chosen."""
-        least = self.margin * abs(float(matrix.means[matrix.sigmas == 0].min()))
+        least = self.margin * abs(matrix.still)
         found = [self.penalty(sigma) + (least if sigma else 0.0) for sigma, _ in matrix.points]
         if self.guarded and guarded:
             found = [math.inf if less_accurate(matrix, g) else v for g, v in enumerate(found)]
@@ -81,9 +81,8 @@ class Least:
         if sigma > 0 or not first:
             return -1 if sigma == positive.min() else 0
         # Where even the smallest sigma seen hurts, a smaller one may help.
-        base = float(matrix.means[matrix.sigmas == 0].min())
         least = float(matrix.means[matrix.sigmas == positive.min()])
-        return -1 if least - base > self.margin * abs(base) else 0
+        return -1 if least - matrix.still > self.margin * abs(matrix.still) else 0
 
     def centre(self, matrix: LossMatrix) -> float:
         """Return the best sigma; where it is 0, the one that is the least surely worse."""
@@ -177,8 +176,7 @@ def _worse(seen: LossMatrix, edge: float, reference: Tensor, allowed: float) -> 
     """Return the first sigma beyond ``edge`` that is worse by two standard errors, or None."""
     for sigma, losses in zip(seen.sigmas.tolist(), seen.losses, strict=True):
         change = losses - reference
-        error = float(change.std()) / len(change) ** 0.5
-        if sigma > 1.01 * edge and float(change.mean()) - allowed > 2 * error:
+        if sigma > 1.01 * edge and float(change.mean()) - allowed > 2 * standard_error(change):
             return float(sigma)
     return None
 
@@ -217,19 +215,12 @@ def by_grid(
     low, high = bounds
     ratio = high / low
 
-    def coarse(low: float, high: float) -> list[float]:
-        return geometric(low, high, COARSE)
+    def further(edge: float, side: int) -> list[float]:
+        if side < 0:
+            return geometric(edge / ratio, edge, COARSE)[:-1]
+        return geometric(edge, edge * ratio, COARSE)[1:]
 
-    seen = _extended(
-        measure,
-        rule,
-        part,
-        coarse(low, high),
-        lambda lowest, side: (
-            coarse(lowest / ratio, lowest)[:-1] if side < 0 else coarse(lowest, lowest * ratio)[1:]
-        ),
-        first=True,
-    )
+    seen = _extended(measure, rule, part, geometric(low, high, COARSE), further, first=True)
     step = ratio ** (1 / (COARSE - 1))
     centre = rule.centre(seen)
     fine = geometric(centre / step, centre * step, FINE)
