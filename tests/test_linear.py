@@ -6,10 +6,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import tfb.linear
@@ -223,6 +226,16 @@ def test_layers_share_noise_only_if_they_share_the_id(noise: str) -> None:
     assert bool((a != other).all())
 
 
+def test_layers_without_an_id_share_no_noise() -> None:
+    """Made from equal weights, two layers draw independently."""
+    a, b = (BayesLoRALinear.from_weights(nn.Linear(N, M), *lora(), 1.0) for _ in range(2))
+    assert a.posterior.layer_id != b.posterior.layer_id
+    streams = range(200)
+    drawn = [gaussian_noise(0, t.posterior.layer_id, streams, R, N).flatten() for t in (a, b)]
+    # The correlation of k independent pairs of normals has standard error k^-1/2.
+    assert abs(float(torch.corrcoef(torch.stack(drawn))[0, 1])) < 4 * drawn[0].numel() ** -0.5
+
+
 # Also run as text, here and in a second process: no PEFT, no transformers, the same numbers.
 SCRIPT = """
 import hashlib, sys, torch
@@ -262,9 +275,103 @@ print(*sorted({m.split(".")[0] for m in sys.modules} & {"peft", "transformers"})
 
 def test_only_the_base_has_parameters() -> None:
     layer = make(stable_layer_id("a.b"))
-    assert set(layer.state_dict()) == {"base.weight", "base.bias"}
+    assert [name for name, _ in layer.named_parameters()] == ["base.weight", "base.bias"]
+    assert list(layer.buffers()) == []
     assert "rank=4, scaling=-1.5, layer_id=" in repr(layer)
     assert layer.posterior is layer.sampler.posterior and layer.posterior.scaling == -1.5
+
+
+def other(factors: torch.dtype = F64) -> BayesLoRALinear:
+    """A layer of the same shapes and other weights."""
+    A, B = (t.roll(1, 0).to(factors) for t in lora())
+    return BayesLoRALinear.from_weights(nn.Linear(N, M, dtype=F64), A, B, 0.5)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("factors", [torch.float32, F64])
+def test_a_state_dict_brings_the_draws(factors: torch.dtype, assign: bool, tmp_path: Path) -> None:
+    """Through a file, bit for bit, into a layer that has already drawn from another posterior."""
+    layer, x = make(factors=factors), randn(5, N)
+    save_file(layer.state_dict(), tmp_path / "layer.safetensors")
+    state = load_file(tmp_path / "layer.safetensors")
+    assert set(state) == {"base.weight", "base.bias", "A", "B", "d", "scaling", "layer_id"}
+    loaded = other(F64)
+    loaded(x, DRAWS)
+    loaded.load_state_dict(state, assign=assign)
+    assert loaded.posterior.A.dtype == factors
+    assert torch.equal(loaded(x, DRAWS), layer(x, DRAWS)) and torch.equal(loaded(x), layer(x))
+    kept = loaded.posterior.A.clone()
+    state["A"].zero_()
+    assert torch.equal(loaded.posterior.A, kept) != assign
+
+
+def test_a_state_dict_is_one_of_many() -> None:
+    """Nested, in a list, beside other modules; keys of neighbours do not mix."""
+    nets = [nn.ModuleList([nn.Linear(2, 2), make(5), other()]), nn.ModuleList([nn.Linear(2, 2)])]
+    nets[1].extend([other(), make(6)])
+    nets[1].load_state_dict(nets[0].state_dict())
+    x = randn(5, N)
+    assert all(
+        torch.equal(a(x, DRAWS), b(x, DRAWS)) for a, b in zip(nets[0][1:], nets[1][1:], strict=True)
+    )
+
+
+def test_casts_leave_the_posterior() -> None:
+    layer = make()
+    before = {k: layer.state_dict()[k].clone() for k in ("A", "B", "d", "scaling")}
+    for cast in (layer.half(), layer.bfloat16(), layer.float(), layer.double()):
+        assert all(torch.equal(cast.state_dict()[k], t) for k, t in before.items())
+    layer = make().float()
+    expected = make(dtype=torch.float32)(randn(5, N).float(), DRAWS)
+    assert torch.equal(layer(randn(5, N).float(), DRAWS), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"A": randn(R, N + 1)}, r"size mismatch for A: .*\[4, 13\]"),
+        ({"d": randn(R + 1)}, "size mismatch for d"),
+        ({"B": None}, 'Missing key.*"B"'),
+        ({"C": randn(1)}, 'Unexpected key.*"C"'),
+        (
+            {"A": randn(R, N).half()},
+            "A: expected torch.float32 or torch.float64, got torch.float16",
+        ),
+        ({"d": torch.ones(R)}, "d: expected torch.float64, got torch.float32"),
+        ({"B": torch.full((M, R), torch.nan)}, "B: holds NaN or Inf"),
+        ({"layer_id": torch.tensor(1 << 32)}, "layer_id: 4294967296 is not an unsigned 32-bit"),
+    ],
+)
+def test_state_that_cannot_be_loaded(change: dict[str, Any], message: str) -> None:
+    """An error that names the tensor; the posterior stays."""
+    layer, before = make(), make()(randn(5, N), DRAWS)
+    state = {k: v for k, v in (other().state_dict() | change).items() if v is not None}
+    kept = layer.posterior
+    with pytest.raises(RuntimeError, match=message):
+        layer.load_state_dict(state)
+    if change.keys() != {"C"}:
+        assert layer.posterior is kept
+        layer.base = make().base
+        assert torch.equal(layer(randn(5, N), DRAWS), before)
+
+
+def test_a_lenient_load_without_factors_keeps_them() -> None:
+    """State of version 0.1.0 has the base alone."""
+    layer, kept = make(), make().posterior
+    base = {k: v for k, v in other().state_dict().items() if k.startswith("base.")}
+    with pytest.raises(RuntimeError, match="Missing key"):
+        layer.load_state_dict(base)
+    missing = layer.load_state_dict(base, strict=False).missing_keys
+    assert missing == ["A", "B", "d", "scaling", "layer_id"]
+    assert torch.equal(layer.posterior.A, kept.A) and layer.posterior.layer_id == kept.layer_id
+
+
+def test_a_deep_copy_draws_the_same_and_stands_alone() -> None:
+    layer, x = make(), randn(5, N)
+    expected = layer(x, DRAWS)
+    copy = deepcopy(layer)
+    layer.load_state_dict(other().state_dict())
+    assert torch.equal(copy(x, DRAWS), expected)
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import version
@@ -123,10 +125,11 @@ LAYERS = (
     ("tfb.demo",),
     ("tfb.evaluation",),
     ("tfb.sampling",),
-    ("tfb.model",),
+    ("tfb.model", "tfb.module"),
     ("tfb.search",),
     ("tfb.adapters",),
     ("tfb.scoring",),
+    ("tfb.pretrained",),
     ("tfb.cli", "tfb.lm_eval"),
     ("tfb.__main__",),
 )
@@ -228,6 +231,27 @@ def test_one_version() -> None:
     project = text.split("[project]")[1].split("\n[")[0]
     found = re.findall(r'^version = "(.+)"$', project, flags=re.MULTILINE)
     assert found == [tfb.__version__] == [version("tfb")]
+
+
+def test_the_wheel_holds_the_packages_and_nothing_else(tmp_path: Path) -> None:
+    """Every file of the two packages, no test, the licence, and the command."""
+    pytest.importorskip("setuptools", "77")  # what pyproject.toml asks for; older Pythons' has less
+    packages = ("tfb", "tfb_kernels")
+    for name in packages:
+        shutil.copytree(REPOSITORY / name, tmp_path / name, ignore=shutil.ignore_patterns("*.pyc"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copyfile(REPOSITORY / name, tmp_path / name)
+    program = "from setuptools import build_meta; print(build_meta.build_wheel('dist'))"
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, cwd=tmp_path)
+    with zipfile.ZipFile(*(tmp_path / "dist").glob("*.whl")) as wheel:
+        names, info = wheel.namelist(), f"tfb-{tfb.__version__}.dist-info"
+        command = wheel.read(f"{info}/entry_points.txt").decode()
+        read = wheel.read(f"{info}/METADATA").decode()
+    files = (path for name in packages for path in (REPOSITORY / name).rglob("*.*"))
+    expected = {str(p.relative_to(REPOSITORY)) for p in files if p.is_file() and p.suffix != ".pyc"}
+    assert {name for name in names if not name.startswith(info)} == expected
+    assert f"{info}/licenses/LICENSE" in names and "tfb = tfb.cli.app:main" in command
+    assert (REPOSITORY / "README.md").read_text() in read
 
 
 def promised(extra: str | None = None) -> Iterator[Requirement]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,6 +26,15 @@ KEPT_STREAMS = 256  # of each layer, r x n float32 each
 # launches do not count, and still small beside the model.
 MERGED_BYTES = {"cpu": 4 << 20, "cuda": 512 << 20}
 MERGING = ("auto", "always", "never")
+# What a BayesLoRALinear adds to its state_dict, and the dtypes in which that means something.
+STATE: Mapping[str, tuple[torch.dtype, ...]] = {
+    "A": (torch.float32, torch.float64),
+    "B": (torch.float32, torch.float64),
+    "d": (torch.float64,),
+    "scaling": (torch.float64,),
+    "layer_id": (torch.int64,),
+}
+_ids = itertools.count(1 << 31)  # far from the small numbers that people choose
 
 
 class Pool(NamedTuple):
@@ -220,16 +231,27 @@ class BayesLoRALinear(nn.Module):
     """A frozen linear layer (quantized, Conv1D, ...) plus a Bayesian low-rank update.
 
     ``layer(x)`` is the deterministic adapter, ``layer(x, draws)`` S posterior samples.
+
+    The ``state_dict`` holds the posterior beside the base: A', B', d, scaling and layer_id, as
+    tensors on the CPU. Casting or moving the module leaves them as they are. A deep copy has the
+    noise of the original until :func:`tfb.bayesianize` names both.
+
+    Attributes:
+        base: the layer that is adapted.
+        sampler: what applies the draws.
+        active_draws: the draws of a call without any, from the layer's name and its input; None
+            outside a :class:`tfb.BayesianModule`, which sets it.
     """
 
     def __init__(self, base: nn.Module, posterior: LowRankPosterior) -> None:
         super().__init__()
         self.base = base
         self.sampler = LowRankSampler(posterior)
+        self.active_draws: Callable[[str, Tensor], Draws | None] | None = None
 
     @classmethod
     def from_weights(
-        cls, base: nn.Module, A: Tensor, B: Tensor, scaling: float, layer_id: int = 0
+        cls, base: nn.Module, A: Tensor, B: Tensor, scaling: float, layer_id: int | None = None
     ) -> BayesLoRALinear:
         """Make the layer from LoRA's weights.
 
@@ -238,12 +260,14 @@ class BayesLoRALinear(nn.Module):
             A: [r, n].
             B: [m, r].
             scaling: LoRA's scaling (alpha / r).
-            layer_id: names the layer's noise; one of its own for each layer of a model, for example
-                :func:`tfb.draws.stable_layer_id` of its name.
+            layer_id: names the layer's noise, unsigned 32 bits; for example
+                :func:`tfb.draws.stable_layer_id` of its name. None: the next number of this
+                process, so that no two layers share their noise.
 
         Raises:
             AdapterError: weights that do not fit each other or the base, NaN or Inf, B = 0.
         """
+        layer_id = next(_ids) if layer_id is None else layer_id
         posterior = LowRankPosterior.from_lora(A, B, scaling, layer_id=layer_id)
         for attribute in ("in_features", "out_features"):
             size = getattr(posterior, attribute)
@@ -257,14 +281,25 @@ class BayesLoRALinear(nn.Module):
         """The posterior of the layer's update."""
         return self.sampler.posterior
 
+    @posterior.setter
+    def posterior(self, posterior: LowRankPosterior) -> None:
+        self.sampler.posterior = posterior
+        self.sampler.release()
+
     def forward(self, x: Tensor, draws: Draws | None = None) -> Tensor:
         """Compute the deterministic output [..., m], or S samples [S, T, m].
 
         Args:
             x: without draws [..., n]. With draws [T, n], shared by all (the base layer then runs
                 once), or [S, T, n], one input for each draw.
-            draws: the posterior draws. None: the mean.
+            draws: the posterior draws. None: the mean; or, while a :class:`tfb.BayesianModule`
+                around the layer is sampling, its draws, with x and the output [S * B, ...].
         """
+        if draws is None and self.active_draws is not None:
+            active = self.active_draws(self.posterior.name, x)
+            if active is not None:
+                each = x.reshape(len(active), -1, x.shape[-1])
+                return self.forward(each, active).reshape(*x.shape[:-1], -1)
         if draws is not None:
             if x.dim() not in (2, 3) or (x.dim() == 3 and len(x) != len(draws)):
                 S, n, found = len(draws), self.posterior.in_features, list(x.shape)
@@ -281,7 +316,71 @@ class BayesLoRALinear(nn.Module):
         update = (x.to(dtype) @ A.to(dtype).mT) @ B.to(dtype).mT
         return (base + self.posterior.scaling * update).to(base.dtype)
 
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return the posterior as what ``STATE`` names."""
+        p = self.posterior
+        scaling = torch.tensor(p.scaling, dtype=torch.float64, device="cpu")
+        layer_id = torch.tensor(p.layer_id, dtype=torch.int64, device="cpu")
+        return {"A": p.A, "B": p.B, "d": p.d, "scaling": scaling, "layer_id": layer_id}
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        # No buffers: these would be cast with the module.
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({prefix + name: t for name, t in self._tensors().items()})
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        given = {k: state_dict.pop(k) for k in [prefix + n for n in STATE] if k in state_dict}
+        lists = strict, missing_keys, unexpected_keys, error_msgs
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *lists)
+        held, before = nn.Module(), len(error_msgs)  # torch's own rules and words, kept dtypes
+        for name, tensor in self._tensors().items():
+            held.register_buffer(name, tensor.clone())
+        assign = {"assign_to_params_buffers": True}
+        held._load_from_state_dict(given, prefix, assign, *lists)
+        if len(given) < len(STATE) or len(error_msgs) > before:
+            return
+        found = {n: t.detach().to("cpu") for n, t in held.named_buffers()}
+        if problems := [f"{prefix}{n}: {p}" for n, t in found.items() if (p := _damage(n, t))]:
+            error_msgs.extend(problems)
+            return
+        if not local_metadata.get("assign_to_params_buffers", False):
+            found = {n: t.clone() for n, t in found.items()}
+        named = self.active_draws is not None  # by a BayesianModule, wherever the tensors are from
+        self.posterior = replace(
+            self.posterior,
+            A=found["A"],
+            B=found["B"],
+            d=found["d"],
+            scaling=float(found["scaling"]),
+            layer_id=self.posterior.layer_id if named else int(found["layer_id"]),
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy has: it belongs to no BayesianModule."""
+        return {**self.__dict__, "active_draws": None}
+
     def extra_repr(self) -> str:
         """Say rank, scaling and noise identity."""
         p = self.posterior
         return f"rank={p.rank}, scaling={p.scaling:g}, layer_id={p.layer_id}"
+
+
+def _damage(name: str, tensor: Tensor) -> str | None:
+    """Return why a tensor of a state_dict cannot be part of a posterior, or None."""
+    if tensor.dtype not in STATE[name]:
+        expected = " or ".join(map(str, STATE[name]))
+        return f"expected {expected}, got {tensor.dtype}; a rounded posterior is another one"
+    if not bool(tensor.isfinite().all()):
+        return "holds NaN or Inf; the file is damaged, use another one"
+    if name == "layer_id" and not 0 <= int(tensor) < 1 << 32:
+        return f"{int(tensor)} is not an unsigned 32-bit number"
+    return None

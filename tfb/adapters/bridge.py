@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -21,6 +21,7 @@ from tfb.data.encoding import check_label_tokens
 from tfb.draws import stable_layer_id
 from tfb.linear import LowRankSampler
 from tfb.model import BayesianModel, check_possible
+from tfb.module import BayesianModule, bayesian_layers
 from tfb.posterior import AdapterError, LowRankPosterior
 from tfb.sampling.config import SamplingConfig
 
@@ -99,13 +100,16 @@ def bayesianize(
 ) -> BayesianModel:
     """Give a PEFT LoRA model's adapter a posterior, in place (TFB, section 3).
 
+    A module of one's own, without PEFT, holds :class:`tfb.BayesLoRALinear` layers instead: they
+    bring their posteriors, and a :class:`tfb.BayesianModule` comes out.
+
     Outside ``bayes.sampling`` the model computes what it did before, bit for bit. Only mixed
     batches (adapter_names) on a half-precision base agree to rounding: there PEFT rounds a plain
     adapter's product once more than a variant's.
 
     Args:
         peft_model: a ``peft.PeftModel`` for CAUSAL_LM, SEQ_2_SEQ_LM or SEQ_CLS with a trained LoRA
-            adapter.
+            adapter; or a module of one's own, for which ``layers``, ``seed`` and ``config`` count.
         adapter: its name.
         layers: which adapted modules get noise; the others stay deterministic. A regular
             expression (``re.search`` on the name), a predicate of the name, or
@@ -119,13 +123,21 @@ def bayesianize(
         source: the adapter's folder, from which artifacts copy its files untouched.
 
     Returns:
-        The model's :class:`BayesianModel`. Its sigma is None until it is fitted or configured.
+        The model's :class:`BayesianModel`, or the module's :class:`tfb.BayesianModule`. Its sigma
+        is None until it is fitted or configured.
 
     Raises:
         AdapterError: no such adapter, not LoRA, an unsupported kind of layer or LoRA variant
             (named), an untrained, merged, damaged or already Bayesianized adapter.
         ValueError: ``layers`` selects nothing, or the model cannot sample as ``config`` says.
     """
+    config = SamplingConfig(seed=seed) if config is None else config
+    plain = isinstance(peft_model, nn.Module) and not isinstance(peft_model, PeftModel)
+    if plain and (own := list(bayesian_layers(peft_model))):
+        if any(option is not None for option in (posteriors, labels, source)):
+            raise ValueError("posteriors, labels, source: only for PEFT's models")
+        # The declared type is that of PEFT's models, which offers more.
+        return cast(Any, BayesianModule(peft_model, select_layers(own, layers), config))
     check_label_tokens(label_tokens)
     task = _check_adapter(peft_model, adapter)
     assert isinstance(peft_model, PeftModel)  # _check_adapter said so
@@ -139,7 +151,6 @@ def bayesianize(
         odd = sorted(set(posteriors) ^ set(names))
         raise AdapterError(f"saved posterior and adapter differ in modules: {', '.join(odd[:8])}")
     samplers = {name: LowRankSampler(posteriors[name]) for name in names}
-    config = SamplingConfig(seed=seed) if config is None else config
     check_possible(config, base, task)
     return BayesianModel(
         peft_model,
@@ -178,7 +189,8 @@ def _check_adapter(model: nn.Module, adapter: str) -> str:
     if not isinstance(model, PeftModel):
         raise AdapterError(
             f"expected a peft.PeftModel, got {type(model).__name__}; load the adapter with "
-            "PeftModel.from_pretrained or tfb.load_adapter, or use tfb.BayesLoRALinear directly"
+            "PeftModel.from_pretrained or tfb.load_adapter; a module of your own has to hold "
+            "tfb.BayesLoRALinear layers"
         )
     if adapter not in model.peft_config:
         raise AdapterError(f"no adapter {adapter!r}; the model has: {', '.join(model.peft_config)}")
