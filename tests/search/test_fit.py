@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load, save
+from support.fits import FIT, TEMPERED
 from support.losses import FakeLoss, find, power
 from support.models import CASES, exact, make_batch
 from torch import Tensor
@@ -149,13 +151,19 @@ def test_a_temperature_that_is_sure_is_taken_where_noise_is_not() -> None:
         assert (verdict.sigma, verdict.temperature) == (sigma, 2.0)
 
 
-def test_noise_is_found_where_it_is_the_truth() -> None:
-    """Labels drawn from the average over noise of 50 sigma = 4: no temperature fits as well."""
+def noisy() -> tuple[KnownModel, list[dict[str, Tensor]]]:
+    """Labels drawn from the average over noise of 50 sigma = 4."""
     generator = torch.Generator().manual_seed(1)
     x = torch.cat([torch.full((2000,), 6.0), torch.full((2000,), 1.0)]).double()
     p = ((x + 4).sigmoid() + (x - 4).sigmoid()) / 2
     labels = (torch.rand(4000, generator=generator, dtype=torch.float64) < p).long()
-    fit = tfb.fit_sigma(KnownModel(x), anchors_of(labels), draws=2)  # type: ignore[arg-type]
+    return KnownModel(x), anchors_of(labels)
+
+
+def test_noise_is_found_where_it_is_the_truth() -> None:
+    """No temperature fits as well."""
+    model, anchors = noisy()
+    fit = tfb.fit_sigma(model, anchors, draws=2)  # type: ignore[arg-type]
     curve = {p.sigma: p for p in fit.curve}
     assert fit.sigma == pytest.approx(4 / 50, rel=100 ** (1 / 16) - 1)
     assert curve[fit.sigma].loss < min(p.loss for p in fit.curve if p.sigma == 0)
@@ -216,6 +224,67 @@ def test_round_trip_through_json_and_the_records_of_0_1_0() -> None:
     assert [p.loss for p in again.curve] == [p.loss for p in fit.curve]
 
 
+def test_the_methods_that_were_measured() -> None:
+    """T alone and sigma alone are those of searches for them, and come back from a record."""
+    model, anchors = known(2.0)
+    both, alone, scaled = (
+        tfb.fit_sigma(model, anchors, draws=2, **options)  # type: ignore[arg-type]
+        for options in ({}, {"temperature": False}, {"sigma": 0.0})
+    )
+    assert list(both.methods) == ["temperature", "TFB", "TFB + T"]
+    assert both.methods["temperature"] == scaled.config == both.methods["TFB + T"] == both.config
+    # Level 2 lies around the answer with T, so that sigma is known to a step of level 1.
+    found = both.methods["TFB"]
+    assert found.temperature == 1.0 and found.sigma is not None
+    assert max(found.sigma / alone.sigma, alone.sigma / found.sigma) <= 100 ** (1 / 8)
+    assert alone.methods == {"TFB": alone.config} and scaled.methods == {
+        "temperature": scaled.config
+    }
+    given = tfb.fit_sigma(model, anchors, draws=2, sigma=0.05)  # type: ignore[arg-type]
+    assert given.methods["TFB"] == replace(given.config, temperature=1.0)
+    assert given.methods["temperature"] == scaled.config
+    for fit in (both, alone, scaled, given):
+        assert PredictiveFit.from_dict(fit.to_dict()).methods == fit.methods
+    old = PredictiveFit.from_dict(replace(both, untempered_sigma=None).to_dict())
+    assert list(old.methods) == ["temperature", "TFB + T"]
+
+
+def test_sigma_alone_is_that_of_the_same_points() -> None:
+    """Where level 2 is the same with T and without, the two searches agree exactly."""
+    model, anchors = noisy()
+    both, alone = (
+        tfb.fit_sigma(model, anchors, draws=2, temperature=fitted)  # type: ignore[arg-type]
+        for fitted in (True, False)
+    )
+    assert {p.sigma for p in both.curve} == {p.sigma for p in alone.curve}
+    assert both.methods["TFB"] == alone.config and both.passes == alone.passes
+
+
+def test_a_fit_prints_as_a_verdict() -> None:
+    assert str(TEMPERED).splitlines() == [
+        "sigma = 0.01, T = 1.5: the loss falls",
+        "fitted by min_nll of nll on 60 anchors (10 draws a sigma, passes: 141)",
+        "loss 1.1 -> 0.7 (95 % interval of the change: -0.5 to -0.3); accuracy 75 -> 75 %",
+        "95 % interval of sigma: 0.01 to 0.03",
+        "note: the loss first falls",
+    ]
+    odd = replace(FIT, mode="tail", tail=2, interval=(0.0123456, None), notes=("a", "b", "c"))
+    assert str(odd).splitlines()[1:] == [
+        "fitted by max_variance of nll on 60 anchors (10 draws a sigma, tail=2, passes: 141)",
+        "loss 0.8 -> 0.8 (accepted: up to 0.802)",
+        "95 % interval of sigma: 0.0123 or more",
+        "note: a (2 more in fit.notes)",
+    ]
+    kept = replace(TEMPERED, sigma=0.0, temperature=1.0, notes=(), interval=None)
+    assert str(kept).splitlines()[2:] == ["loss 1.1; accuracy 75 %"]
+    assert repr(TEMPERED) == (
+        "PredictiveFit(sigma=0.01, temperature=1.5, metric='nll', objective='min_nll', anchors=60)"
+    )
+    assert repr(TEMPERED.curve[1]) == "CurvePoint(sigma=0, temperature=1.6, loss=0.8)"
+    anchors = AnchorSet.of([make_batch(2, 2)])
+    assert repr(anchors) == f"AnchorSet(2 rows, 1 batches, {anchors.content_hash[:8]})"
+
+
 # --- a small model ------------------------------------------------------------------------------
 
 
@@ -273,6 +342,125 @@ def test_gvi_with_expected_nll_and_one_over_rows_is_variational_inference() -> N
     at = next(p.loss for p in fit.curve if p.sigma == fit.sigma)
     assert at + fit.kl / 4 == pytest.approx(-elbos[fit.sigma], rel=1e-9)
     assert fit.sigma == max(elbos, key=elbos.__getitem__)
+
+
+def nll(outputs: Tensor, batch: Any) -> Tensor:
+    """-log of the averaged probability of the label."""
+    probs = outputs.double().softmax(-1).mean(0)
+    return -probs[torch.arange(len(probs)), batch["labels"]].log()
+
+
+@pytest.mark.parametrize("options", [{}, {"tolerance": 0.05}, {"objective": "gvi"}])
+def test_a_loss_function_is_searched_as_a_metric_is(options: dict[str, Any]) -> None:
+    """The NLL written out, against metric nll without T."""
+    model, anchors = known(2.0, 400)
+    how: Any = {"draws": 2, "temperature": False, **options}
+    own, named = (tfb.fit_sigma(model, anchors, m, **how) for m in (nll, "nll"))  # type: ignore[arg-type]
+    assert (own.metric, own.passes, own.objective) == ("nll", named.passes, named.objective)
+    assert own.sigma == pytest.approx(named.sigma, rel=1e-9) and own.sigma > 0
+    assert [p.loss for p in own.curve] == pytest.approx([p.loss for p in named.curve], rel=1e-12)
+    assert own.interval is not None and named.interval is not None
+    assert own.interval[0] == pytest.approx(named.interval[0], rel=1e-9)
+    assert all(p.accuracy is None for p in own.curve) and named.curve[0].accuracy is not None
+
+
+class Sum(torch.nn.Module):
+    """One noisy layer, [B, 5] to [B]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        base = torch.nn.Linear(5, 1, bias=False, dtype=torch.float64)
+        A, B = torch.eye(2, 5).double(), torch.ones(1, 2).double()
+        self.layer = tfb.BayesLoRALinear.from_weights(base, A, B, 1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[:, 0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("search", ["grid", "bisection"])
+def test_a_module_and_its_loss_have_the_crossing_of_the_closed_form(search: str) -> None:
+    """Squared errors of antithetic draws of a linear model, averaged over draws, are
+    l(0) + c sigma^2 exactly; c is taken from sigma = 1."""
+    bayes: Any = tfb.bayesianize(Sum())
+    x = torch.randn(40, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y = bayes.outputs((x,), Draws.mean())[0] + x[:, 0]
+    anchors = [{"x": x[:25], "labels": y[:25]}, {"x": x[25:], "labels": y[25:]}]
+
+    def squared_error(outputs: Tensor, batch: Any) -> Tensor:
+        return (outputs - batch["labels"]).square().mean(0)
+
+    errors = [bayes.outputs((x,), Draws.antithetic(4, s, seed=7)) - y for s in (0.0, 1.0)]
+    still, noisy = (float(e.square().mean()) for e in errors)
+    fit = tfb.fit_sigma(
+        bayes, anchors, squared_error, 0.01, search, draws=4, seed=7, bounds=(1e-3, 0.3), steps=60
+    )
+    # Bisection ends within 1 % of the crossing, and interpolates the parabola exactly.
+    assert fit.sigma == pytest.approx((0.01 * still / (noisy - still)) ** 0.5, rel=1e-6)
+    assert fit.limit == pytest.approx(1.01 * still, rel=1e-12)
+    assert (fit.metric, fit.objective, fit.notes) == ("squared_error", "max_variance", ())
+    assert bayes.config == replace(fit.config, seed=0) and fit.methods == {"TFB": fit.config}
+
+
+def test_what_a_module_cannot_be_searched_for() -> None:
+    bayes: Any = tfb.bayesianize(Sum())
+    for options in ({"metric": "embedding_norm"}, {"mode": "tail", "tail": 1}):
+        with pytest.raises(ValueError, match="are for PEFT models; give a loss function, and mode"):
+            tfb.fit_sigma(bayes, [(torch.ones(2, 5).double(),)], **options)
+
+
+# --- an interrupted search ----------------------------------------------------------------------
+
+
+class Interrupted(dict[str, Tensor]):
+    """Sweeps of a search that is interrupted after some; on disk in between."""
+
+    def __init__(self, found: dict[str, Tensor], more: int) -> None:
+        super().__init__(load(save(found)))
+        self.most = len(found) + more
+
+    def __setitem__(self, key: str, value: Tensor) -> None:
+        super().__setitem__(key, value)
+        if len(self) == self.most:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("mode", [("full", None), ("tail", 2)])
+def test_an_interrupted_search_goes_on_to_the_same_answer(mode: tuple[str, int | None]) -> None:
+    """Bit for bit, with an interrupt after every sweep; nothing is measured twice."""
+    bayes, rows = small()
+    how: dict[str, Any] = {"draws": 2, "mode": mode[0], "tail": mode[1], "seed": 5}
+    rows_done: list[int] = []
+    whole = tfb.fit_sigma(bayes, rows, **how, progress=rows_done.append)
+    everything: dict[str, Tensor] = {}
+    assert tfb.fit_sigma(bayes, rows, **how, sweeps=everything) == whole
+    found: dict[str, Tensor] = {}
+    for count in range(len(everything)):
+        assert len(found) == count
+        sweeps = Interrupted(found, 1)
+        with pytest.raises(KeyboardInterrupt):
+            tfb.fit_sigma(bayes, rows, **how, sweeps=sweeps)
+        found = dict(sweeps)
+    again: list[int] = []
+    assert tfb.fit_sigma(bayes, rows, **how, sweeps=found, progress=again.append) == whole
+    assert found.keys() == everything.keys() and sum(again) == sum(rows_done)
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 6}, {"draws": 4}, {"metric": nll}, {"mode": "tail", "tail": 1}]
+)
+def test_sweeps_of_another_search_are_not_taken_for_its_own(change: dict[str, Any]) -> None:
+    bayes, rows = small()
+    how: dict[str, Any] = {"draws": 2, "seed": 5, "temperature": False, "mode": "full"}
+    sweeps: dict[str, Tensor] = {}
+    first = tfb.fit_sigma(bayes, rows, **how, sweeps=sweeps)
+    count = len(sweeps)
+    assert tfb.fit_sigma(bayes, rows, **how | change, sweeps=sweeps) == tfb.fit_sigma(
+        bayes, rows, **how | change
+    )
+    assert len(sweeps) > count
+    other = [rows[0], rows[1] | {"input_ids": rows[1]["input_ids"].flip(0)}]
+    assert tfb.fit_sigma(bayes, other, **how, sweeps=sweeps) == tfb.fit_sigma(bayes, other, **how)
+    assert tfb.fit_sigma(bayes, rows, **how, sweeps=sweeps) == first
 
 
 # --- a real adapter -----------------------------------------------------------------------------

@@ -16,7 +16,16 @@ from tfb.data.batching import NO_LABEL, EncodedRows
 from tfb.data.rows import Row
 from tfb.sampling.config import SamplingConfig
 from tfb.search import loss as anchor
-from tfb.search.loss import METRICS, AnchorLoss, AnchorSet, PassCounter, passes_per_row
+from tfb.search.loss import (
+    METRICS,
+    AnchorLoss,
+    AnchorSet,
+    LossFunction,
+    MetricLike,
+    PassCounter,
+    SearchedModel,
+    passes_per_row,
+)
 
 # The same float64 sums in another order, through two blocks of width 16: some hundred roundings
 # of 1.1e-16, amplified by norms and softmax. A single float32 rounding (6e-8) would show.
@@ -55,8 +64,32 @@ def bayes() -> tfb.BayesianModel:
     return build()
 
 
+def build_module() -> tfb.BayesianModule:
+    generator = torch.Generator().manual_seed(0)
+    W, A, B = (
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in ((3, 5), (2, 5), (3, 2))
+    )
+    base = torch.nn.Linear(5, 3, bias=False, dtype=torch.float64)
+    base.weight.data = W
+
+    class Module(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = tfb.BayesLoRALinear.from_weights(base, A, B, 0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)
+
+    return tfb.bayesianize(Module())  # type: ignore[return-value]
+
+
 def loss_of(
-    bayes: tfb.BayesianModel, anchors: Any = MIXED, metric: str = "nll", n: int = 6, **kwargs: Any
+    bayes: SearchedModel,
+    anchors: Any = MIXED,
+    metric: MetricLike = "nll",
+    n: int = 6,
+    **kwargs: Any,
 ) -> AnchorLoss:
     batch_size = kwargs.pop("batch_size", 3)
     kwargs.setdefault("config", SamplingConfig(seed=5))
@@ -117,6 +150,11 @@ def test_a_fault_is_named_with_its_remedy() -> None:
     for empty in ([], EncodedRows(ids=[], input_ids=[], label_ids=[], labels=[], choices=[])):
         with pytest.raises(ValueError, match="anchors: empty; a search needs rows"):
             AnchorSet.of(empty)
+    for uneven in ({"x": torch.ones(3, 2), "labels": [0, 1]}, (torch.ones(3), torch.ones(2, 3))):
+        with pytest.raises(ValueError, match="as many rows in dim 0 of each tensor, got"):
+            AnchorSet.of([uneven])
+    with pytest.raises(TypeError, match="classifier needs batches with input_ids"):
+        loss_of(build(), [{"x": torch.ones(3, 2)}], "pseudo_nll")
     bare = AnchorSet.of(rows(labels=[None] * 7))
     one = AnchorSet.of(EncodedRows(["a", "b"], [[4], [5]], [(8, 9)] * 2, [1, 1], [("A", "B")] * 2))
     for metric in ("nll", "accuracy"):
@@ -241,6 +279,50 @@ def test_classification_head() -> None:
         torch.testing.assert_close(loss([0.1]).losses[1], wanted, rtol=EXACT, atol=EXACT)
 
 
+@pytest.mark.parametrize("metric", ["nll", "accuracy", "pseudo_nll", "own"])
+def test_a_module_of_ones_own(metric: str) -> None:
+    """As a classifier whose logits are its outputs; a pass is counted in rows."""
+    module = build_module()
+    x = torch.randn(7, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    labels = torch.tensor([0, 1, 2, 0, 1, 2, 0])
+    batches = [{"x": x[s], "labels": labels[s]} for s in (slice(4), slice(4, 7))]
+
+    def squares(outputs: Tensor, batch: Any) -> Tensor:
+        assert outputs.shape[0] in (1, 6) and set(batch) == {"x", "labels"}
+        return (outputs - batch["x"][:, :3]).square().mean((0, 2))
+
+    loss = loss_of(module, batches, squares if metric == "own" else metric)
+    found = loss(SIGMAS)
+    assert loss.passes == 1 + 3 * 6
+    plain = module.outputs({"x": x}, Draws.mean())[0]
+    for g, sigma in enumerate([0.0, *SIGMAS]):
+        out = module.outputs({"x": x}, Draws.antithetic(6, sigma, seed=5))
+        probs = out.softmax(-1).mean(0)
+        wanted = {
+            "nll": -probs[torch.arange(7), labels].log(),
+            "accuracy": (probs.argmax(-1) != labels).double(),
+            "pseudo_nll": -probs[torch.arange(7), plain.argmax(-1)].log(),
+            "own": (out - x[:, :3]).square().mean((0, 2)),
+        }[metric]
+        torch.testing.assert_close(found.losses[g], wanted, rtol=EXACT, atol=EXACT)
+    some = loss(SIGMAS[:1], torch.tensor([0, 2, 5]))
+    torch.testing.assert_close(some.losses, found.losses[:2, [0, 2, 5]], rtol=EXACT, atol=EXACT)
+
+
+def test_arguments_by_place_come_as_they_were_given() -> None:
+    module, x = build_module(), torch.ones(3, 5, dtype=torch.float64)
+
+    def first(outputs: Tensor, batch: Any) -> Tensor:
+        assert isinstance(batch, tuple) and torch.equal(batch[0], x)
+        return outputs.mean((0, 2))
+
+    by_place, by_name = (
+        AnchorLoss(module, AnchorSet.of([b]), m, draws=2, config=SamplingConfig())([0.1]).losses
+        for b, m in (((x,), first), ({"x": x}, lambda o, _: o.mean((0, 2))))
+    )
+    assert torch.equal(by_place, by_name)
+
+
 def test_unlabelled_anchors_have_the_unsupervised_losses(bayes: tfb.BayesianModel) -> None:
     bare = rows(labels=[None] * 7)
     for metric in ("pseudo_nll", "embedding_norm"):
@@ -249,6 +331,18 @@ def test_unlabelled_anchors_have_the_unsupervised_losses(bayes: tfb.BayesianMode
 
 
 # --- the matrix ---------------------------------------------------------------------------------
+
+
+def test_losses_at_one_are_at_hand_beside_those_at_each_temperature(
+    bayes: tfb.BayesianModel,
+) -> None:
+    """Bit for bit those of a search without T, also where matrices are joined."""
+    loss, alone = (loss_of(bayes, temperature=fitted) for fitted in (True, False))
+    joined, plain = loss([0.05]).join(loss([0.02, 0.2])).plain, alone(SIGMAS)
+    joined_alone = alone([0.05]).join(alone([0.02, 0.2]))
+    assert joined is not None and joined.points == plain.points and plain.plain is None
+    assert torch.equal(joined.losses, joined_alone.losses)
+    assert joined.correct is not None and torch.equal(joined.correct, joined_alone.correct)  # type: ignore[arg-type]
 
 
 def test_join_keeps_the_adapter_first_and_every_sigma_once(bayes: tfb.BayesianModel) -> None:
@@ -352,3 +446,39 @@ def test_label_outside_the_choices_is_refused(bayes: tfb.BayesianModel, label: i
         loss = loss_of(bayes, rows(labels=[0, 1, label, 0, 1, 2, 0]), metric)
         with pytest.raises(ValueError, match="anchors: a label lies outside the 3 choices"):
             loss([0.1])
+
+
+RETURNS: list[tuple[LossFunction, str]] = [
+    (
+        lambda out, _: out.mean(),
+        r"<lambda> has to return a tensor of a loss for each row, \[3\], got",
+    ),
+    (lambda out, _: out.mean(-1), r"got \[1, 3\]; average over draws, dim 0"),
+    (lambda out, _: 1.0, r"got \['float'\]"),
+    (lambda out, _: out.mean((0, 2)) / 0, "the loss function <lambda> returned NaN or Inf; check"),
+]
+
+
+@pytest.mark.parametrize(("function", "message"), RETURNS, ids=range(len(RETURNS)))
+def test_a_loss_function_returns_a_loss_of_each_row(
+    bayes: tfb.BayesianModel, function: LossFunction, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        loss_of(bayes, rows(), function)([0.1])
+
+
+def test_named_metrics_need_logits() -> None:
+    class Rows(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = build_module().remove()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x).mean(-1)  # type: ignore[no-any-return]
+
+    module: Any = tfb.bayesianize(Rows())
+    anchors = [{"x": torch.ones(2, 5, dtype=torch.float64), "labels": [0, 1]}]
+    with pytest.raises(
+        ValueError, match=r"needs outputs \[S, B, K\], got \[1, 2\]; give a loss fun"
+    ):
+        loss_of(module, anchors)([0.1])

@@ -6,7 +6,7 @@ To add an objective: a rule in :mod:`tfb.search.select`; a metric: :mod:`tfb.sea
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,11 +17,21 @@ from scipy.stats import binomtest
 from tfb.data.batching import EncodedRows
 from tfb.draws import check_even
 from tfb.evaluation.metrics import nll_of_rows
-from tfb.model import BayesianModel
+from tfb.module import BayesianModule
 from tfb.posterior import LowRankPosterior, default_prior_sigma
 from tfb.sampling.config import SamplingConfig
 from tfb.sampling.state import Batch
-from tfb.search.loss import METRICS, AnchorLoss, AnchorSet, LossMatrix, standard_error
+from tfb.search.loss import (
+    METRICS,
+    AnchorLoss,
+    AnchorSet,
+    LossMatrix,
+    MetricLike,
+    SearchedModel,
+    metric_of,
+    name_of,
+    standard_error,
+)
 from tfb.search.result import CurvePoint, PredictiveFit
 from tfb.search.select import (
     SIGNIFICANT,
@@ -42,13 +52,13 @@ SEARCH_DRAWS = 8
 NEARLY_ALL, NEAR_ZERO = 0.95, 0.1  # right, and NLL over that of a guess, on training rows
 NLL_FLOOR = 0.01  # nats: below this a relative tolerance on the NLL is ill-conditioned
 
-Anchors = AnchorSet | EncodedRows | Iterable[Batch]
+Anchors = AnchorSet | EncodedRows | Iterable[Batch | Sequence[torch.Tensor]]
 
 
 def fit_sigma(
-    bayes: BayesianModel,
+    bayes: SearchedModel,
     anchors: Anchors,
-    metric: str = "nll",
+    metric: MetricLike = "nll",
     tolerance: float | None = None,
     search: str = "grid",
     *,
@@ -66,6 +76,7 @@ def fit_sigma(
     mode: str | None = None,
     tail: int | None = None,
     progress: Callable[[int], None] | None = None,
+    sweeps: MutableMapping[str, torch.Tensor] | None = None,
 ) -> PredictiveFit:
     """Fit the noise sigma and the temperature T to anchors, and configure the model with both.
 
@@ -77,11 +88,13 @@ def fit_sigma(
         bayes: the model.
         anchors: held-out rows: an :class:`AnchorSet`, encoded rows, or batches as in one.
         metric: the loss: "nll", "accuracy", "expected_nll", and without labels "pseudo_nll" or
-            "embedding_norm".
+            "embedding_norm". Or a function of all draws' outputs [S, B, ...] (logits [S, B, K] of
+            a PEFT model) and their batch, both on the outputs' device, that returns a loss of each
+            row [B]: it also says how draws are averaged. T is not fitted to it.
         tolerance: degradation that max_variance accepts; default 0.003, of the accuracy 0.01.
         search: "grid", or "bisection" for max_variance.
-        objective: "min_nll", "max_variance" or "gvi"; by default min_nll for metric "nll" where
-            neither a tolerance nor a bisection is asked for, else max_variance.
+        objective: "min_nll", "max_variance" or "gvi"; by default min_nll for metric "nll" and loss
+            functions where neither a tolerance nor a bisection is asked for, else max_variance.
         temperature: min_nll of metric nll fits T too; everything else leaves it 1.
         sigma: fit T alone, at this sigma.
         relative: the tolerance is relative to the adapter's loss, not in the loss's units.
@@ -95,15 +108,19 @@ def fit_sigma(
         mode: "full" or "tail", here and in later predictions; default: the model's.
         tail: positions with noise in tail mode.
         progress: called with finished rows x draws.
+        sweeps: outputs of finished sweeps are put here and found here again, so that the same call
+            takes an interrupted search up where it was. They hold for this very model, and for a
+            loss function of this name.
 
     Raises:
-        ValueError: arguments out of range, or empty, unlabelled or one-class anchors.
+        ValueError: arguments out of range, empty, unlabelled or one-class anchors, or outputs or
+            losses of another form.
         SearchError: the objective has no answer on these anchors.
     """
     objective = default_objective(objective, metric, tolerance, search)
     check_arguments(metric, tolerance, search, objective, draws, bounds, temperature, sigma)
     _check_positive(steps=steps, prior_sigma=prior_sigma, kl_weight=kl_weight)
-    tolerance = METRICS[metric].tolerance if tolerance is None else tolerance
+    tolerance = metric_of(metric).tolerance if tolerance is None else tolerance
     fits_temperature = temperature and objective == "min_nll" and metric == "nll"
     anchor_set = AnchorSet.of(anchors, pad_token_id=bayes.pad_token_id, batch_size=batch_size)
     config = _config(bayes, metric, mode, tail, seed)
@@ -115,6 +132,7 @@ def fit_sigma(
         config=config,
         temperature=fits_temperature,
         progress=progress,
+        sweeps=sweeps,
     )
     posteriors = list(bayes.posteriors.values())
     kl = Divergence(posteriors, prior_sigma or default_prior_sigma(posteriors))
@@ -136,7 +154,7 @@ def fit_sigma(
     verdict = _verdict(rule, whole, loss, sigma)
     fit = PredictiveFit(
         **asdict(replace(config, sigma=verdict.sigma, temperature=verdict.temperature)),
-        metric=metric,
+        metric=name_of(metric),
         objective=objective,
         tolerance=tolerance,
         relative=relative,
@@ -152,6 +170,7 @@ def fit_sigma(
         interval=rule.limits(whole, seen) if sigma is None and len(anchor_set) > 1 else None,
         change=verdict.change,
         notes=verdict.notes,
+        untempered_sigma=sigma or _untempered(rule, whole, seen, loss),
         kl_weight=weight if objective == "gvi" else None,
         **_variational(whole, verdict.sigma, kl),
     )
@@ -160,17 +179,17 @@ def fit_sigma(
 
 
 def default_objective(
-    objective: str | None, metric: str, tolerance: float | None, search: str
+    objective: str | None, metric: MetricLike, tolerance: float | None, search: str
 ) -> str:
     """Return the objective that is meant."""
     if objective is not None:
         return objective
-    plain = metric == "nll" and search == "grid" and tolerance is None
+    plain = (metric == "nll" or callable(metric)) and search == "grid" and tolerance is None
     return "min_nll" if plain else "max_variance"
 
 
 def check_arguments(
-    metric: str,
+    metric: MetricLike,
     tolerance: float | None,
     search: str,
     objective: str,
@@ -185,11 +204,11 @@ def check_arguments(
         ("objective", objective, OBJECTIVES),
         ("search", search, SEARCHES),
     ):
-        if value not in known:
+        if value not in known and not (name == "metric" and callable(metric)):
             raise ValueError(f"{name}={value!r}: expected one of {', '.join(known)}")
     if objective != "max_variance" and search != "grid":
         raise ValueError(f"objective={objective!r} is a minimisation: use search='grid'")
-    if objective != "max_variance" and not METRICS[metric].likelihood:
+    if objective != "max_variance" and not metric_of(metric).likelihood:
         raise ValueError(f"objective={objective!r} needs metric='nll' (or another likelihood)")
     if tolerance is not None and not 0 < tolerance < math.inf:
         raise ValueError(f"tolerance={tolerance}: expected a positive number")
@@ -213,25 +232,32 @@ def _check_positive(**numbers: float | None) -> None:
 
 
 def _config(
-    bayes: BayesianModel, metric: str, mode: str | None, tail: int | None, seed: int | None
+    bayes: SearchedModel, metric: MetricLike, mode: str | None, tail: int | None, seed: int | None
 ) -> SamplingConfig:
     """Return how to sample during the search."""
     config = bayes.config
     if mode is not None or tail is not None:
         config = replace(config, mode=config.mode if mode is None else mode, tail=tail)
+    if isinstance(bayes, BayesianModule) and (metric == "embedding_norm" or config.mode != "full"):
+        raise ValueError(
+            f"metric={name_of(metric)!r}, mode={config.mode!r}: 'embedding_norm' and mode='tail' "
+            "are for PEFT models; give a loss function, and mode='full'"
+        )
     if metric == "embedding_norm" and config.mode != "full":
         raise ValueError(f"metric='embedding_norm' needs mode='full', not {config.mode!r}")
     return config if seed is None else replace(config, seed=seed)
 
 
-def _allowance(metric: str, tolerance: float, relative: bool) -> Callable[[np.ndarray], np.ndarray]:
+def _allowance(
+    metric: MetricLike, tolerance: float, relative: bool
+) -> Callable[[np.ndarray], np.ndarray]:
     """Return what a tolerance allows, as a function of the adapter's loss."""
     if not relative:
         return lambda loss: np.full_like(loss, tolerance)
     if metric == "accuracy":  # the loss is the error rate
         return lambda loss: tolerance * (1.0 - loss)
-    floor = NLL_FLOOR if METRICS[metric].likelihood else 0.0
-    return lambda loss: tolerance * np.maximum(loss, floor)
+    floor = NLL_FLOOR if isinstance(metric, str) and METRICS[metric].likelihood else 0.0
+    return lambda loss: tolerance * np.maximum(abs(loss), floor)
 
 
 @dataclass(frozen=True)
@@ -278,7 +304,7 @@ def _verdict(rule: Rule, matrix: LossMatrix, loss: AnchorLoss, fixed: float | No
         text = "T of least loss at this sigma" if fixed else "the least objective measured"
         return Verdict(*matrix.points[best], text, change_limits(matrix, best), tuple(notes))
     if fixed is None and (free := rule.best(matrix, guarded=False)) != best:
-        where = "sigma = {:.4g}, T = {:.4g}".format(*matrix.points[free])
+        where = "sigma = {:.3g}, T = {:.3g}".format(*matrix.points[free])
         notes.append(f"{where} has the least loss, but there {_fall(matrix, free)}: not chosen")
     if suspicious:
         text = "keep the adapter: these anchors cannot tell how sure it should be"
@@ -300,10 +326,23 @@ def _verdict(rule: Rule, matrix: LossMatrix, loss: AnchorLoss, fixed: float | No
     text = "keep the adapter: nothing that was tried lowers the loss enough"
     if best != 0:
         text = (
-            "keep the adapter: sigma = {:.4g}, T = {:.4g} lowers the loss by no more than its "
+            "keep the adapter: sigma = {:.3g}, T = {:.3g} lowers the loss by no more than its "
             "standard error over anchors".format(*matrix.points[best])
         )
     return Verdict(0.0, 1.0, text, change_limits(matrix, best), tuple(notes))
+
+
+def _untempered(
+    rule: Rule, whole: LossMatrix, seen: LossMatrix | None, loss: AnchorLoss
+) -> float | None:
+    """Return the sigma of the same rule at T = 1; None where T is not fitted."""
+    if not whole.plain or not seen or not seen.plain or not isinstance(rule, Least):
+        return None
+    least, most = whole.plain.sigmas[[1, -1]].tolist()
+    near, far = (float(m.sigmas[rule.best(m)]) for m in (whole.plain, seen.plain))
+    # Level 2 lies around the answer with T; without T the least may lie elsewhere.
+    beyond = not least < near < most and far > 0 and not least <= far <= most
+    return _verdict(rule, seen.plain if beyond else whole.plain, loss, None).sigma
 
 
 def _crossing(rule: Crossing, matrix: LossMatrix, notes: list[str]) -> Verdict:
@@ -311,7 +350,7 @@ def _crossing(rule: Crossing, matrix: LossMatrix, notes: list[str]) -> Verdict:
     low, high = matrix.sigmas[place - 1 : place + 1].tolist()
     if less_accurate(matrix, place - 1):
         notes.append(f"at this sigma {_fall(matrix, place - 1)}")
-    text = f"the loss crosses the tolerance between {low:.4g} and {high:.4g}"
+    text = f"the loss crosses the tolerance between {low:.3g} and {high:.3g}"
     return Verdict(sigma, 1.0, text, None, tuple(notes))
 
 

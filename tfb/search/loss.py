@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -16,12 +17,17 @@ from tfb.data.batching import NO_LABEL, EncodedRows, batches
 from tfb.draws import Draws
 from tfb.evaluation.metrics import PROBABILITY_FLOOR, fit_temperature
 from tfb.model import BayesianModel
+from tfb.module import BayesianModule
 from tfb.sampling.config import SamplingConfig
 from tfb.sampling.state import Batch
 from tfb.search.result import SearchError
 from tfb_kernels.reference import compute_dtype
 
 ROWS_PER_PASS = 1024  # rows x draws in one forward pass: more bring no more speed
+
+SearchedModel = BayesianModel | BayesianModule
+LossFunction = Callable[[Tensor, Any], Tensor]  # outputs [S, B, ...] and their batch to losses [B]
+MetricLike = str | LossFunction
 
 
 class Metric(NamedTuple):
@@ -40,6 +46,18 @@ METRICS = {
     "embedding_norm": Metric(labelled=False, likelihood=False, tolerance=0.003),
 }
 
+OF_FUNCTIONS = Metric(labelled=False, likelihood=True, tolerance=0.003)
+
+
+def metric_of(metric: MetricLike) -> Metric:
+    """Return what is known of a metric; a loss function may be minimised, and needs nothing."""
+    return METRICS[metric] if isinstance(metric, str) else OF_FUNCTIONS
+
+
+def name_of(metric: MetricLike) -> str:
+    """Return a metric's name; a loss function's is that of the function or its class."""
+    return metric if isinstance(metric, str) else getattr(metric, "__name__", type(metric).__name__)
+
 
 @dataclass(frozen=True)
 class AnchorSet:
@@ -47,7 +65,9 @@ class AnchorSet:
 
     Attributes:
         batches: dicts of tokenizer tensors [B, T], "labels" [B] (class indices) and, for causal
-            LMs, "label_ids" [K], [B, K] or [B, K, L] (the tokens of the classes).
+            LMs, "label_ids" [K], [B, K] or [B, K, L] (the tokens of the classes). Of a model
+            without PEFT: its arguments, rows in dim 0, by name, or by place ("0", "1", ...) where
+            they came as a tuple; "labels" are not given to the model.
         content_hash: SHA-256 of the content.
     """
 
@@ -57,7 +77,7 @@ class AnchorSet:
     @classmethod
     def of(
         cls,
-        anchors: AnchorSet | EncodedRows | Iterable[Batch],
+        anchors: AnchorSet | EncodedRows | Iterable[Batch | Sequence[Tensor]],
         *,
         pad_token_id: int = 0,
         batch_size: int = 50,
@@ -70,7 +90,7 @@ class AnchorSet:
             batch_size: of encoded rows.
 
         Raises:
-            ValueError: no anchors at all.
+            ValueError: no anchors at all, or arguments that differ in their number of rows.
             TypeError: neither batches nor encoded rows.
         """
         if isinstance(anchors, AnchorSet):
@@ -89,7 +109,10 @@ class AnchorSet:
         return cls(tuple(made), digest)
 
     def __len__(self) -> int:
-        return sum(int(b["input_ids"].shape[0]) for b in self.batches)
+        return sum(map(_rows_of, self.batches))
+
+    def __repr__(self) -> str:
+        return f"AnchorSet({len(self)} rows, {len(self.batches)} batches, {self.content_hash[:8]})"
 
     @cached_property
     def labels(self) -> Tensor | None:
@@ -100,9 +123,9 @@ class AnchorSet:
         labels = torch.cat([torch.as_tensor(y).cpu().long() for y in found])
         return None if bool((labels == NO_LABEL).any()) else labels
 
-    def check(self, metric: str) -> None:
+    def check(self, metric: MetricLike) -> None:
         """Refuse what cannot be searched on by a metric: missing labels, one class only."""
-        if not METRICS[metric].labelled:
+        if not metric_of(metric).labelled:
             return
         if self.labels is None:
             raise ValueError(
@@ -119,16 +142,39 @@ class AnchorSet:
             )
 
 
-def _with_tensors(batch: Batch) -> Batch:
-    """Accept labels and choices that are lists."""
-    if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
+def _with_tensors(batch: Batch | Sequence[Tensor]) -> Batch:
+    """Accept arguments by place, and labels and choices that are lists."""
+    if isinstance(batch, tuple | list):
+        batch = {str(place): value for place, value in enumerate(batch)}
+    if not isinstance(batch, Mapping) or not _shapes(batch):
         raise TypeError(
             "anchors: expected encoded rows, or batches (dicts with input_ids and other tensors), "
             f"got {type(batch).__name__}; write anchors = encode(bayes, data, tokenizer) for "
             "files, DataFrames, Datasets and lists of rows"
         )
     names = [n for n in ("labels", "label_ids") if isinstance(batch.get(n), list)]
-    return {**batch, **{n: torch.tensor(batch[n]) for n in names}} if names else batch
+    batch = {**batch, **{n: torch.tensor(batch[n]) for n in names}} if names else batch
+    shapes = _shapes(batch)
+    if "input_ids" not in batch and len({shape[0] for shape in shapes.values()}) > 1:
+        raise ValueError(f"anchors: expected as many rows in dim 0 of each tensor, got {shapes}")
+    return batch
+
+
+def _shapes(batch: Batch) -> dict[str, list[int]]:
+    """Return the shapes of tensors that have rows."""
+    tensors = {name: v for name, v in batch.items() if isinstance(v, Tensor) and v.dim() > 0}
+    return {name: list(v.shape) for name, v in tensors.items()}
+
+
+def _rows_of(batch: Batch) -> int:
+    """Return the number of rows of a batch."""
+    shapes = _shapes(batch)
+    return shapes.get("input_ids", next(iter(shapes.values())))[0]
+
+
+def _as_given(batch: Batch) -> Any:
+    """Return arguments by place as a tuple again."""
+    return tuple(batch.values()) if "0" in batch else batch
 
 
 def _hash(made: Sequence[Batch]) -> str:
@@ -138,7 +184,7 @@ def _hash(made: Sequence[Batch]) -> str:
         for key in sorted(batch):
             if isinstance(value := batch[key], Tensor):
                 sha.update(f"{key} {list(value.shape)} {value.dtype} ".encode())
-                sha.update(value.cpu().flatten().view(torch.uint8).numpy().tobytes())
+                sha.update(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
 
 
@@ -149,9 +195,7 @@ class PassCounter:
     """
 
     def __init__(self, batches: Sequence[Batch], tail: int | None) -> None:
-        masks = [(b.get("attention_mask"), torch.ones_like(b["input_ids"])) for b in batches]
-        lengths = [(real if mask is None else mask).sum(1) for mask, real in masks]
-        tokens = torch.cat([n.long().cpu() for n in lengths])  # [N]
+        tokens = torch.cat([_tokens_of(b) for b in batches])  # [N]
         self._drawn = tokens if tail is None else tokens.clamp_max(tail)
         self._common = tokens - self._drawn
         self._total = int(tokens.sum())
@@ -167,6 +211,14 @@ class PassCounter:
         self._spent += int((self._common[rows] + draws * self._drawn[rows]).sum())
 
 
+def _tokens_of(batch: Batch) -> Tensor:
+    """Return the number of tokens of each row, [B]; 1 where a model has none."""
+    real: Tensor | None = batch.get("attention_mask")
+    if real is None:
+        real = torch.ones_like(batch.get("input_ids", torch.ones(_rows_of(batch), 1)))
+    return real.sum(1).long().cpu()
+
+
 def passes_per_row(lengths: Sequence[int], draws: int, tail: int | None = None) -> float:
     """Return what draws of prompts of these many tokens cost, as :class:`PassCounter` counts."""
     total = sum(lengths)
@@ -179,6 +231,9 @@ def standard_error(rows: Tensor) -> float:
     return float(rows.std()) / len(rows) ** 0.5 if len(rows) > 1 else float("inf")
 
 
+Point = tuple[float, float, Tensor, Tensor | None]  # sigma, T, losses [n], which rows are right
+
+
 @dataclass(frozen=True)
 class LossMatrix:
     """Losses of n anchors at G points (sigma, T); the first is the adapter's own, (0, 1).
@@ -187,11 +242,20 @@ class LossMatrix:
         points: G pairs, ascending in sigma.
         losses: [G, n] float64.
         correct: [G, n], whether the label is predicted; None without labels.
+        plain: the same sigmas at T = 1, where T is fitted.
     """
 
     points: tuple[tuple[float, float], ...]
     losses: Tensor
     correct: Tensor | None
+    plain: LossMatrix | None = None
+
+    @classmethod
+    def of(cls, found: Sequence[Point], plain: LossMatrix | None = None) -> LossMatrix:
+        """Collect points."""
+        sigmas, Ts, losses, right = zip(*found, strict=True)
+        correct = None if right[0] is None else torch.stack(right)
+        return cls(tuple(zip(sigmas, Ts, strict=True)), torch.stack(losses), correct, plain)
 
     @cached_property
     def sigmas(self) -> Tensor:
@@ -229,7 +293,8 @@ class LossMatrix:
         if self.correct is not None and other.correct is not None:
             correct = torch.cat([self.correct, other.correct[new]])[order]
         losses = torch.cat([self.losses, other.losses[new]])[order]
-        return LossMatrix(tuple(points[g] for g in order), losses, correct)
+        plain = self.plain.join(other.plain) if self.plain and other.plain else None
+        return LossMatrix(tuple(points[g] for g in order), losses, correct, plain)
 
 
 class AnchorLoss:
@@ -241,30 +306,34 @@ class AnchorLoss:
 
     def __init__(
         self,
-        bayes: BayesianModel,
+        bayes: SearchedModel,
         anchors: AnchorSet,
-        metric: str,
+        metric: MetricLike,
         *,
         draws: int,
         config: SamplingConfig,
         temperature: bool = False,
         progress: Callable[[int], None] | None = None,
+        sweeps: MutableMapping[str, Tensor] | None = None,
     ) -> None:
         """Check the anchors.
 
         Args:
             bayes: the model.
             anchors: the rows.
-            metric: of ``METRICS``.
+            metric: of ``METRICS``, or a loss function.
             draws: antithetic draws at each sigma.
             config: mode, tail and seed to sample with.
             temperature: take each sigma at its T of least mean loss (metric "nll").
             progress: called with finished rows x draws.
+            sweeps: outputs of finished sweeps over one batch, kept there and found there again.
         """
         anchors.check(metric)
+        if isinstance(bayes, BayesianModel) and any("input_ids" not in b for b in anchors.batches):
+            raise TypeError("anchors: a language model or classifier needs batches with input_ids")
         self.bayes, self.anchors, self.metric = bayes, anchors, metric
         self.draws, self.config, self.progress = draws, config, progress
-        self.temperature = temperature
+        self.temperature, self.sweeps = temperature, sweeps
         self.cost = PassCounter(anchors.batches, config.tail)
         self._adapter: dict[int, Tensor] = {}  # outputs at sigma = 0 of each batch, full mode
         self.log_probs: Tensor | None = None  # [n, K] of the adapter on the rows measured last
@@ -283,29 +352,26 @@ class AnchorLoss:
             zero, out = self._sweep(number, at, whole, wanted)
             plain.append(zero)
             drawn.append(out)
-        adapter = _together(plain)  # [1, n, K], or [1, n] of norms
-        if self.metric != "embedding_norm":
+        adapter = _together(plain)  # [1, n, K], or [1, n] of norms or losses
+        if adapter.dim() == 3:
             self.log_probs = adapter[0].log_softmax(-1)
         targets = self._targets(rows, adapter)
-        points, found = [], []
+        found: list[Point] = []
+        at_one: list[Point] = []
         for g, sigma in enumerate((0.0, *wanted)):
             out = adapter if g == 0 else _together([d[g - 1] for d in drawn])
             fitted = self._temperature(out, targets) if self.temperature else 1.0
-            for T in dict.fromkeys((1.0, fitted)) if g == 0 else (fitted,):
-                points.append((sigma, T))
-                found.append(self._losses(out, T, targets))
-        correct = [right for _, right in found if right is not None]
-        return LossMatrix(
-            tuple(points),
-            torch.stack([losses for losses, _ in found]),
-            torch.stack(correct) if correct else None,
-        )
+            Ts = dict.fromkeys((1.0, fitted))
+            both = [(sigma, T, *self._losses(out, T, targets)) for T in Ts]
+            at_one.append(both[0])
+            found += both if g == 0 else both[-1:]
+        return LossMatrix.of(found, LossMatrix.of(at_one) if self.temperature else None)
 
     def _pieces(self, rows: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield the number of each batch that has any of ``rows``, those rows, and all of its."""
         start = 0
         for number, batch in enumerate(self.anchors.batches):
-            whole = torch.arange(start, start + int(batch["input_ids"].shape[0]))
+            whole = torch.arange(start, start + _rows_of(batch))
             start += len(whole)
             if len(at := rows[torch.isin(rows, whole)]):
                 yield number, at, whole
@@ -315,44 +381,90 @@ class AnchorLoss:
     ) -> tuple[Tensor, Tensor]:
         """Return outputs [1, b, ...] at sigma = 0 and [G, S, b, ...] at sigmas, of rows ``at``."""
         batch = self.anchors.batches[number]
-        full = self.config.mode == "full"
-        if full and number not in self._adapter:
-            self._adapter[number] = self._outputs(batch, Draws.mean())
-            self.cost.spend(whole, 1)
-        if full and not sigmas:
-            return self._adapter[number][:, at - whole[0]], torch.zeros(0)
-        # In tail mode sigma = 0 and all others share one prefill.
-        grid = list(sigmas) if full else [0.0, *sigmas]
-        step = max(1, ROWS_PER_PASS // (self.draws * len(at))) if full else len(grid)
         part = batch if len(at) == len(whole) else _take(batch, at - whole[0], len(whole))
-        found = []
-        for g in range(0, len(grid), step):
-            draws = Draws.grid(grid[g : g + step], self.draws, seed=self.config.seed)
-            out = self._outputs(part, draws).unflatten(0, (self.draws // 2, -1, 2))
-            found.append(out.movedim(1, 0).flatten(1, 2))  # stream, sigma, sign -> sigma, draw
+        if self.config.mode == "tail":  # sigma = 0 and all others share one prefill
+            drawn = self._finished(part, [0.0, *sigmas])
+            self.cost.spend(at, (1 + len(sigmas)) * self.draws)
+            return drawn[0, :1], drawn[1:]
+        if number not in self._adapter:
+            self._adapter[number] = self._finished(batch, [])[0]
+            self.cost.spend(whole, 1)
+        zero = self._adapter[number][:, at - whole[0]]
+        self.cost.spend(at, len(sigmas) * self.draws)
+        return zero, self._finished(part, sigmas) if sigmas else torch.zeros(0)
+
+    def _finished(self, batch: Batch, sigmas: Sequence[float]) -> Tensor:
+        """Return what ``_measure`` does, from ``sweeps`` where it is there already."""
+        if self.sweeps is None:
+            return self._measure(batch, sigmas)
+        plain = isinstance(self.metric, str) and self.metric != "embedding_norm"
+        made = "logits" if plain else name_of(self.metric)
+        how = asdict(replace(self.config, sigma=None, temperature=1.0))
+        on = [made, callable(self.metric), _hash([batch]), list(sigmas), self.draws, how]
+        key = hashlib.sha256(json.dumps(on).encode()).hexdigest()
+        if key not in self.sweeps:
+            self.sweeps[key] = self._measure(batch, sigmas)
+        elif self.progress is not None:
+            self.progress(len(sigmas) * self.draws * _rows_of(batch))
+        return self.sweeps[key]
+
+    def _measure(self, batch: Batch, sigmas: Sequence[float]) -> Tensor:
+        """Return outputs [G, S, b, ...] at sigmas; of no sigma the adapter's, [1, 1, b, ...]."""
+        if not sigmas:
+            return self._reduced(self._outputs(batch, Draws.mean())[None], batch, [0.0])
+        rows, found = _rows_of(batch), []
+        full = self.config.mode == "full"
+        step = max(1, ROWS_PER_PASS // (self.draws * rows)) if full else len(sigmas)
+        for g in range(0, len(sigmas), step):
+            some = sigmas[g : g + step]
+            draws = Draws.grid(some, self.draws, seed=self.config.seed)
+            out = self._outputs(batch, draws).unflatten(0, (self.draws // 2, -1, 2))
+            out = out.movedim(1, 0).flatten(1, 2)  # stream, sigma, sign -> sigma, draw
+            found.append(self._reduced(out, batch, some))
             if self.progress is not None:
-                self.progress(len(draws) * len(at))
-        self.cost.spend(at, len(grid) * self.draws)
-        drawn = torch.cat(found)
-        if full:
-            return self._adapter[number][:, at - whole[0]], drawn
-        return drawn[0, :1], drawn[1:]
+                self.progress(len(draws) * rows)
+        return torch.cat(found)
 
     def _outputs(self, batch: Batch, draws: Draws) -> Tensor:
-        """Return each draw's logits [S, b, K], or norms [S, b], on the CPU, float32 at least."""
+        """Return each draw's logits [S, b, K], norms [S, b] or other outputs, float32 at least."""
         inputs = {k: v for k, v in batch.items() if k not in ("labels", "label_ids")}
-        if self.metric == "embedding_norm":
+        form: Any = {"mode": self.config.mode, "tail": self.config.tail}
+        if isinstance(self.bayes, BayesianModule):
+            out = self.bayes.outputs(_as_given(inputs), draws)
+            if isinstance(self.metric, str) and out.dim() != 3:
+                raise ValueError(
+                    f"metric={self.metric!r} needs outputs [S, B, K], got {list(out.shape)}; give "
+                    "a loss function for outputs of another form"
+                )
+        elif self.metric == "embedding_norm":
             out = self.bayes.hidden_norms(inputs, draws)
         else:
-            form: Any = {"mode": self.config.mode, "tail": self.config.tail}
             out = self.bayes.logits(inputs, draws, batch.get("label_ids"), **form)
-        out = out.to(compute_dtype(out.dtype)).cpu()
-        _check_finite(out if out.dim() == 2 else out.softmax(-1), draws)
+        return out.to(compute_dtype(out.dtype))
+
+    @torch.no_grad()
+    def _reduced(self, out: Tensor, batch: Batch, sigmas: Sequence[float]) -> Tensor:
+        """Return outputs [G, S, b, ...], checked; a loss function makes that losses [G, 1, b]."""
+        who = "the model"
+        if callable(self.metric):
+            who = f"the loss function {name_of(self.metric)}"
+            own = {k: v.to(out.device) for k, v in batch.items() if isinstance(v, Tensor)}
+            losses = [self.metric(o, _as_given({**batch, **own})) for o in out]
+            got = list(getattr(losses[0], "shape", [type(losses[0]).__name__]))
+            if got != [_rows_of(batch)]:
+                raise ValueError(
+                    f"metric: {who} has to return a tensor of a loss for each row, "
+                    f"[{_rows_of(batch)}], got {got}; average over draws, dim 0 of the outputs, "
+                    "and leave the rows apart (reduction='none')"
+                )
+            out = torch.stack(losses)[:, None].double()
+        out = out.cpu().contiguous()
+        _check_finite(out.softmax(-1) if out.dim() == 4 else out, sigmas, who)
         return out
 
     def _targets(self, rows: Tensor, adapter: Tensor) -> Tensor | None:
         """Return what is to be predicted, [n]: labels, or the adapter's own predictions."""
-        if self.metric == "embedding_norm":
+        if callable(self.metric) or self.metric == "embedding_norm":
             return None
         if self.metric == "pseudo_nll":
             return adapter[0].argmax(-1)
@@ -383,7 +495,7 @@ class AnchorLoss:
         each = p if self.metric == "expected_nll" else mean[None]
         index = targets.expand(each.shape[:-1])[..., None]
         losses = -each.gather(-1, index)[..., 0].clamp_min(PROBABILITY_FLOOR).log().mean(0)
-        return losses, right if METRICS[self.metric].labelled else None
+        return losses, right if metric_of(self.metric).labelled else None
 
 
 def _together(parts: Sequence[Tensor]) -> Tensor:
@@ -394,16 +506,16 @@ def _together(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(parts), dim=1).double()
 
 
-def _check_finite(out: Tensor, draws: Draws) -> None:
-    """Refuse NaN and Inf in each draw's outputs [S, ...]; sigma = 0 is always seen first."""
+def _check_finite(out: Tensor, sigmas: Sequence[float], who: str) -> None:
+    """Refuse NaN and Inf in what came out at each sigma, [G, ...]; 0 is always seen first."""
     broken = ~out.isfinite().flatten(1).all(1)
     if not bool(broken.any()):
         return
-    least = min(abs(draws.sigmas[s]) for s in broken.nonzero()[:, 0].tolist())
+    least = sigmas[int(broken.nonzero()[0])]
     if least == 0.0:
-        raise ValueError("anchors: the model returned NaN or Inf; check weights and inputs")
+        raise ValueError(f"anchors: {who} returned NaN or Inf; check weights and inputs")
     raise SearchError(
-        f"sigma={least:g}: with so much noise the model returns NaN or Inf, without noise it does "
+        f"sigma={least:g}: with so much noise {who} returns NaN or Inf, without noise it does "
         "not; lower bounds[1], or load the model in a wider dtype. Where the range was extended up "
         "to here, no smaller sigma was what the objective looks for: the anchors hardly respond "
         "to the adapter's noise, or the tolerance is too large"
