@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
-from tfb.evaluation.compare import compare, compare_auroc
+from tfb.evaluation.compare import Comparison, compare, compare_auroc
 from tfb.evaluation.metrics import Evaluation, auroc, evaluate, risk_coverage
 
 # torchmetrics returns accuracies in float32: a rounding of each of the two.
@@ -185,3 +186,35 @@ def test_other_rows_are_refused() -> None:
     bare = Evaluation("bare", "d", e.probs)
     with pytest.raises(ValueError, match="bare on d: no labels"):
         compare(e, bare)
+
+
+def test_the_simplest_that_nothing_beats_is_recommended() -> None:
+    """300 of 400 right: confidence .75 is calibrated, and .76 as good within noise."""
+    right = torch.arange(400) % 4 < 3
+    adapter, near, exact, worse = (
+        claimed(c, right, name)
+        for c, name in ((0.99, "adapter"), (0.76, "near"), (0.75, "exact"), (0.999, "worse"))
+    )
+    for others, expected in (
+        ((), "adapter"),
+        ((worse,), "adapter"),
+        ((exact,), "exact"),
+        ((near, exact), "near"),  # simpler, and the interval of exact - near includes 0
+        ((exact, worse), "exact"),
+    ):
+        found = Comparison.of([adapter, *others])
+        assert found.recommended == expected
+        shown = str(found)
+        assert all(e.name in shown for e in found.evaluations) and f"use {expected}:" in shown
+        assert json.dumps(found.to_dict(), allow_nan=False)
+    with pytest.raises(ValueError, match="expected at least one"):
+        Comparison.of([])
+
+
+def test_a_method_that_costs_accuracy_is_not_recommended() -> None:
+    """Calibrated at 60 % against over-confident at 75 %: lower NLL, and 60 right rows are lost."""
+    right = torch.arange(400) % 4 < 3
+    lost = right & (torch.arange(400) % 20 >= 4)
+    adapter, cautious = claimed(0.999, right, "adapter"), claimed(0.6, lost, "cautious")
+    found = Comparison.of([adapter, cautious])
+    assert cautious.metrics.nll < adapter.metrics.nll and found.recommended == "adapter"

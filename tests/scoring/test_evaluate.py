@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,8 +17,9 @@ from tfb import Draws, SamplingConfig
 from tfb.data.batching import EncodedRows
 from tfb.data.rows import Row, RowError
 from tfb.demo import digits
+from tfb.evaluation.decisions import Decisions
 from tfb.scoring import scorer as scoring
-from tfb.scoring.evaluate import encode, evaluations, predict_rows
+from tfb.scoring.evaluate import encode, evaluations, fit_decisions, predict_rows
 from tfb.scoring.scorer import UNCERTAINTIES, score
 
 SINGLE = 2.0**-24  # results are float32: one rounding of a float64 model's probability
@@ -87,7 +89,7 @@ def test_sigma_zero_is_the_deterministic_evaluation(bayes: tfb.BayesianModel) ->
     """The same bits, of one pass, and no rounding sold as disagreement of draws."""
     configs = {"zero": SamplingConfig(sigma=0.0), "tfb": SamplingConfig(sigma=0.1)}
     plain, zero, noisy = evaluations(bayes, MIXED, configs=configs, **HOW)
-    assert [e.name for e in (plain, zero, noisy)] == ["deterministic", "zero", "tfb"]
+    assert [e.name for e in (plain, zero, noisy)] == ["adapter", "zero", "tfb"]
     assert torch.equal(zero.probs, plain.probs) and torch.equal(zero.total, plain.total)  # type: ignore[arg-type]
     assert (zero.draws, zero.passes, zero.epistemic) == (1, 1.0, None)
     assert (noisy.draws, noisy.passes) == (4, 4.0) and float(noisy.epistemic.min()) > 0  # type: ignore[union-attr]
@@ -105,7 +107,7 @@ def test_the_deterministic_adapter_has_no_temperature(bayes: tfb.BayesianModel) 
     finally:
         bayes.configure(sigma=before.sigma, temperature=1.0)
     assert torch.equal(found[0].probs, plain.probs) and torch.equal(found[0].total, plain.total)  # type: ignore[arg-type]
-    assert [e.name for e in found] == ["deterministic", "tfb"]
+    assert [e.name for e in found] == ["adapter", "tfb"]
     assert torch.equal(found[1].probs, sampled.probs)
     assert torch.equal(found[1].epistemic, sampled.epistemic)  # type: ignore[arg-type]
 
@@ -143,7 +145,7 @@ def test_each_configuration_is_the_model_so_configured(bayes: tfb.BayesianModel)
     }
     found = evaluations(bayes, MIXED, configs=configs, **HOW)
     assert bayes.config == before
-    assert [e.name for e in found] == ["deterministic", *configs]
+    assert [e.name for e in found] == ["adapter", *configs]
     for e in found[1:]:
         config = configs[e.name]
         assert config.sigma is not None
@@ -158,6 +160,26 @@ def test_each_configuration_is_the_model_so_configured(bayes: tfb.BayesianModel)
             # Entropies of up to four classes, below 2 nats.
             assert abs(float(e.total[i]) - float(total)) <= 8 * SINGLE
             assert abs(float(e.epistemic[i]) - float(total - aleatoric)) <= 8 * SINGLE
+
+
+def test_decisions_are_those_of_the_predictions(demo: tuple[tfb.BayesianModel, Any]) -> None:
+    """Of a model that keeps them, also through an evaluation at other sigmas."""
+    bayes, tokenizer = demo
+    encoded = encode(bayes, digits.rows("anchor")[:60], tokenizer)
+    p = predict_rows(bayes, encoded, 4)
+    asked: dict[str, Any] = {"target_error": 0.4, "coverage": 0.8, "draws": 4}
+    made = fit_decisions(bayes, encoded, **asked, anchor_hash="other rows")
+    expected = Decisions.calibrated(p.probs, torch.tensor(encoded.labels), **asked)
+    assert made == expected == bayes.decisions and made.rows == 60
+    evaluations(bayes, encoded.subset(range(4)), **HOW)
+    assert bayes.decisions == made
+    with pytest.raises(ValueError, match="these are the rows that sigma and T were fitted on"):
+        fit_decisions(bayes, encoded, **asked, anchor_hash=encoded.content_hash)
+    with pytest.raises(ValueError, match="calibration: every row needs a label"):
+        fit_decisions(bayes, replace(encoded, labels=[None] * 60), coverage=0.9)
+    with pytest.raises(ValueError, match="give target_error, coverage or both"):
+        fit_decisions(bayes, encoded)
+    bayes.decisions = None
 
 
 def test_the_models_configuration_survives_an_error(bayes: tfb.BayesianModel) -> None:

@@ -95,8 +95,8 @@ def test_what_is_finished(tmp_path: Path, kind: str) -> None:
         out.write_part("part-2", [good(0)])
         out.write_part("part-0", [good(7), bad("x")])
         found = out.finished(sizes)
-        assert found == {"part-0": Counts(2, 1, 1), "part-2": Counts(1, 0, 0)}
-        assert sum(found.values(), Counts()) == Counts(3, 1, 1)
+        assert found == {"part-0": Counts(2, 1, 1, 4), "part-2": Counts(1, 0, 0, 4)}
+        assert sum(found.values(), Counts()) == Counts(3, 1, 1, 8)
         part = tmp_path / f"part-0.{kind}"
         copy = tmp_path / f"part-9.{kind}"
         copy.write_bytes(part.read_bytes())

@@ -30,7 +30,7 @@ from tfb.scoring.run import run
 MODEL, ADAPTER = str(digits.BASE), str(digits.ADAPTER)
 DIGITS = [{**row, "label": None} for row in digits.rows("test")[:16]]
 ROWS = [*DIGITS[:9], "{broken", {"id": "x"}, *DIGITS[9:]]
-COUNTS = {"rows": 18, "errors": 2, "truncated": 0, "total": 18}
+COUNTS = {"rows": 18, "errors": 2, "truncated": 0, "draws": 32, "capped": 0, "total": 18}
 needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="the extra tfb[ray] is not installed"
 )
@@ -72,7 +72,7 @@ def job(artifact: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
 
 def job_of(artifact: str, folder: Path) -> Job:
     output = str(folder / "out")
-    return Job(MODEL, artifact, ("rows.jsonl",), output, draws=2, part_rows=4, format="jsonl")
+    return Job(artifact, ("rows.jsonl",), output, draws=2, part_rows=4, format="jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_two_workers_of_the_command(
 ) -> None:
     """The command joins a cluster, with relative names in a folder that is not the cluster's."""
     artifact = os.path.relpath(artifact, tmp_path)
-    words = f"--model {MODEL} --artifact {artifact} --input rows.jsonl --output out --draws 2 "
+    words = f"{artifact} rows.jsonl --output out --draws 2 "
     words += "--part-rows 4 --format jsonl --max-error-rate 1 --engine ray --workers 2"
     path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
@@ -207,7 +207,7 @@ def test_a_worker_that_cannot_begin(job: Job, cluster: str, tmp_path: Path) -> N
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(EngineError, match=r"failed for good .*no tokenizer can be loaded"):
-        run(replace(job, model=str(empty), workers=2), engine="ray")
+        run(replace(job, base=str(empty), workers=2), engine="ray")
     for _ in range(100):
         if ray.available_resources().get("CPU") == 2:
             break

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,10 +27,11 @@ import tfb
 from benchmarks.environment import REPOSITORY
 from tfb.adapters.artifact import file_sha256
 from tfb.adapters.loading import load_tokenizer
-from tfb.cli import score as score_command
+from tfb.cli.console import Meter
 from tfb.data.readers import find_sources
 from tfb.data.rows import RowError
 from tfb.demo import digits
+from tfb.evaluation.decisions import Decisions
 from tfb.scoring import run as offline
 from tfb.scoring.job import Job, differences, model_sha256
 from tfb.scoring.output import Counts, OutputError
@@ -41,9 +41,9 @@ from tfb.scoring.scorer import UNCERTAINTIES
 
 MODEL, ADAPTER = str(digits.BASE), str(digits.ADAPTER)
 SINGLE = 2.0**-24
-COUNTS = {"rows": 21, "errors": 0, "truncated": 0, "total": 21}
-DONE = Outcome("complete", Counts(21))
+COUNTS = {"rows": 21, "errors": 0, "truncated": 0, "draws": 42, "capped": 0, "total": 21}
 LOAD = Job.load
+DRAWS = 2  # of the job
 KILLS = int(os.environ.get("TFB_KILLS", "30"))
 
 
@@ -69,7 +69,7 @@ def job(
 def small_job(artifact: str, folder: Path) -> Job:
     inputs = (str(write(folder / "rows.jsonl", ROWS)),)
     output = str(folder / "out")
-    return Job(MODEL, artifact, inputs, output, draws=2, part_rows=6, format="jsonl")
+    return Job(artifact, inputs, output, draws=DRAWS, part_rows=6, format="jsonl")
 
 
 def cut(i: int, row: Any) -> dict[str, Any]:
@@ -80,6 +80,14 @@ def cut(i: int, row: Any) -> dict[str, Any]:
 
 
 ROWS = [cut(i, row) for i, row in enumerate(digits.rows("test")[:21])]
+
+
+def counted(rows: int, errors: int = 0, truncated: int = 0) -> Counts:
+    """What parts of the job hold."""
+    return Counts(rows, errors, truncated, DRAWS * (rows - errors))
+
+
+DONE = Outcome("complete", counted(21))
 
 
 def write(path: Path, rows: list[Any]) -> Path:
@@ -122,7 +130,7 @@ def whole(artifact: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 @given(st.lists(st.integers(0, 9), max_size=5), st.integers(1, 4), st.none() | st.integers(1, 30))
 def test_shards_hold_every_record_once(counts: list[int], size: int, limit: int | None) -> None:
     """In the input's order, which is that of the parts' names, and never of two files."""
-    job = Job("", "", (), "", part_rows=size, limit=limit)
+    job = Job("", (), "", part_rows=size, limit=limit)
     shards = plan(counts, job)
     everything = [(n, i) for n, count in enumerate(counts) for i in range(count)]
     found = [(s.file, i) for s in shards for i in range(s.start, s.stop)]
@@ -153,7 +161,7 @@ def job_of_texts(artifact: str, tmp_path_factory: pytest.TempPathFactory) -> tup
     rows = [{"prompt": f"row {n}", "choices": ["a", "b"]} for n in range(11)]
     paths = [write(folder / "a.jsonl", rows[:7]), folder / "b.parquet"]
     pq.write_table(pa.Table.from_pylist(rows[7:]), paths[1], row_group_size=3)
-    return Job(MODEL, artifact, tuple(map(str, paths)), ""), find_sources(paths)
+    return Job(artifact, tuple(map(str, paths)), ""), find_sources(paths)
 
 
 # --- what comes out -------------------------------------------------------------------------------
@@ -166,7 +174,7 @@ def test_parts_and_manifest(job: Job, whole: dict[str, bytes], artifact: str) ->
     assert files(job) == whole
     assert list(whole) == [f"part-00000-{start:08d}.jsonl" for start in (0, 6, 12, 18)]
     assert [r["id"] for r in results(job)] == [r["id"] for r in ROWS]
-    assert seen == [(Counts(rows), 21) for rows in (6, 12, 18, 21)]
+    assert seen == [(counted(rows), 21) for rows in (6, 12, 18, 21)]
     told = manifest(job)
     configuration, file = told["configuration"], Path(job.inputs[0])
     assert told["status"] == "complete" and told["counts"] == COUNTS
@@ -255,13 +263,51 @@ def test_all_that_can_be_asked_for(job: Job, tmp_path: Path) -> None:
         assert list(found[0]) == [*first, "label", "draw_probs", "error"]
         for row in found:
             assert torch.tensor(row["draw_probs"]).shape == (2, len(row["probs"]))
-    auto = replace(asked, output=str(tmp_path / "auto"), draws="auto")
-    run(auto)
-    assert {r["draws"] for r in results(auto)} <= {4, 8, 16, 32, 64}
     write(file, [{**rows[0], "q": "a " * 200 + "\n="}, rows[1]])
     short = replace(asked, output=str(tmp_path / "cut"), truncate="left")
-    assert run(short) == Outcome("complete", Counts(2, 0, 1))
+    assert run(short) == Outcome("complete", counted(2, 0, 1))
     assert [r["truncated"] > 0 for r in results(short)] == [True, False]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_decisions_of_the_artifact_are_columns(artifact: str, tmp_path: Path, kind: str) -> None:
+    """In its own mode alone; a row that is an error has none."""
+    bayes = tfb.load(MODEL, artifact)
+    bayes.decisions = Decisions(
+        99, DRAWS, target_error=0.1, threshold=0.7, coverage=0.9, quantile=0.99
+    )
+    made = tfb.save(bayes, tmp_path / "decided")
+    job = replace(small_job(str(made), tmp_path), base=MODEL, format=kind)
+    write(tmp_path / "rows.jsonl", [*ROWS, {"id": "bad"}])
+    run(job)
+    found = results(job)
+    bad = found.pop()
+    assert bad["error"] and bad["abstain"] is None and bad["prediction_set"] is None
+    for row, source in zip(found, ROWS, strict=True):
+        assert row["abstain"] == (max(row["probs"]) <= 0.7)
+        likely = {c for c, p in zip(source["choices"], row["probs"], strict=True) if p > 0.01}
+        assert row["prediction_set"][0] == row["choice"] and set(row["prediction_set"]) == likely
+    other = replace(job, mode="tail", tail=2, output=str(tmp_path / "tail"))
+    run(other)
+    assert not {"abstain", "prediction_set"} & results(other)[0].keys()
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_adaptive_draws_are_counted(job: Job, kind: str) -> None:
+    """Rows that stopped at the cap above the tolerance; of parts, so that a resumed run tells too.
+
+    Cap and tolerance are part of what results depend on.
+    """
+    auto = replace(job, draws="auto", tolerance=1e-3, most=8, format=kind)
+    done = run(auto)
+    draws = [r["draws"] for r in results(auto)]
+    capped = [r for r in results(auto) if r["draws"] == 8 and r["standard_error"] > 1e-3]
+    assert set(draws) <= {4, 8} and 0 < len(capped) < 21
+    assert done.counts == Counts(21, draws=sum(draws), capped=len(capped))
+    assert run(auto, resume=True).counts == done.counts
+    assert manifest(auto)["counts"]["capped"] == len(capped)
+    with pytest.raises(OutputError, match=r"tolerance: 0\.001 -> 0\.01; most: 8 -> 64"):
+        run(replace(auto, tolerance=None, most=None), resume=True)
 
 
 # --- stopped and continued ------------------------------------------------------------------------
@@ -283,7 +329,7 @@ def stopping(after: int, number: int) -> Callable[[Counts, int], None]:
 def test_a_signal_finishes_the_shard(job: Job, whole: dict[str, bytes], number: int) -> None:
     """Then the run goes on where it was, and its parts are those of a run without a signal."""
     before = [signal.getsignal(s) for s in offline.SIGNALS]
-    assert run(job, report=stopping(2, number)) == Outcome("stopped", Counts(12), number)
+    assert run(job, report=stopping(2, number)) == Outcome("stopped", counted(12), number)
     assert [signal.getsignal(s) for s in offline.SIGNALS] == before
     assert files(job) == dict(list(whole.items())[:2]) and manifest(job)["status"] == "stopped"
     assert run(job, resume=True) == DONE
@@ -382,7 +428,7 @@ def test_killed_at_random_moments(artifact: str, tmp_path: Path) -> None:
     rows = [{"prompt": f"{c} {c}\n=", "choices": ["0", "1"]} for c in "abcdef"]
     inputs = [str(write(tmp_path / "a.jsonl", [*rows[:2], "{broken"]))]
     inputs += [str(write(tmp_path / "b.jsonl", [*rows[2:], {"id": "x"}]))]
-    job = {"model": MODEL, "artifact": artifact, "inputs": inputs, "draws": 2, "part_rows": 2}
+    job = {"artifact": artifact, "inputs": inputs, "draws": 2, "part_rows": 2}
     job["output"] = str(tmp_path / "out")
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(KILLS), "11", json.dumps(job)],
@@ -593,6 +639,9 @@ def test_input_is_checked_first(job: Job, tmp_path: Path, monkeypatch: pytest.Mo
         ({"draws": 3}, "draws=3: "),
         ({"draws": "many"}, "draws=many: expected an even number or auto"),
         ({"draws": "auto", "per_draw": True}, "draws=auto: rows have different"),
+        ({"most": 8}, "draws=2: tolerance and most are those of draws=auto"),
+        ({"draws": "auto", "most": 7}, "most=7: "),
+        ({"draws": "auto", "tolerance": 0}, "tolerance=0: expected a positive number"),
         ({"part_rows": 0}, "part_rows=0: expected at least 1"),
         ({"limit": 0}, "limit=0: expected at least 1"),
         ({"tail": 2}, "tail=2 belongs to mode='tail'"),
@@ -625,7 +674,7 @@ FAULTS = ("not valid JSON", "no column 'prompt'", "'prompt' is empty", "tokens, 
 def test_errors_are_rows(job: Job, kind: str) -> None:
     job = replace(job, format=kind)
     write(Path(job.inputs[0]), [*ROWS[:8], *BAD, *ROWS[8:]])
-    assert run(job, max_error_rate=1) == Outcome("complete", Counts(26, 5))
+    assert run(job, max_error_rate=1) == Outcome("complete", counted(26, 5))
     found = results(job)
     assert [r["error"] is not None for r in found] == [False] * 8 + [True] * 5 + [False] * 13
     assert [r["id"] for r in found[8:13]] == [None, "no prompt", "empty", "long", None]
@@ -655,7 +704,7 @@ def test_parts_with_errors_are_done_again(
     with monkeypatch.context() as patch:
         patch.setattr(Job, "load", lambda _: (Crowded(loaded[0]), loaded[1]))
         first = run(job, max_error_rate=1)
-        assert first == Outcome("complete", Counts(21, 6))
+        assert first == Outcome("complete", counted(21, 6))
     name, good = next(iter(whole.items()))
     (Path(job.output) / name).write_bytes(good)
     assert run(job, resume=True, max_error_rate=1).counts.errors == 4
@@ -672,14 +721,14 @@ def test_too_many_errors_stop_the_run(job: Job, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(offline, "LEAST_ROWS", 8)
     write(Path(job.inputs[0]), [*ROWS[:5], *["{"] * 8, *ROWS[5:]])
     stopped = run(job, max_error_rate=0.2)
-    assert stopped == Outcome("too many errors", Counts(12, 7), None, True)
+    assert stopped == Outcome("too many errors", counted(12, 7), None, True)
     assert len(results(job)) == 12 and manifest(job)["status"] == "too many errors"
     end = run(job, resume=True, max_error_rate=0.7)
-    assert end == Outcome("complete", Counts(29, 8)) and len(results(job)) == 29
+    assert end == Outcome("complete", counted(29, 8)) and len(results(job)) == 29
     # A short input is scored to its end, and its share of errors is told all the same.
     monkeypatch.setattr(offline, "LEAST_ROWS", 1000)
     small = replace(job, output=f"{job.output}-small")
-    assert run(small, max_error_rate=0.2) == Outcome("complete", Counts(29, 8), None, True)
+    assert run(small, max_error_rate=0.2) == Outcome("complete", counted(29, 8), None, True)
 
 
 ANY = st.recursive(
@@ -737,8 +786,18 @@ def test_rows_in_are_rows_out(
 @pytest.fixture
 def command(job: Job, tfb_command: Run) -> Iterator[Callable[..., tuple[int, str, str]]]:
     """Exit status, stdout and stderr of ``tfb score`` on the job's input."""
-    words = ("--model", MODEL, "--artifact", job.artifact, "--input", job.inputs[0])
-    words += ("--output", job.output, "--draws", "2", "--part-rows", "6", "--format", "jsonl")
+    words = (
+        job.artifact,
+        job.inputs[0],
+        "--output",
+        job.output,
+        "--draws",
+        "2",
+        "--part-rows",
+        "6",
+        "--format",
+        "jsonl",
+    )
     yield lambda *options: tfb_command("score", *words, *options)
 
 
@@ -750,7 +809,8 @@ def test_exit_status(
 ) -> None:
     """143 after SIGTERM, 1 for a refusal, 0 at the end, 3 for too many errors."""
     with monkeypatch.context() as patch:
-        patch.setattr(score_command, "_bar", lambda: nullcontext(stopping(1, signal.SIGTERM)))
+        report = stopping(1, signal.SIGTERM)
+        patch.setattr(Meter, "update", lambda *now: report(Counts(), 0))
         code, out, _ = command()
     assert code == 143 and f"stopped: 6 rows, 0 of them errors: {job.output}" in out
     code, out, err = command()

@@ -16,6 +16,7 @@ from tfb.data.batching import batches
 from tfb.data.readers import Record
 from tfb.data.rows import Row, RowFormat
 from tfb.demo import digits
+from tfb.evaluation.decisions import Decisions
 from tfb.scoring.evaluate import encode
 from tfb.scoring.scorer import Item, Result, Scorer, read_item, result_rows
 
@@ -143,6 +144,35 @@ def test_draws_on_request(bayes: tfb.BayesianModel, tokenizer: Any) -> None:
         Scorer(bayes, tokenizer, draws="auto", per_draw=True)
 
 
+def test_decisions_are_columns(bayes: tfb.BayesianModel, tokenizer: Any) -> None:
+    """As of the results' own probabilities; sets by the choices' texts, where some have fewer."""
+    given = rows()
+    plain = score(bayes, tokenizer, given)
+    bayes.decisions = Decisions(99, 4, target_error=0.1, threshold=0.4, coverage=0.9, quantile=0.7)
+    try:
+        found = score(bayes, tokenizer, given)
+        with pytest.warns(UserWarning, match=r"draws=6: .* were calibrated with 4, and hold appr"):
+            Scorer(bayes, tokenizer, draws=6)
+        with pytest.warns(UserWarning, match="draws=auto: abstention"):
+            Scorer(bayes, tokenizer, draws="auto")
+        bayes.decisions = replace(bayes.decisions, target_error=None, threshold=None)
+        sets_alone = score(bayes, tokenizer, given)
+    finally:
+        bayes.decisions = None
+    for row, one, other in zip(given, found, plain, strict=True):
+        assert one["abstain"] == (max(other["probs"]) <= 0.4)
+        likely = {
+            name for name, p in zip(row.choices or (), other["probs"], strict=True) if p > 0.3
+        }
+        assert set(one["prediction_set"]) == likely | {one["choice"]}
+        assert one["prediction_set"][0] == one["choice"]
+    assert {row["abstain"] for row in found} == {True, False}
+    assert {len(row["prediction_set"]) for row in found} >= {1, 2}
+    assert all("abstain" not in row and "prediction_set" in row for row in sets_alone)
+    decided = ("abstain", "prediction_set")
+    assert [{k: v for k, v in r.items() if k not in decided} for r in found] == plain
+
+
 def test_bad_rows_are_rows(bayes: tfb.BayesianModel, tokenizer: Any) -> None:
     """Those that the tokenizer or the model cannot take; the others are as without them."""
     (a, b, c, d, *_) = rows(6)
@@ -212,6 +242,8 @@ def test_text_rows(tokenizer: Any) -> None:
         wanted = head.predict(batch, 4).probs[0].float()
         torch.testing.assert_close(torch.tensor(values["probs"]), wanted, **CLOSE)
         assert values["choice"] is None and values["label"] == 2
+    head.decisions = Decisions(9, 4, coverage=0.9, quantile=1.0)
+    assert sorted(score(head, tokenizer, given)[0]["prediction_set"]) == ["0", "1", "2"]
 
 
 # --- memory ---------------------------------------------------------------------------------------

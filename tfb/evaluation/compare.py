@@ -7,8 +7,9 @@ resample is too high on average, most so where it is small: an improvement's lim
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,6 +55,13 @@ class Change:
             return False
         return self.low > 0 if self.change > 0 else self.high < 0
 
+    def text(self, factor: float = 1, places: int = 3) -> str:
+        """Return the change and its limits, with * where it is significant."""
+        change, low, high = (
+            f"{factor * v:+.{places}f}" for v in (self.change, self.low, self.high)
+        )
+        return f"{change} [{low}, {high}]{'*' if self.significant else ' '}"
+
 
 def compare(before: Evaluation, after: Evaluation) -> dict[str, Change]:
     """Return changes of "accuracy", "nll", "ece", "brier", and "aurc" if both have a total.
@@ -87,6 +95,87 @@ def compare_all(evaluations: Sequence[Evaluation]) -> list[dict[str, Change]]:
     """Return the changes of each against the first of its data set, which changes nothing."""
     first = {e.dataset: e for e in reversed(evaluations)}
     return [compare(first[e.dataset], e) for e in evaluations]
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Methods on the same labelled rows, simplest first, and the one to use; prints as a table.
+
+    Attributes:
+        evaluations: one of each method; the first is the adapter.
+        changes: what each changed of the adapter's metrics.
+        recommended: the simplest method than which none has a significantly lower NLL, among
+            those that are not significantly less accurate than the adapter.
+        reason: why, in words.
+    """
+
+    evaluations: tuple[Evaluation, ...]
+    changes: tuple[Mapping[str, Change], ...]
+    recommended: str
+    reason: str
+
+    @classmethod
+    def of(cls, evaluations: Sequence[Evaluation]) -> Comparison:
+        """Compare methods of one data set.
+
+        Args:
+            evaluations: the adapter first, then the others, simplest first.
+
+        Raises:
+            ValueError: none at all, no labels, or not the same rows.
+        """
+        if not evaluations:
+            raise ValueError("evaluations: expected at least one")
+        changes = [compare(evaluations[0], e) for e in evaluations]
+        usable = [
+            e
+            for e, c in zip(evaluations, changes, strict=True)
+            if c["accuracy"].change >= 0 or not c["accuracy"].significant
+        ]
+        best = min(usable, key=lambda e: e.metrics.nll)
+        for chosen in usable:
+            better = compare(chosen, best)["nll"]
+            if chosen is best or not better.significant:
+                break
+        reason = "the least NLL"
+        if chosen is not best:
+            reason = f"the NLL of {best.name} is not significantly lower"
+        elif chosen is not evaluations[0]:
+            reason += ", significantly below that of all simpler methods"
+        return cls(tuple(evaluations), tuple(changes), chosen.name, reason)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types: metrics and changes by method, and the recommendation."""
+        methods: dict[str, Any] = {}
+        for e, changes in zip(self.evaluations, self.changes, strict=True):
+            methods[e.name] = {**e.metrics.to_dict(), "draws": e.draws, "passes": e.passes}
+            if e is not self.evaluations[0]:
+                limits = {name: [c.change, c.low, c.high] for name, c in changes.items()}
+                methods[e.name]["changes"] = limits
+        return {"methods": methods, "recommended": self.recommended, "reason": self.reason}
+
+    def __str__(self) -> str:
+        head = ["method", "accuracy %", "NLL", "change [95 %]", "ECE %", "change [95 %]", "passes"]
+        table = [head]
+        for e, changes in zip(self.evaluations, self.changes, strict=True):
+            m = e.metrics
+            nll, ece = ("", "")
+            if e is not self.evaluations[0]:
+                nll, ece = changes["nll"].text(), changes["ece"].text(100, 1)
+            figures = [f"{100 * m.accuracy:.1f}", f"{m.nll:.3f}", nll, f"{100 * m.ece:.1f}", ece]
+            table.append([e.name, *figures, "" if e.passes is None else f"{e.passes:.3g}"])
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = [
+            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+            for row in table
+        ]
+        rows = f"{self.evaluations[0].dataset}, {self.changes[0]['nll'].rows} rows"
+        said = f"use {self.recommended}: {self.reason}"
+        return "\n".join([rows, *lines, said, "* significant: the interval excludes 0"])
+
+    def __repr__(self) -> str:
+        names = ", ".join(e.name for e in self.evaluations)
+        return f"Comparison({names}; recommended: {self.recommended})"
 
 
 def compare_auroc(

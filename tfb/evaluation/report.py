@@ -142,6 +142,34 @@ def write_report(
     return path
 
 
+def facts(sidecar: Mapping[str, Any], draws: int) -> dict[str, str]:
+    """Return what an artifact keeps of how it was made, and this report's draws, by name."""
+    tail, fit = sidecar.get("tail"), sidecar.get("fit")
+    found = {
+        "σ": f"{sidecar['sigma']:.6g}",
+        "Temperature": f"{sidecar.get('temperature', 1.0):.4g}",
+        "Mode": "full" if tail is None else f"tail, last {tail} of the prompt's tokens",
+        "Draws": f"{draws}, antithetic; seed {sidecar['seed']}" if sidecar["sigma"] else "none",
+        "Model": f"{sidecar['base']['model_type']}, {len(sidecar['layers'])} matrices with noise",
+    }
+    if fit is not None:
+        # An artifact that was saved from Python need not name its file of anchors.
+        file = (sidecar.get("extra") or {}).get("anchors")
+        anchors = f"{fit['anchors']:,} rows, hash {fit['anchor_hash'][:12]}"
+        found["Search"] = (
+            f"{fit['search']}, {fit['draws']} draws at each σ, {fit['passes']:.3g} passes over the "
+            f"anchors, seed {fit['seed']}; {fit['stopped']}"
+        )
+        found["Anchors"] = f"{file}, {anchors}" if isinstance(file, str) else anchors
+        if fit.get("kl") is not None:
+            found["KL"] = f"{fit['kl']:.4g} nats from a prior of scale {fit['prior_sigma']:.4g}"
+    if versions := sidecar.get("versions"):
+        found["Versions"] = ", ".join(f"{k} {v}" for k, v in versions.items())
+    if digest := sidecar.get("adapter_sha256"):
+        found["Adapter"] = f"SHA-256 {digest[:12]}"
+    return found
+
+
 def _verdicts(
     changes: Mapping[str, Change], before: Evaluation, after: Evaluation, ood: Sequence[Evaluation]
 ) -> list[tuple[str, str, Change]]:

@@ -16,6 +16,7 @@ from tfb.data.encoding import LABEL_TOKENS
 from tfb.data.readers import read_rows
 from tfb.data.rows import Row, RowError
 from tfb.draws import Draws
+from tfb.evaluation.decisions import Decisions, check_targets
 from tfb.evaluation.metrics import PROBABILITY_FLOOR, Evaluation, apply_temperature
 from tfb.model import BayesianModel
 from tfb.predictive import Predictive
@@ -116,7 +117,7 @@ def evaluations(
     """
     labels = None if None in encoded.labels else torch.tensor(encoded.labels)
     cost = passes_per_row([len(ids) for ids in encoded.input_ids], draws, bayes.config.tail)
-    own = bayes.config
+    own, decisions = bayes.config, bayes.decisions
     if configs is None:
         bayes.draws(draws)  # refuses a sigma that is not set
 
@@ -129,7 +130,7 @@ def evaluations(
 
     try:
         mean = predicted(replace(own, sigma=0.0, temperature=1.0))
-        found = [evaluation("deterministic", mean.probs, mean.total)]
+        found = [evaluation("adapter", mean.probs, mean.total)]
         for name, config in (configs or {"tfb": own}).items():
             if config.sigma == 0.0:  # there is nothing to draw
                 probs, total = mean.probs, mean.total
@@ -144,6 +145,48 @@ def evaluations(
             )
     finally:
         bayes.configure(sigma=own.sigma, temperature=own.temperature)
+        bayes.decisions = decisions
+    return found
+
+
+def fit_decisions(
+    bayes: BayesianModel,
+    encoded: EncodedRows,
+    *,
+    target_error: float | None = None,
+    coverage: float | None = None,
+    draws: int = 10,
+    anchor_hash: str | None = None,
+) -> Decisions:
+    """Calibrate abstention and prediction sets on labelled rows; the model keeps them.
+
+    Args:
+        bayes: the model, fitted on other rows.
+        encoded: the calibration rows.
+        target_error: largest share of wrong predictions among accepted rows.
+        coverage: least chance that a prediction set holds the right class.
+        draws: antithetic draws of each row; later predictions should have as many.
+        anchor_hash: of the fit's record, to refuse its own rows.
+
+    Raises:
+        ValueError: a row without a label, the rows of the fit, or targets that cannot be.
+    """
+    check_targets(target_error, coverage)
+    if encoded.content_hash == anchor_hash:
+        raise ValueError(
+            "calibration: these are the rows that sigma and T were fitted on, where errors are "
+            "fewer than on new ones; give other rows"
+        )
+    if None in encoded.labels:
+        raise ValueError("calibration: every row needs a label")
+    found = Decisions.calibrated(
+        predict_rows(bayes, encoded, draws).probs,
+        torch.tensor(encoded.labels),
+        target_error=target_error,
+        coverage=coverage,
+        draws=draws,
+    )
+    bayes.decisions = found
     return found
 
 

@@ -20,24 +20,29 @@ from transformers import PreTrainedTokenizerBase
 
 from tfb.adapters.artifact import (
     SIDECAR,
+    base_of,
     base_tensors,
     file_sha256,
     library_versions,
     load,
     read_sidecar,
+    saved_decisions,
 )
 from tfb.adapters.loading import (
+    FILES,
     base_config,
     check_device,
     class_names,
-    load_tokenizer,
+    local_folder,
     set_padding,
     to_device,
+    tokenizer_of,
 )
 from tfb.data.encoding import check_truncate
 from tfb.data.readers import schema_of
 from tfb.data.rows import RowError, RowFormat
 from tfb.model import BayesianModel
+from tfb.sampling.adaptive import Adaptive
 from tfb.sampling.config import check_mode
 from tfb.scoring.output import FORMATS
 from tfb.scoring.scorer import BATCH_TOKENS, UNCERTAINTIES, Item, Scorer, check_draws
@@ -48,11 +53,13 @@ class Job:
     """One scoring run.
 
     Attributes:
-        model: base model, a folder or hub name.
-        artifact: folder written by ``tfb fit``.
+        artifact: what ``tfb fit`` wrote, a folder or hub name.
         inputs: files, folders and patterns, see :func:`tfb.data.readers.find_sources`.
         output: the folder of parts.
+        base: base model, a folder or hub name; None: the one that the artifact names.
         draws: antithetic draws (even), or "auto".
+        tolerance: of ``draws="auto"``, see :class:`Adaptive`; None: its default.
+        most: of ``draws="auto"``, likewise.
         mode: how draws reach the model; None: as sigma was searched.
         tail: positions with noise in tail mode.
         format: "parquet" or "jsonl".
@@ -69,11 +76,13 @@ class Job:
         ray_address: cluster of the engine "ray"; None: this machine.
     """
 
-    model: str
     artifact: str
     inputs: tuple[str, ...]
     output: str
+    base: str | None = None
     draws: int | str = 10
+    tolerance: float | None = None
+    most: int | None = None
     mode: str | None = None
     tail: int | None = None
     format: str = "parquet"
@@ -96,19 +105,33 @@ class Job:
         check_mode(self.mode or "full", self.tail)
         check_truncate(self.truncate)
         check_draws(self.draws, kept=self.per_draw)
-        check_device(self.device)
+        if self.adaptive is None and (self.tolerance, self.most) != (None, None):
+            raise ValueError(f"draws={self.draws}: tolerance and most are those of draws=auto")
+        check_device(self.device, here=False)
         for name in ("batch_tokens", "part_rows", "limit", "workers"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: expected at least 1")
 
     @cached_property
+    def folder(self) -> Path:
+        """The artifact's local folder."""
+        return local_folder(self.artifact, FILES)
+
+    @property
+    def adaptive(self) -> Adaptive | None:
+        """What ``draws="auto"`` stands for; None for a number."""
+        if self.draws != "auto":
+            return None
+        asked: dict[str, Any] = {"tolerance": self.tolerance, "most": self.most}
+        return Adaptive(**{name: value for name, value in asked.items() if value is not None})
+
+    @cached_property
     def row_format(self) -> RowFormat:
         """How records become rows, by the job's or the artifact's labels and the task."""
-        sidecar = read_sidecar(self.artifact)
-        task, saved = str(sidecar["task"]), sidecar.get("labels")
-        config = base_config(self.model, self.artifact) if task == "SEQ_CLS" else None
-        return RowFormat(self.columns, class_names(task, config, self.labels, saved), task)
+        sidecar, base = read_sidecar(self.folder), base_of(self.folder, self.base)
+        config = base_config(base, self.folder) if sidecar["task"] == "SEQ_CLS" else None
+        return saved_format(sidecar, config, self.columns, self.labels)
 
     def part_schema(self, sources: Iterable[Path]) -> pa.Schema:
         """Return the columns of a part, after a look at those that files declare.
@@ -130,9 +153,20 @@ class Job:
             ours["truncated"] = number
         if self.per_draw:
             ours["draw_probs"] = pa.list_(pa.list_(real))
+        decided = {"abstain": pa.bool_(), "prediction_set": pa.list_(text)}
+        ours |= {name: decided[name] for name in self._decided()}
         if taken := sorted(set(kept) & {"id", *ours, "error"}):
             raise ValueError(f"keep={taken[0]}: the output has a column of that name; rename yours")
         return pa.schema({"id": text, **kept, **ours, "error": text})
+
+    def _decided(self) -> tuple[str, ...]:
+        """Return the columns of the artifact's decisions, which hold in its own mode alone."""
+        sidecar = read_sidecar(self.folder)
+        decisions = saved_decisions(self.folder, sidecar)
+        own = (sidecar["mode"], sidecar.get("tail"))
+        if decisions is None or (self.mode is not None and (self.mode, self.tail) != own):
+            return ()
+        return decisions.names
 
     def _check_columns(self, names: Sequence[str], source: Path) -> None:
         self.row_format.check(names, str(source))
@@ -142,8 +176,9 @@ class Job:
 
     def load(self) -> tuple[BayesianModel, PreTrainedTokenizerBase]:
         """Load the model, on its device and in the job's mode, and the tokenizer."""
-        tokenizer = load_tokenizer(self.model)
-        bayes = load(self.model, self.artifact)
+        base = base_of(self.folder, self.base)
+        tokenizer = tokenizer_of(self.folder, base)
+        bayes = load(base, self.folder)
         set_padding(bayes.base, tokenizer)
         if self.mode is not None:
             bayes.configure(mode=self.mode, tail=self.tail)
@@ -155,7 +190,7 @@ class Job:
         return Scorer(
             bayes,
             tokenizer,
-            draws=self.draws,
+            draws=self.adaptive or self.draws,
             batch_tokens=self.batch_tokens,
             per_draw=self.per_draw,
             truncate=self.truncate,
@@ -165,13 +200,14 @@ class Job:
     def declared(self) -> dict[str, Any]:
         """Return the part of the configuration that is known before a model is loaded."""
         names = ("draws", "batch_tokens", "part_rows", "format", "per_draw", "truncate", "limit")
-        labels = self.row_format.labels
+        form, adaptive = self.row_format, self.adaptive
         return {
             **{name: getattr(self, name) for name in names},
-            "columns": dict(self.columns),
-            "labels": None if labels is None else list(labels),
+            **({} if adaptive is None else asdict(adaptive)),
+            "columns": dict(form.columns),
+            "labels": None if form.labels is None else list(form.labels),
             "keep": list(self.keep),
-            "artifact_sha256": file_sha256(Path(self.artifact) / SIDECAR),
+            "artifact_sha256": file_sha256(self.folder / SIDECAR),
             "versions": {"python": platform.python_version(), **library_versions()},
         }
 
@@ -187,6 +223,27 @@ class Job:
             "model_sha256": model_sha256(bayes.base),
             "tokenizer_sha256": tokenizer_sha256(tokenizer),
         }
+
+
+def saved_format(
+    sidecar: Mapping[str, Any],
+    config: Any,
+    columns: Mapping[str, str],
+    labels: Sequence[str] | None,
+) -> RowFormat:
+    """Return how records become rows: as given, else as an artifact keeps it of its fit.
+
+    Args:
+        sidecar: the artifact's.
+        config: its base model's, for the names of a classifier's classes.
+        columns: for our names of columns those of the data; empty: the artifact's.
+        labels: names of the classes; None: the artifact's.
+    """
+    task = str(sidecar["task"])
+    names = class_names(task, config, labels, sidecar.get("labels"))
+    known = {} if columns else (sidecar.get("extra") or {}).get("columns") or {}
+    # What has the columns of the fit's rows need not have ids and labels.
+    return RowFormat(columns or known, names, task, ["id", "label"] if known else ())
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tfb import atomic
+from tfb.sampling.adaptive import Adaptive
 from tfb.scoring.scorer import Result
 
 FORMATS = ("parquet", "jsonl")
 FORMAT_VERSION = 2
 MANIFEST, LOCK = "manifest.json", ".lock"
+COUNTED = ("error", "truncated", "draws", "standard_error")  # columns
 LEFT_BEHIND = re.compile(r"\.lock|\..*\.partial")  # by a run that was killed as it began
 OLD_PART = re.compile(r"part-\d+\.(parquet|jsonl)")  # of version 0.1.0
 
@@ -39,28 +41,57 @@ class OutputError(ValueError):
 
 @dataclass(frozen=True)
 class Counts:
-    """Rows, those of them that are errors, and those that were cut."""
+    """What parts hold.
+
+    Attributes:
+        rows: all of them.
+        errors: rows that could not be scored.
+        truncated: rows that were cut.
+        draws: of the other rows, together.
+        capped: rows of ``draws="auto"`` whose error was still too large after the most draws.
+    """
 
     rows: int = 0
     errors: int = 0
     truncated: int = 0
+    draws: int = 0
+    capped: int = 0
 
     @classmethod
-    def of(cls, rows: Sequence[Result]) -> Counts:
-        """Count results."""
-        errors = sum(row["error"] is not None for row in rows)
-        return cls(len(rows), errors, sum(bool(row.get("truncated")) for row in rows))
+    def of(cls, rows: Sequence[Result], adaptive: Adaptive | None = None) -> Counts:
+        """Count results; ``adaptive`` are the settings of ``draws="auto"``."""
+        good = [row for row in rows if row["error"] is None]
+        return cls(
+            rows=len(rows),
+            errors=len(rows) - len(good),
+            truncated=sum(bool(row.get("truncated")) for row in rows),
+            draws=sum(row["draws"] for row in good),
+            capped=0 if adaptive is None else sum(_capped(row, adaptive) for row in good),
+        )
 
     def __add__(self, other: Counts) -> Counts:
         pairs = zip(astuple(self), astuple(other), strict=True)
         return Counts(*(a + b for a, b in pairs))
 
 
-class OutputFolder:
-    """One run's folder of parts of a ``kind``, one of ``FORMATS``; as a context it is locked."""
+def _capped(row: Result, adaptive: Adaptive) -> bool:
+    return bool(row["draws"] == adaptive.most and row["standard_error"] > adaptive.tolerance)
 
-    def __init__(self, path: Path, schema: pa.Schema, kind: str) -> None:
-        self.path, self.schema, self.kind = path, schema, kind
+
+class OutputFolder:
+    """One run's folder of parts; as a context it is locked.
+
+    Args:
+        path: the folder.
+        schema: columns of a part.
+        kind: one of ``FORMATS``.
+        adaptive: settings of ``draws="auto"``, where the run has it.
+    """
+
+    def __init__(
+        self, path: Path, schema: pa.Schema, kind: str, adaptive: Adaptive | None = None
+    ) -> None:
+        self.path, self.schema, self.kind, self.adaptive = path, schema, kind, adaptive
 
     def __enter__(self) -> OutputFolder:
         with _writing(self.path):
@@ -132,20 +163,22 @@ class OutputFolder:
         try:
             if self.kind == "jsonl":
                 with path.open(encoding="utf-8") as file:
-                    return Counts.of([json.loads(line) for line in file])
-            names = [name for name in ("error", "truncated") if name in self.schema.names]
-            return Counts.of(pq.read_table(path, columns=names, partitioning=None).to_pylist())
+                    return Counts.of([json.loads(line) for line in file], self.adaptive)
+            names = [name for name in COUNTED if name in self.schema.names]
+            rows = pq.read_table(path, columns=names, partitioning=None).to_pylist()
+            return Counts.of(rows, self.adaptive)
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
             raise OutputError(
                 f"{path}: is damaged ({error}); remove this part, its rows are then scored again"
             ) from error
 
-    def write_part(self, name: str, rows: Sequence[Result]) -> None:
-        """Write the results of one shard; where that fails (a full disk), nothing is left."""
+    def write_part(self, name: str, rows: Sequence[Result]) -> Counts:
+        """Write and count a shard's results; where that fails (a full disk), nothing is left."""
         data = _jsonl(rows, self.schema) if self.kind == "jsonl" else _parquet(rows, self.schema)
         path = self.path / f"{name}.{self.kind}"
         with _writing(path):
             atomic.write(path, data)
+        return Counts.of(rows, self.adaptive)
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
         """Replace manifest.json."""

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from tfb.adapters.artifact import base_of
 from tfb.data.rows import Row
 from tfb.scoring.job import Job, Work, differences
 from tfb.scoring.scorer import Result, rows_of
@@ -58,7 +59,8 @@ class RayEngine:
         self._ray = ray = import_ray()
         if not ray.is_initialized():
             _connect(ray, job.ray_address)
-        job = replace(job, model=_absolute(job.model), artifact=_absolute(job.artifact))
+        base = base_of(job.folder, job.base)
+        job = replace(job, base=_absolute(base), artifact=_absolute(job.artifact))
         threads = torch.get_num_threads()
         total = ray.cluster_resources()
         gpu = total.get("GPU", 0) >= 1 and not (job.device or "cuda").startswith("cpu")

@@ -21,6 +21,7 @@ from types import FrameType
 from typing import Any
 
 from tfb.adapters.artifact import file_sha256
+from tfb.adapters.loading import check_device
 from tfb.data.readers import count_records, find_sources, read
 from tfb.data.rows import RowError
 from tfb.scoring.job import Job, Shard, Work, differences
@@ -84,7 +85,7 @@ def run(
     sources = find_sources(job.inputs)
     schema = job.part_schema(sources)
     columns = {"schema": {column.name: str(column.type) for column in schema}}
-    folder = OutputFolder(Path(job.output), schema, job.format)
+    folder = OutputFolder(Path(job.output), schema, job.format, job.adaptive)
     earlier = folder.earlier(resume=resume or retry_errors)
     _compare(folder, earlier, job.declared() | columns)
     files = input_files(sources, job.limit, () if earlier is None else earlier["files"])
@@ -117,8 +118,7 @@ def run(
         with noted_signals() as caught, closing(scoring.results(work)) as scored:
             for done, results in scored:
                 rows = result_rows(done.items, results)
-                folder.write_part(done.shard.name, rows)
-                counts += Counts.of(rows)
+                counts += folder.write_part(done.shard.name, rows)
                 note()
                 if report is not None:
                     report(counts, total)
@@ -137,6 +137,8 @@ def _check(job: Job, engine: str, max_error_rate: float) -> None:
         import_ray()
     elif job.workers is not None or job.ray_address is not None:
         raise ValueError(f"engine={engine}: workers and ray_address are those of engine=ray")
+    else:
+        check_device(job.device)  # that of Ray's workers may be elsewhere
     if not 0 <= max_error_rate <= 1:
         raise ValueError(f"max_error_rate={max_error_rate}: expected a share from 0 to 1")
 

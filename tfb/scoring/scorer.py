@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -42,10 +43,16 @@ OUT_OF_MEMORY = "out of memory, even alone in its batch; shorten it"
 NOT_FINITE = "the model returned NaN or Inf; check the adapter and the dtype"
 
 
-def row_format(bayes: BayesianModel, columns: Mapping[str, str] | None = None) -> RowFormat:
-    """Return how data become rows for a model, by its task and ``labels``."""
-    names = class_names(bayes.task, bayes.base.config, bayes.labels)
-    return RowFormat(columns or {}, names, bayes.task)
+def row_format(
+    bayes: BayesianModel,
+    columns: Mapping[str, str] | None = None,
+    *,
+    labels: Sequence[str] | None = None,
+    optional: Sequence[str] = (),
+) -> RowFormat:
+    """Return how data become rows for a model, by its task and, unless given, its ``labels``."""
+    names = class_names(bayes.task, bayes.base.config, labels or bayes.labels)
+    return RowFormat(columns or {}, names, bayes.task, optional)
 
 
 def row_encoder(
@@ -178,6 +185,7 @@ class Scorer:
         else:
             self._draws = bayes.distinct_draws(draws, kept=per_draw)
             most = len(self._draws)
+        _check_calibrated(bayes, draws)
         # On a GPU the model would go by the memory that happens to be free, and a pass of another
         # shape rounds differently.
         self._draws_per_pass = None if bayes.device.type == "cpu" else most
@@ -272,10 +280,12 @@ class Scorer:
                     keep_draws=self.per_draw,
                     draws_per_pass=draws_per_pass,
                 )
-                columns = result_columns(p)
+                columns = {name: found.tolist() for name, found in result_columns(p).items()}
                 if self.encoder.truncate is not None:
-                    columns["truncated"] = torch.tensor(chosen.truncated)[batch.indices]
-                table = zip(*(values.tolist() for values in columns.values()), strict=True)
+                    columns["truncated"] = torch.tensor(chosen.truncated)[batch.indices].tolist()
+                if self.bayes.decisions is not None:
+                    columns |= self.bayes.decisions.apply(p.probs)
+                table = zip(*columns.values(), strict=True)
                 for i, values in zip(batch.indices.tolist(), table, strict=True):
                     found = dict(zip(columns, values, strict=True))
                     results[at[i]] = self._result(rows[at[i]], found)
@@ -293,6 +303,8 @@ class Scorer:
             values["standard_error"] = None
         best, names = values["prediction"], row.choices or self.labels
         choice = None if names is None else names[best]
+        if (chosen := values.get("prediction_set")) is not None:
+            values["prediction_set"] = [str(i) if names is None else names[i] for i in chosen]
         first = {"id": row.id, "prediction": best, "choice": choice}
         return {**first, **values, "label": row.label, "error": None}
 
@@ -312,6 +324,19 @@ def check_draws(draws: int | Draws | Adaptive | str, *, kept: bool) -> None:
         check_even(draws)
 
 
+def _check_calibrated(bayes: BayesianModel, draws: int | Draws | Adaptive | str) -> None:
+    """Warn where decisions were calibrated on averages of another number of draws."""
+    if bayes.decisions is None or bayes.sigma == 0.0:
+        return
+    given = len(draws) if isinstance(draws, Draws) else draws
+    if given != bayes.decisions.draws:
+        warnings.warn(
+            f"draws={given if isinstance(given, int) else 'auto'}: abstention and prediction sets "
+            f"were calibrated with {bayes.decisions.draws}, and hold approximately with others",
+            stacklevel=3,
+        )
+
+
 def score(
     data: Any,
     bayes: BayesianModel,
@@ -328,7 +353,8 @@ def score(
 
     A result is a dict: id, prediction (index), choice (its text, or the class's name), probs,
     total, aleatoric and epistemic (nats), agreement, standard_error, draws, label (None where there
-    is none); with ``truncate`` truncated (tokens left out), with ``per_draw`` draw_probs.
+    is none); with ``truncate`` truncated (tokens left out), with ``per_draw`` draw_probs; where
+    the model has decisions for them abstain and prediction_set (of choices, by their text or name).
 
     Args:
         data: anything that holds rows, see :func:`tfb.data.readers.read_rows`.
@@ -348,7 +374,7 @@ def score(
     """
     if errors not in ("raise", "rows"):
         raise ValueError(f"errors={errors!r}: expected 'raise' or 'rows'")
-    form = row_format(bayes, columns)
+    form = row_format(bayes, columns, optional=["label"])
     scorer = Scorer(
         bayes,
         tokenizer,
