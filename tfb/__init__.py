@@ -1,8 +1,8 @@
 """Training-Free Bayesianization of LoRA adapters (TFB, arXiv 2412.05723).
 
-    bayes = tfb.bayesianize(peft_model)
-    fit = tfb.fit_sigma(bayes, anchors)
-    pred = bayes.predict(batch)
+    m = tfb.from_pretrained("path/to/adapter")
+    print(m.fit("dev.csv", text="sentence", label="label"))
+    df = m.score("test.csv")
 
 Names are resolved on first use, so that importing tfb costs nothing and ``BayesLoRALinear`` needs
 neither PEFT nor transformers.
@@ -19,10 +19,14 @@ if TYPE_CHECKING:
     from tfb.adapters.export import export
     from tfb.adapters.loading import load_adapter, load_base
     from tfb.draws import Draws
+    from tfb.evaluation.compare import Comparison
+    from tfb.evaluation.decisions import Decisions
     from tfb.linear import BayesLoRALinear
     from tfb.model import BayesianModel
+    from tfb.module import BayesianModule
     from tfb.posterior import AdapterError, LowRankPosterior
     from tfb.predictive import Predictive
+    from tfb.pretrained import TfbModel, from_peft, from_pretrained
     from tfb.sampling.adaptive import Adaptive
     from tfb.sampling.config import SamplingConfig
     from tfb.sampling.generate import Generation
@@ -40,6 +44,9 @@ _HOMES = {
     "ArtifactError": "adapters.artifact",
     "BayesLoRALinear": "linear",
     "BayesianModel": "model",
+    "BayesianModule": "module",
+    "Comparison": "evaluation.compare",
+    "Decisions": "evaluation.decisions",
     "Draws": "draws",
     "Generation": "sampling.generate",
     "LowRankPosterior": "posterior",
@@ -47,9 +54,12 @@ _HOMES = {
     "PredictiveFit": "search.result",
     "SamplingConfig": "sampling.config",
     "SearchError": "search.result",
+    "TfbModel": "pretrained",
     "bayesianize": "adapters.bridge",
     "export": "adapters.export",
     "fit_sigma": "search.fit",
+    "from_peft": "pretrained",
+    "from_pretrained": "pretrained",
     "last_layers": "adapters.bridge",
     "load": "adapters.artifact",
     "load_adapter": "adapters.loading",
@@ -65,6 +75,9 @@ __all__ = [
     "ArtifactError",
     "BayesLoRALinear",
     "BayesianModel",
+    "BayesianModule",
+    "Comparison",
+    "Decisions",
     "Draws",
     "Generation",
     "LowRankPosterior",
@@ -72,9 +85,12 @@ __all__ = [
     "PredictiveFit",
     "SamplingConfig",
     "SearchError",
+    "TfbModel",
     "bayesianize",
     "export",
     "fit_sigma",
+    "from_peft",
+    "from_pretrained",
     "last_layers",
     "load",
     "load_adapter",
@@ -88,3 +104,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'tfb' has no attribute {name!r}")
     return getattr(import_module(f"tfb.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

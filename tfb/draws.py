@@ -29,7 +29,7 @@ def check_even(draws: int, name: str = "draws") -> None:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Draws:
     """S posterior draws; immutable, hashable, independent of any model.
 
@@ -66,6 +66,12 @@ class Draws:
             raise ValueError(f"draws: seed={self.seed} does not fit a signed 64-bit number")
         if self.noise not in NOISE_KINDS:
             raise ValueError(f"draws: noise={self.noise!r}, expected {' or '.join(NOISE_KINDS)}")
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{s:.4g}" for s in sorted({abs(s) for s in self.sigmas})[:4])
+        more = ", ..." if len({abs(s) for s in self.sigmas}) > 4 else ""
+        streams = len(set(self.streams))
+        return f"Draws({len(self)} of {streams} streams, sigma {sizes}{more}, seed {self.seed})"
 
     @classmethod
     def mean(cls) -> Draws:

@@ -33,7 +33,8 @@ from tfb.adapters.artifact import load
 from tfb.draws import Draws
 from tfb.model import BayesianModel
 from tfb.predictive import tempered
-from tfb.sampling.forward import draws_that_fit, evaluating, split
+from tfb.sampling.forward import draws_that_fit, split
+from tfb.sampling.state import evaluating
 from tfb_kernels import NOISE_VERSION
 
 log = logging.getLogger(__name__)

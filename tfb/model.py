@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,17 +15,31 @@ import torch
 from torch import Tensor, nn
 
 from tfb.draws import Draws
+from tfb.evaluation.decisions import Decisions
 from tfb.linear import MERGING, LowRankSampler
 from tfb.posterior import LowRankPosterior
-from tfb.predictive import Predictive, tempered
+from tfb.predictive import Predictive, log_mean_probs, tempered
 from tfb.sampling.adaptive import Adaptive, predict_adaptively
 from tfb.sampling.config import SamplingConfig
 from tfb.sampling.fan_out import FanOut
-from tfb.sampling.forward import align, hidden_norms, scored_logits
+from tfb.sampling.forward import (
+    align,
+    draws_that_fit,
+    hidden_norms,
+    scored_logits,
+    split,
+)
 from tfb.sampling.generate import Generation, run_generation
 from tfb.sampling.kv_cache import why_no_tail
 from tfb.sampling.overrides import install, uninstall
-from tfb.sampling.state import Batch, SamplingState, active, other_owner_of
+from tfb.sampling.state import (
+    Batch,
+    SamplingState,
+    active,
+    evaluating,
+    loops_around,
+    other_owner_of,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,6 +78,7 @@ class BayesianModel:
         label_tokens: the tokens of a choice that are scored, "all" or "last".
         source: the adapter's folder, or None.
         last_logits: what tells a causal LM that only the last position is scored.
+        decisions: when to abstain, and prediction sets, if they were calibrated.
         blocks_below: the blocks below the first noisy module, where passes can be folded.
     """
 
@@ -86,6 +102,7 @@ class BayesianModel:
         self.labels = labels
         self.label_tokens = label_tokens
         self.source = source
+        self.decisions: Decisions | None = None
         self.owner = attachment.owner  # the key of the sampling state
         self._attachment = attachment
         self._config = config
@@ -98,6 +115,11 @@ class BayesianModel:
         self._fan_out = FanOut(self.owner, model, inner, list(samplers))
         self.blocks_below = self._fan_out.below
         install(inner, task, self.blocks_below)
+
+    def __repr__(self) -> str:
+        layers, c = len(self.samplers), self.config
+        fitted = "not fitted" if c.sigma is None else f"sigma={c.sigma:.4g}, T={c.temperature:.4g}"
+        return f"BayesianModel({self.task}, adapter {self.adapter!r}, {layers} layers, {fitted})"
 
     @property
     def config(self) -> SamplingConfig:
@@ -122,6 +144,8 @@ class BayesianModel:
             changes.setdefault("tail", None)
         config = replace(self._config, **changes)
         check_possible(config, self.base, self.task)
+        if config != self._config:
+            self.decisions = None  # they hold for one sigma, T and mode
         self._config = config
         return self
 
@@ -174,10 +198,11 @@ class BayesianModel:
 
         Raises:
             ValueError: the adapter is not active, is disabled, merged, rescaled or gone, or another
-                one of the same model is being sampled.
+                one of the same model is being sampled; or, in the context, a pipeline or Trainer
+                calls the model, which would take draws for rows.
         """
         self.check_sampling()
-        with self.sampling_as(SamplingState(self.base, draws)):
+        with self.sampling_as(SamplingState(self.base, draws, loops=loops_around())):
             yield self
 
     @contextlib.contextmanager
@@ -215,8 +240,8 @@ class BayesianModel:
             return n
         if self.sigma is None:
             raise ValueError(
-                "sigma is not set: run tfb.fit_sigma(bayes, anchors), bayes.configure(sigma=...), "
-                "or pass tfb.Draws"
+                "sigma is not set: run tfb.fit_sigma(bayes, anchors) or TfbModel.fit, "
+                "bayes.configure(sigma=...), or pass tfb.Draws"
             )
         return Draws.antithetic(n, self.sigma, seed=self.config.seed)
 
@@ -312,6 +337,34 @@ class BayesianModel:
         draws = self.draws(draws)
         logits = logits_of(batch, draws, label_ids)
         return self.predictive(logits, draws, keep_draws=keep_draws)
+
+    @torch.no_grad()
+    def log_probs(self, batch: Batch, draws: Draws) -> Tensor:
+        """Compute log mean_s p_s wherever the model has logits, in eval mode.
+
+        Args:
+            batch: arguments of the model's forward, [B, T], as the model itself takes them.
+            draws: S draws.
+
+        Returns:
+            [B, T, V] of a language model, [B, K] of a classifier; at sigma = 0 and T = 1 the
+            log-softmax of the adapter's logits.
+
+        Raises:
+            ValueError: what :meth:`sampling` refuses.
+        """
+        self.check_sampling()
+        inputs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        tokens = int(inputs["input_ids"].numel())
+        most = draws_that_fit(self.base, len(draws), tokens, tokens)
+        found = []
+        with evaluating(self.model):
+            for part in split(draws, most, self.device):
+                with self.sampling_as(SamplingState(self.base, part)):
+                    logits = self.model(**inputs).logits.unflatten(0, (len(part), -1))
+                mean = log_mean_probs(logits, self.config.temperature)
+                found.append(mean + math.log(len(part)))
+        return torch.stack(found).logsumexp(0) - math.log(len(draws))
 
     @torch.no_grad()
     def hidden_norms(self, batch: Batch, draws: Draws) -> Tensor:

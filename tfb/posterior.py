@@ -16,7 +16,7 @@ class AdapterError(ValueError):
     """An adapter that cannot be Bayesianized; the message names the module and the remedy."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LowRankPosterior:
     """Frozen SVD factors of one layer; saved with an artifact, since SVD signs are not portable.
 
@@ -35,6 +35,10 @@ class LowRankPosterior:
     B: Tensor
     d: Tensor
     scaling: float
+
+    def __repr__(self) -> str:
+        m, n = self.out_features, self.in_features
+        return f"LowRankPosterior({self.name!r}, {n} -> {m}, rank {self.rank})"
 
     @classmethod
     def from_lora(

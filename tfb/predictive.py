@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -16,7 +17,7 @@ from tfb_kernels import predictive_reduction
 from tfb_kernels.reference import compute_dtype, unit_standard_error
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Predictive:
     """Predictions for B rows over K classes from S draws. Entropies are in nats.
 
@@ -130,6 +131,10 @@ class Predictive:
             draw_counts=whole("draw_counts"),
         )
 
+    def __repr__(self) -> str:
+        rows, classes = self.probs.shape
+        return f"Predictive({rows} rows, {classes} classes, {len(self.draws)} draws)"
+
     @cached_property
     def prediction(self) -> Tensor:
         """[B] int64, argmax of ``probs``."""
@@ -149,6 +154,12 @@ class Predictive:
 def tempered(logits: Tensor, temperature: float) -> Tensor:
     """Return logits / T, in float32 at least: half precision would round them once more."""
     return logits.to(compute_dtype(logits.dtype)) / temperature
+
+
+def log_mean_probs(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Compute log mean_s softmax(z_s / T) of logits [S, ...], over their last dimension."""
+    log_p = tempered(logits, temperature).log_softmax(-1)
+    return log_p.logsumexp(0) - math.log(len(log_p))
 
 
 def as_float32(values: Tensor) -> Tensor:

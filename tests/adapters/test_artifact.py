@@ -22,6 +22,7 @@ from support.models import CASES, add_lora, causal, llama, make_batch, randomize
 import tfb
 from tfb import ArtifactError, BayesianModel, Draws, PredictiveFit
 from tfb.adapters.artifact import base_fingerprint, check_output_folder, read_sidecar
+from tfb.evaluation.decisions import Decisions
 from tfb.sampling.config import SamplingConfig
 from tfb_kernels import NOISE_VERSION
 
@@ -80,6 +81,17 @@ def test_the_record_of_a_fit_comes_back(tmp_path: Path) -> None:
     assert tfb.load(base(), folder).config == replace(record.config, seed=5)  # the model's own
 
 
+def test_decisions_come_back(tmp_path: Path) -> None:
+    """They hold for one sigma, T, mode and seed: another configuration has none."""
+    bayes = bayesian()
+    assert read_sidecar(tfb.save(bayes, tmp_path / "none"))["decisions"] is None
+    bayes.decisions = Decisions(300, 10, target_error=0.1, threshold=0.7, accepted=0.8, error=0.05)
+    found = tfb.load(base(), tfb.save(bayes, tmp_path / "artifact"))
+    assert found.decisions == bayes.decisions
+    assert found.configure(sigma=0.05, mode="full").decisions == bayes.decisions
+    assert found.configure(temperature=1.1).decisions is None
+
+
 def test_only_the_chosen_layers_come_back_bayesian(tmp_path: Path) -> None:
     bayes, batch = bayesian(layers=r"layers\.1"), CASES["llama"].batch()
     found = tfb.load(base(), tfb.save(bayes, tmp_path / "artifact"))
@@ -119,14 +131,13 @@ def test_another_process_sees_the_same_values(tmp_path: Path) -> None:
 def test_peft_reads_the_folder(tmp_path: Path) -> None:
     """An ordinary adapter folder; its files are the source's, byte for byte."""
     CASES["llama"].build().save_pretrained(tmp_path / "source")
-    (tmp_path / "source/README.md").write_text("a card")
     bayes = tfb.bayesianize(tfb.load_adapter(base(), tmp_path / "source"))
     bayes.configure(sigma=0.02)
     bayes.source = tmp_path / "source"
     first = tfb.save(bayes, tmp_path / "first")
     again = tfb.load(base(), first)
     second = tfb.save(again, tmp_path / "second")  # a loaded artifact is its own source
-    for file in (*ADAPTER_FILES, "README.md"):
+    for file in ADAPTER_FILES:
         expected = (tmp_path / "source" / file).read_bytes()
         assert (first / file).read_bytes() == (second / file).read_bytes() == expected
     plain = peft.PeftModel.from_pretrained(base(), str(first))
@@ -143,7 +154,7 @@ def test_adapter_of_another_name(tmp_path: Path) -> None:
     bayes.configure(sigma=0.05)
     folder = tfb.save(bayes, tmp_path / "artifact")
     files = {path.name for path in folder.iterdir()}
-    assert files - {"README.md"} == {*ADAPTER_FILES, "tfb.json", "tfb.safetensors"}
+    assert files == {*ADAPTER_FILES, "README.md", "tfb.json", "tfb.safetensors"}
     modes = {path.stat().st_mode & 0o777 for path in folder.iterdir()}
     plain = tmp_path / "plain"
     plain.touch()
@@ -219,7 +230,7 @@ def test_an_artifact_of_version_0_1_0_gives_the_same_predictions() -> None:
     found = tfb.load(base(), folder)
     sidecar = read_sidecar(folder)
     assert "temperature" not in sidecar and found.config.temperature == 1.0
-    assert found.config == SamplingConfig(sigma=0.05, seed=5)
+    assert found.config == SamplingConfig(sigma=0.05, seed=5) and found.decisions is None
     factors = load_file(folder / "tfb.safetensors")
     for i, (name, p) in enumerate(found.posteriors.items()):
         assert torch.equal(p.A, factors[f"{name}.A"]) and torch.equal(p.B, factors[f"{name}.B"])
@@ -328,6 +339,7 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
     "negative sigma": (lambda a: edit(a, sigma=-0.1), "damaged, no usable sigma"),
     "no base, no layers": (lambda a: edit(a, base=None, layers=3), "no usable layers, base"),
     "other mode": (lambda a: edit(a, mode="half"), "mode='half': expected one of full"),
+    "other decisions": (lambda a: edit(a, decisions={"x": 1}), r"tfb\.json has .*; fit again"),
     "no adapter": (
         lambda a: (a / "adapter_model.safetensors").unlink(),
         r"adapter_model\.safetensors is missing",

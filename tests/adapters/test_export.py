@@ -380,11 +380,8 @@ def test_command_line_round_trip(shared: Path, tmp_path: Path, command: Run) -> 
     bayes.source, bayes.label_tokens = adapter, "last"
     tfb.save(bayes, tmp_path / "artifact")
     code, out, err = command(
-        "--model",
-        model,
-        "--artifact",
         tmp_path / "artifact",
-        "--out",
+        "--output",
         tmp_path / "out",
         "--draws",
         4,
@@ -431,19 +428,19 @@ def test_command_line_refuses_before_it_loads(
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr("tfb.adapters.artifact.load", loaded)
-    common = ("--model", digits.BASE, "--artifact", tmp_path / "tail")
+    common = (tmp_path / "tail",)
     for arguments, message in (
-        (("--out", tmp_path), "already holds something"),
-        (("--out", tmp_path / "o", "--draws", 5), "--draws 5: antithetic draws come in pairs"),
-        (("--out", tmp_path / "o", "--dtype", "int8"), "--dtype int8: expected one of"),
-        (("--out", tmp_path / "o"), "noise at the last positions only"),
-        (("--out", tmp_path / "o", "--mode", "full", "--seed", 1 << 63), "signed 64-bit"),
+        (("--output", tmp_path), "already holds something"),
+        (("--output", tmp_path / "o", "--draws", 5), "--draws 5: antithetic draws come in pairs"),
+        (("--output", tmp_path / "o", "--dtype", "int8"), "--dtype int8: expected one of"),
+        (("--output", tmp_path / "o"), "noise at the last positions only"),
+        (("--output", tmp_path / "o", "--mode", "full", "--seed", 1 << 63), "signed 64-bit"),
     ):
         code, _, err = command(*common, *arguments)
         assert code == 1 and message in err, err
     assert not (tmp_path / "o").exists()
     monkeypatch.undo()
-    code, _, err = command(*common, "--mode", "full", "--draws", 2, "--out", tmp_path / "o")
+    code, _, err = command(*common, "--mode", "full", "--draws", 2, "--output", tmp_path / "o")
     assert code == 0 and len(draw_folders(tmp_path / "o")) == 2, err
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from support.command import Run, fit_command
 
@@ -47,18 +48,13 @@ def test_clinc_domain(shared: Path, tmp_path: Path, command: Command) -> None:
     )
     sidecar = json.loads((artifact / "tfb.json").read_text())
     assert sidecar["sigma"] > 0 and sidecar["fit"]["curve"][0]["sigma"] == 0.0
-    told = sidecar["extra"]["label_tokens_nll"]  # of the adapter's own training rows
-    assert told["last"] == pytest.approx(sidecar["fit"]["baseline"], rel=1e-4) and told["all"] > 2
+    assert sidecar["label_tokens"] == "last"
 
     def evaluate(*options: object) -> dict[str, Any]:
         figures = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
         command(
             "evaluate",
-            "--model",
-            model,
-            "--artifact",
             artifact,
-            "--data",
             data / "validation.jsonl",
             "--limit",
             1500,
@@ -68,20 +64,20 @@ def test_clinc_domain(shared: Path, tmp_path: Path, command: Command) -> None:
             figures,
             *options,
         )
-        found: dict[str, Any] = json.loads(figures.read_text())["metrics"]
+        found: dict[str, Any] = json.loads(figures.read_text())["methods"]
         return found
 
     found = evaluate("--sigma", 0.02, "--draws", 10)
     zero = evaluate("--sigma", 0, "--draws", 2)
-    for mean in (found["deterministic"], zero["deterministic"], zero["tfb"]):
+    for mean in (found["adapter"], zero["adapter"], zero["TFB + T"]):
         assert mean["rows"] == 1500
         assert mean["nll"] == pytest.approx(0.8803, abs=5e-4)
         assert 100 * mean["accuracy"] == pytest.approx(76.27, abs=0.05)
         assert 100 * mean["ece"] == pytest.approx(8.95, abs=0.1)
-    tail = evaluate("--sigma", 0.05, "--draws", 10, "--mode", "tail", "--tail", 1)["tfb"]
+    tail = evaluate("--sigma", 0.05, "--draws", 10, "--mode", "tail", "--tail", 1)["TFB + T"]
     assert tail["nll"] == pytest.approx(0.808, abs=0.02)
     assert 100 * tail["ece"] == pytest.approx(4.7, abs=1.5)
-    sampled = found["tfb"]
+    sampled = found["TFB + T"]
     assert sampled["nll"] == pytest.approx(0.773, abs=0.02)
     assert 100 * sampled["ece"] == pytest.approx(3.5, abs=1.5)
     assert 100 * sampled["accuracy"] == pytest.approx(76.4, abs=1.0)
@@ -90,60 +86,38 @@ def test_clinc_domain(shared: Path, tmp_path: Path, command: Command) -> None:
 def test_the_convention_that_an_adapter_was_trained_for(
     shared: Path, tmp_path: Path, command: Command
 ) -> None:
-    """fit says it, in its first lines where it is not the one asked for; evaluate says it of the
-    other; an artifact that does not tell is scored by all tokens, with a note."""
+    """fit finds it by itself and says so, unless it is given or the rows do not tell; evaluate and
+    score keep it; an artifact that does not tell is scored by all tokens, with a note."""
     model, data = shared / "models" / "stories260K", shared / "data" / "clinc-domain"
-    common = ("--model", model, "--draws", 2, "--limit", 20)
-
-    def run(name: str, *options: object) -> tuple[str, str]:
-        return command(name, *common, *options)
-
-    fit = (
-        "--adapter",
-        shared / ADAPTER,
-        "--mode",
-        "tail",
-        "--tail",
-        1,
-        "--anchors",
-        tmp_path / "anchors.jsonl",
-    )
-    lines = (data / "anchor.jsonl").read_text().splitlines()[::25]
-    (tmp_path / "anchors.jsonl").write_text("\n".join(lines))
-    trained = "the adapter was trained for 'last': on the anchors its NLL is "
-    out, err = run("fit", *fit, "--out", tmp_path / "all", "--objective", "min_nll")
-    assert f"label_tokens: {trained}" in out and "fit with --label-tokens last" in err
-    out, err = run("fit", *fit, "--out", tmp_path / "last", "--label-tokens", "last")
-    assert f"label_tokens: {trained}" in out and "label-tokens" not in err
-
-    lines = [
-        x for x in (data / "anchor.jsonl").read_text().splitlines() if json.loads(x)["label"] < 2
-    ]
-    (tmp_path / "anchors.jsonl").write_text("\n".join(lines))
-    out, err = run("fit", *fit, "--out", tmp_path / "few", "--objective", "min_nll")
-    assert "label_tokens" not in out + err  # of two labels in ten, nothing is said
-
-    judge = ("--data", data / "test.jsonl")
-    for name, chosen, warned in (
-        ("all", None, True),
-        ("all", "last", False),
-        ("last", None, False),
-        ("last", "all", True),
+    rows = (data / "anchor.jsonl").read_text().splitlines()
+    few = [x for x in rows if json.loads(x)["label"] < 2]  # of two labels in ten, nothing is said
+    said = "label_tokens='last': the adapter's NLL is "
+    for name, lines, options, chosen in (
+        ("found", rows[::25], (), "last"),
+        ("given", rows[::25], ("--label-tokens", "all"), "all"),
+        ("few", few, (), "all"),
     ):
-        option = () if chosen is None else ("--label-tokens", chosen)
-        _, err = run("evaluate", "--artifact", tmp_path / name, *judge, *option)
-        assert (f"note: label_tokens is 'all', but {trained}" in err) == warned, (name, chosen)
-    for name, warned in (("all", True), ("last", False)):
-        scored = ("--input", data / "test.jsonl", "--output", tmp_path / f"scored-{name}")
-        _, err = run("score", "--artifact", tmp_path / name, *scored)
-        assert (f"but {trained}" in err) == warned
+        (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+        fit = fit_command(model, shared / ADAPTER, tmp_path / "rows.jsonl", tmp_path / name)
+        command(*fit, *options, "--draws", 2, "--limit", 20, "--objective", "min_nll")
+        sidecar = json.loads((tmp_path / name / "tfb.json").read_text())
+        assert sidecar["label_tokens"] == chosen
+        assert any(said in note for note in sidecar["fit"]["notes"]) == (name == "found")
 
-    sidecar = json.loads((tmp_path / "last" / "tfb.json").read_text())
-    del sidecar["label_tokens"], sidecar["labels"], sidecar["extra"]["label_tokens_nll"]
-    (tmp_path / "last" / "tfb.json").write_text(json.dumps(sidecar))
+    figures, common = tmp_path / "figures.json", ("--draws", 2, "--limit", 20)
+    command("evaluate", tmp_path / "found", data / "test.jsonl", *common, "--json", figures)
+    assert json.loads(figures.read_text())["label_tokens"] == "last"
+    command("score", tmp_path / "found", data / "test.jsonl", *common, "-o", tmp_path / "scored")
+    (part,) = (tmp_path / "scored").glob("part-*")
+    right = [row["prediction"] == row["label"] for row in pq.read_table(part).to_pylist()]
+    methods = json.loads(figures.read_text())["methods"]
+    assert sum(right) / 20 == pytest.approx(list(methods.values())[-1]["accuracy"])
+
+    del sidecar["label_tokens"], sidecar["labels"]
+    (tmp_path / "few" / "tfb.json").write_text(json.dumps(sidecar))
     said = "does not say by which tokens choices are scored"
     with pytest.warns(UserWarning, match=f"{said}; all are"):
-        assert tfb.load(model, tmp_path / "last").label_tokens == "all"
+        assert tfb.load(model, tmp_path / "few").label_tokens == "all"
 
 
 def test_clinc150(shared: Path, tmp_path: Path, command: Command) -> None:
@@ -167,19 +141,15 @@ def test_clinc150(shared: Path, tmp_path: Path, command: Command) -> None:
     figures = tmp_path / "figures.json"
     command(
         "evaluate",
-        "--model",
-        model,
-        "--artifact",
         artifact,
-        "--data",
         file,
         "--draws",
         4,
         "--json",
         figures,
     )
-    found: dict[str, Any] = json.loads(figures.read_text())["metrics"]
-    mean, sampled = found["deterministic"], found["tfb"]
+    found: dict[str, Any] = json.loads(figures.read_text())["methods"]
+    mean, sampled = found["adapter"], found["TFB + T"]
     assert mean["rows"] == len(rows) == 300
     allowed = 4 * (0.578 * 0.422 / 300) ** 0.5
     assert mean["accuracy"] == pytest.approx(0.578, abs=allowed)

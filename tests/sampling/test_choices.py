@@ -537,7 +537,7 @@ def test_command_line(shared: Path, tmp_path: Path) -> None:
         score = by_hand(batch, [choices], whole(plain))[0]
         score = score / torch.tensor([len(c) for c in choices])
         losses.append(-score.log_softmax(-1)[encoded.labels[i]])
-    nll = json.loads(figures.read_text())["metrics"]["deterministic"]["nll"]
+    nll = json.loads(figures.read_text())["metrics"]["adapter"]["nll"]
     # Sums of at most ten log-probabilities of size 10 in float32, in another order.
     assert nll == pytest.approx(float(torch.stack(losses).mean()), abs=1e-4)
     results = [

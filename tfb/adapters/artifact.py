@@ -1,6 +1,7 @@
 """The artifact: an ordinary PEFT adapter folder plus a sidecar, written atomically.
 
 adapter_config.json, adapter_model.safetensors   the adapter, untouched: PEFT loads the folder
+README.md        a model card, with the adapter's own below it
 tfb.json         configuration, noise version, the fit's record, hashes, library versions
 tfb.safetensors  A', B', d of every Bayesian layer: signs and degenerate subspaces of an SVD
                  differ between machines, so seeds alone would not carry
@@ -21,14 +22,24 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from tfb.adapters.bridge import bayesianize
-from tfb.adapters.loading import class_names, load_adapter, load_base, save_adapter
-from tfb.atomic import staged_folder, write_json
+from tfb.adapters.card import CARD, card_text
+from tfb.adapters.loading import (
+    adapter_config,
+    adapter_folder,
+    class_names,
+    load_adapter,
+    load_base,
+    save_adapter,
+)
+from tfb.atomic import staged_folder, write, write_json
 from tfb.data.encoding import check_label_tokens
 from tfb.draws import stable_layer_id
+from tfb.evaluation.decisions import Decisions
 from tfb.model import BayesianModel
-from tfb.posterior import LowRankPosterior
+from tfb.posterior import AdapterError, LowRankPosterior
 from tfb.sampling.config import SamplingConfig
 from tfb.search.result import PredictiveFit
 from tfb_kernels import NOISE_VERSION
@@ -65,7 +76,12 @@ def check_output_folder(folder: str | Path) -> Path:
 
 
 def save(
-    bayes: BayesianModel, folder: str | Path, *, fit: PredictiveFit | None = None, **extra: Any
+    bayes: BayesianModel,
+    folder: str | Path,
+    *,
+    fit: PredictiveFit | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **extra: Any,
 ) -> Path:
     """Write a model with its posterior and configuration to a new folder, all of it or nothing.
 
@@ -73,6 +89,7 @@ def save(
         bayes: the model; its sigma is set.
         folder: absent or empty.
         fit: the search's record.
+        tokenizer: written beside the adapter; None: the base model's is meant.
         extra: JSON values, kept under "extra".
 
     Returns:
@@ -94,23 +111,60 @@ def save(
         for name, p in bayes.posteriors.items():
             tensors |= {f"{name}.A": p.A, f"{name}.B": p.B, f"{name}.d": p.d}
         save_file({k: v.contiguous() for k, v in tensors.items()}, str(staging / FACTORS))
-        sidecar = {
-            "format_version": FORMAT_VERSION,
-            "noise_version": NOISE_VERSION,
-            **asdict(bayes.config),
-            "label_tokens": bayes.label_tokens,
-            "labels": class_names(bayes.task, bayes.base.config, bayes.labels),
-            "task": bayes.task,
-            "layers": {name: p.scaling for name, p in bayes.posteriors.items()},
+        sidecar = sidecar_of(bayes, fit, **extra) | {
             "adapter_sha256": file_sha256(staging / ADAPTER),
             "factors_sha256": file_sha256(staging / FACTORS),
-            "base": base_fingerprint(bayes.base),
-            "fit": None if fit is None else fit.to_dict(),
-            "extra": extra,
-            "versions": library_versions(),
         }
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(staging))
         write_json(staging / SIDECAR, sidecar)
+        write(staging / CARD, card_text(sidecar, bayes.source).encode())
     return path
+
+
+def sidecar_of(
+    bayes: BayesianModel, fit: PredictiveFit | None = None, **extra: Any
+) -> dict[str, Any]:
+    """Return what a sidecar tells of a model, beside the hashes of its files."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "noise_version": NOISE_VERSION,
+        **asdict(bayes.config),
+        "label_tokens": bayes.label_tokens,
+        "labels": class_names(bayes.task, bayes.base.config, bayes.labels),
+        "task": bayes.task,
+        "layers": {name: p.scaling for name, p in bayes.posteriors.items()},
+        "base": base_fingerprint(bayes.base) | {"name": _name(bayes.base)},
+        "fit": None if fit is None else fit.to_dict(),
+        "decisions": None if bayes.decisions is None else asdict(bayes.decisions),
+        "extra": extra,
+        "versions": library_versions(),
+    }
+
+
+def base_of(folder: str | Path, base: str | Path | None = None) -> str:
+    """Return the name of an adapter's base model: the given one, else what its folder says.
+
+    An artifact tells on which model it was fitted, an adapter's configuration on which it was
+    trained.
+
+    Args:
+        folder: an adapter or artifact, a local folder or a hub name.
+        base: a local folder or a hub name.
+
+    Raises:
+        AdapterError: no adapter there, or nothing tells its base.
+    """
+    if base is not None:
+        return str(base)
+    local = adapter_folder(folder)
+    name = None
+    if (local / SIDECAR).is_file():
+        name = read_sidecar(local)["base"].get("name")
+    name = name or adapter_config(local).get("base_model_name_or_path")
+    if not name:
+        raise AdapterError(f"{folder}: does not say what its base model is; give base=NAME")
+    return str(name)
 
 
 def read_sidecar(folder: str | Path) -> dict[str, Any]:
@@ -170,6 +224,7 @@ def load(base_model: nn.Module | str | Path, folder: str | Path) -> BayesianMode
         check_label_tokens(label_tokens)
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"{folder}: damaged, {SIDECAR} has {error}; fit again") from error
+    decisions = saved_decisions(folder, sidecar)
     if not isinstance(base_model, nn.Module):
         base_model = load_base(base_model, folder)
     model = load_adapter(base_model, folder)
@@ -183,6 +238,7 @@ def load(base_model: nn.Module | str | Path, folder: str | Path) -> BayesianMode
         label_tokens=label_tokens,
         source=folder,
     )
+    bayes.decisions = decisions
     _check_fingerprint(folder, sidecar["base"], base_fingerprint(bayes.base))
     if "label_tokens" not in sidecar and bayes.task != "SEQ_CLS":
         warnings.warn(
@@ -191,6 +247,15 @@ def load(base_model: nn.Module | str | Path, folder: str | Path) -> BayesianMode
             stacklevel=2,
         )
     return bayes
+
+
+def saved_decisions(folder: str | Path, sidecar: dict[str, Any]) -> Decisions | None:
+    """Return the decisions that an artifact's sidecar holds; None where it has none."""
+    found = sidecar.get("decisions")
+    try:
+        return None if found is None else Decisions(**found)
+    except TypeError as error:
+        raise ArtifactError(f"{folder}: damaged, {SIDECAR} has {error}; fit again") from error
 
 
 def _read_posteriors(folder: Path, sidecar: dict[str, Any]) -> dict[str, LowRankPosterior]:
@@ -213,6 +278,14 @@ def _read_posteriors(folder: Path, sidecar: dict[str, Any]) -> dict[str, LowRank
             scaling=scaling,
         )
     return found
+
+
+def _name(base: Any) -> str | None:
+    """Return the folder or hub name that a base model was loaded from, if any."""
+    name = getattr(base, "name_or_path", None)
+    if not name:
+        return None
+    return str(Path(name).resolve()) if Path(name).is_dir() else str(name)
 
 
 def base_tensors(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

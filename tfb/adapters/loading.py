@@ -26,6 +26,8 @@ from tfb.posterior import AdapterError
 
 TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# What is fetched of an adapter or artifact on the hub: never a pickled file.
+FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt", "README.md"]
 # Names of the last linear layer of transformers' classifiers. DistilBERT's "pre_classifier" and
 # RoBERTa's "classifier.dense" come before it and have hidden_size rows.
 _HEADS = ("score", "classifier", "out_proj")
@@ -59,7 +61,7 @@ def adapter_tensor_shapes(folder: Path) -> dict[str, list[int]]:
 
 def adapter_folder(adapter: str | Path) -> Path:
     """Return the local folder of an adapter, with both of its files there."""
-    folder = local_folder(adapter, [CONFIG, WEIGHTS])
+    folder = local_folder(adapter, FILES)
     for file in (CONFIG, WEIGHTS):
         _require(folder, file, adapter)
     try:
@@ -99,6 +101,20 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     return found
 
 
+def tokenizer_of(folder: str | Path, base: str | Path) -> PreTrainedTokenizerBase:
+    """Load an adapter's own tokenizer where its folder holds one, else its base model's.
+
+    Args:
+        folder: an adapter or artifact, a local folder or a hub name.
+        base: the base model, a local folder or a hub name.
+
+    Raises:
+        ValueError: neither has a tokenizer that transformers can load.
+    """
+    own = local_folder(folder, FILES)
+    return load_tokenizer(own if (own / "tokenizer_config.json").is_file() else base)
+
+
 def set_padding(base: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
     """Give a base model a padding token: a SEQ_CLS head finds a row's last token by it."""
     config: Any = base.config
@@ -106,19 +122,20 @@ def set_padding(base: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         config.pad_token_id = tokenizer.pad_token_id
 
 
-def check_device(device: str | None) -> None:
-    """Refuse a name that is no device's."""
+def check_device(device: str | None, *, here: bool = True) -> None:
+    """Refuse a name that is no device's, or one of a GPU that this machine has to have."""
     try:
-        torch.device(device or "cpu")
+        chosen = torch.device(device or "cpu")
     except RuntimeError as error:
         raise ValueError(f"device={device}: expected cpu, cuda or cuda:0, ...") from error
+    if here and chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={device}: torch sees no GPU here; use device=cpu")
 
 
 def to_device(model: nn.Module, device: str | None = None) -> None:
     """Move a model to ``device``, by default to a GPU if there is one."""
+    check_device(device)
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={device}: torch sees no GPU here")
     if next(model.parameters()).device.type != chosen.type:
         model.to(chosen)
 
@@ -207,7 +224,14 @@ def load_base(name: str | Path, adapter: str | Path) -> nn.Module:
 def base_config(name: str | Path, adapter: str | Path) -> Any:
     """Load the configuration that an adapter's base model will have, without its weights."""
     head = _head(adapter, *_task(adapter))
-    return transformers.AutoConfig.from_pretrained(str(name), trust_remote_code=False, **head)
+    try:
+        return transformers.AutoConfig.from_pretrained(str(name), trust_remote_code=False, **head)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise AdapterError(
+            f"{name}: no base model's configuration can be loaded from it ({reason}); give "
+            "base=NAME"
+        ) from error
 
 
 def class_names(
@@ -276,9 +300,9 @@ def _pretrained(kind: Any, name: str | Path, **options: Any) -> nn.Module:
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise AdapterError(
-            f"{name}: no base model can be loaded from it ({reason}). Models are read from "
-            "safetensors by transformers' own classes: pickled weights and a repository's own code "
-            "are refused"
+            f"{name}: no base model can be loaded from it ({reason}); give base=NAME. Models are "
+            "read from safetensors by transformers' own classes: pickled weights and a "
+            "repository's own code are refused"
         ) from error
     return model.eval()
 
@@ -309,8 +333,6 @@ def save_adapter(
     if source is not None:
         shutil.copyfile(source / CONFIG, folder / CONFIG)
         shutil.copyfile(source / WEIGHTS, folder / WEIGHTS)
-        if (source / "README.md").is_file():
-            shutil.copyfile(source / "README.md", folder / "README.md")
         return
     assert isinstance(model, PeftModel)
     model.save_pretrained(str(folder), selected_adapters=[adapter], safe_serialization=True)

@@ -72,6 +72,7 @@ class RowFormat:
             rows that bring none.
         task: "SEQ_CLS" reads text rows, "CAUSAL_LM" and "SEQ_2_SEQ_LM" choice rows; None: each row
             as what it is.
+        optional: our names of columns that are in ``columns`` and may be missing all the same.
 
     Raises:
         ValueError: a name that no row has, one that is given twice, or fewer than two labels.
@@ -80,6 +81,7 @@ class RowFormat:
     columns: Mapping[str, str] = field(default_factory=dict)
     labels: Sequence[str] | None = None
     task: str | None = None
+    optional: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for ours, theirs in self.columns.items():
@@ -119,7 +121,7 @@ class RowFormat:
             RowError: it does.
         """
         for ours, theirs in self.columns.items():
-            if theirs not in present:
+            if theirs not in present and ours not in self.optional:
                 self._missing(ours, present, source)
         if self.task is not None:
             there = {ours for ours, theirs in self.names.items() if theirs in present}

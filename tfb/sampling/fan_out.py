@@ -7,10 +7,17 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tfb.sampling.state import ForwardPass, SamplingState, context, sampling_state
+from tfb.sampling.state import (
+    ForwardPass,
+    SamplingState,
+    context,
+    loops_around,
+    sampling_state,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -208,6 +215,13 @@ class FanOut:
 
 
 def _check_call(state: SamplingState, kwargs: Kwargs) -> None:
+    loops = state.loops
+    if loops is not None and not torch.compiler.is_compiling() and loops_around() > loops:
+        raise ValueError(
+            f"sampling: a pipeline or Trainer called the model, and would take {len(state.draws)} "
+            "draws of each row for rows of its own; give it a TfbModel (tfb.from_peft), which "
+            "averages them"
+        )
     if kwargs.get("past_key_values") is not None and not (state.tree or state.cached):
         raise NotImplementedError(
             "sampling with a KV cache: keys and values of one draw are invalid for another; "

@@ -9,7 +9,6 @@ parts; then blocks below the noise run for the first part only, unless there are
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -33,7 +32,14 @@ from tfb.sampling.kv_cache import (
     tail_inputs,
 )
 from tfb.sampling.overrides import LabelColumns
-from tfb.sampling.state import Batch, ForwardPass, Replay, SampledModel, SamplingState
+from tfb.sampling.state import (
+    Batch,
+    ForwardPass,
+    Replay,
+    SampledModel,
+    SamplingState,
+    evaluating,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,19 +95,6 @@ def _input_ids(batch: Batch) -> Tensor:
     if ids.shape[0] == 0:
         raise ValueError("batch: has no rows")
     return ids
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model in eval mode; what was training before is again after."""
-    training = [m for m in model.modules() if m.training]
-    if training:  # eval() walks all modules once more, at every batch
-        model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def draws_that_fit(base: PreTrainedModel, draws: int, tokens: int, scored: int = 0) -> int:

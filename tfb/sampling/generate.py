@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tfb.draws import Draws
 from tfb.predictive import tempered
-from tfb.sampling.forward import align, evaluating
-from tfb.sampling.state import Batch, SampledModel, SamplingState
+from tfb.sampling.forward import align
+from tfb.sampling.state import Batch, SampledModel, SamplingState, evaluating
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -33,7 +33,7 @@ REFUSED = {
 CACHES = ("dynamic", "static")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Generation:
     """B continuations and the uncertainty of every token's distribution, in nats.
 
@@ -52,6 +52,10 @@ class Generation:
     total: Tensor | None = None
     aleatoric: Tensor | None = None
     epistemic: Tensor | None = None
+
+    def __repr__(self) -> str:
+        known = "" if self.total is None else ", with uncertainties"
+        return f"Generation(sequences {list(self.sequences.shape)}{known})"
 
 
 @dataclass

@@ -7,6 +7,7 @@ and a thread started inside a context begins without one. Two models never share
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Batch = Mapping[str, Any]
+LOOPS = ("transformers.pipelines.base", "transformers.trainer")
 
 
 @dataclass(eq=False)
@@ -87,6 +89,16 @@ class SamplingState:
     reduce: Callable[[Tensor], Tensor] | None = None  # of the logits [S * B, ...] at the exit
     replay: Replay | None = None  # of passes over one batch, none of which fills a KV cache
     running: ForwardPass | None = None  # the pass under way
+    loops: int | None = None  # of transformers around ``sampling``; None: a prediction of ours
+
+
+def loops_around() -> int:
+    """Count the calls of transformers' loops, which take one output for each of their rows."""
+    frame, found = inspect.currentframe(), 0
+    while frame is not None:
+        found += frame.f_globals.get("__name__") in LOOPS
+        frame = frame.f_back
+    return found
 
 
 States = Mapping[int, SamplingState]
@@ -135,6 +147,19 @@ def active(owner: int, state: SamplingState) -> Iterator[None]:
         yield
     finally:
         _STATES.reset(token)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model in eval mode; what was training before is again after."""
+    training = [m for m in model.modules() if m.training]
+    if training:  # eval() walks all modules once more, at every batch
+        model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 class SampledModel(Protocol):
