@@ -52,8 +52,8 @@ class Task:
     def job(self, output: Path, *, tail: int | None = None, **options: Any) -> Job:
         """Return a job in tail mode, or in full mode without ``tail``."""
         mode, inputs = "full" if tail is None else "tail", (str(self.rows),)
-        files = (self.model, str(self.artifact), inputs, str(output))
-        return Job(*files, mode=mode, tail=tail, **options)
+        files = (str(self.artifact), inputs, str(output))
+        return Job(*files, base=self.model, mode=mode, tail=tail, **options)
 
     def configure(self, tail: int | None) -> None:
         """Put the model into tail mode, or into full mode without ``tail``."""

@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 from statistics import median
 
@@ -77,14 +76,9 @@ def measure(shared: Path, bench: Bench, rows: int, threads: int) -> Row:
     environment()  # kept: the commit is that of the start
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        options = {
-            "--model": shared / STORIES,
-            "--artifact": artifact(shared, folder),
-            "--input": inputs(shared, folder, rows),
-            "--output": folder / "scored",
-            "--draws": DRAWS,
-        }
-        command = [sys.executable, "-m", "tfb", "score", *chain(*options.items())]
+        what = (artifact(shared, folder), inputs(shared, folder, rows))
+        how = ("--base", shared / STORIES, "--output", folder / "scored", "--draws", DRAWS)
+        command = [sys.executable, "-m", "tfb", "score", *what, *how]
         process = subprocess.Popen(
             [str(word) for word in command],
             stdout=subprocess.DEVNULL,

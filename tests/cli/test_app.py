@@ -7,12 +7,15 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file, save_file
 from support.artifacts import digits_artifact
 from support.command import Run, fit_command
@@ -21,12 +24,14 @@ import tfb
 from tfb.adapters.loading import load_tokenizer
 from tfb.cli import app as cli
 from tfb.cli.console import as_flags
+from tfb.cli.fit import default_output
 from tfb.data.readers import read_rows
 from tfb.data.rows import RowError
 from tfb.demo import digits
 from tfb.evaluation.metrics import evaluate
 from tfb.evaluation.report import PAGE
 from tfb.scoring.evaluate import encode, predict_rows
+from tfb.search.result import PredictiveFit
 
 MODEL, ADAPTER = str(digits.BASE), str(digits.ADAPTER)
 ROWS = 24
@@ -76,21 +81,21 @@ def test_fit_evaluate_score_report(run: Run, data: dict[str, Path], tmp_path: Pa
     )
     assert code == 0, err
     sidecar = json.loads((made / "tfb.json").read_text())
-    assert f"sigma = {sidecar['sigma']:.6g}" in out and str(made) in out.replace("\n", "")
+    assert out == f"{PredictiveFit.from_dict(sidecar['fit'])}\nartifact: {made}\n"
     assert sidecar["seed"] == 5 and sidecar["fit"]["anchors"] == 20 and sidecar["fit"]["draws"] == 2
 
     figures = tmp_path / "new" / "figures.json"
-    common = ("--model", MODEL, "--artifact", made, "--draws", 2, "--limit", ROWS)
-    code, out, err = run("evaluate", *common, "--data", data["test"], "--json", figures)
+    common = ("--draws", 2, "--limit", ROWS)
+    code, out, err = run("evaluate", made, data["test"], *common, "--json", figures)
     assert code == 0, err
-    assert "deterministic" in out and "tfb" in out
+    assert "use adapter: " in out or "use TFB: " in out
 
     scored = tmp_path / "scored"
     code, out, err = run(
         "score",
-        *common,
-        "--input",
+        made,
         data["test"],
+        *common,
         "--output",
         scored,
         "--format",
@@ -105,11 +110,9 @@ def test_fit_evaluate_score_report(run: Run, data: dict[str, Path], tmp_path: Pa
     probs = torch.tensor([x["probs"] for x in lines], dtype=torch.float64)
     labels = torch.tensor([x["label"] for x in lines])
     # The file holds what evaluate judged: the same draws give the same figures.
-    mine = evaluate(probs, labels).to_dict()
-    theirs = json.loads(figures.read_text())["metrics"]["tfb"]
-    assert {k: v for k, v in mine.items() if k != "flip_ratio"} == pytest.approx(
-        {k: v for k, v in theirs.items() if k != "flip_ratio"}, rel=1e-6
-    )
+    mine = {k: v for k, v in evaluate(probs, labels).to_dict().items() if v is not None}
+    theirs = json.loads(figures.read_text())["methods"]["TFB"]
+    assert mine == pytest.approx({name: theirs[name] for name in mine}, rel=1e-6)
 
     page = tmp_path / "report"
     unlabelled = tmp_path / "unfamiliar.jsonl"
@@ -119,7 +122,7 @@ def test_fit_evaluate_score_report(run: Run, data: dict[str, Path], tmp_path: Pa
     ]
     jsonl(unlabelled, *bare)
     code, out, err = run(
-        "report", *common, "--data", data["test"], "--shift", unlabelled, "--output", page
+        "report", made, data["test"], *common, "--shift", unlabelled, "--output", page
     )
     assert code == 0, err
     assert [p.name for p in page.iterdir()] == [PAGE]
@@ -155,42 +158,28 @@ def test_fit_is_the_librarys_fit(
     sidecar = json.loads((made / "tfb.json").read_text())
     assert sidecar["fit"] == fit.to_dict()
     assert (sidecar["sigma"], sidecar["temperature"]) == (fit.sigma, fit.temperature)
-    assert f"sigma = {fit.sigma:.6g}, T = {fit.temperature:.4g} (min_nll; " in out
+    assert out == f"{fit}\nartifact: {made}\n"
     temperatures = {p.temperature for p in fit.curve}
     assert (temperatures == {1.0}) == ("--no-temperature" in options)
     if "--sigma" in options:
         assert fit.sigma == 0.0 and fit.temperature > 1.0  # the adapter is over-confident
         assert [(p.sigma, p.temperature) for p in fit.curve] == [(0.0, 1.0), (0.0, fit.temperature)]
     figures = tmp_path / "figures.json"
-    common = ("--model", MODEL, "--artifact", made, "--draws", 2, "--limit", ROWS)
-    code, out, err = run("evaluate", *common, "--data", data["test"], "--json", figures)
+    common = (made, data["test"], "--draws", 2, "--limit", ROWS)
+    code, out, err = run("evaluate", *common, "--json", figures)
     assert code == 0, err
     found = json.loads(figures.read_text())
     assert (found["sigma"], found["temperature"]) == (fit.sigma, fit.temperature)
-    said = f"tfb is the deterministic adapter at temperature {fit.temperature:.4g}\n"
-    assert (said in out) == (fit.sigma == 0.0 and fit.temperature != 1.0)
+    assert list(found["methods"]) == ["adapter", *fit.methods]
 
 
 def test_evaluate_is_the_librarys_evaluation(
     run: Run, data: dict[str, Path], artifact: Path, tmp_path: Path
 ) -> None:
-    """--json holds exactly the metrics of predict_rows at the artifact's sigma, seed and draws."""
+    """--json and --rows hold exactly what predict_rows gives at the artifact's sigma and seed."""
     figures = tmp_path / "figures.json"
-    code, _, err = run(
-        "evaluate",
-        "--model",
-        MODEL,
-        "--artifact",
-        artifact,
-        "--data",
-        data["test"],
-        "--draws",
-        4,
-        "--limit",
-        ROWS,
-        "--json",
-        figures,
-    )
+    common = (artifact, data["test"], "--draws", 4, "--limit", ROWS)
+    code, _, err = run("evaluate", *common, "--json", figures, "--rows", tmp_path / "rows.parquet")
     assert code == 0, err
     bayes = tfb.load(MODEL, artifact)
     tokenizer = load_tokenizer(MODEL)
@@ -201,10 +190,22 @@ def test_evaluate_is_the_librarys_evaluation(
     labels = torch.tensor(encoded.labels)
     found = json.loads(figures.read_text())
     assert found["sigma"] == 0.008 and found["draws"] == 4 and found["mode"] == "full"
-    reference = mean.argmax(-1)
-    for name, p in (("deterministic", mean), ("tfb", probs)):
-        expected = evaluate(p, labels, reference_predictions=reference)
-        assert found["metrics"][name] == expected.to_dict()
+    table = pd.read_parquet(tmp_path / "rows.parquet")
+    assert list(table["id"]) == encoded.ids and list(table["label"]) == encoded.labels
+    for name, p in (("adapter", mean), ("TFB + T", probs)):
+        expected = evaluate(p, labels).to_dict()
+        assert {k: found["methods"][name][k] for k in expected} == expected
+        key = name.lower().replace(" + ", "_")
+        assert list(table[f"{key}_prediction"]) == p.argmax(-1).tolist()
+        assert list(table[f"{key}_choice"]) == [str(i) for i in p.argmax(-1).tolist()]
+        assert list(table[f"{key}_confidence"]) == p.amax(-1).tolist()
+    assert [list(row) for row in table["probs"]] == probs.tolist()
+    for suffix, read in (("jsonl", partial(pd.read_json, lines=True)), ("csv", pd.read_csv)):
+        code, _, err = run("evaluate", *common, "--rows", tmp_path / f"rows.{suffix}")
+        again = read(tmp_path / f"rows.{suffix}")
+        assert code == 0 and list(again) == list(table), err
+        assert list(again["tfb_t_prediction"]) == list(table["tfb_t_prediction"])
+        assert list(again["total"]) == pytest.approx(list(table["total"]), rel=1e-12)
 
 
 def test_score_parquet_with_draws(
@@ -213,11 +214,7 @@ def test_score_parquet_with_draws(
     """Parquet holds typed columns; the draws average to the probabilities."""
     code, _, err = run(
         "score",
-        "--model",
-        MODEL,
-        "--artifact",
         artifact,
-        "--input",
         data["test"],
         "--output",
         tmp_path / "out",
@@ -245,16 +242,41 @@ def test_module_and_help() -> None:
         assert name in done.stdout
 
 
-@pytest.mark.parametrize("command", ["demo", "fit", "evaluate", "score", "report"])
-def test_help_of_each_command(run: Run, command: str) -> None:
-    code, out, _ = run(command, "--help")
-    assert code == 0 and "--draws" in out
+COMMANDS = ("fit", "evaluate", "score", "report", "export", "demo")
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_each_command(
+    run: Run, monkeypatch: pytest.MonkeyPatch, command: str, width: int
+) -> None:
+    """Examples come first, whole lines that the command can parse; rare options on request only."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    code, short, _ = run(command, "--help")
+    code_of_long, long, _ = run(command, "--help", "--advanced")
+    assert code == code_of_long == 0
+    options: Any = typer.main.get_command(cli.app).commands[command].params  # type: ignore[attr-defined]
+    for out in (short, long):
+        lines = [line.strip() for line in out.splitlines()]
+        examples = [line.split() for line in lines if line.startswith("tfb ")]
+        assert 2 <= len(examples) <= 4 and all(x[1] == command for x in examples)
+        assert out.index("tfb ") < out.index("Options ─") and "--device" in out
+        flags = {word for x in examples for word in x if word.startswith("-")}
+        assert flags <= {name for option in options for name in option.opts}
+    rare = [option.opts[0] for option in options if option.hidden]
+    assert not [name for name in rare if f" {name} " in short]
+    assert all(f" {name} " in long for name in rare)
+    assert bool(rare) == (f"{command} --help --advanced" in short) and "[bold]" not in long
 
 
 def test_help_names_the_extra(run: Run) -> None:
     """Brackets are not eaten as markup."""
-    code, out, _ = run("score", "--help")
+    code, out, _ = run("score", "--help", "--advanced")
     assert code == 0 and "tfb[ray]" in out
+
+
+def test_version(run: Run) -> None:
+    assert run("--version") == (0, f"tfb {tfb.__version__}\n", "")
 
 
 # --- bad input ------------------------------------------------------------------------------------
@@ -275,6 +297,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("tfb.adapters.loading.load_base", loaded)
     monkeypatch.setattr("tfb.adapters.artifact.load_base", loaded)
+    monkeypatch.setattr("tfb.pretrained.load_base", loaded)
 
 
 ROW = {"id": "1", "prompt": "a a a\n=", "choices": ["0", "1"], "label": 0}
@@ -300,11 +323,11 @@ def test_bad_rows_are_named_first(
     rows, message = BAD_ROWS[kind]
     file, target = jsonl(tmp_path / "rows.jsonl", *rows), tmp_path / "target"
     arguments: dict[str, tuple[object, ...]] = {
-        "fit": ("--adapter", ADAPTER, "--anchors", file, "--out", target),
-        "evaluate": ("--artifact", artifact, "--data", file),
-        "report": ("--artifact", artifact, "--data", file, "--output", target),
+        "fit": (ADAPTER, file, "--output", target),
+        "evaluate": (artifact, file),
+        "report": (artifact, file, "--output", target),
     }
-    code, out, err = run(command, "--model", MODEL, *arguments[command])
+    code, out, err = run(command, *arguments[command], "--base", MODEL)
     assert code == 1 and out == ""
     line = one_line(err)
     assert re.search(message, line) and str(file) in line  # the fault and its place
@@ -328,8 +351,7 @@ def test_bad_rows_are_named_first(
         (
             "fit",
             ("--sigma", 0, "--no-temperature"),
-            "--sigma 0.0 leaves the temperature to fit: use --metric nll, --objective min_nll and "
-            "--temperature",
+            "--sigma 0.0 leaves the temperature to fit: leave out --no-temperature",
         ),
         ("fit", ("--sigma", 0, "--tolerance", 0.1), "--sigma 0.0 leaves the temperature to fit"),
         ("fit", ("--sigma", 0, "--metric", "accuracy"), "--sigma 0.0 leaves the temperature"),
@@ -350,7 +372,19 @@ def test_bad_rows_are_named_first(
         ),
         ("score", ("--keep", "error"), "the output has a column of that name"),
         ("score", ("--mode", "tail"), "--mode tail needs k >= 1"),
+        ("score", ("--most-draws", 8), "--draws 10: tolerance and most are those of --draws auto"),
+        ("score", ("--draws", "auto", "--most-draws", 9), "--most-draws 9: "),
+        ("score", ("--draws", "auto", "--draws-tolerance", 0), "--draws-tolerance 0.0: expected"),
         ("report", ("--draws", 1), "--draws 1"),
+        ("fit", ("--target-error", 1), "--target-error 1.0: expected a number between 0 and 1"),
+        ("fit", ("--coverage", 2), "--coverage 2.0: expected a number between 0 and 1"),
+        ("fit", ("--calibration", "x.csv"), "give one as well"),
+        ("evaluate", ("--rows", "rows.txt"), "a name that ends in .parquet, .jsonl, .csv"),
+        *(
+            (command, ("--device", "cuda:0"), "--device cuda:0: torch sees no GPU here")
+            for command in ("fit", "evaluate", "score", "report", "export")
+            if not torch.cuda.is_available()
+        ),
     ],
 )
 def test_bad_options(
@@ -363,12 +397,13 @@ def test_bad_options(
     message: str,
 ) -> None:
     arguments: dict[str, tuple[object, ...]] = {
-        "fit": ("--adapter", ADAPTER, "--anchors", data["anchor"], "--out", tmp_path / "t"),
-        "evaluate": ("--artifact", artifact, "--data", data["test"]),
-        "score": ("--artifact", artifact, "--input", data["test"], "--output", tmp_path / "t"),
-        "report": ("--artifact", artifact, "--data", data["test"], "--output", tmp_path / "t"),
+        "fit": (ADAPTER, data["anchor"], "--output", tmp_path / "t"),
+        "evaluate": (artifact, data["test"]),
+        "score": (artifact, data["test"], "--output", tmp_path / "t"),
+        "report": (artifact, data["test"], "--output", tmp_path / "t"),
+        "export": (artifact, "--output", tmp_path / "t"),
     }
-    code, _, err = run(command, "--model", MODEL, *arguments[command], *options)
+    code, _, err = run(command, *arguments[command], "--base", MODEL, *options)
     assert code == 1 and message in one_line(err)
     assert not (tmp_path / "t").exists()
 
@@ -414,7 +449,7 @@ def test_messages_of_the_library_name_the_options() -> None:
     ):
         assert as_flags(message, flags) == said
     folder = "mode=x,draws=3/artifact"
-    assert as_flags(f"{folder}: draws=3", flags, ["--out", folder]) == f"{folder}: --draws 3"
+    assert as_flags(f"{folder}: draws=3", flags, ["--output", folder]) == f"{folder}: --draws 3"
 
 
 @pytest.mark.usefixtures("no_model")
@@ -440,16 +475,14 @@ def test_unlabelled_rows_cannot_be_judged(
 ) -> None:
     file = jsonl(tmp_path / "rows.jsonl", ROW, {**OTHER, "label": None})
     more = ("--output", tmp_path / "t") if command == "report" else ()
-    code, _, err = run(command, "--model", MODEL, "--artifact", artifact, "--data", file, *more)
+    code, _, err = run(command, artifact, file, *more)
     assert code == 1 and f"{file}:2: no label; {command} needs one on every row" in one_line(err)
 
 
 @pytest.mark.usefixtures("no_model")
 def test_score_refuses_an_input_without_rows(run: Run, artifact: Path, tmp_path: Path) -> None:
     file, target = jsonl(tmp_path / "rows.jsonl", ""), tmp_path / "target"
-    code, _, err = run(
-        "score", "--model", MODEL, "--artifact", artifact, "--input", file, "--output", target
-    )
+    code, _, err = run("score", artifact, file, "--output", target)
     assert code == 1 and f"{file}: the input holds no rows" in one_line(err)
     assert not target.exists()
 
@@ -461,19 +494,7 @@ def test_data_files_of_one_name_cannot_share_a_report(
     """They would be one data set in its table."""
     (tmp_path / "more").mkdir()
     other = jsonl(tmp_path / "more" / "test.jsonl", ROW, OTHER)
-    code, _, err = run(
-        "report",
-        "--model",
-        MODEL,
-        "--artifact",
-        artifact,
-        "--data",
-        data["test"],
-        "--data",
-        other,
-        "--output",
-        tmp_path / "t",
-    )
+    code, _, err = run("report", artifact, data["test"], other, "--output", tmp_path / "t")
     assert code == 1 and "two files are called 'test'; rename one" in one_line(err)
 
 
@@ -487,11 +508,10 @@ def test_brackets_in_messages_are_not_markup(
 ) -> None:
     """rich would take "[report]" for a style and print nothing of it."""
     gone = tmp_path / "rows[bold][/x].jsonl"
-    common = ("--model", MODEL, "--artifact", artifact, "--data")
-    code, _, err = run("evaluate", *common, gone)
+    code, _, err = run("evaluate", artifact, gone)
     assert code == 1 and f"{gone}: matches no file; check the pattern" in one_line(err)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    code, _, err = run("report", *common, data["test"], "--output", tmp_path / "t")
+    code, _, err = run("report", artifact, data["test"], "--output", tmp_path / "t")
     assert code == 1 and 'pip install "tfb[report]"' in one_line(err)
 
 
@@ -505,13 +525,14 @@ def test_existing_outputs_are_kept(
     kept = held / "kept"
     kept.write_text("mine")
     tail: dict[str, tuple[object, ...]] = {
-        "fit": ("--adapter", ADAPTER, "--anchors", data["anchor"], "--out", held),
-        "score": ("--artifact", artifact, "--input", data["test"], "--output", held),
-        "report": ("--artifact", artifact, "--data", data["test"], "--output", kept),
-        "evaluate": ("--artifact", artifact, "--data", data["test"], "--json", kept),
+        "fit": (ADAPTER, data["anchor"], "--output", held),
+        "score": (artifact, data["test"], "--output", held),
+        "report": (artifact, data["test"], "--output", kept),
+        "evaluate": (artifact, data["test"], "--json", kept),
+        "export": (artifact, "--output", held),
     }
     for command, arguments in tail.items():
-        code, _, err = run(command, "--model", MODEL, *arguments)
+        code, _, err = run(command, *arguments)
         assert code == 1 and "already" in one_line(err) and "choose" in err
     assert [p.name for p in held.iterdir()] == ["kept"] and kept.read_text() == "mine"
 
@@ -523,7 +544,7 @@ def test_missing_things_are_named(
     gone = tmp_path / "gone"
     for arguments, message in (
         (
-            ("fit", "--model", MODEL, "--adapter", ADAPTER, "--anchors", gone, "--out", gone),
+            fit_command(MODEL, ADAPTER, gone, gone),
             "there is no such file",
         ),
         (
@@ -531,17 +552,17 @@ def test_missing_things_are_named(
             "not a folder here",
         ),
         (
-            ("evaluate", "--model", MODEL, "--artifact", gone, "--data", data["test"]),
-            "no such folder; expected a folder written by tfb fit",
+            ("evaluate", gone, data["test"]),
+            "not a folder here",
         ),
         (
-            ("evaluate", "--model", gone, "--artifact", artifact, "--data", data["test"]),
-            "no tokenizer can be loaded",
+            ("evaluate", artifact, data["test"], "--base", gone),
+            "no base model's configuration can be loaded",
         ),
     ):
         code, _, err = run(*arguments)
         assert code == 1 and message in one_line(err) and str(gone) in err
-    for arguments, option in ((("fit", "--model", MODEL), "--adapter"), (("guess",), "guess")):
+    for arguments, option in ((("fit", ADAPTER), "DATA"), (("guess",), "guess")):
         code, _, err = run(*arguments)
         assert code == 2 and option in err and "Traceback" not in err
 
@@ -556,7 +577,7 @@ def test_artifact_of_another_base(
     save_file(
         {k: v * 1.5 for k, v in weights.items()}, other / "model.safetensors", {"format": "pt"}
     )
-    code, _, err = run("evaluate", "--model", other, "--artifact", artifact, "--data", data["test"])
+    code, _, err = run("evaluate", artifact, data["test"], "--base", other)
     line = err.splitlines()[-1]  # progress may have been drawn and erased before
     assert code == 1 and line.startswith("error: ") and "load the base it was fitted on" in line
     assert "base model with other weights" in line
@@ -571,11 +592,7 @@ def test_exit_status_of_the_process(artifact: Path, tmp_path: Path) -> None:
         "-m",
         "tfb",
         "evaluate",
-        "--model",
-        MODEL,
-        "--artifact",
         str(artifact),
-        "--data",
         "no.jsonl",
     ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
@@ -589,10 +606,101 @@ def test_tracebacks_are_for_those_who_ask(
     """With TFB_TRACEBACK set the exception itself comes out."""
     monkeypatch.setenv("TFB_TRACEBACK", "1")
     gone = str(tmp_path / "no.jsonl")
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        ["tfb", "evaluate", "--model", MODEL, "--artifact", str(artifact), "--data", gone],
-    )
+    monkeypatch.setattr(sys, "argv", ["tfb", "evaluate", str(artifact), gone])
     with pytest.raises(RowError, match="there is no such file"):
         cli.main()
+
+
+@pytest.mark.usefixtures("no_model")
+def test_errors_of_torch_take_one_line(
+    run: Run,
+    data: dict[str, Path],
+    artifact: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for error, message in (
+        (RuntimeError("first\nCompile with TORCH_USE_CUDA_DSA"), "first (TFB_TRACEBACK=1 shows"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried\n"),
+            "Take smaller batches, or --device",
+        ),
+    ):
+
+        def raised(*_: object, error: Exception = error, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr("tfb.pretrained.from_pretrained", raised)
+        code, _, err = run("evaluate", artifact, data["test"])
+        assert code == 1 and message in one_line(err) and "DSA" not in err
+
+
+# --- where things go ------------------------------------------------------------------------------
+
+
+def test_the_artifact_is_put_beside_the_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or into the present folder, for a name of the hub."""
+    (tmp_path / "adapter").mkdir()
+    monkeypatch.chdir(tmp_path / "adapter")
+    assert default_output(str(tmp_path / "adapter/")) == tmp_path / "adapter-tfb"
+    assert default_output(".") == tmp_path / "adapter-tfb"
+    assert default_output("../adapter") == Path("../adapter-tfb")
+    assert default_output("me/name") == Path("name-tfb")
+
+
+def test_fit_without_an_output(run: Run, data: dict[str, Path], tmp_path: Path) -> None:
+    """An adapter that tells its base needs nothing but rows."""
+    shutil.copytree(ADAPTER, tmp_path / "mine")
+    config = json.loads((tmp_path / "mine" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = MODEL
+    (tmp_path / "mine" / "adapter_config.json").write_text(json.dumps(config))
+    code, out, err = run("fit", tmp_path / "mine", data["anchor"], "--sigma", 0, "--limit", 50)
+    assert code == 0 and f"artifact: {tmp_path / 'mine-tfb'}" in out, err
+    assert (tmp_path / "mine-tfb" / "tokenizer_config.json").is_file()
+
+
+def test_an_adapter_that_does_not_tell_its_base(
+    run: Run, data: dict[str, Path], tmp_path: Path
+) -> None:
+    code, _, err = run("fit", ADAPTER, data["anchor"], "--output", tmp_path / "t")
+    assert code == 1 and "does not say what its base model is; give --base NAME" in one_line(err)
+
+
+# --- decisions ------------------------------------------------------------------------------------
+
+
+def test_decisions_of_a_fit(run: Run, data: dict[str, Path], tmp_path: Path) -> None:
+    """Said, saved, and written by score; on rows that the search did not see."""
+    made, output = tmp_path / "made", tmp_path / "scored"
+    fit = (*fit_command(MODEL, ADAPTER, data["anchor"], made), "--sigma", 0, "--coverage", 0.8)
+    code, _, err = run(*fit, "--calibration", data["anchor"])
+    assert code == 1 and "has the rows of DATA; give other ones" in one_line(err)
+    code, out, err = run(*fit, "--target-error", 0.5, "--calibration", data["test"])
+    decisions = tfb.load(MODEL, made).decisions
+    assert code == 0 and decisions is not None and f"\n{decisions}\n" in out, err
+    assert decisions.rows == len(read_rows(data["test"])) and decisions.coverage == 0.8
+    code, _, err = run("score", made, data["test"], "--output", output, "--limit", 8)
+    assert code == 0, err
+    for row in pq.read_table(output / "part-00000-00000000.parquet").to_pylist():
+        expected = decisions.apply(torch.tensor([row["probs"]]))
+        assert [row["abstain"]] == expected["abstain"]
+        assert row["prediction_set"] == [str(i) for i in expected["prediction_set"][0]]
+
+
+def test_adaptive_draws_are_told(
+    run: Run, data: dict[str, Path], artifact: Path, tmp_path: Path
+) -> None:
+    """How many on average, and how many rows would have needed more."""
+    common = ("score", artifact, data["test"], "--limit", ROWS, "--draws", "auto", "--output")
+    capped = ("--most-draws", 8, "--draws-tolerance", 1e-4)
+    code, out, err = run(*common, tmp_path / "few", *capped, "--format", "jsonl")
+    (part,) = (tmp_path / "few").glob("part-*")
+    rows = [json.loads(line) for line in part.read_text().splitlines()]
+    mean = sum(row["draws"] for row in rows) / ROWS
+    left = sum(row["standard_error"] > 1e-4 and row["draws"] == 8 for row in rows)
+    assert code == 0 and 0 < left < ROWS, err
+    said = f"draws: {mean:.3g} a row on average; {left} of {ROWS} rows stopped at 8 draws"
+    assert said in out and "still above 0.0001" in out
+    code, out, err = run(*common, tmp_path / "easy", "--draws-tolerance", 1)
+    assert code == 0 and "draws: 4 a row on average\n" in out, err

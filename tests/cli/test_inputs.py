@@ -35,7 +35,7 @@ def test_every_command_reads_every_file(
     columns = ("--columns", "text=sentence, label=gold")
     names = tmp_path / "names.txt" if name == "rows.csv" else "bad, fair,good"
     (tmp_path / "names.txt").write_text("bad\nfair\n\ngood\n")
-    common = ("--model", model, "--artifact", artifact, *columns, "--draws", 2)
+    common = ("--draws", 2)  # the artifact tells its base, and the columns
     steps = {
         "fit": (
             *fit_command(model, adapter, data, artifact)[1:],
@@ -47,15 +47,15 @@ def test_every_command_reads_every_file(
             "--objective",
             "min_nll",
         ),
-        "evaluate": (*common, "--data", data, "--json", tmp_path / "figures.json"),
-        "score": (*common, "--input", data, "--output", tmp_path / "out", "--keep", "weight"),
-        "report": (*common, "--data", data, "--output", tmp_path / "page"),
+        "evaluate": (artifact, data, *common, "--json", tmp_path / "figures.json"),
+        "score": (artifact, data, *common, "--output", tmp_path / "out", "--keep", "weight"),
+        "report": (artifact, data, *common, "--output", tmp_path / "page"),
     }
     for command, options in steps.items():
         code, _, err = tfb_command(command, *options)
         assert code == 0, (command, err)
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures["metrics"]["tfb"]["rows"] == 9 and figures["truncated"] == 0
+    assert figures["methods"]["TFB + T"]["rows"] == 9 and figures["truncated"] == 0
     (part,) = (tmp_path / "out").glob("part-*")
     scored = pq.read_table(part).to_pylist()
     assert [(r["id"], r["label"], int(r["weight"])) for r in scored] == [
@@ -63,9 +63,16 @@ def test_every_command_reads_every_file(
     ]
     assert all(r["choice"] == NAMES[r["prediction"]] and r["error"] is None for r in scored)
     hits = sum(r["prediction"] == r["label"] for r in scored)
-    assert figures["metrics"]["tfb"]["accuracy"] == pytest.approx(hits / 9)
+    assert figures["methods"]["TFB + T"]["accuracy"] == pytest.approx(hits / 9)
     told = json.loads((tmp_path / "out" / "manifest.json").read_text())["configuration"]
     assert told["labels"] == list(NAMES) and told["truncate"] is None
+    assert told["columns"] == {"text": "sentence", "label": "gold"}
+    (tmp_path / "bare.csv").write_text("sentence\na b\nc\n")  # no labels: they are not needed
+    code, _, err = tfb_command(
+        "score", artifact, tmp_path / "bare.csv", *common, "--output", tmp_path / "bare"
+    )
+    (part,) = (tmp_path / "bare").glob("part-*")
+    assert code == 0 and all(r["error"] is None for r in pq.read_table(part).to_pylist()), err
 
 
 def test_what_the_options_cannot_be(
@@ -96,19 +103,8 @@ def test_what_the_options_cannot_be(
     made.configure(sigma=0.1)
     made.source = Path(adapter)
     tfb.save(made, tmp_path / "artifact")
-    job = (
-        "score",
-        "--model",
-        model,
-        "--artifact",
-        tmp_path / "artifact",
-        "--input",
-        data,
-        "--output",
-        tmp_path / "out",
-        "--columns",
-        "text=sentence",
-    )
+    job = ("score", tmp_path / "artifact", data, "--output", tmp_path / "out")
+    job += ("--columns", "text=sentence")
     code, _, err = tfb_command(*job, "--labels", "a,b")
     assert code == 1 and "labels: 2 names, but the head has 3 classes" in err
     assert not (tmp_path / "out").exists()
@@ -128,10 +124,10 @@ def test_truncation_is_said_by_every_command(
     limit = CASES["llama_classifier"].base().config.max_position_embeddings
     code, _, err = tfb_command(*fit, "--truncate", "left")
     assert code == 0 and f"note: 3 of 8 rows were cut on the left to {limit} tokens" in err
-    common = ("--model", model, "--artifact", artifact, "--truncate", "right", "--draws", 2)
-    code, _, err = tfb_command("evaluate", *common, "--data", data)
+    common = (artifact, data, "--truncate", "right", "--draws", 2)
+    code, _, err = tfb_command("evaluate", *common)
     assert code == 0 and f"3 of 8 rows were cut on the right to {limit} tokens" in err
-    score = ("score", *common, "--input", data, "--output", tmp_path / "out", "--part-rows", 4)
+    score = ("score", *common, "--output", tmp_path / "out", "--part-rows", 4)
     code, out, err = tfb_command(*score)
     assert code == 0 and "8 rows, 0 of them errors, 3 cut on the right: " in out, err
     max((tmp_path / "out").glob("part-*")).unlink()
@@ -142,5 +138,5 @@ def test_truncation_is_said_by_every_command(
     parts = sorted((tmp_path / "out").glob("part-*"))
     cut = [r["truncated"] for p in parts for r in pq.read_table(p).to_pylist()]
     assert cut == [160 - limit, 0, 0, 160 - limit, 0, 0, 160 - limit, 0]
-    code, _, err = tfb_command("score", *common[:4], *score[-6:], "--draws", 2, "--resume")
+    code, _, err = tfb_command("score", *common[:2], *score[-4:], "--draws", 2, "--resume")
     assert code == 1 and "truncate: right -> None" in err

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -47,19 +48,43 @@ def test_adapter_is_overfitted() -> None:
         assert m.miscalibration > 4 * error
 
 
-def test_the_readmes_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its blocks on models, as they stand, on the embedded one; the artifact is the model."""
+@pytest.fixture
+def paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files and folders that pages name, of the embedded model, in the current folder."""
     monkeypatch.chdir(tmp_path)
-    for file, split in (("anchors.jsonl", "anchor"), ("rows.jsonl", "test")):
+    for file, split in (("anchors", "anchor"), ("rows", "test"), ("test", "test")):
         lines = [json.dumps(row) for row in digits.rows(split)[:40]]
-        Path(file).write_text("\n".join(lines))
+        Path(f"{file}.jsonl").write_text("\n".join(lines))
+    table = pd.read_json("anchors.jsonl", lines=True)
+    table.assign(choices="|".join(digits.CHOICES)).to_csv("dev.csv", index=False)
     Path("path/to").mkdir(parents=True)
     for name, folder in (("base", digits.BASE), ("adapter", digits.ADAPTER)):
         Path("path/to", name).symlink_to(folder)
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    first, batches, methods, generation = (
-        part.split("```")[0] for part in text.split("```python\n")[1:5]
-    )
+
+
+def blocks(page: str) -> list[str]:
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    return [part.split("```")[0] for part in text.split("```python\n")[1:]]
+
+
+def test_the_readmes_example_runs(paths: None, capsys: pytest.CaptureFixture[str]) -> None:
+    """As it stands: a verdict of five lines at most, a table, and an artifact that is the model."""
+    names: dict[str, Any] = {}
+    [block] = blocks("README.md")
+    exec(block, names)
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{names['fit']}\n") and len(str(names["fit"]).splitlines()) <= 5
+    assert "adapter" in printed and "TFB + T" in printed
+    again, df = names["m"].score("rows.jsonl"), names["df"]
+    pd.testing.assert_frame_equal(again, df)
+    assert list(df["id"]) == [row["id"] for row in digits.rows("test")[:40]]
+    probs = torch.tensor(df["probs"].tolist(), dtype=torch.float64)
+    assert torch.allclose(probs.sum(-1), torch.ones(40, dtype=torch.float64), atol=1e-6)
+
+
+def test_the_examples_of_what_is_beneath_run(paths: None) -> None:
+    """Those of docs/python.md, as they stand; the artifact is the model."""
+    first, batches, methods, generation = blocks("docs/python.md")
     names: dict[str, Any] = {}
     exec(first, names)
     names["yes"], names["no"] = names["anchors"].label_ids[0][:2]
@@ -99,12 +124,12 @@ def test_the_whole_way(
         assert part in text
     cells = [[cell.strip() for cell in line.split("│")] for line in text.splitlines()]
     for split in ("test", "shifted"):
-        for method in ("deterministic", "tfb", "temperature alone", "tfb, max_variance"):
+        for method in ("adapter", "tfb", "temperature alone", "tfb, max_variance"):
             found = [row[1:3] for row in cells].count([split, method])
-            assert found == 1 + (method != "deterministic")  # metrics, then changes
+            assert found == 1 + (method != "adapter")  # metrics, then changes
     assert [p.name for p in (tmp_path / "demo_out").iterdir()] == [PAGE]
     page = (tmp_path / "demo_out" / PAGE).read_text()
-    assert "tfb against deterministic, on the 60 labelled rows of test" in page
+    assert "tfb against adapter, on the 60 labelled rows of test" in page
     assert page.count("<svg") == 7 and page.count("shifted: ") == 4
     assert "Every σ has its own temperature" in page
     for fact in ("<dt>σ</dt>", "2, antithetic; seed 0", "200 rows, hash", "torch 2."):

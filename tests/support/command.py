@@ -8,7 +8,6 @@ from collections.abc import Callable
 Run = Callable[..., tuple[int, str, str]]
 
 
-def fit_command(model: object, adapter: object, anchors: object, out: object) -> tuple[object, ...]:
-    """The arguments of ``tfb fit`` that it cannot do without."""
-    options = ("--model", model, "--adapter", adapter, "--anchors", anchors, "--out", out)
-    return ("fit", *options)
+def fit_command(base: object, adapter: object, data: object, output: object) -> tuple[object, ...]:
+    """``tfb fit`` of an adapter whose configuration does not tell its base."""
+    return ("fit", adapter, data, "--base", base, "--output", output)

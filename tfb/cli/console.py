@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,43 +16,117 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
+from typer.core import TyperCommand
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from tfb.data.batching import EncodedRows
     from tfb.data.encoding import RowEncoder
     from tfb.data.rows import Row, RowFormat
-    from tfb.evaluation.metrics import Evaluation, Metrics
-    from tfb.model import BayesianModel
+    from tfb.evaluation.metrics import Evaluation
+    from tfb.pretrained import TfbModel
     from tfb.search.result import PredictiveFit
+
+EVERY = 30.0  # seconds between two lines of progress where there is no terminal
 
 out = Console(width=None if sys.stdout.isatty() else 120)
 
 # --- options --------------------------------------------------------------------------------------
 
-Model = Annotated[str, typer.Option("--model", help="base model: folder or hub name")]
-Artifact = Annotated[Path, typer.Option(help="folder written by tfb fit")]
-Draws = Annotated[int, typer.Option(help="posterior draws (antithetic pairs: an even number)")]
-Mode = Annotated[str | None, typer.Option(help="full or tail; default: as sigma was searched")]
-Tail = Annotated[int | None, typer.Option(help="positions with noise in --mode tail", min=1)]
-BatchSize = Annotated[int, typer.Option(help="rows in a batch", min=1)]
-Limit = Annotated[int | None, typer.Option(help="use only the first rows", min=1)]
+
+def advanced(*names: str, help: str, **more: Any) -> Any:
+    """Return an option that help shows with ``--advanced`` only."""
+    return typer.Option(*names, help=help, hidden=True, rich_help_panel="Advanced", **more)
+
+
+class Command(TyperCommand):
+    """A command whose rare options are shown by ``--help --advanced``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Show all options if that is asked for; else say where the others are."""
+        rare: list[Any] = [param for param in self.params if getattr(param, "hidden", False)]
+        if "--advanced" in args:
+            args = ["--help"]
+            for param in rare:
+                param.hidden = False
+        elif rare:
+            self.epilog = f"More options: {ctx.command_path} --help --advanced"
+        return super().parse_args(ctx, args)
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the parameters; a flag has nothing to be given."""
+        found = super().get_params(ctx)
+        for param in found:
+            if getattr(param, "is_flag", False):
+                param.metavar = ""
+        return list(found)
+
+
+ROWS_HELP = "JSONL, JSON, CSV, Parquet or Arrow"
+Base = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        metavar="MODEL",
+        help="base model, a folder or hub name; default: the one that the adapter names",
+    ),
+]
+Artifact = Annotated[
+    str, typer.Argument(metavar="ARTIFACT", help="what tfb fit wrote: folder or hub name")
+]
+Device = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one"),
+]
+Draws = Annotated[
+    int,
+    typer.Option(metavar="N", help="sampled adapters that a prediction averages: an even number"),
+]
+Mode = Annotated[
+    str | None,
+    advanced(
+        metavar="NAME",
+        help="which tokens get noise: full (all) or tail (the last); default: as fitted",
+    ),
+]
+Tail = Annotated[
+    int | None,
+    advanced(
+        metavar="N", help="with --mode tail: how many of the prompt's last tokens get noise", min=1
+    ),
+]
+BatchSize = Annotated[int, advanced(metavar="N", help="rows that the model sees at once", min=1)]
+Limit = Annotated[int | None, typer.Option(metavar="N", help="use only the first rows", min=1)]
 Columns = Annotated[
     list[str] | None,
-    typer.Option("--columns", help="ours=yours: text=sentence,label=gold; repeatable"),
+    typer.Option(
+        "--columns",
+        metavar="OURS=YOURS",
+        help="columns that have other names in your data: text=sentence,label=gold; fit keeps them",
+    ),
 ]
 Labels = Annotated[
     str | None,
     typer.Option(
-        help="names of the classes in order, a,b,c or a file with one a line; for language models "
-        "the choices of rows that bring none; fit keeps them"
+        metavar="A,B,...",
+        help="names of the classes in order, or a file with one a line; for language models the "
+        "choices of rows that bring none; fit keeps them",
     ),
 ]
 Truncate = Annotated[
-    str | None, typer.Option(help="left or right: cut rows that are too long, and say so")
+    str | None,
+    typer.Option(
+        metavar="SIDE", help="left or right: cut rows that are too long; default: refuse them"
+    ),
 ]
-LABEL_TOKENS_HELP = "by which tokens choices are scored: all, or the last one (authors' scripts)"
+LabelTokens = Annotated[
+    str | None,
+    advanced(
+        metavar="NAME",
+        help="which tokens of a choice are scored: all, or the last one; default: what fit found "
+        "to suit the adapter",
+    ),
+]
 
 
 def as_flags(message: str, flags: Mapping[str, str], given: Sequence[str] = ()) -> str:
@@ -123,69 +198,61 @@ def parse_labels(option: str | None) -> tuple[str, ...] | None:
 
 @dataclass(frozen=True)
 class Input:
-    """Rows of files as a command reads them: for an adapter or artifact, before its weights are."""
+    """An adapter or artifact as a command is given it, and how it reads rows; no weights yet."""
 
-    tokenizer: PreTrainedTokenizerBase
+    folder: Path
+    base: str
+    sidecar: Mapping[str, Any]
+    label_tokens: str | None
     form: RowFormat
     encoder: RowEncoder
 
     @classmethod
     def of(
         cls,
-        model: str,
-        adapter: str | Path,
-        columns: Sequence[str] | None,
-        labels: str | None,
-        truncate: str | None,
+        name: str,
+        base: str | None,
+        columns: Sequence[str] | None = None,
+        labels: str | None = None,
+        truncate: str | None = None,
+        label_tokens: str | None = None,
         *,
-        label_tokens: str,
-        length_normalization: str,
-        saved: Sequence[str] | None = None,
+        length_normalization: str | None = None,
     ) -> Input:
-        """Read configurations and the tokenizer; ``saved`` are labels of an artifact."""
-        from tfb.adapters.loading import adapter_config, base_config, class_names, load_tokenizer
-        from tfb.data.encoding import RowEncoder
-        from tfb.data.rows import RowFormat
+        """Read configurations and the tokenizer.
 
+        What is not given is as an artifact has it; ``length_normalization`` is of an adapter only.
+        """
+        from tfb.adapters.artifact import base_of, read_sidecar
+        from tfb.adapters.loading import (
+            FILES,
+            adapter_config,
+            adapter_folder,
+            base_config,
+            local_folder,
+            tokenizer_of,
+        )
+        from tfb.data.encoding import LABEL_TOKENS, RowEncoder
+        from tfb.scoring.job import saved_format
+
+        if length_normalization is None:
+            sidecar = read_sidecar(folder := local_folder(name, FILES))
+        else:
+            folder, sidecar = adapter_folder(name), {"length_normalization": length_normalization}
         given, named = parse_columns(columns), parse_labels(labels)
-        tokenizer = load_tokenizer(model)
-        task = str(adapter_config(adapter).get("task_type"))
-        config = base_config(model, adapter)
+        base = base_of(folder, base)
+        task, config = str(adapter_config(folder).get("task_type")), base_config(base, folder)
+        sidecar |= {"task": task}
         encoder = RowEncoder.of(
-            tokenizer,
+            tokenizer_of(folder, base),
             task,
             config,
-            label_tokens=label_tokens,
-            length_normalization=length_normalization,
+            label_tokens=label_tokens or sidecar.get("label_tokens", LABEL_TOKENS[0]),
+            length_normalization=sidecar.get("length_normalization", "none"),
             truncate=truncate,
         )
-        form = RowFormat(given, class_names(task, config, named, saved), task)
-        return cls(tokenizer, form, encoder)
-
-    @classmethod
-    def of_artifact(
-        cls,
-        model: str,
-        artifact: Path,
-        columns: Sequence[str] | None,
-        labels: str | None,
-        truncate: str | None,
-        label_tokens: str | None = None,
-    ) -> Input:
-        """Read rows as an artifact's were; ``label_tokens`` takes the place of its own."""
-        from tfb.adapters.artifact import read_sidecar
-
-        sidecar = read_sidecar(artifact)
-        return cls.of(
-            model,
-            artifact,
-            columns,
-            labels,
-            truncate,
-            label_tokens=choose_label_tokens(sidecar, label_tokens),
-            length_normalization=sidecar.get("length_normalization", "none"),
-            saved=sidecar.get("labels"),
-        )
+        form = saved_format(sidecar, config, given, named)
+        return cls(folder, base, sidecar, label_tokens, form, encoder)
 
     def read(self, path: Path, limit: int | None) -> list[Row]:
         """Read the rows of a file, folder or pattern."""
@@ -203,25 +270,23 @@ class Input:
             )
         return encoded
 
+    def load(
+        self,
+        device: str | None,
+        mode: str | None = None,
+        tail: int | None = None,
+        **options: Any,
+    ) -> TfbModel:
+        """Load the model, in ``mode`` if one is given; options as ``tfb.from_pretrained``."""
+        import tfb
 
-def load_artifact(
-    model: str,
-    artifact: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    mode: str | None = None,
-    tail: int | None = None,
-) -> BayesianModel:
-    """Load an artifact onto the device, in ``mode`` if one is given."""
-    from tfb.adapters.artifact import load
-    from tfb.adapters.loading import set_padding, to_device
-
-    bayes = load(model, artifact)
-    set_padding(bayes.base, tokenizer)
-    to_device(bayes.model)
-    note_mode((bayes.config.mode, bayes.config.tail), mode, tail)
-    if mode is not None:
-        bayes.configure(mode=mode, tail=tail)
-    return bayes
+        m = tfb.from_pretrained(
+            self.folder, self.base, device=device, label_tokens=self.label_tokens, **options
+        )
+        note_mode((m.bayes.config.mode, m.bayes.config.tail), mode, tail)
+        if mode is not None:
+            m.bayes.configure(mode=mode, tail=tail)
+        return m
 
 
 def note_mode(searched: tuple[str, int | None], mode: str | None, tail: int | None) -> None:
@@ -233,18 +298,6 @@ def note_mode(searched: tuple[str, int | None], mode: str | None, tail: int | No
         )
 
 
-def choose_label_tokens(sidecar: Mapping[str, Any], given: str | None = None) -> str:
-    """Return the convention by which choices are scored: ``given``, or an artifact's.
-
-    Say so if it is not the one that the adapter was trained for.
-    """
-    chosen = given or str(sidecar.get("label_tokens", "all"))
-    figures = (sidecar.get("extra") or {}).get("label_tokens_nll")
-    if isinstance(figures, dict) and _least(figures) != chosen:
-        note(f"label_tokens is {chosen!r}, but {_trained_for(figures)}")
-    return chosen
-
-
 # --- what is printed and written ------------------------------------------------------------------
 
 
@@ -253,24 +306,61 @@ def note(text: str) -> None:
     Console(stderr=True).print(f"note: {text}", soft_wrap=True, markup=False, highlight=False)
 
 
+class Meter:
+    """What is done of long work: a bar, or where there is no terminal a line now and then."""
+
+    def __init__(self, label: str, total: int | None, bar: Progress) -> None:
+        self.label, self.total, self.done, self.remark = label, total, 0, ""
+        self._bar, self._task = bar, bar.add_task(label, total=total, remark="")
+        self._started = self._told = time.monotonic()
+
+    def advance(self, n: int) -> None:
+        """Add to what is done."""
+        self.update(self.done + n, self.total)
+
+    def update(self, done: int, total: int | None, remark: str = "") -> None:
+        """Set what is done, of how much, and a remark on it."""
+        self.done, self.total, self.remark = done, total, remark
+        self._bar.update(self._task, completed=done, total=total, remark=remark)
+        if done != total and time.monotonic() - self._told >= EVERY:
+            self.tell()
+
+    def tell(self) -> None:
+        """Print a line where there is no terminal."""
+        if self._bar.console.is_terminal:
+            return
+        self._told = time.monotonic()
+        whole = "" if self.total is None else f" of {self.total:,}"
+        remark = f", {self.remark}" if self.remark else ""
+        line = f"{self.label}: {self.done:,}{whole}{remark}, {self._told - self._started:.0f} s"
+        self._bar.console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+    def end(self) -> None:
+        """Print the last line of work that was not short."""
+        if time.monotonic() - self._started >= EVERY:
+            self.tell()
+
+
 @contextmanager
-def progress_bar(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """Show a bar on stderr, so that stdout stays clean; yield ``advance(n)``."""
+def progress_bar(label: str, total: int | None = None) -> Iterator[Meter]:
+    """Show progress on stderr, so that stdout stays clean."""
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        TextColumn("{task.fields[remark]}"),
         TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
     )
-    with bar:
-        task = bar.add_task(label, total=total)
-        yield lambda n: bar.advance(task, n)
+    with bar if bar.console.is_terminal else nullcontext():
+        meter = Meter(label, total, bar)
+        yield meter
+    meter.end()
 
 
-def print_fit(found: PredictiveFit) -> None:
-    """Print the curve and the answer."""
+def print_curve(found: PredictiveFit) -> None:
+    """Print every sigma that was measured."""
     table = Table(title=f"{found.metric} on {found.anchors} anchors")
     for heading in ("sigma", "T", "loss", "change", "± error", "accuracy %", "anchors"):
         table.add_column(heading, justify="right")
@@ -285,19 +375,12 @@ def print_fit(found: PredictiveFit) -> None:
             str(p.anchors or found.anchors),
         )
     out.print(table)
-    kl = "" if found.kl is None else f", KL {found.kl:.4g} nats"
-    lam = "" if found.implied_lambda is None else f", implied lambda {found.implied_lambda:.3g}"
-    cost = f"{found.passes:.4g} passes{kl}{lam}"
-    say(f"sigma = {found.sigma:.6g}, T = {found.temperature:.4g} ({found.objective}; {cost})")
-    say(found.stopped)
-    if found.interval is not None:
-        low, high = found.interval
-        end = "beyond what was measured" if high is None else f"{high:.4g}"
-        say(f"95 % interval of sigma over anchors: {low:.4g} to {end}")
-    if found.change is not None:
-        say("95 % interval of the change of the loss: {:+.4f} to {:+.4f}".format(*found.change))
-    for remark in found.notes:
-        say(f"note: {remark}")
+
+
+def fail(text: str) -> None:
+    """Print an error on stderr."""
+    error = Text.assemble(("error", "bold red"), f": {text}")
+    Console(stderr=True).print(error, soft_wrap=True, highlight=False)
 
 
 def say(text: str) -> None:
@@ -305,30 +388,11 @@ def say(text: str) -> None:
     out.print(text, markup=False, soft_wrap=True)
 
 
-def print_label_tokens(figures: Mapping[str, float], chosen: str) -> None:
-    """Print by which tokens of the choices the adapter was trained, as its NLL tells."""
-    say(f"label_tokens: {_trained_for(figures)}")
-    if (trained := _least(figures)) != chosen:
-        note(
-            f"the search goes on with {chosen!r}, where the adapter's figures are wrong; stop it "
-            f"and fit with --label-tokens {trained}"
-        )
-
-
-def _trained_for(figures: Mapping[str, float]) -> str:
-    said = " and ".join(f"{nll:.4g} with {name!r}" for name, nll in figures.items())
-    return f"the adapter was trained for {_least(figures)!r}: on the anchors its NLL is {said}"
-
-
-def _least(figures: Mapping[str, float]) -> str:
-    return min(figures, key=figures.__getitem__)
-
-
-def print_metrics(found: Sequence[Evaluation]) -> list[Metrics]:
-    """Print one table, a row for each evaluation, and return what it says."""
+def print_metrics(found: Sequence[Evaluation]) -> None:
+    """Print one table, a row for each evaluation."""
     from tfb.evaluation.metrics import evaluate
 
-    table, figures = Table(), []
+    table = Table()
     for heading in ("data", "method"):
         table.add_column(heading)
     for heading in ("accuracy %", "NLL", "ECE %", "Brier", "conf-acc %", "flipped %"):
@@ -336,7 +400,7 @@ def print_metrics(found: Sequence[Evaluation]) -> list[Metrics]:
     for e in found:
         assert e.labels is not None
         reference = next(f for f in found if f.dataset == e.dataset).probs.argmax(-1)
-        figures.append(m := evaluate(e.probs, e.labels, reference_predictions=reference))
+        m = evaluate(e.probs, e.labels, reference_predictions=reference)
         table.add_row(
             e.dataset,
             e.name,
@@ -348,4 +412,3 @@ def print_metrics(found: Sequence[Evaluation]) -> list[Metrics]:
             f"{100 * (m.flip_ratio or 0):.2f}",
         )
     out.print(table)
-    return figures

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from tfb.cli.console import Draws, out, print_fit, print_metrics, progress_bar, quiet, say
+from tfb.cli.console import Draws, out, print_curve, print_metrics, progress_bar, quiet, say
 
 if TYPE_CHECKING:
     from tfb.evaluation.metrics import Evaluation
@@ -23,30 +23,43 @@ FOLDER = Path("demo_out")
 def demo(
     output: Annotated[
         Path | None,
-        typer.Option(help=f"the page: a new .html file, or a folder for it; default: {FOLDER}"),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="PAGE",
+            help=f"the page: a new .html file, or a folder for it; default: {FOLDER}",
+        ),
     ] = None,
     draws: Draws = 10,
+    device: Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ...")] = "cpu",
 ) -> None:
-    """Go the whole way on an embedded model: fit sigma, compare, write the report."""
-    from dataclasses import asdict, replace
+    """Go the whole way on an embedded model: fit sigma, compare, write the report.
+
+    [bold]Examples[/]
+
+    tfb demo
+    tfb demo -o digits.html --draws 20
+    """
+    from dataclasses import replace
 
     import tfb
-    from tfb.adapters.artifact import ADAPTER, file_sha256, library_versions
-    from tfb.adapters.loading import load_tokenizer
-    from tfb.cli.report import facts
+    from tfb.adapters.artifact import ADAPTER, file_sha256, sidecar_of
+    from tfb.adapters.loading import check_device, load_tokenizer, to_device
     from tfb.data.readers import read_rows
     from tfb.demo import digits
     from tfb.draws import check_even
-    from tfb.evaluation.report import page_path, write_report
+    from tfb.evaluation.report import facts, page_path, write_report
     from tfb.scoring.evaluate import encode, evaluations
 
     quiet()
+    check_device(device)
     check_even(draws)
     started, replaced = time.perf_counter(), output is None
     page = page_path(output or FOLDER, overwrite=replaced)
     tokenizer = load_tokenizer(str(digits.BASE))
     base = tfb.load_base(digits.BASE, digits.ADAPTER)
     bayes = tfb.bayesianize(tfb.load_adapter(base, digits.ADAPTER))
+    to_device(bayes.model, device)
     anchors = encode(bayes, digits.rows("anchor"), tokenizer)
     say(
         f"A small Llama ({sum(p.numel() for p in bayes.base.parameters()):,} parameters) reads "
@@ -54,11 +67,12 @@ def demo(
         f"{digits.SIZES['train']} of them.\nSearching sigma and T on {len(anchors)} anchors:"
     )
     scaled = tfb.fit_sigma(bayes, anchors, sigma=0.0)
-    with progress_bar("searching sigma (max_variance)", None) as advance:
-        paper = tfb.fit_sigma(bayes, anchors, objective="max_variance", progress=advance)
-    with progress_bar("searching sigma and T", None) as advance:
-        fit = tfb.fit_sigma(bayes, anchors, progress=advance)
-    print_fit(fit)
+    with progress_bar("searching sigma (max_variance)") as bar:
+        paper = tfb.fit_sigma(bayes, anchors, objective="max_variance", progress=bar.advance)
+    with progress_bar("searching sigma and T") as bar:
+        fit = tfb.fit_sigma(bayes, anchors, progress=bar.advance)
+    print_curve(fit)
+    say(str(fit))
     say(f"a temperature alone (sigma 0): {scaled.temperature:.4g}")
     say(f"sigma by the paper's rule (objective max_variance): {paper.sigma:.6g}")
     configs = {
@@ -69,7 +83,7 @@ def demo(
     found: list[Evaluation] = []
     for split in ("test", "shifted"):
         rows = read_rows(digits.rows(split))
-        with progress_bar(split, 3 * len(rows)) as advance:
+        with progress_bar(split, 3 * len(rows)) as bar:
             measured = evaluations(
                 bayes,
                 encode(bayes, rows, tokenizer),
@@ -77,18 +91,12 @@ def demo(
                 draws=draws,
                 batch_size=50,
                 configs=configs,
-                progress=advance,
+                progress=bar.advance,
             )
         found += [replace(e, rows=rows) for e in measured]  # the report compares the first two
     print_metrics(found)
     print_changes(found)
-    made = asdict(fit.config) | {
-        "layers": bayes.posteriors,
-        "base": {"model_type": bayes.base.config.model_type},
-        "adapter_sha256": file_sha256(digits.ADAPTER / ADAPTER),
-        "fit": fit.to_dict(),
-        "versions": library_versions(),
-    }
+    made = sidecar_of(bayes, fit) | {"adapter_sha256": file_sha256(digits.ADAPTER / ADAPTER)}
     page = write_report(
         page,
         found,

@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tfb.cli.console import (
+    ROWS_HELP,
     Artifact,
+    Base,
     Columns,
+    Device,
     Labels,
     Limit,
     Mode,
-    Model,
     Tail,
     Truncate,
-    choose_label_tokens,
+    advanced,
+    fail,
     note_mode,
-    out,
     parse_columns,
     parse_labels,
+    progress_bar,
     quiet,
+    say,
 )
 
 if TYPE_CHECKING:
+    from tfb.sampling.adaptive import Adaptive
     from tfb.scoring.output import Counts
 
 TOO_MANY_ERRORS = 3
@@ -35,53 +36,92 @@ SIGNALLED = 128  # plus the signal's number, as shells have it
 
 
 def score(
-    model: Model,
     artifact: Artifact,
     inputs: Annotated[
-        list[str],
-        typer.Option("--input", help="JSONL, CSV, Parquet, Arrow; folder or pattern; repeatable"),
+        list[str], typer.Argument(metavar="INPUT...", help=f"files, folders, patterns: {ROWS_HELP}")
     ],
-    output: Annotated[str, typer.Option(help="folder for part files and manifest.json")],
-    format: Annotated[str, typer.Option(help="parquet or jsonl")] = "parquet",
-    mode: Mode = None,
-    tail: Tail = None,
-    draws: Annotated[str, typer.Option(help="posterior draws (an even number), or auto")] = "10",
-    batch_tokens: Annotated[
-        int, typer.Option(help="tokens of a batch, padding included", min=1)
-    ] = 4096,
-    part_rows: Annotated[int, typer.Option(help="most rows of a part file", min=1)] = 2048,
+    output: Annotated[
+        str,
+        typer.Option(
+            "--output", "-o", metavar="FOLDER", help="folder for part files and manifest.json"
+        ),
+    ],
+    base: Base = None,
     columns: Columns = None,
     labels: Labels = None,
-    truncate: Truncate = None,
     keep: Annotated[
-        list[str] | None, typer.Option(help="columns that pass through: a,b; repeatable")
+        list[str] | None, typer.Option(metavar="A,B,...", help="columns of yours that pass through")
     ] = None,
-    per_draw: Annotated[bool, typer.Option(help="keep every draw's probabilities")] = False,
-    limit: Limit = None,
+    truncate: Truncate = None,
+    draws: Annotated[
+        str,
+        typer.Option(
+            metavar="N",
+            help="sampled adapters that a prediction averages: an even number, or auto: as many as "
+            "each row needs",
+        ),
+    ] = "10",
+    format: Annotated[str, typer.Option(metavar="NAME", help="parquet or jsonl")] = "parquet",
     resume: Annotated[bool, typer.Option("--resume", help="go on with what is there")] = False,
     retry_errors: Annotated[
         bool, typer.Option("--retry-errors", help="go on, and do the parts with errors again")
     ] = False,
+    limit: Limit = None,
+    device: Device = None,
+    tolerance: Annotated[
+        float | None,
+        advanced(
+            "--draws-tolerance",
+            metavar="X",
+            help="with --draws auto: the standard error from sampling that the probability of the "
+            "predicted class may have; default 0.01",
+        ),
+    ] = None,
+    most: Annotated[
+        int | None,
+        advanced(
+            "--most-draws", metavar="N", help="with --draws auto: where a row stops; default 64"
+        ),
+    ] = None,
+    per_draw: Annotated[
+        bool, advanced("--per-draw", help="keep every draw's probabilities")
+    ] = False,
+    mode: Mode = None,
+    tail: Tail = None,
+    batch_tokens: Annotated[
+        int, advanced(metavar="N", help="tokens of a batch, padding included", min=1)
+    ] = 4096,
+    part_rows: Annotated[int, advanced(metavar="N", help="most rows of a part file", min=1)] = 2048,
     max_error_rate: Annotated[
-        float, typer.Option(help="stop above this share of errors", min=0, max=1)
+        float, advanced(metavar="SHARE", help="stop above this share of errors", min=0, max=1)
     ] = 0.05,
     engine: Annotated[
-        str, typer.Option(help="local: this process; ray: workers of Ray (extra tfb\\[ray])")
+        str,
+        advanced(
+            metavar="NAME", help="local: this process; ray: workers of Ray (extra tfb\\[ray])"
+        ),
     ] = "local",
     workers: Annotated[
         int | None,
-        typer.Option(help="models with --engine ray; default: as many as fit", min=1),
+        advanced(metavar="N", help="models with --engine ray; default: as many as fit", min=1),
     ] = None,
     ray_address: Annotated[
-        str | None, typer.Option(help="cluster of --engine ray; default: this machine")
+        str | None,
+        advanced(metavar="ADDRESS", help="cluster of --engine ray; default: this machine"),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="default: a GPU if there is one")] = None,
 ) -> None:
     """Score any number of rows into a folder of part files; can be resumed.
 
-    Exit status: 0 all rows are done; 1 refused or broken off (a full disk), 3 more errors than
-    --max-error-rate, 130 or 143 stopped by SIGINT or SIGTERM after the part in flight. What was
-    finished is kept in any case; --resume goes on with it.
+    [bold]Examples[/]
+
+    tfb score my-adapter-tfb rows.csv -o scored
+    tfb score my-adapter-tfb 'rows/*.parquet' -o scored --keep user,date
+    tfb score my-adapter-tfb rows.jsonl -o scored --draws auto
+    tfb score my-adapter-tfb rows.csv -o scored --resume
+
+    Exit status: 0 all rows are done; 1 refused or broken off (a full disk);
+    3 too many errors; 130 or 143 stopped by SIGINT or SIGTERM after the part in
+    flight. What was finished is kept in any case; --resume goes on with it.
     """
     from tfb.adapters.artifact import read_sidecar
     from tfb.scoring.job import Job
@@ -89,10 +129,12 @@ def score(
 
     quiet()
     job = Job(
-        model=model,
-        artifact=str(artifact),
+        artifact=artifact,
         inputs=tuple(inputs),
         output=output,
+        base=base,
+        tolerance=tolerance,
+        most=most,
         draws=int(draws) if draws.lstrip("-").isdecimal() else draws,
         mode=mode,
         tail=tail,
@@ -110,55 +152,39 @@ def score(
         ray_address=ray_address,
     )
     job.check()
-    sidecar = read_sidecar(artifact)
+    sidecar = read_sidecar(job.folder)
     note_mode((sidecar["mode"], sidecar.get("tail")), mode, tail)
-    choose_label_tokens(sidecar)
-    with _bar() as report:
+    with progress_bar("scoring") as bar:
         done = run(
             job,
             resume=resume,
             retry_errors=retry_errors,
             max_error_rate=max_error_rate,
             engine=engine,
-            report=report,
+            report=lambda now, total: bar.update(now.rows, total, f"{now.errors} errors"),
         )
-    rows, errors = done.counts.rows, done.counts.errors
-    cut = f", {done.counts.truncated} cut on the {truncate}" if truncate else ""
-    ended = f"{done.status}: {rows} rows, {errors} of them errors{cut}: {output}"
-    out.print(ended, markup=False, soft_wrap=True)
+    counts = done.counts
+    cut = f", {counts.truncated} cut on the {truncate}" if truncate else ""
+    say(f"{done.status}: {counts.rows} rows, {counts.errors} of them errors{cut}: {output}")
+    if job.adaptive is not None:
+        say(_draws(counts, job.adaptive))
     if done.signal is not None:
         raise typer.Exit(SIGNALLED + done.signal)
     if done.too_many_errors:
-        said = (
-            f"error: {errors} of {rows} rows are errors, more than --max-error-rate "
+        fail(
+            f"{counts.errors} of {counts.rows} rows are errors, more than --max-error-rate "
             f"{max_error_rate:g}; see the column 'error', then go on with --retry-errors"
         )
-        Console(stderr=True).print(said, markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(TOO_MANY_ERRORS)
 
 
-@contextmanager
-def _bar() -> Iterator[Callable[[Counts, int], None]]:
-    """Show a bar on stderr, so that stdout stays clean; yield what takes reports.
-
-    It appears with the first of them: a refusal is one clear line.
-    """
-    columns = (
-        TextColumn("scoring"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("rows, {task.fields[errors]} errors"),
-        TimeRemainingColumn(),
+def _draws(counts: Counts, adaptive: Adaptive) -> str:
+    """Say how many draws rows took, and how many would have needed more."""
+    scored = counts.rows - counts.errors
+    mean = f"draws: {counts.draws / max(1, scored):.3g} a row on average"
+    if not counts.capped:
+        return mean
+    return (
+        f"{mean}; {counts.capped} of {scored} rows stopped at {adaptive.most} draws, their error "
+        f"still above {adaptive.tolerance:g} (--most-draws, --draws-tolerance)"
     )
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    task = bar.add_task("", errors=0)
-
-    def report(counts: Counts, total: int) -> None:
-        bar.start()
-        bar.update(task, completed=counts.rows, total=total, errors=counts.errors)
-
-    try:
-        yield report
-    finally:
-        if bar.live.is_started:
-            bar.stop()

@@ -1,0 +1,303 @@
+"""``tfb fit``: the command's options, its verdict, and what is kept of an interrupted search."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tfb.cli.console import (
+    ROWS_HELP,
+    Base,
+    BatchSize,
+    Columns,
+    Device,
+    Input,
+    Labels,
+    LabelTokens,
+    Limit,
+    Tail,
+    Truncate,
+    advanced,
+    check_labels,
+    note,
+    print_curve,
+    progress_bar,
+    quiet,
+    say,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tfb.data.batching import EncodedRows
+    from tfb.data.rows import Row
+    from tfb.pretrained import TfbModel
+
+INTERRUPTED = 130  # as shells have it: 128 plus SIGINT's number
+
+
+def fit(
+    adapter: Annotated[
+        str,
+        typer.Argument(metavar="ADAPTER", help="a finished PEFT LoRA adapter: folder or hub name"),
+    ],
+    data: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DATA", help=f"labelled rows that the adapter was not trained on: {ROWS_HELP}"
+        ),
+    ],
+    base: Base = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FOLDER",
+            help="new folder for the artifact; default: ADAPTER-tfb, beside a local adapter",
+        ),
+    ] = None,
+    columns: Columns = None,
+    labels: Labels = None,
+    truncate: Truncate = None,
+    target_error: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="share of wrong answers to allow, such as 0.05: score then marks the rows to "
+            "abstain from",
+        ),
+    ] = None,
+    coverage: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="share of rows whose prediction set shall hold the right answer, such as 0.9",
+        ),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="other labelled rows for these two; default: a random half of DATA"
+        ),
+    ] = None,
+    limit: Limit = None,
+    device: Device = None,
+    curve: Annotated[
+        bool, typer.Option("--curve", help="also print every sigma that was tried, as a table")
+    ] = False,
+    metric: Annotated[
+        str,
+        advanced(
+            metavar="NAME",
+            help="the loss: nll, accuracy or expected_nll; without labels pseudo_nll or "
+            "embedding_norm",
+        ),
+    ] = "nll",
+    objective: Annotated[
+        str | None,
+        advanced(
+            metavar="NAME",
+            help="min_nll: the least loss; max_variance: the most noise that --tolerance allows, "
+            "as the paper has it; gvi: the least loss with a prior; default: min_nll, but "
+            "max_variance with --tolerance, another metric or search",
+        ),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        advanced(
+            metavar="X",
+            help="degradation that max_variance accepts, relative; default 0.003, of accuracy 0.01",
+        ),
+    ] = None,
+    absolute: Annotated[bool, advanced("--absolute", help="tolerance in the loss's units")] = False,
+    search: Annotated[
+        str, advanced(metavar="NAME", help="how sigma is searched: grid or bisection")
+    ] = "grid",
+    mode: Annotated[
+        str,
+        advanced(
+            metavar="NAME", help="which tokens get noise: full (all) or tail (the last; cheaper)"
+        ),
+    ] = "full",
+    tail: Tail = None,
+    length_normalization: Annotated[
+        str,
+        advanced(
+            metavar="NAME",
+            help="choices of several tokens: none (sum of log-probs) or tokens (mean)",
+        ),
+    ] = "none",
+    no_temperature: Annotated[
+        bool, advanced("--no-temperature", help="fit sigma without a temperature beside it")
+    ] = False,
+    sigma: Annotated[
+        float | None,
+        advanced(metavar="X", help="fit the temperature alone, at this sigma; 0: no noise"),
+    ] = None,
+    draws: Annotated[
+        int, advanced(metavar="N", help="sampled adapters at each sigma: an even number")
+    ] = 8,
+    seed: Annotated[int, advanced(metavar="N", help="seed of the noise")] = 0,
+    label_tokens: LabelTokens = None,
+    batch_size: BatchSize = 50,
+) -> None:
+    """Fit how much noise and what temperature the adapter needs, and write the artifact.
+
+    [bold]Examples[/]
+
+    tfb fit my-adapter dev.csv --columns text=sentence,label=intent
+    tfb fit me/adapter dev.jsonl --base meta-llama/Llama-3.2-1B -o fitted
+    tfb fit my-adapter dev.jsonl --target-error 0.05 --coverage 0.9
+
+    Ctrl-C keeps what was measured; the same command then goes on from there.
+    """
+    from tfb.adapters.artifact import check_output_folder, save
+    from tfb.adapters.loading import check_device
+    from tfb.evaluation.decisions import check_targets
+    from tfb.sampling.config import SamplingConfig
+    from tfb.search.fit import check_arguments, default_objective
+    from tfb.search.loss import METRICS, AnchorSet
+
+    quiet()
+    check_device(device)
+    output = check_output_folder(default_output(adapter) if output is None else output)
+    SamplingConfig(mode=mode, tail=tail, length_normalization=length_normalization, seed=seed)
+    if absolute and tolerance is None:
+        raise ValueError("--absolute says how --tolerance is meant: give --tolerance as well")
+    objective = default_objective(objective, metric, tolerance, search)
+    if sigma is not None and no_temperature:
+        raise ValueError(
+            f"--sigma {sigma} leaves the temperature to fit: leave out --no-temperature"
+        )
+    if target_error is not None or coverage is not None:
+        check_targets(target_error, coverage)
+    elif calibration is not None:
+        raise ValueError("--calibration is for --target-error and --coverage: give one as well")
+    check_arguments(
+        metric, tolerance, search, objective, draws, temperature=not no_temperature, sigma=sigma
+    )
+    given = Input.of(
+        adapter,
+        base,
+        columns,
+        labels,
+        truncate,
+        label_tokens,
+        length_normalization=length_normalization,
+    )
+    rows = given.read(data, limit)
+    if METRICS[metric].labelled:
+        needed = f"metric {metric} needs one on every row of DATA (embedding_norm needs none)"
+        check_labels(rows, needed)
+    encoded = given.encode(rows)
+    AnchorSet.of(encoded).check(metric)
+    held_out = None if calibration is None else read_calibration(given, calibration, encoded)
+    m = given.load(device, labels=given.form.labels, seed=seed)
+    m.bayes.configure(length_normalization=length_normalization)
+    kept, model = Path(f"{output}.search.safetensors"), identity(m)
+    sweeps = read_sweeps(kept, model)
+    try:
+        with progress_bar("searching sigma (rows x draws)") as bar:
+            found = m.fit(
+                rows,
+                truncate=truncate,
+                target_error=target_error,
+                coverage=coverage,
+                calibration=held_out,
+                metric=metric,
+                tolerance=tolerance,
+                search=search,
+                objective=objective,
+                temperature=not no_temperature,
+                sigma=sigma,
+                relative=not absolute,
+                draws=draws,
+                batch_size=batch_size,
+                mode=mode,
+                tail=tail,
+                progress=bar.advance,
+                sweeps=sweeps,
+            )
+    except KeyboardInterrupt as interrupted:
+        note(keep_sweeps(kept, model, sweeps))
+        raise typer.Exit(INTERRUPTED) from interrupted
+    names = {"columns": given.form.columns} if given.form.columns else {}
+    save(m.bayes, output, fit=found, tokenizer=m.tokenizer, anchors=data.name, **names)
+    kept.unlink(missing_ok=True)
+    say(str(found))
+    if m.bayes.decisions is not None:
+        say(str(m.bayes.decisions))
+    if curve:
+        print_curve(found)
+    say(f"artifact: {output}")
+
+
+def default_output(adapter: str) -> Path:
+    """Return ADAPTER-tfb: beside a local adapter, in the present folder for a hub name."""
+    path = Path(adapter)
+    if not path.is_dir():
+        return Path(f"{path.name}-tfb")
+    path = path if path.name not in ("", "..") else path.resolve()
+    return path.with_name(f"{path.name}-tfb")
+
+
+def read_calibration(given: Input, path: Path, fitted: EncodedRows) -> list[Row]:
+    """Read labelled rows that are not those which sigma and T are fitted to."""
+    rows = given.read(path, None)
+    check_labels(rows, "--calibration needs one on every row")
+    if given.encode(rows).content_hash == fitted.content_hash:
+        raise ValueError(f"--calibration {path}: has the rows of DATA; give other ones")
+    return rows
+
+
+# --- an interrupted search ------------------------------------------------------------------------
+
+
+def identity(m: TfbModel) -> str:
+    """Return a hash of what the outputs of a sweep depend on beside its key."""
+    from tfb.adapters.artifact import ADAPTER, base_fingerprint, file_sha256, library_versions
+
+    assert m.bayes.source is not None
+    known: list[Any] = [file_sha256(m.bayes.source / ADAPTER), base_fingerprint(m.bayes.base)]
+    known += [str(m.bayes.dtype), m.bayes.device.type, library_versions()]
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
+def read_sweeps(path: Path, model: str) -> dict[str, Tensor]:
+    """Return the finished sweeps of an earlier search of the same model; say what is there."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            same = (file.metadata() or {}).get("model") == model
+            found = {key: file.get_tensor(key) for key in file.keys()} if same else {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        note(f"{path}: damaged ({error}); not used, the search begins anew")
+        return {}
+    if not same:
+        note(f"{path}: is of another model, device or version; not used, the search begins anew")
+    else:
+        note(f"{path}: going on with {len(found)} finished sweeps of an interrupted search")
+    return found
+
+
+def keep_sweeps(path: Path, model: str, sweeps: dict[str, Tensor]) -> str:
+    """Write the finished sweeps; return what was kept, and how to go on."""
+    from safetensors.torch import save
+
+    from tfb import atomic
+
+    if not sweeps:
+        return "interrupted before the first sweep was finished; nothing to keep"
+    tensors = {key: found.detach().cpu().contiguous().clone() for key, found in sweeps.items()}
+    atomic.write(path, save(tensors, {"model": model}))
+    return (
+        f"interrupted: {len(sweeps)} finished sweeps are kept in {path}; the same command goes on"
+    )
