@@ -1,9 +1,9 @@
 """Tables and pictures from the committed rows: ``python -m benchmarks.tables``.
 
-Of each point the newest row counts, apart for each device and not for toy sizes. --readme puts the
-tables between ``<!-- benchmarks:NAME -->`` and ``<!-- /benchmarks:NAME -->`` of README.md or of
-their own page (``PAGES``); --plots draws benchmarks/plots/*.png. Absolute times are shown only
-where a GPU took them. To add a table: a function in tables.py of its folder, and an entry here.
+Of each point the newest row counts, apart for each device and not for toy sizes. --pages puts the
+tables between ``<!-- benchmarks:NAME -->`` and ``<!-- /benchmarks:NAME -->`` of their pages;
+--plots draws benchmarks/plots/*.png. Absolute times are shown only where a GPU took them. To add a
+table: a function in tables.py of its folder, and an entry here.
 """
 
 from __future__ import annotations
@@ -15,42 +15,43 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.calibration.ablation_tables import ablations_table, plot_ablations
-from benchmarks.calibration.pictures import plot_calibration
+from benchmarks.calibration.decisions import decisions_table
 from benchmarks.calibration.quality_tables import plot_quality, quality_table
-from benchmarks.calibration.tables import calibration_table, evidence_table
+from benchmarks.calibration.tables import calibration_table, evidence_table, methods_table
 from benchmarks.environment import REPOSITORY, RESULTS
+from benchmarks.front import plot_front
 from benchmarks.inference.tables import model_table, passes_table, predict_table
 from benchmarks.kernels.tables import layer_table, linear_table, predictive_table
 from benchmarks.markdown import Row
 from benchmarks.paper.tables import paper_table
 from benchmarks.scoring.tables import score_table
 
-README = REPOSITORY / "README.md"
 FOLDER = REPOSITORY / "benchmarks"
-TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
-    "predict": predict_table,
-    "passes": passes_table,
-    "layer": layer_table,
-    "linear": linear_table,
-    "model": model_table,
-    "quality": quality_table,
-    "score": score_table,
-    "evidence": evidence_table,
-    "calibration": calibration_table,
-    "ablations": ablations_table,
-    "paper": paper_table,
+DOCS = REPOSITORY / "docs"
+Table = Callable[[Sequence[Row]], str]
+TABLES: dict[str, tuple[Table, str, Path]] = {  # how it is made, of which suite's rows, and where
+    "methods": (methods_table, "calibration", REPOSITORY / "README.md"),
+    "evidence": (evidence_table, "calibration", DOCS / "calibration.md"),
+    "calibration": (calibration_table, "calibration", FOLDER / "calibration" / "README.md"),
+    "ablations": (ablations_table, "ablations", FOLDER / "calibration" / "README.md"),
+    "decisions": (decisions_table, "decisions", DOCS / "decisions.md"),
+    "quality": (quality_table, "quality", DOCS / "performance.md"),
+    "passes": (passes_table, "passes", DOCS / "performance.md"),
+    "predict": (predict_table, "predict", DOCS / "performance.md"),
+    "score": (score_table, "score", DOCS / "scoring.md"),
+    "layer": (layer_table, "layer", DOCS / "kernels.md"),
+    "linear": (linear_table, "linear", DOCS / "kernels.md"),
+    "model": (model_table, "model", DOCS / "kernels.md"),
+    "paper": (paper_table, "paper", FOLDER / "paper" / "README.md"),
 }
-SUITES = {"evidence": "calibration"}  # whose rows a table shows, where not those of its name
-PAGES = {  # where not in the README
-    "calibration": FOLDER / "calibration" / "README.md",
-    "ablations": FOLDER / "calibration" / "README.md",
-    "paper": FOLDER / "paper" / "README.md",
+PRINTED: dict[str, tuple[Table, str]] = {
+    **{name: (draw, suite) for name, (draw, suite, _page) in TABLES.items()},
+    "predictive": (predictive_table, "predictive"),
 }
-PRINTED = TABLES | {"predictive": predictive_table}
-PLOTS: dict[str, Callable[[Sequence[Row], Path], None]] = {
-    "quality": plot_quality,
-    "calibration": plot_calibration,
-    "ablations": plot_ablations,
+PLOTS: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {  # and of which suites' rows
+    "front": (plot_front, ("reliability", "predict", "passes")),
+    "quality": (plot_quality, ("quality",)),
+    "ablations": (plot_ablations, ("ablations",)),
 }
 
 
@@ -77,7 +78,8 @@ def read(suite: str, folder: Path, *, toy: bool = False) -> list[Row]:
 
 def make(name: str, folder: Path, *, toy: bool = False) -> str:
     """Return a table from the rows in a folder."""
-    return PRINTED[name](read(SUITES.get(name, name), folder, toy=toy))
+    draw, suite = PRINTED[name]
+    return draw(read(suite, folder, toy=toy))
 
 
 def fill(text: str, name: str, content: str) -> str:
@@ -97,23 +99,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--readme", action="store_true", help="fill the tables of the READMEs")
+    parser.add_argument("--pages", action="store_true", help="fill the tables of the pages")
     parser.add_argument("--plots", action="store_true", help="draw benchmarks/plots")
     parser.add_argument("--toy", action="store_true", help="only toy rows, to try the tables out")
     options = parser.parse_args(arguments)
-    if options.toy and (options.readme or options.plots):
-        parser.error("toy rows are no results: leave --readme and --plots out")
+    if options.toy and (options.pages or options.plots):
+        parser.error("toy rows are no results: leave --pages and --plots out")
     for name in PRINTED:
         content = make(name, options.results, toy=options.toy)
         print(f"## {name}\n\n{content}\n")
-        if options.readme and name in TABLES:
-            page = PAGES.get(name, README)
+        if options.pages and name in TABLES:
+            page = TABLES[name][2]
             before = page.read_text(encoding="utf-8")
             if (after := fill(before, name, content)) != before:
                 page.write_text(after, encoding="utf-8")
-    for name, draw in PLOTS.items():
-        if options.plots and (rows := read(name, options.results)):
-            draw(rows, FOLDER / "plots" / f"{name}.png")
+    for name, (draw, suites) in PLOTS.items():
+        rows = [read(suite, options.results) for suite in suites]
+        if options.plots and all(rows):
+            draw(*rows, FOLDER / "plots" / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """From a setting to result rows: everything is checked first, then one model at a time is measured.
 
-A row is one method ("deterministic" or "tfb") of one adapter (task and seed) on one set of rows.
+A row is one method ("adapter" or "tfb") of one adapter (task and seed) on one set of rows.
 """
 
 from __future__ import annotations

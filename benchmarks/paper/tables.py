@@ -22,7 +22,7 @@ METRICS = {"ACC": ("accuracy", 100, 2), "ECE": ("ece", 100, 2), "NLL": ("nll", 1
 """Heading: the row's field, its factor, decimals."""
 UNITS = {"ACC": "ACC %", "ECE": "ECE %", "NLL": "NLL"}
 KINDS = {"mle": "MLE", "map": "MAP", "blob-mean": "BLoB-mean"}
-METHODS = {"deterministic": "", "tfb": " + TFB"}
+METHODS = {"adapter": "", "tfb": " + TFB"}
 NOT_RUN = (
     "*The table of Llama-3.1-8B has not been run here: neither the model nor the hub could be "
     "reached. The published figures that we have, ours to stand beside them:*"

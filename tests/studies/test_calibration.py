@@ -400,18 +400,6 @@ def test_table_says_what_was_left_out() -> None:
     assert "tail k=1" not in tables.evidence_table(rows)
 
 
-def test_picture_has_a_line_for_every_method(tmp_path: Path) -> None:
-    """All methods' names on the axis, and an outlier as text at the edge."""
-    from benchmarks.calibration.pictures import plot_calibration
-
-    rows = [made_row(m, 0, 1.0) for m in tables.LABELS if m != "tfb"]
-    target = tmp_path / "picture.svg"
-    plot_calibration([*rows, made_row("tfb", 0, 9.87)], target)
-    text = target.read_text(encoding="utf-8")
-    assert all(f"<!-- {label} -->" in text for label in tables.LABELS.values())
-    assert "<!-- 9.87 -->" in text
-
-
 def test_under_confident_adapters_have_a_target_of_their_own() -> None:
     rows = [made_row("mle", 0, 1.0, miscalibration=-0.1), made_row("tfb_joint", 0, 0.8)]
     found = {name: (value, ok) for name, value, ok in tables.judge(rows)}

@@ -353,11 +353,11 @@ def test_command(
     lines = (tmp_path / "results/paper.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == rows
     points = [(r["point"]["seed"], r["point"]["on"], r["point"]["method"], r["rows"]) for r in rows]
-    methods = ("deterministic", "tfb")
+    methods = ("adapter", "tfb")
     assert points == [(s, on, m, 2) for s in (1, 2) for on in ("OBQA", "Phy") for m in methods]
     assert all(r["toy"] and r["point"]["base"] == "stories260K" for r in rows)
     assert str(tmp_path) not in "".join(lines) and str(shared) not in "".join(lines)
-    mean = [r["nll"] for r in rows if r["point"]["method"] == "deterministic"]
+    mean = [r["nll"] for r in rows if r["point"]["method"] == "adapter"]
     assert mean[:2] == mean[2:] and all(r["sigma"] > 0 for r in rows[1::2])
     printed = capsys.readouterr().out
     assert "left out: 1 lm_head, 30 lora_A_rho" in printed and "trained on OBQA" in printed
@@ -453,7 +453,7 @@ def test_table_of_the_base_model_of_the_paper() -> None:
     """Mean ± sample standard deviation over seeds, the published figure in brackets, and no more
     word of a table that was not run; another base has no published figures."""
     name = "meta-llama/Llama-3.1-8B"
-    rows = [row(name, 1, "deterministic", 0.76), row(name, 2, "deterministic", 0.78)]
+    rows = [row(name, 1, "adapter", 0.76), row(name, 2, "adapter", 0.78)]
     text = tables.paper_table(rows)
     assert "| ACC % | MLE | 77.00 ± 1.41 [77.87] | [81.08] |" in text
     assert "has not been run" not in text

@@ -1,4 +1,4 @@
-"""The READMEs' tables are those of the committed rows, and rows carry what a reader needs."""
+"""The pages' tables are those of the committed rows, and rows carry what a reader needs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from benchmarks import tables
+from benchmarks.calibration.tables import methods_table
 from benchmarks.environment import RESULTS
+from benchmarks.front import curve, speedups
 from benchmarks.inference.tables import model_table, passes_table, predict_table
 from benchmarks.kernels.tables import layer_table, linear_table
 from benchmarks.scoring.tables import score_table
@@ -37,9 +39,9 @@ def missed(name: str, value: float, bound: float) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", tables.TABLES)
-def test_readme_tables_are_generated_from_the_rows(name: str) -> None:
+def test_pages_tables_are_generated_from_the_rows(name: str) -> None:
     """Filling them in again changes nothing."""
-    text = tables.PAGES.get(name, tables.README).read_text(encoding="utf-8")
+    text = tables.TABLES[name][2].read_text(encoding="utf-8")
     assert tables.fill(text, name, tables.make(name, RESULTS)) == text
 
 
@@ -52,6 +54,13 @@ def test_rows_say_where_they_come_from(path: Path) -> None:
         assert e["cpu"]["model"] and e["commit"] and row["date"] and row["point"]
         assert {"torch", "transformers", "peft", "triton"} <= set(e["versions"])
         assert "/home/" not in line and "/tmp/" not in line and "/root/" not in line
+
+
+@pytest.mark.parametrize("name", tables.PLOTS)
+def test_pages_pictures_have_rows_and_are_there(name: str) -> None:
+    _draw, suites = tables.PLOTS[name]
+    assert all(tables.read(suite, RESULTS) for suite in suites)
+    assert (tables.FOLDER / "plots" / f"{name}.png").is_file()
 
 
 def test_markers_are_needed() -> None:
@@ -235,3 +244,67 @@ def test_score_table_shows_what_there_is() -> None:
     assert "- m, skewed, 10 rows (cpu): plain script / full job is 1.50, the target 2.00" in text
     assert workers in score_table(rows[1:2]) and "missed" not in score_table(rows[1:])
     assert "Not measured yet" in score_table([])
+
+
+def fits(method: str, task: str, figures: list[tuple[float, float, int]]) -> list[dict[str, Any]]:
+    """Make up a row of each seed: NLL, accuracy, and whether it is surely (1, -1) better."""
+    return [
+        COMMON
+        | {
+            "point": {"task": task, "method": method, "seed": seed},
+            "nll": nll,
+            "ece": nll / 10,
+            "accuracy": accuracy,
+            "passes": 1.0,
+            "against": {
+                "temperature": {"nll": {"difference": -float(sure), "significant": sure != 0}}
+            },
+        }
+        for seed, (nll, accuracy, sure) in enumerate(figures)
+    ]
+
+
+def test_methods_table_averages_over_tasks_what_pairs_in_seeds() -> None:
+    """The NLL's ratio is of means over the seeds that both have; tasks count alike."""
+    same = [(1.0, 0.5, 0), (3.0, 0.5, 0)]
+    rows = [
+        row
+        for task in ("exam", "subject")
+        for method in ("mle", "temperature")
+        for row in fits(method, task, same)
+    ]
+    rows += fits("tfb_joint", "exam", [(0.8, 0.51, 1), (2.4, 0.53, 1)])  # -20 %, +2 points
+    rows += fits("tfb_joint", "subject", [(1.1, 0.5, -1)])  # +10 % of seed 0 alone
+    text = methods_table(rows)
+    ours = "| TFB, σ and T (the default) (3 of 4 fits) | -5.0 % | 13.5 (15.0) | +1.0 points | 1.0 |"
+    assert f"{ours} 2 / 1 |" in text
+    assert "| temperature scaling | – | 20.0 | +0.0 points | 1.0 | – |" in text
+    assert methods_table(rows[:-3]).count("TFB") == 0
+    assert "Mean over 2 tasks of the mean over seeds: 4 fits" in text
+    assert "Not run yet" in methods_table([])
+
+
+def test_reliability_is_of_all_seeds_rows_together() -> None:
+    """Bins weigh by their rows, and one of few rows is not shown."""
+    seeds = [
+        {"counts": [10, 60, 5], "accuracy": [0.2, 0.5, 1.0], "confidence": [0.3, 0.6, 0.9]},
+        {"counts": [30, 20, 5], "accuracy": [0.6, 0.9, 1.0], "confidence": [0.3, 0.8, 0.9]},
+    ]
+    confidence, accuracy = curve(seeds)
+    assert confidence == pytest.approx([30, 65]) and accuracy == pytest.approx([50, 60])
+
+
+def test_speedups_are_of_one_adapter() -> None:
+    """Confined noise: the loop's passes in full mode, over its own."""
+    point = {"model": "m", "adapter": "r16-all"}
+    units = {"naive": 9.0, "ours": 8.0}, {"quarter_10": 3.0, "ours": 1.5, "last_10": 1.0}
+    full, ways = (
+        {"measure": measure, "point": point, "in_units_of": {"ratios": ratios(found)}}
+        for measure, found in zip(("predict", "ways"), units, strict=True)
+    )
+    full["ratios"] = ratios({"naive": 1.1})
+    other = {"measure": "ways", "point": {"model": "m", "adapter": "r8"}}
+    predict = [{"point": {"model": "n"}, "ratios": ratios({"naive": 1.2})}]
+    found = speedups(predict, [other, full, ways])
+    assert found[0] == {"n": 1.2, "m": 1.1}
+    assert list(found[1].values()) == [3.0, 6.0, 9.0]
