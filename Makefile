@@ -12,14 +12,16 @@ LOWEST ?= .venv-lowest
 # Nothing that these targets run may fetch a model or a data set.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help venv demo test test-lowest check lint bench clean distclean
+.PHONY: help venv demo test test-lowest check lint docs wheel bench clean distclean
 
 help:
 	@echo "make demo   fit the embedded adapter and print the table (builds $(VENV) when missing)"
 	@echo "make test   run the tests (builds $(VENV) when missing)"
 	@echo "make check  ruff, mypy, the tests with warnings as errors, a dry run of benchmarks/gpu.sh"
 	@echo "make test-lowest  the tests with the lowest supported versions (builds $(LOWEST), 5 GB)"
+	@echo "make docs   build the documentation into site/, and run its notebook"
 	@echo "make bench  run benchmarks/"
+	@echo "make wheel  build the wheel and the source archive into dist/, and check both"
 	@echo "make venv   only build $(VENV);  PYTHON=python3.12 picks the interpreter"
 	@echo "make clean  remove caches;  make distclean removes $(VENV) as well"
 
@@ -70,11 +72,30 @@ check: lint
 	$(PY) -m pytest -n logical
 	PYTHON=$(PY) benchmarks/gpu.sh --toy
 
+$(VENV)/.wheel: $(STAMP)
+	$(PY) -m pip --disable-pip-version-check install -c constraints.txt build twine
+	touch $@
+
+# The wheel is built from the source archive, so both are complete.
+wheel: $(VENV)/.wheel
+	rm -rf dist
+	$(PY) -m build
+	$(PY) -m twine check --strict dist/*
+
+$(VENV)/.docs: $(STAMP)
+	$(PY) -m pip --disable-pip-version-check install \
+	  -c $(VENV)/constraints.txt -e ".[docs]"
+	touch $@
+
+# A broken link, or a name without a docstring, is an error.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
 bench: $(STAMP)
 	$(PY) -m pytest benchmarks/ --benchmark-only -W default
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -path './.venv*' -prune -o -name __pycache__ -type d -print0 | xargs -0 -r rm -rf
 
 distclean: clean

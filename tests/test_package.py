@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -226,11 +227,21 @@ def test_sources_were_found() -> None:
 
 
 def test_one_version() -> None:
-    """pyproject.toml (read as text: Python 3.10 has no tomllib), the metadata, the attribute."""
+    """pyproject.toml, the metadata, the attribute, and what is to be cited."""
     text = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
     project = text.split("[project]")[1].split("\n[")[0]
     found = re.findall(r'^version = "(.+)"$', project, flags=re.MULTILINE)
     assert found == [tfb.__version__] == [version("tfb")]
+    assert yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())["version"] == tfb.__version__
+
+
+def test_one_ruff() -> None:
+    """The hook before a commit formats as ``make lint`` does."""
+    hooks = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text())
+    pinned = (REPOSITORY / "constraints.txt").read_text().split()
+    assert [f"ruff=={repo['rev'][1:]}" for repo in hooks["repos"]] == [
+        pin for pin in pinned if pin.startswith("ruff==")
+    ]
 
 
 def test_the_wheel_holds_the_packages_and_nothing_else(tmp_path: Path) -> None:
