@@ -93,6 +93,7 @@ class TfbModel(nn.Module):
         self.columns: dict[str, str] = {}
         self.fitted: PredictiveFit | None = None
         self._choose_label_tokens = False
+        self._anchors: str | None = None  # the file's name
         self.training = False  # whatever the PEFT model's mode, predictions are made in eval mode
         set_padding(bayes.base, tokenizer)
 
@@ -197,6 +198,7 @@ class TfbModel(nn.Module):
                 anchor_hash=found.anchor_hash,
             )
         self.columns, self.fitted = columns or self.columns, found
+        self._anchors = Path(data).name if isinstance(data, str | Path) else None
         return found
 
     def _find_label_tokens(self, rows: Sequence[Row], truncate: str | None) -> list[str]:
@@ -493,7 +495,8 @@ class TfbModel(nn.Module):
         Raises:
             ArtifactError: the folder holds something, or sigma is not set.
         """
-        extra = {"columns": self.columns} if self.columns else {}
+        extra = {"anchors": self._anchors, "columns": self.columns}
+        extra = {name: value for name, value in extra.items() if value}
         return save(self.bayes, folder, fit=self.fitted, tokenizer=self.tokenizer, **extra)
 
     def push_to_hub(
@@ -616,7 +619,8 @@ def _resumed(m: TfbModel, folder: Path, label_tokens: str | None) -> TfbModel:
     if (folder / SIDECAR).is_file():
         sidecar = read_sidecar(folder)
         m.fitted = None if sidecar.get("fit") is None else PredictiveFit.from_dict(sidecar["fit"])
-        m.columns = dict((sidecar.get("extra") or {}).get("columns") or {})
+        extra = sidecar.get("extra") or {}
+        m.columns, m._anchors = dict(extra.get("columns") or {}), extra.get("anchors")
     else:
         m._choose_label_tokens = label_tokens is None
     if label_tokens is not None:

@@ -23,13 +23,12 @@ from support.architectures import (
     tokens_of,
     varying_angles,
 )
+from support.command import Run, fit_command
 from support.models import CASES, HIDDEN, exact, make_batch, naive, randomize, relative, rows_of
 from torch import Tensor
-from typer.testing import CliRunner
 
 import tfb
 from tfb import Draws
-from tfb.cli import app as cli
 from tfb.data.batching import NO_TOKEN, EncodedRows, pad_choices
 from tfb.data.encoding import RowEncoder
 from tfb.data.readers import read_rows
@@ -504,12 +503,7 @@ def spelled_out(source: Path, target: Path, rows: int) -> Path:
     return target
 
 
-def run_command(command: str, options: dict[str, Any]) -> Any:
-    arguments = [str(x) for name, value in options.items() for x in (f"--{name}", value)]
-    return CliRunner().invoke(cli.app, [command, *arguments])
-
-
-def test_command_line(shared: Path, tmp_path: Path) -> None:
+def test_command_line(shared: Path, tmp_path: Path, tfb_command: Run) -> None:
     """fit, evaluate and score on spelled-out choices; the deterministic figures are those of
     PEFT's model on every prompt with every choice."""
     model, adapter = (
@@ -517,15 +511,14 @@ def test_command_line(shared: Path, tmp_path: Path) -> None:
     )
     data = spelled_out(shared / "data/clinc-domain/validation.jsonl", tmp_path / "rows.jsonl", 24)
     made, figures, scored = (tmp_path / name for name in ("artifact", "figures.json", "scored"))
-    calls: dict[str, dict[str, Any]] = {
-        "fit": {"adapter": adapter, "anchors": data, "out": made, "tolerance": 0.1}
-        | {"length-normalization": "tokens"},
-        "evaluate": {"artifact": made, "data": data, "json": figures},
-        "score": {"artifact": made, "input": data, "output": scored, "format": "jsonl"},
-    }
-    for command, options in calls.items():
-        done = run_command(command, {"model": model, "draws": 2} | options)
-        assert done.exit_code == 0, (command, done.exception, done.output)
+    fit = fit_command(model, adapter, data, made)
+    for call in (
+        (*fit, "--tolerance", 0.1, "--length-normalization", "tokens", "--label-tokens", "all"),
+        ("evaluate", made, data, "--json", figures),
+        ("score", made, data, "--output", scored, "--format", "jsonl"),
+    ):
+        status, _, told = tfb_command(*call, "--draws", 2)
+        assert status == 0, (call, told)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     encoded = RowEncoder(tokenizer)(read_rows(data))
     assert encoded.choice_ids is not None
@@ -537,7 +530,7 @@ def test_command_line(shared: Path, tmp_path: Path) -> None:
         score = by_hand(batch, [choices], whole(plain))[0]
         score = score / torch.tensor([len(c) for c in choices])
         losses.append(-score.log_softmax(-1)[encoded.labels[i]])
-    nll = json.loads(figures.read_text())["metrics"]["adapter"]["nll"]
+    nll = json.loads(figures.read_text())["methods"]["adapter"]["nll"]
     # Sums of at most ten log-probabilities of size 10 in float32, in another order.
     assert nll == pytest.approx(float(torch.stack(losses).mean()), abs=1e-4)
     results = [
@@ -547,8 +540,7 @@ def test_command_line(shared: Path, tmp_path: Path) -> None:
     assert {r["choice"] for r in results} <= {*WORDS, *TOPICS, "Z"}
 
 
-def test_command_line_checks_the_normalization_first(tmp_path: Path) -> None:
-    named = dict.fromkeys(("model", "adapter", "anchors"), "none")
-    options = named | {"out": tmp_path / "new", "length-normalization": "words"}
-    done = run_command("fit", options)
-    assert "length_normalization='words'" in str(done.exception)
+def test_command_line_checks_the_normalization_first(tmp_path: Path, tfb_command: Run) -> None:
+    call = fit_command("none", "none", "none", tmp_path / "new")
+    status, _, told = tfb_command(*call, "--length-normalization", "words")
+    assert status == 1 and "--length-normalization words" in told
