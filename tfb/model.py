@@ -20,7 +20,7 @@ from tfb.linear import MERGING, LowRankSampler
 from tfb.posterior import LowRankPosterior
 from tfb.predictive import Predictive, log_mean_probs, tempered
 from tfb.sampling.adaptive import Adaptive, predict_adaptively
-from tfb.sampling.config import SamplingConfig
+from tfb.sampling.config import Configured, SamplingConfig
 from tfb.sampling.fan_out import FanOut
 from tfb.sampling.forward import (
     align,
@@ -65,7 +65,7 @@ class Attachment(Protocol):
         """Take the posterior out of the layers again."""
 
 
-class BayesianModel:
+class BayesianModel(Configured):
     """A PEFT model whose adapter has a posterior. Made by :func:`tfb.bayesianize` or ``tfb.load``.
 
     Attributes:
@@ -95,6 +95,7 @@ class BayesianModel:
         label_tokens: str = "all",
         source: Path | None = None,
     ) -> None:
+        super().__init__(config)
         self.model = model
         self.adapter = adapter
         self.samplers = dict(samplers)
@@ -105,7 +106,6 @@ class BayesianModel:
         self.decisions: Decisions | None = None
         self.owner = attachment.owner  # the key of the sampling state
         self._attachment = attachment
-        self._config = config
         self._devices: frozenset[torch.device] = frozenset()  # of the noisy layers
         inner: Any = model.get_base_model()  # type: ignore[operator]
         self.base = inner
@@ -121,18 +121,12 @@ class BayesianModel:
         fitted = "not fitted" if c.sigma is None else f"sigma={c.sigma:.4g}, T={c.temperature:.4g}"
         return f"BayesianModel({self.task}, adapter {self.adapter!r}, {layers} layers, {fitted})"
 
-    @property
-    def config(self) -> SamplingConfig:
-        """How the model samples; frozen, replaced by :meth:`configure`."""
-        return self._config
-
-    @property
-    def sigma(self) -> float | None:
-        """The posterior's scale, None until it is fitted or configured."""
-        return self._config.sigma
+    def check_config(self, config: SamplingConfig) -> None:
+        """Refuse tail mode where the model has no prefix that draws can share."""
+        check_possible(config, self.base, self.task)
 
     def configure(self, **changes: Any) -> BayesianModel:
-        """Replace parts of the configuration, and return the model itself.
+        """Replace parts of the configuration; what was decided for another one is dropped.
 
         Args:
             changes: fields of :class:`SamplingConfig`. A new ``mode`` drops ``tail``.
@@ -140,13 +134,10 @@ class BayesianModel:
         Raises:
             ValueError: an impossible value, or a mode that the model cannot take.
         """
-        if "mode" in changes:
-            changes.setdefault("tail", None)
-        config = replace(self._config, **changes)
-        check_possible(config, self.base, self.task)
-        if config != self._config:
+        before = self.config
+        super().configure(**changes)
+        if self.config != before:
             self.decisions = None  # they hold for one sigma, T and mode
-        self._config = config
         return self
 
     @property
@@ -230,21 +221,6 @@ class BayesianModel:
         """Refuse a model that does not carry this posterior now, unmerged."""
         self._attachment.check()
 
-    def draws(self, n: int | Draws) -> Draws:
-        """Return ``n`` antithetic draws at the model's sigma and seed, or the given draws.
-
-        Raises:
-            ValueError: sigma is not set, or n is odd or < 1.
-        """
-        if isinstance(n, Draws):
-            return n
-        if self.sigma is None:
-            raise ValueError(
-                "sigma is not set: run tfb.fit_sigma(bayes, anchors) or TfbModel.fit, "
-                "bayes.configure(sigma=...), or pass tfb.Draws"
-            )
-        return Draws.antithetic(n, self.sigma, seed=self.config.seed)
-
     def distinct_draws(self, n: int | Draws, *, kept: bool = False) -> Draws:
         """Return the draws; at sigma = 0 they are identical, so return one unless ``kept``."""
         draws = self.draws(n)
@@ -282,7 +258,7 @@ class BayesianModel:
         if mode is None:
             mode = self.config.mode
             tail = self.config.tail if tail is None else tail
-        check_possible(replace(self.config, mode=mode, tail=tail), self.base, self.task)
+        self.check_config(replace(self.config, mode=mode, tail=tail))
         self.check_sampling()
         inputs = self.inputs(batch, mode)
         return scored_logits(self, inputs, draws, label_ids, tail, draws_per_pass)

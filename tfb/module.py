@@ -18,7 +18,7 @@ from tfb.draws import Draws, stable_layer_id
 from tfb.linear import BayesLoRALinear
 from tfb.posterior import AdapterError, LowRankPosterior
 from tfb.predictive import Predictive, tempered
-from tfb.sampling.config import SamplingConfig
+from tfb.sampling.config import Configured, SamplingConfig
 from tfb.sampling.state import (
     ForwardPass,
     SamplingState,
@@ -36,7 +36,7 @@ def bayesian_layers(module: nn.Module) -> dict[str, BayesLoRALinear]:
     return {n: m for n, m in module.named_modules() if isinstance(m, BayesLoRALinear)}
 
 
-class BayesianModule:
+class BayesianModule(Configured):
     """A module that holds :class:`BayesLoRALinear` layers, and its predictions.
 
     Made by :func:`tfb.bayesianize`. Each layer's noise is named by the layer's qualified name:
@@ -75,9 +75,10 @@ class BayesianModule:
                 f"{type(model).__name__} holds no tfb.BayesLoRALinear; put one in the place of "
                 "each adapted layer: tfb.BayesLoRALinear.from_weights(layer, A, B, scaling)"
             )
+        super().__init__(SamplingConfig() if config is None else config)
         self.model = model
         self.layers = {name: found[name] for name in (found if layers is None else layers)}
-        self._config = _checked(SamplingConfig() if config is None else config)
+        self.check_config(self.config)
         ids = {stable_layer_id(name): name for name in self.layers}
         for name, layer in self.layers.items():
             if layer.active_draws is not None:
@@ -103,27 +104,13 @@ class BayesianModule:
         fitted = "not fitted" if c.sigma is None else f"sigma={c.sigma:.4g}, T={c.temperature:.4g}"
         return f"BayesianModule({kind}, {count} layers, {fitted})"
 
-    @property
-    def config(self) -> SamplingConfig:
-        """How the module samples; frozen, replaced by :meth:`configure`."""
-        return self._config
-
-    @property
-    def sigma(self) -> float | None:
-        """The posterior's scale, None until it is fitted or configured."""
-        return self._config.sigma
-
-    def configure(self, **changes: Any) -> BayesianModule:
-        """Replace parts of the configuration, and return this object itself.
-
-        Args:
-            changes: fields of :class:`SamplingConfig`.
-
-        Raises:
-            ValueError: an impossible value, or tail mode.
-        """
-        self._config = _checked(replace(self._config, **changes))
-        return self
+    def check_config(self, config: SamplingConfig) -> None:
+        """Refuse tail mode."""
+        if config.mode != "full":
+            raise ValueError(
+                f"mode={config.mode!r} is not possible: a BayesianModule knows nothing of tokens; "
+                "use mode='full'"
+            )
 
     @property
     def posteriors(self) -> dict[str, LowRankPosterior]:
@@ -134,21 +121,6 @@ class BayesianModule:
     def device(self) -> torch.device:
         """The device of the module's first parameter."""
         return next((p.device for p in self.model.parameters()), torch.device("cpu"))
-
-    def draws(self, n: int | Draws) -> Draws:
-        """Return ``n`` antithetic draws at this sigma and seed, or the given draws.
-
-        Raises:
-            ValueError: sigma is not set, or n is odd or < 1.
-        """
-        if isinstance(n, Draws):
-            return n
-        if self.sigma is None:
-            raise ValueError(
-                "sigma is not set: run tfb.fit_sigma(bayes, batches, metric=loss), "
-                "bayes.configure(sigma=...), or pass tfb.Draws"
-            )
-        return Draws.antithetic(n, self.sigma, seed=self.config.seed)
 
     @contextlib.contextmanager
     def sampling(self, draws: int | Draws) -> Iterator[BayesianModule]:
@@ -277,15 +249,6 @@ class BayesianModule:
                 "with layers="
             )
         return state.draws
-
-
-def _checked(config: SamplingConfig) -> SamplingConfig:
-    if config.mode != "full":
-        raise ValueError(
-            f"mode={config.mode!r} is not possible: a BayesianModule knows nothing of tokens; "
-            "use mode='full'"
-        )
-    return config
 
 
 def _arguments(batch: Rows, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+from tfb.draws import Draws
 
 MODES = ("full", "tail")
 LENGTH_NORMALIZATIONS = ("none", "tokens")
@@ -51,3 +54,55 @@ def check_mode(mode: str, tail: int | None) -> None:
         raise ValueError(f"tail={tail}: mode='tail' needs k >= 1 positions with noise")
     if mode != "tail" and tail is not None:
         raise ValueError(f"tail={tail} belongs to mode='tail', not to mode={mode!r}")
+
+
+class Configured:
+    """What has a configuration, and makes draws by it."""
+
+    def __init__(self, config: SamplingConfig) -> None:
+        self._config = config
+
+    def check_config(self, config: SamplingConfig) -> None:
+        """Refuse what the model cannot do, with a ValueError."""
+        raise NotImplementedError
+
+    @property
+    def config(self) -> SamplingConfig:
+        """How draws are made and averaged; frozen, replaced by :meth:`configure`."""
+        return self._config
+
+    @property
+    def sigma(self) -> float | None:
+        """The posterior's scale, None until it is fitted or configured."""
+        return self._config.sigma
+
+    def configure(self, **changes: Any) -> Self:
+        """Replace parts of the configuration, and return the model itself.
+
+        Args:
+            changes: fields of :class:`SamplingConfig`. A new ``mode`` drops ``tail``.
+
+        Raises:
+            ValueError: an impossible value, or a mode that the model cannot take.
+        """
+        if "mode" in changes:
+            changes.setdefault("tail", None)
+        config = replace(self._config, **changes)
+        self.check_config(config)
+        self._config = config
+        return self
+
+    def draws(self, n: int | Draws) -> Draws:
+        """Return ``n`` antithetic draws at the model's sigma and seed, or the given draws.
+
+        Raises:
+            ValueError: sigma is not set, or n is odd or < 1.
+        """
+        if isinstance(n, Draws):
+            return n
+        if self.sigma is None:
+            raise ValueError(
+                "sigma is not set: run tfb.fit_sigma(bayes, anchors) or TfbModel.fit, "
+                "bayes.configure(sigma=...), or pass tfb.Draws"
+            )
+        return Draws.antithetic(n, self.sigma, seed=self.config.seed)
