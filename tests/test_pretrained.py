@@ -87,6 +87,11 @@ def test_texts_are_rows(fitted: TfbModel) -> None:
     torch.testing.assert_close(alone.probs, found.probs[:1], atol=ROUNDING, rtol=0)
     with pytest.raises(RowError, match="choices"):
         fitted.predict(prompts)
+    assert fitted.predict(named, choices=choices[:2]).probs.shape == (3, 2)  # not the rows' own
+    batch = fitted.tokenizer(prompts, return_tensors="pt", padding=True)
+    for options in ({"choices": choices}, {"truncate": "left"}):
+        with pytest.raises(ValueError, match=r"a batch (has|is)"):
+            fitted.predict(batch, **options)
 
 
 def test_evaluate_and_report(fitted: TfbModel, tmp_path: Path) -> None:
@@ -95,6 +100,8 @@ def test_evaluate_and_report(fitted: TfbModel, tmp_path: Path) -> None:
     found = fitted.evaluate(rows)
     assert [e.name for e in found.evaluations] == ["adapter", "TFB + T"]
     assert found.recommended in str(found) and found.recommended in ("adapter", "TFB + T")
+    with pytest.warns(UserWarning, match="the rows that sigma and T were fitted to"):
+        fitted.evaluate([{"question": r["prompt"], **r} for r in digits.rows("anchor")[:64]])
     page = fitted.report(rows, tmp_path / "page.html", shift=rows[:8])
     assert f"{found.evaluations[-1].metrics.nll:.3f}" in page.read_text(encoding="utf-8")
     with pytest.raises(RowError, match=r"no label.*label=NAME"):
@@ -119,8 +126,18 @@ def test_decisions_see_rows_of_their_own() -> None:
     table = m.score(digits.rows("test")[:4])
     assert table.abstain.dtype == bool
     assert all(r.choice in r.prediction_set for r in table.itertuples())
-    with pytest.raises(ValueError, match="target_error or coverage"):
-        m.fit(rows, calibration=rows)
+    again = m.fit(rows, sigma=0.0)
+    assert m.bayes.decisions is None and again.anchors == 128  # those were of the fit before
+    for options, match in (
+        ({"calibration": rows}, "target_error or coverage"),
+        ({"calibration": rows[60::-1], "coverage": 0.9}, "61 of its rows are among those"),
+        ({"calibration": digits.rows("train")[:9], "coverage": 3.0}, "coverage=3.0"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            m.fit(rows, sigma=0.0, progress=pytest.fail, **options)  # before any pass
+    twice = [{k: v for k, v in row.items() if k != "id"} for row in rows[:20] + rows[:20]]
+    m.fit(twice, sigma=0.0, coverage=0.5)
+    assert m.bayes.decisions is not None and m.bayes.decisions.rows == 20  # ten rows, both copies
 
 
 def test_label_tokens_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,9 +184,15 @@ def test_loss_is_that_of_the_average() -> None:
 
 def test_what_it_cannot_do() -> None:
     m, batch = tiny("llama"), CASES["llama"].batch(5, 4)
-    with pytest.raises(ValueError, match=r"train m\.model"):
+    with pytest.raises(ValueError, match=r"then tfb\.from_peft"):
         m.train()(**batch)
     m.eval()
+    for more in ({"output_hidden_states": True}, {"logits_to_keep": 1}):
+        with pytest.raises(ValueError, match="is not averaged"):
+            m(**batch, **more)
+    with pytest.raises(ValueError, match="input_ids are missing"):
+        m(inputs_embeds=torch.zeros(1, 2, 16))
+    assert m(**batch, return_dict=False).logits.shape[0] == 2  # there is one form
     m.bayes.configure(mode="tail", tail=1)
     with pytest.raises(ValueError, match="mode='full'"):
         m(**batch)
@@ -286,6 +309,34 @@ def test_base_is_named_by_whom(tmp_path: Path) -> None:
     config.write_text(json.dumps(named))
     with pytest.raises((tfb.AdapterError, ValueError), match="no/such-model"):
         tfb.from_pretrained(folder)
+
+
+def test_an_artifacts_classes_keep_their_places(tmp_path: Path) -> None:
+    """Other names for its classes may be given, in its order; what was decided for them goes."""
+
+    def base() -> Any:
+        return CASES["bert"].build().unload()
+
+    m = tfb.from_peft(CASES["bert"].build(), words(), labels=["neg", "neu", "pos"])
+    m.bayes.configure(sigma=0.3)
+    m.bayes.decisions = tfb.Decisions(rows=9, draws=4, coverage=0.9, quantile=0.5)
+    folder = m.save_pretrained(tmp_path / "artifact")
+    again = tfb.from_pretrained(folder, base(), tokenizer=words())
+    assert again.bayes.decisions == m.bayes.decisions and again.draws == 4
+    for labels, match in ((["pos", "neg", "neu"], "in another order"), (["a", "b"], "3 classes")):
+        with pytest.raises(ValueError, match=match):
+            tfb.from_pretrained(folder, base(), tokenizer=words(), labels=labels)
+    other = tfb.from_pretrained(folder, base(), tokenizer=words(), labels=["a", "b", "c"])
+    assert other.bayes.labels == ("a", "b", "c") and other.bayes.decisions is None
+
+
+def test_heads_without_one_right_class_are_refused() -> None:
+    for change in ({"num_labels": 1}, {"problem_type": "multi_label_classification"}):
+        model = CASES["bert"].build()
+        for name, value in change.items():
+            setattr(model.base_model.model.config, name, value)
+        with pytest.raises(tfb.AdapterError, match="one of which is right"):
+            tfb.from_peft(model, words())
 
 
 def test_push_uploads_the_artifact(fitted: TfbModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -263,10 +263,17 @@ class BayesianModel(Configured):
         inputs = self.inputs(batch, mode)
         return scored_logits(self, inputs, draws, label_ids, tail, draws_per_pass)
 
-    def predictive(self, logits: Tensor, draws: Draws, *, keep_draws: bool = False) -> Predictive:
-        """Average the probabilities of logits [S, B, K] at the model's temperature."""
-        if self.config.temperature != 1.0:
-            logits = tempered(logits, self.config.temperature)
+    def predictive(
+        self,
+        logits: Tensor,
+        draws: Draws,
+        *,
+        keep_draws: bool = False,
+        temperature: float | None = None,
+    ) -> Predictive:
+        """Average the probabilities of logits [S, B, K] at a temperature; None: the model's."""
+        T = self.config.temperature if temperature is None else temperature
+        logits = logits if T == 1.0 else tempered(logits, T)
         return Predictive.from_logits(logits, draws, keep_draws=keep_draws)
 
     def predict(
@@ -279,6 +286,7 @@ class BayesianModel(Configured):
         tail: int | None = None,
         keep_draws: bool = False,
         draws_per_pass: int | None = None,
+        temperature: float | None = None,
     ) -> Predictive:
         """Compute the posterior predictive of a batch.
 
@@ -294,6 +302,7 @@ class BayesianModel(Configured):
             tail: positions with noise in tail mode.
             keep_draws: keep every draw's probabilities [S, B, K].
             draws_per_pass: most draws in one forward pass. None: as many as fit into memory.
+            temperature: T of the likelihood. None: as configured.
 
         Raises:
             ValueError: sigma not set, odd draws, or what :meth:`logits` refuses.
@@ -307,12 +316,11 @@ class BayesianModel(Configured):
             if keep_draws:
                 raise ValueError("keep_draws: rows have different numbers of draws under 'auto'")
             first = self.draws(draws.first)
-            return predict_adaptively(
-                logits_of, batch, label_ids, draws, first, self.config.temperature
-            )
+            T = self.config.temperature if temperature is None else temperature
+            return predict_adaptively(logits_of, batch, label_ids, draws, first, T)
         draws = self.draws(draws)
         logits = logits_of(batch, draws, label_ids)
-        return self.predictive(logits, draws, keep_draws=keep_draws)
+        return self.predictive(logits, draws, keep_draws=keep_draws, temperature=temperature)
 
     @torch.no_grad()
     def log_probs(self, batch: Batch, draws: Draws) -> Tensor:

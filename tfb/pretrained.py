@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from tfb.adapters.loading import (
     FILES,
     adapter_folder,
     check_device,
+    class_names,
     load_adapter,
     load_base,
     local_folder,
@@ -39,6 +41,7 @@ from tfb.data.readers import read_rows
 from tfb.data.rows import Row, RowError
 from tfb.draws import Draws, check_even
 from tfb.evaluation.compare import Comparison
+from tfb.evaluation.decisions import check_targets
 from tfb.evaluation.metrics import Evaluation
 from tfb.evaluation.report import facts, page_path, write_report
 from tfb.model import BayesianModel
@@ -50,6 +53,7 @@ from tfb.sampling.state import sampling_state
 from tfb.scoring.evaluate import compare_label_tokens, evaluations, fit_decisions, predict_rows
 from tfb.scoring.scorer import Result, row_encoder, row_format, score
 from tfb.search.fit import fit_sigma
+from tfb.search.loss import METRICS
 from tfb.search.result import PredictiveFit
 
 DRAWS = 10
@@ -81,6 +85,7 @@ class TfbModel(nn.Module):
         draws: posterior draws of a prediction, unless it is given others.
         columns: the data's names of columns that were given last.
         fitted: what :meth:`fit` found; None before, and for an artifact without a record.
+        extra: JSON values that the artifact keeps.
     """
 
     def __init__(
@@ -92,8 +97,8 @@ class TfbModel(nn.Module):
         self.bayes, self.tokenizer, self.draws = bayes, tokenizer, draws
         self.columns: dict[str, str] = {}
         self.fitted: PredictiveFit | None = None
+        self.extra: dict[str, Any] = {}
         self._choose_label_tokens = False
-        self._anchors: str | None = None  # the file's name
         self.training = False  # whatever the PEFT model's mode, predictions are made in eval mode
         set_padding(bayes.base, tokenizer)
 
@@ -118,8 +123,8 @@ class TfbModel(nn.Module):
         labels: Sequence[str] | None = None,
         optional: Sequence[str] = (),
     ) -> list[Row]:
-        form = row_format(self.bayes, columns or self.columns, labels=labels, optional=optional)
-        return read_rows(data, form)
+        names = self.columns | dict(columns or {})
+        return read_rows(data, row_format(self.bayes, names, labels=labels, optional=optional))
 
     def _encoded(self, rows: Sequence[Row], truncate: str | None) -> EncodedRows:
         return row_encoder(self.bayes, self.tokenizer, truncate)(rows)
@@ -172,34 +177,32 @@ class TfbModel(nn.Module):
         """
         named = {"text": text, "label": label, "prompt": prompt, "choices": choices}
         named |= {"messages": messages, "id": id}
-        columns = {ours: theirs for ours, theirs in named.items() if theirs is not None}
         check_truncate(truncate)
         decide = target_error is not None or coverage is not None
-        if calibration is not None and not decide:
+        if decide:
+            check_targets(target_error, coverage)
+        elif calibration is not None:
             raise ValueError("calibration: give target_error or coverage, which are fitted to it")
+        columns = self.columns | {o: theirs for o, theirs in named.items() if theirs is not None}
         rows, held_out = self._rows(data, columns), []
         if calibration is not None:
             held_out = self._rows(calibration, columns)
+            _check_apart(rows, held_out)
         elif decide:
             rows, held_out = _halves(rows, self.bayes.config.seed)
-        if search.get("metric", "nll") in ("nll", "accuracy", "expected_nll"):
+        metric = search.get("metric", "nll")
+        if isinstance(metric, str) and metric in METRICS and METRICS[metric].labelled:
             _check_labels(rows)
+        _check_labels(held_out)
         notes = self._find_label_tokens(rows, truncate)
+        apart = self._encoded(held_out, truncate) if decide else None  # refused before the search
         found = fit_sigma(self.bayes, self._encoded(rows, truncate), **search)
-        found = replace(found, notes=(*found.notes, *notes))
-        if decide:
-            _check_labels(held_out)
-            fit_decisions(
-                self.bayes,
-                self._encoded(held_out, truncate),
-                target_error=target_error,
-                coverage=coverage,
-                draws=self.draws,
-                anchor_hash=found.anchor_hash,
-            )
-        self.columns, self.fitted = columns or self.columns, found
-        self._anchors = Path(data).name if isinstance(data, str | Path) else None
-        return found
+        self.columns, self.fitted = columns, replace(found, notes=(*notes, *found.notes))
+        self.extra = {"anchors": Path(data).name} if isinstance(data, str | Path) else {}
+        if apart is not None:
+            targets: dict[str, Any] = {"target_error": target_error, "coverage": coverage}
+            fit_decisions(self.bayes, apart, **targets, draws=self.draws)
+        return self.fitted
 
     def _find_label_tokens(self, rows: Sequence[Row], truncate: str | None) -> list[str]:
         """Choose the tokens by which choices are scored, unless that was said; return a note."""
@@ -230,7 +233,7 @@ class TfbModel(nn.Module):
             inputs: texts, or prompts of a language model; anything else that holds rows; or a
                 tokenizer's batch [B, T].
             draws: as for :meth:`BayesianModel.predict`; default: ``m.draws``.
-            choices: a language model's answers to all prompts. Default: the rows' own, else
+            choices: a language model's answers to all prompts, in place of the rows' own and of
                 ``labels`` of the model.
             truncate: "left" or "right": the side on which rows that are too long are cut.
             options: with a batch, those of :meth:`BayesianModel.predict`; else of
@@ -241,10 +244,17 @@ class TfbModel(nn.Module):
             ValueError: sigma is not set, or draws or options out of range.
         """
         chosen = self.draws if draws is None else draws
-        if isinstance(inputs, Mapping) and isinstance(inputs.get("input_ids"), Tensor):
+        batch = isinstance(inputs, Mapping) and isinstance(inputs.get("input_ids"), Tensor)
+        if choices is not None and (batch or self.bayes.task == "SEQ_CLS"):
+            raise ValueError("choices: a batch has label_ids, and a classifier its own classes")
+        if batch and truncate is not None:
+            raise ValueError("truncate: a batch is tokenized already; cut it there")
+        if batch:
             return self.bayes.predict(inputs, chosen, **options)
         data = [inputs] if isinstance(inputs, str) else inputs
         rows = self._rows(data, labels=choices, optional=["label"])
+        if choices is not None:
+            rows = [replace(row, choices=tuple(choices), label=None) for row in rows]
         return predict_rows(self.bayes, self._encoded(rows, truncate), chosen, **options)
 
     def score(
@@ -274,7 +284,7 @@ class TfbModel(nn.Module):
             self.bayes,
             self.tokenizer,
             draws=self.draws if draws is None else draws,
-            columns=columns or self.columns,
+            columns=self.columns | dict(columns or {}),
             **options,
         )
         if stream:
@@ -311,7 +321,12 @@ class TfbModel(nn.Module):
                 do not have; or gradients are asked for.
         """
         if self.training and torch.is_grad_enabled():
-            raise ValueError("TfbModel predicts and cannot be trained: train m.model, then fit")
+            raise ValueError(
+                "TfbModel predicts and cannot be trained: train the PEFT model, then tfb.from_peft"
+            )
+        if input_ids is None or (asked := sorted(_NOT_AVERAGED & others.keys())):
+            what = "input_ids are missing" if input_ids is None else f"{asked[0]} is not averaged"
+            raise ValueError(f"{what}; call m.bayes.model for what is not an average of draws")
         bayes, state = self.bayes, sampling_state(self.bayes.owner)
         draws = bayes.distinct_draws(self.draws) if state is None else state.draws
         given = {
@@ -322,11 +337,11 @@ class TfbModel(nn.Module):
             "decoder_input_ids": decoder_input_ids,
             **others,
         }
-        batch = {name: value for name, value in given.items() if value is not None}
+        batch = {k: v for k, v in given.items() if v is not None and k not in _IGNORED}
         if bayes.task == "SEQ_CLS":
             scores = log_mean_probs(bayes.logits(batch, draws), bayes.config.temperature)
             return AveragedOutput(_nll(scores, labels), scores)
-        if bayes.config.mode == "tail":
+        if bayes.config.mode == "tail" and bayes.sigma:
             raise ValueError(
                 "sigma was searched with mode='tail', and logits of all tokens have noise at all "
                 "of them: fit with mode='full', or use predict or score"
@@ -362,7 +377,8 @@ class TfbModel(nn.Module):
         config = options.get("generation_config")
         whole = options.pop("return_dict_in_generate", None)
         whole = getattr(config, "return_dict_in_generate", False) if whole is None else whole
-        found = self.bayes.generate(batch, self.draws if draws is None else draws, **options)
+        chosen = self.bayes.distinct_draws(self.draws if draws is None else draws)
+        found = self.bayes.generate(batch, chosen, **options)
         return found if whole else found.sequences
 
     @contextlib.contextmanager
@@ -379,7 +395,9 @@ class TfbModel(nn.Module):
     def methods(self) -> Mapping[str, SamplingConfig]:
         """What :meth:`evaluate` compares the adapter with, simplest first, the model's own last."""
         fitted, own = self.fitted, self.bayes.config
-        return fitted.methods if fitted is not None and fitted.config == own else {"TFB + T": own}
+        if fitted is None or replace(fitted.config, seed=own.seed) != own:
+            return {"TFB + T": own}
+        return fitted.methods
 
     # --- evidence ---------------------------------------------------------------------------------
 
@@ -466,12 +484,20 @@ class TfbModel(nn.Module):
         labelled: bool = True,
     ) -> list[Evaluation]:
         check_even(chosen := self.draws if draws is None else draws)
+        self.bayes.draws(chosen)  # refuses a sigma that is not set
         rows = self._rows(data, columns, optional=[] if labelled else ["label"])
         if labelled:
             _check_labels(rows)
+        encoded = self._encoded(rows, truncate)
+        if self.fitted is not None and encoded.content_hash == self.fitted.anchor_hash:
+            warnings.warn(
+                "these are the rows that sigma and T were fitted to, where every method looks "
+                "better than on new ones; give held-out rows",
+                stacklevel=3,
+            )
         found = evaluations(
             self.bayes,
-            self._encoded(rows, truncate),
+            encoded,
             dataset=Path(data).stem if isinstance(data, str | Path) else "rows",
             draws=chosen,
             batch_size=batch_size,
@@ -495,8 +521,7 @@ class TfbModel(nn.Module):
         Raises:
             ArtifactError: the folder holds something, or sigma is not set.
         """
-        extra = {"anchors": self._anchors, "columns": self.columns}
-        extra = {name: value for name, value in extra.items() if value}
+        extra = self.extra | ({"columns": self.columns} if self.columns else {})
         return save(self.bayes, folder, fit=self.fitted, tokenizer=self.tokenizer, **extra)
 
     def push_to_hub(
@@ -532,6 +557,10 @@ class TfbConfig(PreTrainedConfig):
 for kind in (AutoModelForCausalLM, AutoModelForSequenceClassification):
     kind.register(TfbConfig, TfbModel)
 
+# Arguments of a forward pass: without meaning for an average, and those that ask for more.
+_IGNORED = ("return_dict", "use_cache")
+_NOT_AVERAGED = {"inputs_embeds", "past_key_values", "logits_to_keep"}
+_NOT_AVERAGED |= {"output_attentions", "output_hidden_states"}
 _PROMPT = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 
 
@@ -543,18 +572,29 @@ def _check_labels(rows: Sequence[Row]) -> None:
         )
 
 
+def _check_apart(rows: Sequence[Row], held_out: Sequence[Row]) -> None:
+    known = {row.question for row in rows}
+    if shared := [row.source for row in held_out if row.question in known]:
+        raise ValueError(
+            f"calibration: {len(shared)} of its rows are among those that sigma and T are fitted "
+            f"to, where errors are fewer than on new ones (first: {shared[0]}); give other rows"
+        )
+
+
 def _halves(rows: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:
-    """Return two random halves of rows."""
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    middle = len(rows) // 2
-    return [rows[i] for i in sorted(order[middle:])], [rows[i] for i in sorted(order[:middle])]
+    """Return two random halves of rows; equal ones are in the same."""
+    asked = list(dict.fromkeys(row.question for row in rows))
+    order = torch.randperm(len(asked), generator=torch.Generator().manual_seed(seed)).tolist()
+    first = {asked[i] for i in order[len(asked) // 2 :]}
+    both = [[row for row in rows if (row.question in first) == side] for side in (True, False)]
+    return both[0], both[1]
 
 
 def _nll(scores: Tensor, labels: Tensor | None) -> Tensor | None:
     """Return the mean NLL of log-probabilities [..., K]; labels of -100 do not count."""
     if labels is None:
         return None
-    flat = labels.to(scores.device).flatten()
+    flat = labels.to(scores.device, torch.int64).flatten()
     return nn.functional.nll_loss(scores.flatten(0, -2), flat)
 
 
@@ -568,7 +608,7 @@ def from_pretrained(
     label_tokens: str | None = None,
     layers: str | LayerPredicate | LastLayers | None = None,
     seed: int = 0,
-    draws: int = DRAWS,
+    draws: int | None = None,
 ) -> TfbModel:
     """Load a finished LoRA adapter, or an artifact of :meth:`TfbModel.save_pretrained`.
 
@@ -584,7 +624,8 @@ def from_pretrained(
             artifact's; for an adapter :meth:`TfbModel.fit` finds out.
         layers: which adapted modules get noise, see :func:`tfb.bayesianize`; of an adapter only.
         seed: of the draws; of an adapter only.
-        draws: posterior draws of a prediction, an even number.
+        draws: posterior draws of a prediction, an even number. Default: 10, or as many as an
+            artifact's decisions were calibrated with.
 
     Raises:
         AdapterError: no adapter there, one that does not fit its base, or an unsupported kind.
@@ -592,7 +633,8 @@ def from_pretrained(
         ValueError: a device, labels or layers that cannot be.
     """
     check_device(device)
-    check_even(draws)
+    check_even(DRAWS if draws is None else draws)
+    check_label_tokens(label_tokens or LABEL_TOKENS[0])
     folder = local_folder(path, FILES)
     model = base if isinstance(base, nn.Module) else base_of(folder, base)
     if tokenizer is None:
@@ -606,10 +648,12 @@ def from_pretrained(
         source = adapter_folder(folder)
         inner = load_base(model, source) if isinstance(model, str) else model
         bayes = bayesianize(load_adapter(inner, source), layers=layers, seed=seed, source=source)
-    if labels is not None:
-        bayes.labels = tuple(labels)
-        row_format(bayes)  # refuses names that do not fit the head
+    if labels is not None and list(labels) != list(bayes.labels or ()):
+        bayes.labels = class_names(bayes.task, bayes.base.config, labels, bayes.labels)
+        bayes.decisions = None  # these were made for other choices
     to_device(bayes.model, device)
+    if draws is None:
+        draws = DRAWS if bayes.decisions is None else bayes.decisions.draws
     m = TfbModel(bayes, tokenizer, draws=draws)
     return _resumed(m, folder, label_tokens)
 
@@ -619,13 +663,12 @@ def _resumed(m: TfbModel, folder: Path, label_tokens: str | None) -> TfbModel:
     if (folder / SIDECAR).is_file():
         sidecar = read_sidecar(folder)
         m.fitted = None if sidecar.get("fit") is None else PredictiveFit.from_dict(sidecar["fit"])
-        extra = sidecar.get("extra") or {}
-        m.columns, m._anchors = dict(extra.get("columns") or {}), extra.get("anchors")
+        m.extra = dict(sidecar.get("extra") or {})
+        m.columns = dict(m.extra.pop("columns", None) or {})
     else:
         m._choose_label_tokens = label_tokens is None
-    if label_tokens is not None:
-        check_label_tokens(label_tokens)
-        m.bayes.label_tokens = label_tokens
+    if label_tokens not in (None, m.bayes.label_tokens):
+        m.bayes.label_tokens, m.bayes.decisions = label_tokens, None
     return m
 
 

@@ -675,7 +675,7 @@ def test_decisions_of_a_fit(run: Run, data: dict[str, Path], tmp_path: Path) -> 
     made, output = tmp_path / "made", tmp_path / "scored"
     fit = (*fit_command(MODEL, ADAPTER, data["anchor"], made), "--sigma", 0, "--coverage", 0.8)
     code, _, err = run(*fit, "--calibration", data["anchor"])
-    assert code == 1 and "has the rows of DATA; give other ones" in one_line(err)
+    assert code == 1 and "are among those that sigma and T are fitted to" in one_line(err)
     code, out, err = run(*fit, "--target-error", 0.5, "--calibration", data["test"])
     decisions = tfb.load(MODEL, made).decisions
     assert code == 0 and decisions is not None and f"\n{decisions}\n" in out, err

@@ -207,8 +207,29 @@ def test_the_simplest_that_nothing_beats_is_recommended() -> None:
         shown = str(found)
         assert all(e.name in shown for e in found.evaluations) and f"use {expected}:" in shown
         assert json.dumps(found.to_dict(), allow_nan=False)
-    with pytest.raises(ValueError, match="expected at least one"):
-        Comparison.of([])
+    for wrong in ([], [adapter, adapter], [adapter, replace(near, dataset="other")]):
+        with pytest.raises(ValueError, match="expected one evaluation of each method"):
+            Comparison.of(wrong)
+    assert json.dumps(Comparison.of([claimed(0.9, right[:1])]).to_dict(), allow_nan=False)
+
+
+def test_a_method_that_is_beaten_is_not_recommended_for_another_that_is_unsure() -> None:
+    """Steady lowers the NLL of every row a little; wild lowers the mean more, but not surely."""
+    N, generator = 100, torch.Generator().manual_seed(0)
+    labels = torch.zeros(N, dtype=torch.int64)
+
+    def with_loss(name: str, loss: torch.Tensor) -> Evaluation:
+        p = torch.exp(-loss)
+        return Evaluation(name, "d", torch.stack([p, 1 - p], 1), labels)
+
+    base = torch.full((N,), 0.5, dtype=torch.float64)
+    wild = torch.rand(N, generator=generator, dtype=torch.float64) - 0.5
+    wild = 0.3 * (wild - wild.mean())  # between -.15 and .15: every row stays right
+    methods = [with_loss("adapter", base), with_loss("steady", base - 0.01)]
+    methods += [with_loss("wild", base - 0.012 + wild)]
+    found = Comparison.of(methods)
+    assert found.changes[1]["nll"].significant and not found.changes[2]["nll"].significant
+    assert methods[2].metrics.nll < methods[1].metrics.nll and found.recommended == "steady"
 
 
 def test_a_method_that_costs_accuracy_is_not_recommended() -> None:

@@ -244,3 +244,19 @@ def test_errors() -> None:
         Decisions.calibrated(probs, labels, coverage=90)
     with pytest.raises(ValueError, match="no calibration rows"):
         Decisions.calibrated(probs[:0], labels[:0], coverage=0.9)
+
+
+def test_numbers_that_are_none() -> None:
+    """A row of NaN is abstained from; calibration on such, or on no labels, is refused."""
+    made = Decisions(rows=9, draws=2, target_error=0.1, threshold=0.5)
+    nan = torch.full((1, 3), float("nan"))
+    assert made.apply(nan) == {"abstain": [True]}
+    uniform = torch.full((4, 2), 0.5)
+    for probs, labels, match in (
+        (nan, torch.tensor([0]), "NaN or Inf"),
+        (uniform, torch.tensor([0, 1, 2, 0]), "between 0 and 1"),
+        (uniform, torch.tensor([0, -100, 1, 0]), "between 0 and 1"),
+        (uniform, torch.tensor([0]), "expected 4"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            Decisions.calibrated(probs, labels, coverage=0.5)

@@ -168,13 +168,11 @@ def test_decisions_are_those_of_the_predictions(demo: tuple[tfb.BayesianModel, A
     encoded = encode(bayes, digits.rows("anchor")[:60], tokenizer)
     p = predict_rows(bayes, encoded, 4)
     asked: dict[str, Any] = {"target_error": 0.4, "coverage": 0.8, "draws": 4}
-    made = fit_decisions(bayes, encoded, **asked, anchor_hash="other rows")
+    made = fit_decisions(bayes, encoded, **asked)
     expected = Decisions.calibrated(p.probs, torch.tensor(encoded.labels), **asked)
     assert made == expected == bayes.decisions and made.rows == 60
     evaluations(bayes, encoded.subset(range(4)), **HOW)
     assert bayes.decisions == made
-    with pytest.raises(ValueError, match="these are the rows that sigma and T were fitted on"):
-        fit_decisions(bayes, encoded, **asked, anchor_hash=encoded.content_hash)
     with pytest.raises(ValueError, match="calibration: every row needs a label"):
         fit_decisions(bayes, replace(encoded, labels=[None] * 60), coverage=0.9)
     with pytest.raises(ValueError, match="give target_error, coverage or both"):

@@ -143,6 +143,8 @@ def bayesianize(
     assert isinstance(peft_model, PeftModel)  # _check_adapter said so
     base: Any = peft_model.get_base_model()
     adapted = _adapted_modules(base, adapter)
+    if task == "SEQ_CLS":
+        _check_head(base.config)
     names = select_layers(list(adapted), layers)
     _check_layers({name: adapted[name] for name in names}, adapter)
     if posteriors is None:
@@ -163,6 +165,16 @@ def bayesianize(
         label_tokens=label_tokens,
         source=source,
     )
+
+
+def _check_head(config: Any) -> None:
+    """Refuse a head whose outputs are no logits of one class among several."""
+    kind, classes = getattr(config, "problem_type", None), config.num_labels
+    if classes < 2 or kind in ("regression", "multi_label_classification"):
+        raise AdapterError(
+            f"the head has {classes} outputs and problem_type {kind}; probabilities are averaged "
+            "over two or more classes, one of which is right (single_label_classification)"
+        )
 
 
 def _check_layers(layers: Mapping[str, Any], adapter: str) -> None:

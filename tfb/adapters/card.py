@@ -43,6 +43,9 @@ def card_text(sidecar: Mapping[str, Any], source: Path | None = None) -> str:
         "tags": list(dict.fromkeys([*(theirs.get("tags") or ()), *TAGS])),
     }
     fit = None if sidecar["fit"] is None else PredictiveFit.from_dict(sidecar["fit"])
+    at = sidecar["sigma"], sidecar["temperature"]
+    if fit is not None and (fit.sigma, fit.temperature) != at:
+        fit = None  # its figures are not those of what was configured since
     decided = sidecar.get("decisions") is not None
     words = jinja2.Environment(
         loader=jinja2.PackageLoader("tfb.adapters", "."),

@@ -33,8 +33,6 @@ from tfb.cli.console import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tfb.data.batching import EncodedRows
-    from tfb.data.rows import Row
     from tfb.pretrained import TfbModel
 
 INTERRUPTED = 130  # as shells have it: 128 plus SIGINT's number
@@ -196,7 +194,8 @@ def fit(
         check_labels(rows, needed)
     encoded = given.encode(rows)
     AnchorSet.of(encoded).check(metric)
-    held_out = None if calibration is None else read_calibration(given, calibration, encoded)
+    held_out = None if calibration is None else given.read(calibration, None)
+    check_labels(held_out or [], "--calibration needs one on every row")
     m = given.load(device, labels=given.form.labels, seed=seed)
     m.bayes.configure(length_normalization=length_normalization)
     kept, model = Path(f"{output}.search.safetensors"), identity(m)
@@ -226,6 +225,9 @@ def fit(
     except KeyboardInterrupt as interrupted:
         note(keep_sweeps(kept, model, sweeps))
         raise typer.Exit(INTERRUPTED) from interrupted
+    except RuntimeError:  # of torch: another batch size may fit into memory
+        note(keep_sweeps(kept, model, sweeps))
+        raise
     names = {"columns": given.form.columns} if given.form.columns else {}
     save(m.bayes, output, fit=found, tokenizer=m.tokenizer, anchors=data.name, **names)
     kept.unlink(missing_ok=True)
@@ -244,15 +246,6 @@ def default_output(adapter: str) -> Path:
         return Path(f"{path.name}-tfb")
     path = path if path.name not in ("", "..") else path.resolve()
     return path.with_name(f"{path.name}-tfb")
-
-
-def read_calibration(given: Input, path: Path, fitted: EncodedRows) -> list[Row]:
-    """Read labelled rows that are not those which sigma and T are fitted to."""
-    rows = given.read(path, None)
-    check_labels(rows, "--calibration needs one on every row")
-    if given.encode(rows).content_hash == fitted.content_hash:
-        raise ValueError(f"--calibration {path}: has the rows of DATA; give other ones")
-    return rows
 
 
 # --- an interrupted search ------------------------------------------------------------------------

@@ -49,6 +49,11 @@ class Row:
     source: str = "row"
     messages: tuple[Mapping[str, Any], ...] | None = None
 
+    @property
+    def question(self) -> str:
+        """What is asked, as text: rows that ask the same are the same, whatever their ids."""
+        return repr((self.text, self.prompt, self.messages, self.choices))
+
     def __post_init__(self) -> None:
         asked = (self.prompt is not None) + (self.messages is not None)
         given = self.text is not None, asked, self.choices is not None

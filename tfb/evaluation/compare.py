@@ -122,26 +122,25 @@ class Comparison:
             evaluations: the adapter first, then the others, simplest first.
 
         Raises:
-            ValueError: none at all, no labels, or not the same rows.
+            ValueError: none, two of one name, no labels, or not the same rows.
         """
-        if not evaluations:
-            raise ValueError("evaluations: expected at least one")
+        names = [e.name for e in evaluations]
+        sets = {e.dataset for e in evaluations}
+        if not names or len(set(names)) < len(names) or len(sets) > 1:
+            raise ValueError(
+                f"expected one evaluation of each method, of one data set, got {names}"
+            )
         changes = [compare(evaluations[0], e) for e in evaluations]
         usable = [
             e
             for e, c in zip(evaluations, changes, strict=True)
             if c["accuracy"].change >= 0 or not c["accuracy"].significant
         ]
-        best = min(usable, key=lambda e: e.metrics.nll)
-        for chosen in usable:
-            better = compare(chosen, best)["nll"]
-            if chosen is best or not better.significant:
-                break
-        reason = "the least NLL"
-        if chosen is not best:
-            reason = f"the NLL of {best.name} is not significantly lower"
-        elif chosen is not evaluations[0]:
-            reason += ", significantly below that of all simpler methods"
+        # The one of least NLL is beaten by none.
+        chosen = next(e for e in usable if not any(_beats(other, e) for other in usable))
+        reason = "no other method has a significantly lower NLL"
+        if chosen is not usable[0]:
+            reason += ", and every simpler one is beaten"
         return cls(tuple(evaluations), tuple(changes), chosen.name, reason)
 
     def to_dict(self) -> dict[str, Any]:
@@ -150,7 +149,10 @@ class Comparison:
         for e, changes in zip(self.evaluations, self.changes, strict=True):
             methods[e.name] = {**e.metrics.to_dict(), "draws": e.draws, "passes": e.passes}
             if e is not self.evaluations[0]:
-                limits = {name: [c.change, c.low, c.high] for name, c in changes.items()}
+                limits = {
+                    name: [None if v != v else v for v in (c.change, c.low, c.high)]  # NaN
+                    for name, c in changes.items()
+                }
                 methods[e.name]["changes"] = limits
         return {"methods": methods, "recommended": self.recommended, "reason": self.reason}
 
@@ -176,6 +178,12 @@ class Comparison:
     def __repr__(self) -> str:
         names = ", ".join(e.name for e in self.evaluations)
         return f"Comparison({names}; recommended: {self.recommended})"
+
+
+def _beats(other: Evaluation, e: Evaluation) -> bool:
+    """Tell whether another method's NLL is significantly lower."""
+    change = compare(e, other)["nll"]
+    return change.change < 0 and change.significant
 
 
 def compare_auroc(

@@ -17,9 +17,9 @@ import numpy as np
 from scipy.stats import beta
 from torch import Tensor
 
+from tfb.evaluation.compare import LEVEL
 from tfb.predictive import as_float32
 
-LEVEL = 0.95
 SHARES = 20  # thresholds on the list: they accept 5 %, 10 %, ... of the calibration rows
 ROOMS = (3, 10, 30)  # errors with which the first threshold of a sequence is still accepted
 
@@ -70,12 +70,20 @@ class Decisions:
             draws: draws behind ``probs``.
 
         Raises:
-            ValueError: no rows, neither or an impossible target.
+            ValueError: no rows, neither or an impossible target, labels that are none of the
+                classes, or probabilities that are no numbers.
         """
         check_targets(target_error, coverage)
         if not len(labels):
             raise ValueError("no calibration rows; give labelled rows that were not fitted on")
         p = _exact(probs)
+        if len(labels) != len(p) or not bool(((labels >= 0) & (labels < p.shape[-1])).all()):
+            raise ValueError(
+                f"labels: expected {len(p)} between 0 and {p.shape[-1] - 1}, one for each row of "
+                "probs"
+            )
+        if not bool(p.isfinite().all()):
+            raise ValueError("probs: NaN or Inf; see to the model first")
         found = cls(len(labels), draws, target_error=target_error, coverage=coverage)
         if target_error is not None:
             wrong = (p.argmax(-1) != labels).numpy()
@@ -102,7 +110,7 @@ class Decisions:
         p, found = _exact(probs), dict[str, list[Any]]()
         if self.target_error is not None:
             least = math.inf if self.threshold is None else self.threshold
-            found["abstain"] = (p.amax(-1) <= least).tolist()
+            found["abstain"] = (~(p.amax(-1) > least)).tolist()  # NaN too
         if self.quantile is not None:
             order = p.argsort(dim=-1, descending=True, stable=True)
             sizes = (1 - p <= self.quantile).sum(-1).clamp_min(1)

@@ -15,9 +15,9 @@ from tfb.data.batching import EncodedRows, batches
 from tfb.data.encoding import LABEL_TOKENS
 from tfb.data.readers import read_rows
 from tfb.data.rows import Row, RowError
-from tfb.draws import Draws
+from tfb.draws import Draws, check_even
 from tfb.evaluation.decisions import Decisions, check_targets
-from tfb.evaluation.metrics import PROBABILITY_FLOOR, Evaluation, apply_temperature
+from tfb.evaluation.metrics import PROBABILITY_FLOOR, Evaluation
 from tfb.model import BayesianModel
 from tfb.predictive import Predictive
 from tfb.sampling.adaptive import Adaptive
@@ -58,6 +58,7 @@ def predict_rows(
     *,
     batch_size: int = 50,
     keep_draws: bool = False,
+    temperature: float | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Predictive:
     """Predict every encoded row; in float32 on the CPU.
@@ -70,6 +71,7 @@ def predict_rows(
         draws: as for ``bayes.predict``; at sigma = 0 a number is one draw, unless kept.
         batch_size: most rows of a batch.
         keep_draws: keep each draw's probabilities.
+        temperature: T of the likelihood. None: as configured.
         progress: gets the number of rows just finished.
 
     Raises:
@@ -81,7 +83,11 @@ def predict_rows(
     found: list[tuple[Tensor, Predictive]] = []
     for batch in batches(encoded, batch_size=batch_size, pad_token_id=bayes.pad_token_id):
         p = bayes.predict(
-            batch.model_inputs(), chosen, label_ids=batch.label_ids, keep_draws=keep_draws
+            batch.model_inputs(),
+            chosen,
+            label_ids=batch.label_ids,
+            keep_draws=keep_draws,
+            temperature=temperature,
         )
         if not bool(p.probs.isfinite().all()):
             bad = int(batch.indices[(~p.probs.isfinite()).any(-1).cpu()][0])
@@ -104,7 +110,7 @@ def evaluations(
 ) -> list[Evaluation]:
     """Evaluate rows by the deterministic adapter (sigma = 0, T = 1), and by the predictive.
 
-    At sigma = 0 that is one pass, without epistemic uncertainty.
+    At sigma = 0 that is one pass, without epistemic uncertainty. The model's configuration stays.
 
     Args:
         bayes: the model.
@@ -114,38 +120,39 @@ def evaluations(
         batch_size: most rows of a batch.
         configs: sigma and T to evaluate, by name; None: {"tfb": bayes.config}.
         progress: gets the number of rows just finished, once for each evaluation that runs.
+
+    Raises:
+        ValueError: a sigma that is not set, or odd draws.
     """
+    own = bayes.config
+    methods = {"tfb": own} if configs is None else configs
+    for name, config in methods.items():
+        if config.sigma is None:
+            raise ValueError(f"{name}: sigma is not set; fit it, or configure it")
+    check_even(draws)
     labels = None if None in encoded.labels else torch.tensor(encoded.labels)
-    cost = passes_per_row([len(ids) for ids in encoded.input_ids], draws, bayes.config.tail)
-    own, decisions = bayes.config, bayes.decisions
-    if configs is None:
-        bayes.draws(draws)  # refuses a sigma that is not set
+    cost = passes_per_row([len(ids) for ids in encoded.input_ids], draws, own.tail)
 
-    def predicted(config: SamplingConfig) -> Predictive:
-        bayes.configure(sigma=config.sigma, temperature=config.temperature)
-        return predict_rows(bayes, encoded, draws, batch_size=batch_size, progress=progress)
+    def evaluation(name: str, sigma: float, temperature: float) -> Evaluation:
+        # The model keeps its configuration: other threads may be using it.
+        noise = Draws.antithetic(draws, sigma, seed=own.seed) if sigma else Draws.mean()
+        p = predict_rows(
+            bayes,
+            encoded,
+            noise,
+            batch_size=batch_size,
+            temperature=temperature,
+            progress=progress,
+        )
+        found = Evaluation(name, dataset, p.probs, labels, total=p.total, draws=len(noise))
+        return replace(found, epistemic=p.epistemic if sigma else None, passes=cost if sigma else 1)
 
-    def evaluation(name: str, probs: Tensor, total: Tensor, **more: Any) -> Evaluation:
-        return Evaluation(name, dataset, probs, labels, total=total, **({"passes": 1.0} | more))
-
-    try:
-        mean = predicted(replace(own, sigma=0.0, temperature=1.0))
-        found = [evaluation("adapter", mean.probs, mean.total)]
-        for name, config in (configs or {"tfb": own}).items():
-            if config.sigma == 0.0:  # there is nothing to draw
-                probs, total = mean.probs, mean.total
-                if config.temperature != 1.0:
-                    probs = apply_temperature(mean.probs.log(), config.temperature)
-                    total = torch.special.entr(probs).sum(-1)
-                found.append(evaluation(name, probs, total, draws=1))
-                continue
-            p = predicted(config)
-            found.append(
-                evaluation(name, p.probs, p.total, epistemic=p.epistemic, draws=draws, passes=cost)
-            )
-    finally:
-        bayes.configure(sigma=own.sigma, temperature=own.temperature)
-        bayes.decisions = decisions
+    adapter = evaluation("adapter", 0.0, 1.0)
+    found = [adapter]
+    for name, config in methods.items():
+        at = (config.sigma or 0.0, config.temperature)
+        same = at == (0.0, 1.0)  # there is nothing to draw and nothing to divide by
+        found.append(replace(adapter, name=name) if same else evaluation(name, *at))
     return found
 
 
@@ -156,7 +163,6 @@ def fit_decisions(
     target_error: float | None = None,
     coverage: float | None = None,
     draws: int = 10,
-    anchor_hash: str | None = None,
 ) -> Decisions:
     """Calibrate abstention and prediction sets on labelled rows; the model keeps them.
 
@@ -166,17 +172,11 @@ def fit_decisions(
         target_error: largest share of wrong predictions among accepted rows.
         coverage: least chance that a prediction set holds the right class.
         draws: antithetic draws of each row; later predictions should have as many.
-        anchor_hash: of the fit's record, to refuse its own rows.
 
     Raises:
-        ValueError: a row without a label, the rows of the fit, or targets that cannot be.
+        ValueError: a row without a label, or targets that cannot be.
     """
     check_targets(target_error, coverage)
-    if encoded.content_hash == anchor_hash:
-        raise ValueError(
-            "calibration: these are the rows that sigma and T were fitted on, where errors are "
-            "fewer than on new ones; give other rows"
-        )
     if None in encoded.labels:
         raise ValueError("calibration: every row needs a label")
     found = Decisions.calibrated(

@@ -103,14 +103,15 @@ def fit_sigma(
         steps: most steps of a bisection.
         prior_sigma: the prior's scale for KL; by default of the adapter's own scale.
         kl_weight: lambda of gvi; default 1 / anchors.
-        seed: of the noise and of the first level's anchors; default: the model's.
+        seed: of the search's noise and of the first level's anchors; default: the model's, which
+            later predictions have in any case.
         batch_size: of encoded rows.
         mode: "full" or "tail", here and in later predictions; default: the model's.
         tail: positions with noise in tail mode.
         progress: called with finished rows x draws.
         sweeps: outputs of finished sweeps are put here and found here again, so that the same call
-            takes an interrupted search up where it was. They hold for this very model, and for a
-            loss function of this name.
+            takes an interrupted search up where it was. They hold for this very model. Not with a
+            loss function, which no key can name.
 
     Raises:
         ValueError: arguments out of range, empty, unlabelled or one-class anchors, or outputs or
@@ -120,6 +121,8 @@ def fit_sigma(
     objective = default_objective(objective, metric, tolerance, search)
     check_arguments(metric, tolerance, search, objective, draws, bounds, temperature, sigma)
     _check_positive(steps=steps, prior_sigma=prior_sigma, kl_weight=kl_weight)
+    if callable(metric) and sweeps is not None:
+        raise ValueError("sweeps: losses of a function cannot be told apart; use a named metric")
     tolerance = metric_of(metric).tolerance if tolerance is None else tolerance
     fits_temperature = temperature and objective == "min_nll" and metric == "nll"
     anchor_set = AnchorSet.of(anchors, pad_token_id=bayes.pad_token_id, batch_size=batch_size)
@@ -175,6 +178,8 @@ def fit_sigma(
         **_variational(whole, verdict.sigma, kl),
     )
     bayes.configure(sigma=fit.sigma, temperature=fit.temperature, mode=fit.mode, tail=fit.tail)
+    if not isinstance(bayes, BayesianModule):
+        bayes.decisions = None  # whatever rows they were made on, the fit is a new one
     return fit
 
 

@@ -98,7 +98,8 @@ class AnchorSet:
         made: list[Batch] = []
         if isinstance(anchors, EncodedRows):
             for b in batches(anchors, batch_size=batch_size, pad_token_id=pad_token_id):
-                extra = {"labels": b.labels, "label_ids": b.label_ids}
+                known = b.labels is not None and bool((b.labels != NO_LABEL).any())
+                extra = {"labels": b.labels if known else None, "label_ids": b.label_ids}
                 made.append(b.model_inputs() | {k: v for k, v in extra.items() if v is not None})
             digest = anchors.content_hash
         else:
@@ -178,13 +179,15 @@ def _as_given(batch: Batch) -> Any:
 
 
 def _hash(made: Sequence[Batch]) -> str:
-    """Return the SHA-256 of all tensors, with shape and type."""
+    """Return the SHA-256 of all tensors, with shape and type, and of what else there is."""
     sha = hashlib.sha256()
     for batch in made:
         for key in sorted(batch):
-            if isinstance(value := batch[key], Tensor):
-                sha.update(f"{key} {list(value.shape)} {value.dtype} ".encode())
-                sha.update(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+            if not isinstance(value := batch[key], Tensor):
+                sha.update(f"{key} {value!r} ".encode())
+                continue
+            sha.update(f"{key} {list(value.shape)} {value.dtype} ".encode())
+            sha.update(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
 
 
@@ -397,10 +400,9 @@ class AnchorLoss:
         """Return what ``_measure`` does, from ``sweeps`` where it is there already."""
         if self.sweeps is None:
             return self._measure(batch, sigmas)
-        plain = isinstance(self.metric, str) and self.metric != "embedding_norm"
-        made = "logits" if plain else name_of(self.metric)
+        made = self.metric if self.metric == "embedding_norm" else "logits"
         how = asdict(replace(self.config, sigma=None, temperature=1.0))
-        on = [made, callable(self.metric), _hash([batch]), list(sigmas), self.draws, how]
+        on = [made, _hash([batch]), list(sigmas), self.draws, how]
         key = hashlib.sha256(json.dumps(on).encode()).hexdigest()
         if key not in self.sweeps:
             self.sweeps[key] = self._measure(batch, sigmas)
@@ -449,14 +451,17 @@ class AnchorLoss:
         if callable(self.metric):
             who = f"the loss function {name_of(self.metric)}"
             own = {k: v.to(out.device) for k, v in batch.items() if isinstance(v, Tensor)}
-            losses = [self.metric(o, _as_given({**batch, **own})) for o in out]
-            got = list(getattr(losses[0], "shape", [type(losses[0]).__name__]))
-            if got != [_rows_of(batch)]:
-                raise ValueError(
-                    f"metric: {who} has to return a tensor of a loss for each row, "
-                    f"[{_rows_of(batch)}], got {got}; average over draws, dim 0 of the outputs, "
-                    "and leave the rows apart (reduction='none')"
-                )
+            given = _as_given({**batch, **own})
+            losses = [self.metric(o, given) for o in out]
+            # One draw tells draws from rows where there are as many of both.
+            for loss in (losses[0], self.metric(out[0][:1], given)):
+                got = list(getattr(loss, "shape", [type(loss).__name__]))
+                if got != [_rows_of(batch)]:
+                    raise ValueError(
+                        f"metric: {who} has to return a tensor of a loss for each row, "
+                        f"[{_rows_of(batch)}], got {got}; average over draws, dim 0 of the "
+                        "outputs, and leave the rows apart (reduction='none')"
+                    )
             out = torch.stack(losses)[:, None].double()
         out = out.cpu().contiguous()
         _check_finite(out.softmax(-1) if out.dim() == 4 else out, sigmas, who)
