@@ -145,12 +145,15 @@ def test_label_tokens_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     from tfb import pretrained
 
     figures = {"all": 2.0, "last": 1.0}
-    monkeypatch.setattr(pretrained, "compare_label_tokens", lambda *_, **__: figures)
-    for given, expected in ((None, "last"), ("all", "all")):
+    for given, told, expected in ((None, True, "last"), (None, False, "all"), ("all", True, "all")):
+        monkeypatch.setattr(
+            pretrained, "compare_label_tokens", lambda *_, told=told, **__: (figures, told)
+        )
         m = tfb.from_pretrained(digits.ADAPTER, digits.BASE, label_tokens=given)
-        fit = m.fit(digits.rows("anchor")[:32], sigma=0.0)
+        fit = m.fit(digits.rows("anchor")[:64], sigma=0.0)
         assert m.bayes.label_tokens == expected
         assert any("label_tokens" in note for note in fit.notes) == (given is None)
+        assert any("does not tell" in note for note in fit.notes) == (not told)
 
 
 # --- as a transformers model ----------------------------------------------------------------------

@@ -183,6 +183,8 @@ class DrawTensors(NamedTuple):
 
 
 def _check_count(draws: int, name: str) -> None:
+    if not isinstance(draws, int):
+        raise ValueError(f"{name}={draws!r}: expected a number of draws")
     if draws < 1:
         raise ValueError(f"{name}={draws}: at least one draw is needed")
 

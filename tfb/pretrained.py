@@ -26,6 +26,7 @@ from tfb.adapters.bridge import LastLayers, LayerPredicate, bayesianize
 from tfb.adapters.loading import (
     FILES,
     adapter_folder,
+    base_config,
     check_device,
     class_names,
     load_adapter,
@@ -82,7 +83,6 @@ class TfbModel(nn.Module):
     Attributes:
         bayes: the :class:`BayesianModel` beneath: sigma, T, draws of every layer.
         tokenizer: the tokenizer.
-        draws: posterior draws of a prediction, unless it is given others.
         columns: the data's names of columns that were given last.
         fitted: what :meth:`fit` found; None before, and for an artifact without a record.
         extra: JSON values that the artifact keeps.
@@ -92,7 +92,6 @@ class TfbModel(nn.Module):
         self, bayes: BayesianModel, tokenizer: PreTrainedTokenizerBase, *, draws: int = DRAWS
     ) -> None:
         super().__init__()
-        check_even(draws)
         self.model = bayes.model
         self.bayes, self.tokenizer, self.draws = bayes, tokenizer, draws
         self.columns: dict[str, str] = {}
@@ -112,6 +111,16 @@ class TfbModel(nn.Module):
 
     def __repr__(self) -> str:
         return f"TfbModel({self.config.model_type}, {self.bayes!r})"
+
+    @property
+    def draws(self) -> int:
+        """Posterior draws of a prediction, an even number, unless it is given others."""
+        return self._draws
+
+    @draws.setter
+    def draws(self, draws: int) -> None:
+        check_even(draws)
+        self._draws = draws
 
     # --- data -------------------------------------------------------------------------------------
 
@@ -165,7 +174,8 @@ class TfbModel(nn.Module):
             coverage: the share of rows whose prediction set is to hold the right answer.
             calibration: rows for these two, other ones than ``data``. Default: a random half of
                 ``data``, which sigma and T then do not see.
-            search: options of :func:`tfb.fit_sigma`.
+            search: options of :func:`tfb.fit_sigma`, such as sigma=0 (T alone),
+                temperature=False (sigma alone), objective, mode and tail, draws, progress.
 
         Returns:
             The fit; ``print`` gives the verdict.
@@ -209,12 +219,16 @@ class TfbModel(nn.Module):
         asked = self._choose_label_tokens and self.bayes.task != "SEQ_CLS"
         if not asked or any(row.label is None for row in rows):
             return []
-        nll = compare_label_tokens(self.bayes, rows, self.tokenizer, truncate=truncate)
-        if nll is None:
+        compared = compare_label_tokens(self.bayes, rows, self.tokenizer, truncate=truncate)
+        if compared is None:
             return []
-        self.bayes.label_tokens = min(nll, key=nll.__getitem__)
+        nll, told = compared
+        if told:
+            self.bayes.label_tokens = min(nll, key=nll.__getitem__)
+        chosen = self.bayes.label_tokens
         figures = " and ".join(f"{value:.3g} with {name!r}" for name, value in nll.items())
-        return [f"label_tokens={self.bayes.label_tokens!r}: the adapter's NLL is {figures}"]
+        doubt = "" if told else ", which does not tell; give label_tokens as it was trained"
+        return [f"label_tokens={chosen!r}: the adapter's NLL is {figures}{doubt}"]
 
     # --- predictions ------------------------------------------------------------------------------
 
@@ -360,7 +374,8 @@ class TfbModel(nn.Module):
         """Continue prompts with the averaged predictive, called as transformers' ``generate``.
 
         Args:
-            inputs: input ids [B, T]; or None, with input_ids among the options.
+            inputs: input ids [B, T] or a tokenizer's batch; or None, with input_ids among the
+                options.
             draws: draws that decode side by side; default: ``m.draws``.
             options: a batch (input_ids, attention_mask) and options of ``generate``.
 
@@ -371,9 +386,15 @@ class TfbModel(nn.Module):
         Raises:
             ValueError: what :meth:`BayesianModel.generate` refuses.
         """
+        options |= inputs if isinstance(inputs, Mapping) else {}
         batch = {name: options.pop(name) for name in _PROMPT if options.get(name) is not None}
-        if inputs is not None:
+        if isinstance(inputs, Tensor):
             batch["input_ids"] = inputs
+        if not isinstance(batch.get("input_ids"), Tensor):
+            raise TypeError(
+                "generate: needs token ids; write m.generate(**m.tokenizer(texts, "
+                "return_tensors='pt', padding=True))"
+            )
         config = options.get("generation_config")
         whole = options.pop("return_dict_in_generate", None)
         whole = getattr(config, "return_dict_in_generate", False) if whole is None else whole
@@ -637,6 +658,8 @@ def from_pretrained(
     check_label_tokens(label_tokens or LABEL_TOKENS[0])
     folder = local_folder(path, FILES)
     model = base if isinstance(base, nn.Module) else base_of(folder, base)
+    if isinstance(model, str):
+        base_config(model, folder)  # names a base that is not there
     if tokenizer is None:
         name = model if isinstance(model, str) else str(getattr(model, "name_or_path", folder))
         tokenizer = tokenizer_of(folder, name)

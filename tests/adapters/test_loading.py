@@ -261,8 +261,8 @@ def test_folder_without_an_adapter(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["nobody/nothing", "no/such/folder/here", "/no/such/folder"])
 def test_names_that_cannot_be_reached(name: str) -> None:
     """The suite runs offline, like a cluster node."""
-    refused(name, f"{name}: not a folder here, and not to be had from the hub")
-    with pytest.raises(AdapterError, match="not to be had from the hub"):
+    refused(name, f"{name}: no folder of this name is here")
+    with pytest.raises(AdapterError, match="the hub has none or cannot be reached"):
         load_base("anything", name)
 
 

@@ -549,11 +549,11 @@ def test_missing_things_are_named(
         ),
         (
             fit_command(MODEL, gone, data["anchor"], gone),
-            "not a folder here",
+            "no folder of this name is here",
         ),
         (
             ("evaluate", gone, data["test"]),
-            "not a folder here",
+            "no folder of this name is here",
         ),
         (
             ("evaluate", artifact, data["test"], "--base", gone),

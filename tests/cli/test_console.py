@@ -18,17 +18,17 @@ def test_short_work_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 def test_long_work_prints_a_line_now_and_then(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On stderr, every 30 seconds and at the end: what is done of how much, and for how long."""
+    """On stderr, soon, every 30 seconds and at the end: what is done, of how much, since when."""
     now = 100.0
     monkeypatch.setattr(console.time, "monotonic", lambda: now)
     with progress_bar("scoring") as bar:
-        for done, now in ((10, 110.0), (1020, 131.0), (1500, 140.0), (1900, 162.0)):  # noqa: B007
+        for done, now in ((5, 104.0), (10, 106.0), (900, 131.0), (1020, 136.0), (1900, 162.0)):  # noqa: B007
             bar.update(done, 2000, f"{done // 1000} errors")
         now = 170.0
         bar.update(2000, 2000)
     out, err = capsys.readouterr()
     assert out == "" and err.splitlines() == [
-        "scoring: 1,020 of 2,000, 1 errors, 31 s",
-        "scoring: 1,900 of 2,000, 1 errors, 62 s",
+        "scoring: 10 of 2,000, 0 errors, 6 s",
+        "scoring: 1,020 of 2,000, 1 errors, 36 s",
         "scoring: 2,000 of 2,000, 70 s",
     ]

@@ -169,7 +169,7 @@ def bayesianize(
 
 def _check_head(config: Any) -> None:
     """Refuse a head whose outputs are no logits of one class among several."""
-    kind, classes = getattr(config, "problem_type", None), config.num_labels
+    kind, classes = getattr(config, "problem_type", None), getattr(config, "num_labels", 2)
     if classes < 2 or kind in ("regression", "multi_label_classification"):
         raise AdapterError(
             f"the head has {classes} outputs and problem_type {kind}; probabilities are averaged "

@@ -92,8 +92,7 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
             str(model), trust_remote_code=False
         )
     except (OSError, ValueError) as error:
-        # transformers explains itself over several lines, and not always by the model's name.
-        reason = str(error).strip().splitlines()[0]
+        reason = _reason(model, error)
         raise ValueError(
             f"model={model}: no tokenizer can be loaded from it; name a local folder with one, "
             f"or a hub model ({reason})"
@@ -113,6 +112,14 @@ def tokenizer_of(folder: str | Path, base: str | Path) -> PreTrainedTokenizerBas
     """
     own = local_folder(folder, FILES)
     return load_tokenizer(own if (own / "tokenizer_config.json").is_file() else base)
+
+
+def _reason(name: str | Path, error: Exception) -> str:
+    """Return why a model cannot be loaded, in a line."""
+    path = Path(name)
+    if not path.exists() and (str(name).count("/") > 1 or str(name)[:1] in "./~"):
+        return "no such folder"  # and no hub name either, which is what transformers says
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def set_padding(base: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -227,7 +234,7 @@ def base_config(name: str | Path, adapter: str | Path) -> Any:
     try:
         return transformers.AutoConfig.from_pretrained(str(name), trust_remote_code=False, **head)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = _reason(name, error)
         raise AdapterError(
             f"{name}: no base model's configuration can be loaded from it ({reason}); give "
             "base=NAME"
@@ -298,7 +305,7 @@ def _pretrained(kind: Any, name: str | Path, **options: Any) -> nn.Module:
     try:
         model: nn.Module = kind.from_pretrained(str(name), **options)
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = _reason(name, error)
         raise AdapterError(
             f"{name}: no base model can be loaded from it ({reason}); give base=NAME. Models are "
             "read from safetensors by transformers' own classes: pickled weights and a "
@@ -316,7 +323,8 @@ def local_folder(name: str | Path, patterns: list[str]) -> Path:
         return Path(snapshot_download(str(name), allow_patterns=patterns))
     except Exception as error:
         raise AdapterError(
-            f"{name}: not a folder here, and not to be had from the hub ({type(error).__name__})"
+            f"{name}: no folder of this name is here, and the hub has none or cannot be reached; "
+            "name a folder with adapter_config.json, or a hub model"
         ) from error
 
 

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tfb.pretrained import TfbModel
     from tfb.search.result import PredictiveFit
 
-EVERY = 30.0  # seconds between two lines of progress where there is no terminal
+FIRST, EVERY = 5, 30.0  # seconds until the first line of progress, and between lines
 
 out = Console(width=None if sys.stdout.isatty() else 120)
 
@@ -68,7 +68,7 @@ Base = Annotated[
     typer.Option(
         "--base",
         metavar="MODEL",
-        help="base model, a folder or hub name; default: the one that the adapter names",
+        help="base model, a folder or hub name; default: as the artifact or adapter says",
     ),
 ]
 Artifact = Annotated[
@@ -102,7 +102,8 @@ Columns = Annotated[
     typer.Option(
         "--columns",
         metavar="OURS=YOURS",
-        help="columns that have other names in your data: text=sentence,label=gold; fit keeps them",
+        help="columns that have other names in your data: text=sentence,label=gold of a "
+        "classifier, prompt=question,label=gold of a language model; fit keeps them",
     ),
 ]
 Labels = Annotated[
@@ -148,6 +149,7 @@ def as_flags(message: str, flags: Mapping[str, str], given: Sequence[str] = ()) 
         value = quoted if quoted is not None else bare
         return flags[name] if true else f"{flags[name]} {value}"
 
+    message = re.sub(rf"\bby ({names})\b", lambda m: f"by {flags[m[1]]}", message)
     return re.sub(pattern, flag, message) if flags else message
 
 
@@ -312,7 +314,8 @@ class Meter:
     def __init__(self, label: str, total: int | None, bar: Progress) -> None:
         self.label, self.total, self.done, self.remark = label, total, 0, ""
         self._bar, self._task = bar, bar.add_task(label, total=total, remark="")
-        self._started = self._told = time.monotonic()
+        self._started = time.monotonic()
+        self._told = self._started - EVERY + FIRST
 
     def advance(self, n: int) -> None:
         """Add to what is done."""
@@ -337,7 +340,7 @@ class Meter:
 
     def end(self) -> None:
         """Print the last line of work that was not short."""
-        if time.monotonic() - self._started >= EVERY:
+        if time.monotonic() - self._started >= FIRST:
             self.tell()
 
 
@@ -359,14 +362,22 @@ def progress_bar(label: str, total: int | None = None) -> Iterator[Meter]:
     meter.end()
 
 
+def print_fit(found: PredictiveFit) -> None:
+    """Print the verdict, with all notes."""
+    say(str(replace(found, notes=found.notes[:1])))
+    for remark in found.notes[1:]:
+        say(f"note: {remark}")
+
+
 def print_curve(found: PredictiveFit) -> None:
-    """Print every sigma that was measured."""
+    """Print every sigma that was measured; * marks the answer."""
     table = Table(title=f"{found.metric} on {found.anchors} anchors")
     for heading in ("sigma", "T", "loss", "change", "± error", "accuracy %", "anchors"):
         table.add_column(heading, justify="right")
+    found_at = found.sigma, found.temperature
     for p in found.curve:
         table.add_row(
-            f"{p.sigma:.5g}",
+            f"{p.sigma:.5g}" + " *" * ((p.sigma, p.temperature) == found_at),
             f"{p.temperature:.3g}",
             f"{p.loss:.4f}",
             f"{p.loss - found.baseline:+.4f}",

@@ -35,6 +35,12 @@ if TYPE_CHECKING:
     from tfb.data.rows import Row
     from tfb.evaluation.metrics import Evaluation
 
+# How to have a method in place of the artifact's own.
+ADVICE = {
+    "adapter": "the artifact predicts by its last row; for the first, use the adapter as it is",
+    "temperature": "the artifact predicts by its last row; for a temperature alone: fit --sigma 0",
+    "TFB": "the artifact predicts by its last row; for noise alone: fit --no-temperature",
+}
 ROW_FORMATS = (".parquet", ".jsonl", ".csv")
 
 
@@ -113,6 +119,8 @@ def evaluate(
         )
     comparison = Comparison.of(found)
     say(str(comparison))
+    if (advice := ADVICE.get(comparison.recommended)) and comparison.recommended != found[-1].name:
+        say(advice)
     if rows_out is not None:
         write_rows(rows_out, rows, found, given.form.labels)
     if json_out is not None:

@@ -61,6 +61,8 @@ def export(
     check_dtype(dtype)
     given = Input.of(artifact, base)
     sidecar = given.sidecar
+    if mode not in (None, "full"):
+        raise ValueError(f"--mode {mode}: an exported adapter has its noise at every token: full")
     check_exportable(mode or sidecar["mode"], sidecar.get("tail"))
     if sidecar["sigma"] == 0:
         raise ValueError(

@@ -25,6 +25,7 @@ from tfb.cli.console import (
     check_labels,
     note,
     print_curve,
+    print_fit,
     progress_bar,
     quiet,
     say,
@@ -231,7 +232,7 @@ def fit(
     names = {"columns": given.form.columns} if given.form.columns else {}
     save(m.bayes, output, fit=found, tokenizer=m.tokenizer, anchors=data.name, **names)
     kept.unlink(missing_ok=True)
-    say(str(found))
+    print_fit(found)
     if m.bayes.decisions is not None:
         say(str(m.bayes.decisions))
     if curve:

@@ -19,6 +19,7 @@ from tfb.cli.console import (
     Truncate,
     advanced,
     fail,
+    note,
     note_mode,
     parse_columns,
     parse_labels,
@@ -169,6 +170,7 @@ def score(
     if job.adaptive is not None:
         say(_draws(counts, job.adaptive))
     if done.signal is not None:
+        note("the same command with --resume goes on from here")
         raise typer.Exit(SIGNALLED + done.signal)
     if done.too_many_errors:
         fail(

@@ -26,7 +26,7 @@ PADDING = 0.1
 """Most of a batch of `token_batches` that may be padding."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EncodedRows:
     """N rows as token ids, in the rows' order. Lists run over rows and are not to be changed.
 
@@ -53,6 +53,9 @@ class EncodedRows:
     token_type_ids: list[list[int]] | None = None
     choice_ids: list[tuple[tuple[int, ...], ...] | None] | None = None
     truncated: list[int] | None = None
+
+    def __repr__(self) -> str:
+        return f"EncodedRows({len(self)} rows, {sum(map(len, self.input_ids))} tokens)"
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -126,6 +126,11 @@ class Decisions:
                 f"abstain always: {rows} show for no share of them that at most "
                 f"{_percent(self.target_error)} are wrong; give more rows, or allow more errors"
             )
+        elif self.threshold == 0.0:
+            lines.append(
+                f"answer every row: of {rows} {_percent(self.error)} are wrong; of new ones at "
+                f"most {_percent(self.target_error)} (level {_percent(self.level)})"
+            )
         elif self.target_error is not None:
             lines.append(
                 f"abstain at a confidence of {self.threshold:.3g} or less: of {rows} "

@@ -197,12 +197,14 @@ def compare_label_tokens(
     *,
     truncate: str | None = None,
     batch_size: int = 50,
-) -> dict[str, float] | None:
-    """Return the NLL, in nats, of labelled choice rows by each of ``LABEL_TOKENS``, if that tells.
+) -> tuple[dict[str, float], bool] | None:
+    """Compare the adapter, at T = 1, by each of ``LABEL_TOKENS`` on labelled choice rows.
 
-    None where both give the same tokens, one cannot be used, they are within two standard errors,
-    neither is better than a guess, or no more than half of the labels occur: then a model that
-    always says the same may have the lower NLL.
+    Returns:
+        The NLL by each, in nats, and whether that tells which one the adapter was trained for. It
+        does not where they are within two standard errors, where neither is better than a guess,
+        or where no more than half of the labels occur: then a model that always says the same may
+        have the lower NLL. None where both give the same tokens, or one cannot be used.
     """
     found: dict[str, EncodedRows] = {}
     for name in LABEL_TOKENS:
@@ -214,7 +216,8 @@ def compare_label_tokens(
         return None
     losses: dict[str, Tensor] = {}
     for name, encoded in found.items():
-        probs = predict_rows(bayes, encoded, Draws.mean(), batch_size=batch_size).probs.double()
+        p = predict_rows(bayes, encoded, Draws.mean(), batch_size=batch_size, temperature=1.0)
+        probs = p.probs.double()
         chosen = probs.gather(1, torch.tensor(encoded.labels)[:, None])[:, 0]
         losses[name] = -chosen.clamp_min(PROBABILITY_FLOOR).log()
     all_, last = (losses[name] for name in LABEL_TOKENS)
@@ -223,4 +226,4 @@ def compare_label_tokens(
     figures = {name: float(loss.mean()) for name, loss in losses.items()}
     told = abs(figures["all"] - figures["last"]) > unsure and min(figures.values()) < guess
     most = max(len(row.choices or ()) for row in rows)
-    return figures if told and len({row.label for row in rows}) > most / 2 else None
+    return figures, told and len({row.label for row in rows}) > most / 2

@@ -50,6 +50,7 @@ SEARCHES = ("grid", "bisection")
 DEFAULT_BOUNDS = (1e-3, 0.1)
 SEARCH_DRAWS = 8
 NEARLY_ALL, NEAR_ZERO = 0.95, 0.1  # right, and NLL over that of a guess, on training rows
+FEW = 50  # anchors: at 10 and 20 of them, noise and T that they asked for made new rows worse
 NLL_FLOOR = 0.01  # nats: below this a relative tolerance on the NLL is ill-conditioned
 
 Anchors = AnchorSet | EncodedRows | Iterable[Batch | Sequence[torch.Tensor]]
@@ -300,13 +301,14 @@ class Verdict:
 
 def _verdict(rule: Rule, matrix: LossMatrix, loss: AnchorLoss, fixed: float | None) -> Verdict:
     """Judge what was measured on all anchors; ``fixed`` is the sigma that is not searched."""
-    notes, suspicious = _doubtful_rows(loss)
+    notes, suspicious = _doubts(loss)
     if isinstance(rule, Crossing):
         return _crossing(rule, matrix, notes)
     assert isinstance(rule, Least)
     best = rule.best(matrix) if fixed is None else len(matrix.points) - 1
     if not rule.guarded or fixed:
         text = "T of least loss at this sigma" if fixed else "the least objective measured"
+        notes += _losses_of_accuracy(matrix, best)
         return Verdict(*matrix.points[best], text, change_limits(matrix, best), tuple(notes))
     if fixed is None and (free := rule.best(matrix, guarded=False)) != best:
         where = "sigma = {:.3g}, T = {:.3g}".format(*matrix.points[free])
@@ -324,10 +326,7 @@ def _verdict(rule: Rule, matrix: LossMatrix, loss: AnchorLoss, fixed: float | No
                     "the 95 % interval of the change of the loss includes 0: more anchors would "
                     "tell whether this helps"
                 )
-            text = f"the loss falls by {matrix.gain(0, g):.2g}"
-            if g != best:
-                text += "; noise lowers it further by no more than the standard error of that"
-            return Verdict(*matrix.points[g], text, limits, tuple(notes))
+            return Verdict(*matrix.points[g], _gain(matrix, g, best), limits, tuple(notes))
     text = "keep the adapter: nothing that was tried lowers the loss enough"
     if best != 0:
         text = (
@@ -335,6 +334,17 @@ def _verdict(rule: Rule, matrix: LossMatrix, loss: AnchorLoss, fixed: float | No
             "standard error over anchors".format(*matrix.points[best])
         )
     return Verdict(0.0, 1.0, text, change_limits(matrix, best), tuple(notes))
+
+
+def _gain(matrix: LossMatrix, g: int, best: int) -> str:
+    """Say what the answer g gains, and how that is shared by T and noise."""
+    scaled = int((matrix.sigmas == 0).nonzero()[-1])
+    text = f"the loss falls by {matrix.gain(0, g):.2g}"
+    if g != best:
+        return f"{text}; noise lowers it further by no more than the standard error of that"
+    if g > scaled > 0:
+        text += f", {matrix.gain(scaled, g):.2g} of it beyond T alone"
+    return text
 
 
 def _untempered(
@@ -353,10 +363,14 @@ def _untempered(
 def _crossing(rule: Crossing, matrix: LossMatrix, notes: list[str]) -> Verdict:
     sigma, place = rule.crossing(matrix)
     low, high = matrix.sigmas[place - 1 : place + 1].tolist()
-    if less_accurate(matrix, place - 1):
-        notes.append(f"at this sigma {_fall(matrix, place - 1)}")
+    notes += _losses_of_accuracy(matrix, place - 1)
     text = f"the loss crosses the tolerance between {low:.3g} and {high:.3g}"
     return Verdict(sigma, 1.0, text, None, tuple(notes))
+
+
+def _losses_of_accuracy(matrix: LossMatrix, g: int) -> list[str]:
+    """Return a note where accuracy is significantly lower at the answer, point g."""
+    return [f"at this sigma {_fall(matrix, g)}"] if less_accurate(matrix, g) else []
 
 
 def _fall(matrix: LossMatrix, g: int) -> str:
@@ -364,6 +378,14 @@ def _fall(matrix: LossMatrix, g: int) -> str:
     assert matrix.correct is not None
     was, now = (100 * float(matrix.correct[i].double().mean()) for i in (0, g))
     return f"accuracy falls from {was:.1f} to {now:.1f} % of the anchors, which is significant"
+
+
+def _doubts(loss: AnchorLoss) -> tuple[list[str], bool]:
+    """Return notes on the anchors, and whether they look like the adapter's training rows."""
+    notes, suspicious = _doubtful_rows(loss)
+    if (few := len(loss.anchors)) < FEW:
+        notes.append(f"only {few} anchors: what they ask for may be chance; take 200 or more")
+    return notes, suspicious
 
 
 def _doubtful_rows(loss: AnchorLoss) -> tuple[list[str], bool]:
