@@ -295,9 +295,10 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def loaded(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded before the input was checked")
 
-    monkeypatch.setattr("tfb.adapters.loading.load_base", loaded)
-    monkeypatch.setattr("tfb.adapters.artifact.load_base", loaded)
+    # The last first: a module that is imported here would take what is patched for its own.
     monkeypatch.setattr("tfb.pretrained.load_base", loaded)
+    monkeypatch.setattr("tfb.adapters.artifact.load_base", loaded)
+    monkeypatch.setattr("tfb.adapters.loading.load_base", loaded)
 
 
 ROW = {"id": "1", "prompt": "a a a\n=", "choices": ["0", "1"], "label": 0}
