@@ -20,7 +20,7 @@ def chats(split):
 m = tfb.from_pretrained(
     digits.ADAPTER, base=digits.BASE, tokenizer=tokenizer, labels=digits.CHOICES
 )
-fit = m.fit(chats("anchor"))
+fit = m.fit(chats("anchor"), draws=4)
 test = list(chats("test"))[:100]
 df = m.score(test)
 print(df[["choice", "total", "epistemic"]].head())

@@ -11,7 +11,7 @@ import tfb
 from tfb.demo import digits
 
 m = tfb.from_pretrained(digits.ADAPTER, base=digits.BASE)
-fit = m.fit(digits.rows("anchor"))
+fit = m.fit(digits.rows("anchor"), draws=4)  # half of the default: quick
 folder = tfb.export(m.bayes, Path(tempfile.mkdtemp()) / "draws", draws=4)
 
 # A server sends a request to each adapter and averages the probabilities, never the logits.

@@ -8,7 +8,7 @@ from tfb.demo import digits
 
 folder = classifier()
 m = tfb.from_pretrained(f"{folder}/adapter", labels=LABELS)
-fit = m.fit(f"{folder}/dev.csv", text="sentence", label="class")
+fit = m.fit(f"{folder}/dev.csv", text="sentence", label="class", draws=4)
 
 classify = pipeline("text-classification", model=m, tokenizer=m.tokenizer, top_k=None)
 texts = [row["prompt"] for row in digits.rows("test")[:4]]

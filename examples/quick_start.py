@@ -10,7 +10,7 @@ m = tfb.from_pretrained(digits.ADAPTER, base=digits.BASE)  # yours: a folder or 
 fit = m.fit(digits.rows("anchor"))  # yours: "dev.csv", a DataFrame, a Dataset, a list of dicts
 print(fit)
 
-test = digits.rows("test")[:400]  # rows that the fit did not see
+test = digits.rows("test")[:200]  # rows that the fit did not see
 evidence = m.evaluate(test)
 print(evidence)
 

@@ -12,7 +12,7 @@ from tfb.scoring.run import run
 
 folder = Path(tempfile.mkdtemp())
 m = tfb.from_pretrained(digits.ADAPTER, base=digits.BASE)
-fit = m.fit(digits.rows("anchor"))
+fit = m.fit(digits.rows("anchor"), draws=4)  # half of the default: quick
 m.save_pretrained(folder / "artifact")
 pd.DataFrame(digits.rows("test")).to_parquet(folder / "rows.parquet")
 

@@ -10,7 +10,7 @@ import tfb
 
 folder = classifier()
 m = tfb.from_pretrained(f"{folder}/adapter", labels=LABELS)
-fit = m.fit(f"{folder}/dev.csv", text="sentence", label="class")
+fit = m.fit(f"{folder}/dev.csv", text="sentence", label="class", draws=4)
 
 test = Dataset.from_csv(f"{folder}/test.csv", cache_dir=tempfile.mkdtemp()).select(range(64))
 test = test.map(

@@ -38,7 +38,7 @@ def test_quick_start(example: Any) -> None:
     found = example("quick_start")
     assert found["again"].bayes.config == found["m"].bayes.config == found["fit"].config
     assert found["evidence"].recommended != "adapter"
-    assert len(found["df"]) == 400
+    assert len(found["df"]) == 200
 
 
 def test_classifier_from_csv(example: Any) -> None:

@@ -330,9 +330,9 @@ def test_a_trained_model_and_plain_peft(shared: Path, trained: Path, tmp_path: P
         accuracy = (log_probs.argmax(-1) == labels).double().mean()
         assert found[name].accuracy == pytest.approx(float(accuracy), abs=SINGLE)
     assert found["all"].accuracy > 0.5 > found["last"].accuracy + 0.2
-    compared = compare_label_tokens(bayes, read_rows(data), tokenizer)
+    compared, told = compare_label_tokens(bayes, read_rows(data), tokenizer) or ({}, False)
     assert compared == pytest.approx({name: f.nll for name, f in found.items()}, abs=SINGLE)
-    assert compared is not None and compared["all"] + 1 < compared["last"]
+    assert told and compared["all"] + 1 < compared["last"]
 
 
 def test_a_model_of_last_tokens(shared: Path) -> None:
@@ -341,5 +341,9 @@ def test_a_model_of_last_tokens(shared: Path) -> None:
     tokenizer = load_tokenizer(str(shared / "models/stories260K"))
     rows = read_rows(shared / "data/clinc-domain/anchor.jsonl")[:80]
     assert {row.choices for row in rows} == {tuple("ABCDEFGHIJ")}
-    compared = compare_label_tokens(bayes, rows, tokenizer)
-    assert compared is not None and compared["last"] + 1 < compared["all"]
+    compared, told = compare_label_tokens(bayes, rows, tokenizer) or ({}, False)
+    assert told and compared["last"] + 1 < compared["all"]
+    few = [row for row in rows if (row.label or 0) < 4]  # four of ten labels do not tell
+    assert compare_label_tokens(bayes, few, tokenizer)[1] is False  # type: ignore[index]
+    bayes.configure(sigma=0.02, temperature=4.0)  # whatever was fitted before
+    assert compare_label_tokens(bayes, rows, tokenizer) == (compared, True)

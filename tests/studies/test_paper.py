@@ -378,7 +378,7 @@ REFUSED = {
     "tolerance": (["--tolerance", "0"], "tolerance=0.0: expected a positive number"),
     "pattern": (["--task", "WG-S", "--adapter", "a/{sed}"], "only {task} and {seed} can be filled"),
     "base": (["--task", "WG-S", "--base", "nowhere/at-all"], "--base nowhere/at-all: no config"),
-    "adapter": (["--task", "WG-S", "--adapter", "nobody/nothing"], "nobody/nothing: not a folder"),
+    "adapter": (["--task", "WG-S", "--adapter", "nobody/nothing"], "nobody/nothing: no folder"),
     "kind": (["--task", "WG-S", "--checkpoint", "published"], "an ordinary PEFT adapter"),
     "long": (
         ["--task", "OBQA", "--ood", "Phy-HS", "--split", "test", "--limit", "9"],
