@@ -69,6 +69,7 @@ def test_pipeline(example: Any) -> None:
 
 def test_trainer(example: Any) -> None:
     """One row of logits for each row of data, whose NLL is the loss that the Trainer tells."""
+    pytest.importorskip("datasets")
     outcome = example("trainer")["outcome"]
     scores, labels = torch.tensor(outcome.predictions), torch.tensor(outcome.label_ids)
     assert scores.shape == (64, 10)

@@ -199,6 +199,7 @@ def test_what_it_cannot_do() -> None:
     m.bayes.configure(mode="tail", tail=1)
     with pytest.raises(ValueError, match="mode='full'"):
         m(**batch)
+    assert m.to("cpu") is m and m.device.type == "cpu" and m.config is m.bayes.base.config
     with pytest.raises(AttributeError, match="nonsense"):
         m.nonsense  # noqa: B018
 
