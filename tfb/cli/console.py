@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tfb.data.rows import Row, RowFormat
     from tfb.evaluation.metrics import Evaluation
     from tfb.pretrained import TfbModel
+    from tfb.sampling.config import SamplingConfig
     from tfb.search.result import PredictiveFit
 
 FIRST, EVERY = 5, 30.0  # seconds until the first line of progress, and between lines
@@ -360,6 +361,11 @@ def progress_bar(label: str, total: int | None = None) -> Iterator[Meter]:
         meter = Meter(label, total, bar)
         yield meter
     meter.end()
+
+
+def evaluated(methods: Mapping[str, SamplingConfig]) -> int:
+    """Return how often an evaluation of the adapter and these methods goes over its rows."""
+    return 1 + sum((c.sigma, c.temperature) != (0.0, 1.0) for c in methods.values())
 
 
 def print_fit(found: PredictiveFit) -> None:

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from tfb.cli.console import Draws, out, print_curve, print_metrics, progress_bar, quiet, say
+from tfb.cli.console import (
+    Draws,
+    evaluated,
+    out,
+    print_curve,
+    print_metrics,
+    progress_bar,
+    quiet,
+    say,
+)
 
 if TYPE_CHECKING:
     from tfb.evaluation.metrics import Evaluation
@@ -83,7 +92,7 @@ def demo(
     found: list[Evaluation] = []
     for split in ("test", "shifted"):
         rows = read_rows(digits.rows(split))
-        with progress_bar(split, 3 * len(rows)) as bar:
+        with progress_bar(split, evaluated(configs) * len(rows)) as bar:
             measured = evaluations(
                 bayes,
                 encode(bayes, rows, tokenizer),

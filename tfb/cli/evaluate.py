@@ -26,6 +26,7 @@ from tfb.cli.console import (
     Truncate,
     advanced,
     check_labels,
+    evaluated,
     progress_bar,
     quiet,
     say,
@@ -106,8 +107,7 @@ def evaluate(
     m = given.load(device, mode, tail)
     if sigma is not None:
         m.bayes.configure(sigma=sigma)
-    sampled = sum(config.sigma != 0.0 for config in m.methods.values())
-    with progress_bar("evaluating", (1 + sampled) * len(rows)) as bar:
+    with progress_bar("evaluating", evaluated(m.methods) * len(rows)) as bar:
         found = evaluations(
             m.bayes,
             encoded,

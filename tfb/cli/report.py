@@ -20,6 +20,7 @@ from tfb.cli.console import (
     Limit,
     Truncate,
     check_labels,
+    evaluated,
     print_metrics,
     progress_bar,
     quiet,
@@ -90,10 +91,9 @@ def report(
         check_labels(rows[path], "report needs one on every row of DATA, --shift needs none")
     encoded = {path: given.encode(rows[path]) for path in files}
     m = given.load(device)
-    sampled = sum(config.sigma != 0.0 for config in m.methods.values())
     found: dict[Path, list[Evaluation]] = {}
     for path in files:
-        with progress_bar(path.name, (1 + sampled) * len(rows[path])) as bar:
+        with progress_bar(path.name, evaluated(m.methods) * len(rows[path])) as bar:
             adapter, *others, ours = evaluations(
                 m.bayes,
                 encoded[path],
