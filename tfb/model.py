@@ -18,7 +18,7 @@ from tfb.draws import Draws
 from tfb.evaluation.decisions import Decisions
 from tfb.linear import MERGING, LowRankSampler
 from tfb.posterior import LowRankPosterior
-from tfb.predictive import Predictive, log_mean_probs, tempered
+from tfb.predictive import Predictive, log_mean_probs
 from tfb.sampling.adaptive import Adaptive, predict_adaptively
 from tfb.sampling.config import Configured, SamplingConfig
 from tfb.sampling.fan_out import FanOut
@@ -117,9 +117,8 @@ class BayesianModel(Configured):
         install(inner, task, self.blocks_below)
 
     def __repr__(self) -> str:
-        layers, c = len(self.samplers), self.config
-        fitted = "not fitted" if c.sigma is None else f"sigma={c.sigma:.4g}, T={c.temperature:.4g}"
-        return f"BayesianModel({self.task}, adapter {self.adapter!r}, {layers} layers, {fitted})"
+        what = f"{self.task}, adapter {self.adapter!r}, {len(self.samplers)} layers"
+        return f"BayesianModel({what}, {self.config})"
 
     def check_config(self, config: SamplingConfig) -> None:
         """Refuse tail mode where the model has no prefix that draws can share."""
@@ -273,8 +272,7 @@ class BayesianModel(Configured):
     ) -> Predictive:
         """Average the probabilities of logits [S, B, K] at a temperature; None: the model's."""
         T = self.config.temperature if temperature is None else temperature
-        logits = logits if T == 1.0 else tempered(logits, T)
-        return Predictive.from_logits(logits, draws, keep_draws=keep_draws)
+        return Predictive.from_logits(logits, draws, keep_draws=keep_draws, temperature=T)
 
     def predict(
         self,

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from tfb.draws import Draws, stable_layer_id
 from tfb.linear import BayesLoRALinear
 from tfb.posterior import AdapterError, LowRankPosterior
-from tfb.predictive import Predictive, tempered
+from tfb.predictive import Predictive
 from tfb.sampling.config import Configured, SamplingConfig
 from tfb.sampling.state import (
     ForwardPass,
@@ -100,9 +100,8 @@ class BayesianModule(Configured):
         )
 
     def __repr__(self) -> str:
-        kind, count, c = type(self.model).__name__, len(self.layers), self.config
-        fitted = "not fitted" if c.sigma is None else f"sigma={c.sigma:.4g}, T={c.temperature:.4g}"
-        return f"BayesianModule({kind}, {count} layers, {fitted})"
+        kind = type(self.model).__name__
+        return f"BayesianModule({kind}, {len(self.layers)} layers, {self.config})"
 
     def check_config(self, config: SamplingConfig) -> None:
         """Refuse tail mode."""
@@ -181,9 +180,7 @@ class BayesianModule(Configured):
         """
         draws = self.draws(draws)
         logits = self.outputs(batch, draws)
-        if self.config.temperature != 1.0:
-            logits = tempered(logits, self.config.temperature)
-        return Predictive.from_logits(logits, draws)
+        return Predictive.from_logits(logits, draws, temperature=self.config.temperature)
 
     def remove(self) -> nn.Module:
         """Undo ``bayesianize``; return the module, its layers with the noise that they had."""

@@ -42,16 +42,21 @@ class Predictive:
     draw_counts: Tensor | None = None
 
     @classmethod
-    def from_logits(cls, logits: Tensor, draws: Draws, *, keep_draws: bool = False) -> Predictive:
-        """Average the softmax of each draw's logits, in float32 at least.
+    def from_logits(
+        cls, logits: Tensor, draws: Draws, *, keep_draws: bool = False, temperature: float = 1.0
+    ) -> Predictive:
+        """Average the softmax of each draw's logits over T, in float32 at least.
 
         Args:
             logits: [S, B, K].
             draws: the S draws, in the order of ``logits``.
             keep_draws: keep every draw's probabilities.
+            temperature: T.
         """
         if logits.dim() != 3 or logits.shape[0] != len(draws):
             raise ValueError(f"logits: expected [S={len(draws)}, B, K], got {list(logits.shape)}")
+        if temperature != 1.0:
+            logits = tempered(logits, temperature)
         units = draws.unit_tensor(logits.device)
         if keep_draws or units is None:
             p = logits.to(compute_dtype(logits.dtype)).softmax(-1)

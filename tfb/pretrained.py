@@ -39,7 +39,7 @@ from tfb.adapters.loading import (
 from tfb.data.batching import EncodedRows
 from tfb.data.encoding import LABEL_TOKENS, check_label_tokens, check_truncate
 from tfb.data.readers import read_rows
-from tfb.data.rows import Row, RowError
+from tfb.data.rows import Row, check_labels
 from tfb.draws import Draws, check_even
 from tfb.evaluation.compare import Comparison
 from tfb.evaluation.decisions import check_targets
@@ -202,8 +202,8 @@ class TfbModel(nn.Module):
             rows, held_out = _halves(rows, self.bayes.config.seed)
         metric = search.get("metric", "nll")
         if isinstance(metric, str) and metric in METRICS and METRICS[metric].labelled:
-            _check_labels(rows)
-        _check_labels(held_out)
+            check_labels(rows, *_LABELLED)
+        check_labels(held_out, *_LABELLED)
         notes = self._find_label_tokens(rows, truncate)
         apart = self._encoded(held_out, truncate) if decide else None  # refused before the search
         found = fit_sigma(self.bayes, self._encoded(rows, truncate), **search)
@@ -508,7 +508,7 @@ class TfbModel(nn.Module):
         self.bayes.draws(chosen)  # refuses a sigma that is not set
         rows = self._rows(data, columns, optional=[] if labelled else ["label"])
         if labelled:
-            _check_labels(rows)
+            check_labels(rows, *_LABELLED)
         encoded = self._encoded(rows, truncate)
         if self.fitted is not None and encoded.content_hash == self.fitted.anchor_hash:
             warnings.warn(
@@ -582,15 +582,8 @@ for kind in (AutoModelForCausalLM, AutoModelForSequenceClassification):
 _IGNORED = ("return_dict", "use_cache")
 _NOT_AVERAGED = {"inputs_embeds", "past_key_values", "logits_to_keep"}
 _NOT_AVERAGED |= {"output_attentions", "output_hidden_states"}
+_LABELLED = "every row needs one here", "say label=NAME"
 _PROMPT = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
-
-
-def _check_labels(rows: Sequence[Row]) -> None:
-    if bare := [row.source for row in rows if row.label is None]:
-        raise RowError(
-            f"{bare[0]}: no label, and every row needs one here; if its column has another name, "
-            "say label=NAME"
-        )
 
 
 def _check_apart(rows: Sequence[Row], held_out: Sequence[Row]) -> None:
@@ -663,7 +656,8 @@ def from_pretrained(
     if tokenizer is None:
         name = model if isinstance(model, str) else str(getattr(model, "name_or_path", folder))
         tokenizer = tokenizer_of(folder, name)
-    if (folder / SIDECAR).is_file():
+    sidecar = read_sidecar(folder) if (folder / SIDECAR).is_file() else None
+    if sidecar is not None:
         if layers is not None or seed != 0:
             raise ValueError("layers, seed: an artifact has its own; load the adapter to change it")
         bayes = load(model, folder)
@@ -678,21 +672,20 @@ def from_pretrained(
     if draws is None:
         draws = DRAWS if bayes.decisions is None else bayes.decisions.draws
     m = TfbModel(bayes, tokenizer, draws=draws)
-    return _resumed(m, folder, label_tokens)
-
-
-def _resumed(m: TfbModel, folder: Path, label_tokens: str | None) -> TfbModel:
-    """Give a model what its artifact recorded, if it is one."""
-    if (folder / SIDECAR).is_file():
-        sidecar = read_sidecar(folder)
-        m.fitted = None if sidecar.get("fit") is None else PredictiveFit.from_dict(sidecar["fit"])
-        m.extra = dict(sidecar.get("extra") or {})
-        m.columns = dict(m.extra.pop("columns", None) or {})
-    else:
+    if sidecar is None:
         m._choose_label_tokens = label_tokens is None
-    if label_tokens not in (None, m.bayes.label_tokens):
-        m.bayes.label_tokens, m.bayes.decisions = label_tokens, None
+    else:
+        _resume(m, sidecar)
+    if label_tokens not in (None, bayes.label_tokens):
+        bayes.label_tokens, bayes.decisions = label_tokens, None
     return m
+
+
+def _resume(m: TfbModel, sidecar: Mapping[str, Any]) -> None:
+    """Give a model what its artifact recorded."""
+    m.fitted = None if sidecar.get("fit") is None else PredictiveFit.from_dict(sidecar["fit"])
+    m.extra = dict(sidecar.get("extra") or {})
+    m.columns = dict(m.extra.pop("columns", None) or {})
 
 
 def from_peft(

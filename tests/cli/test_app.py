@@ -449,6 +449,7 @@ def test_messages_of_the_library_name_the_options() -> None:
         ("or accept it: bayes.configure(mode='full')", "or accept it: --mode full"),
     ):
         assert as_flags(message, flags) == said
+    assert as_flags("name it by columns", {}) == "name it by columns"
     folder = "mode=x,draws=3/artifact"
     assert as_flags(f"{folder}: draws=3", flags, ["--output", folder]) == f"{folder}: --draws 3"
 

@@ -141,6 +141,8 @@ def as_flags(message: str, flags: Mapping[str, str], given: Sequence[str] = ()) 
         parts = message.split(quoted)
         return quoted.join(as_flags(part, flags, given) for part in parts)
     message = re.sub(r"bayes\.configure\((.*?)\)", r"\1", message)
+    if not flags:
+        return message
     names = "|".join(map(re.escape, flags))
     # Not within a word, a path or a flag's own value.
     pattern = rf"""(?<![\w./'"-])({names})=(?:(True)\b|'([^']*)'|([^\s,;:)]+))"""
@@ -151,7 +153,7 @@ def as_flags(message: str, flags: Mapping[str, str], given: Sequence[str] = ()) 
         return flags[name] if true else f"{flags[name]} {value}"
 
     message = re.sub(rf"\bby ({names})\b", lambda m: f"by {flags[m[1]]}", message)
-    return re.sub(pattern, flag, message) if flags else message
+    return re.sub(pattern, flag, message)
 
 
 def quiet() -> None:
@@ -166,11 +168,10 @@ def quiet() -> None:
 
 
 def check_labels(rows: Sequence[Row], needed: str) -> None:
-    """Refuse the first row without a label, by file and line; ``needed`` says by what."""
-    if bare := [row.source for row in rows if row.label is None]:
-        raise ValueError(
-            f"{bare[0]}: no label; {needed}; if its column has another name: --columns label=NAME"
-        )
+    """Refuse the first row without a label; ``needed`` says by what."""
+    from tfb.data import rows as data
+
+    data.check_labels(rows, needed, "--columns label=NAME")
 
 
 # --- how rows are read ----------------------------------------------------------------------------
@@ -284,7 +285,12 @@ class Input:
         import tfb
 
         m = tfb.from_pretrained(
-            self.folder, self.base, device=device, label_tokens=self.label_tokens, **options
+            self.folder,
+            self.base,
+            tokenizer=self.encoder.tokenizer,
+            device=device,
+            label_tokens=self.label_tokens,
+            **options,
         )
         note_mode((m.bayes.config.mode, m.bayes.config.tail), mode, tail)
         if mode is not None:

@@ -155,7 +155,7 @@ def fit(
 
     Ctrl-C keeps what was measured; the same command then goes on from there.
     """
-    from tfb.adapters.artifact import check_output_folder, save
+    from tfb.adapters.artifact import check_output_folder
     from tfb.adapters.loading import check_device
     from tfb.evaluation.decisions import check_targets
     from tfb.sampling.config import SamplingConfig
@@ -229,8 +229,8 @@ def fit(
     except RuntimeError:  # of torch: another batch size may fit into memory
         note(keep_sweeps(kept, model, sweeps))
         raise
-    names = {"columns": given.form.columns} if given.form.columns else {}
-    save(m.bayes, output, fit=found, tokenizer=m.tokenizer, anchors=data.name, **names)
+    m.columns, m.extra = dict(given.form.columns), {"anchors": data.name}
+    m.save_pretrained(output)
     kept.unlink(missing_ok=True)
     print_fit(found)
     if m.bayes.decisions is not None:

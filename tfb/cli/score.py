@@ -124,7 +124,6 @@ def score(
     3 too many errors; 130 or 143 stopped by SIGINT or SIGTERM after the part in
     flight. What was finished is kept in any case; --resume goes on with it.
     """
-    from tfb.adapters.artifact import read_sidecar
     from tfb.scoring.job import Job
     from tfb.scoring.run import run
 
@@ -153,8 +152,7 @@ def score(
         ray_address=ray_address,
     )
     job.check()
-    sidecar = read_sidecar(job.folder)
-    note_mode((sidecar["mode"], sidecar.get("tail")), mode, tail)
+    note_mode((job.sidecar["mode"], job.sidecar.get("tail")), mode, tail)
     with progress_bar("scoring") as bar:
         done = run(
             job,

@@ -67,6 +67,21 @@ class Row:
             _fail(f"Row({self.id!r})", fault, "write its position, counted from 0")
 
 
+def check_labels(rows: Sequence[Row], needed: str, remedy: str) -> None:
+    """Refuse the first row without a label, by file and line.
+
+    Args:
+        rows: the rows.
+        needed: what needs one.
+        remedy: how to name its column.
+
+    Raises:
+        RowError: there is one.
+    """
+    if bare := [row.source for row in rows if row.label is None]:
+        raise RowError(f"{bare[0]}: no label; {needed}; if its column has another name: {remedy}")
+
+
 @dataclass(frozen=True)
 class RowFormat:
     """How fields become rows.

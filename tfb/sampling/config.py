@@ -45,6 +45,11 @@ class SamplingConfig:
                 f"{', '.join(LENGTH_NORMALIZATIONS)}"
             )
 
+    def __str__(self) -> str:
+        if self.sigma is None:
+            return "not fitted"
+        return f"sigma={self.sigma:.4g}, T={self.temperature:.4g}"
+
 
 def check_mode(mode: str, tail: int | None) -> None:
     """Refuse an unknown mode, or a ``tail`` that does not belong to it."""

@@ -17,7 +17,7 @@ from tfb.data.readers import read_rows
 from tfb.data.rows import Row, RowError
 from tfb.draws import Draws, check_even
 from tfb.evaluation.decisions import Decisions, check_targets
-from tfb.evaluation.metrics import PROBABILITY_FLOOR, Evaluation
+from tfb.evaluation.metrics import Evaluation, nll_of_rows
 from tfb.model import BayesianModel
 from tfb.predictive import Predictive
 from tfb.sampling.adaptive import Adaptive
@@ -217,9 +217,7 @@ def compare_label_tokens(
     losses: dict[str, Tensor] = {}
     for name, encoded in found.items():
         p = predict_rows(bayes, encoded, Draws.mean(), batch_size=batch_size, temperature=1.0)
-        probs = p.probs.double()
-        chosen = probs.gather(1, torch.tensor(encoded.labels)[:, None])[:, 0]
-        losses[name] = -chosen.clamp_min(PROBABILITY_FLOOR).log()
+        losses[name] = nll_of_rows(p.probs.double(), torch.tensor(encoded.labels))
     all_, last = (losses[name] for name in LABEL_TOKENS)
     guess = sum(math.log(len(row.choices or ())) for row in rows) / len(rows)
     unsure = 2 * float((all_ - last).std()) / math.sqrt(len(rows)) if len(rows) > 1 else math.inf

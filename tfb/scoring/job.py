@@ -118,6 +118,11 @@ class Job:
         """The artifact's local folder."""
         return local_folder(self.artifact, FILES)
 
+    @cached_property
+    def sidecar(self) -> dict[str, Any]:
+        """What the artifact tells of itself."""
+        return read_sidecar(self.folder)
+
     @property
     def adaptive(self) -> Adaptive | None:
         """What ``draws="auto"`` stands for; None for a number."""
@@ -129,7 +134,7 @@ class Job:
     @cached_property
     def row_format(self) -> RowFormat:
         """How records become rows, by the job's or the artifact's labels and the task."""
-        sidecar, base = read_sidecar(self.folder), base_of(self.folder, self.base)
+        sidecar, base = self.sidecar, base_of(self.folder, self.base)
         config = base_config(base, self.folder) if sidecar["task"] == "SEQ_CLS" else None
         return saved_format(sidecar, config, self.columns, self.labels)
 
@@ -161,9 +166,8 @@ class Job:
 
     def _decided(self) -> tuple[str, ...]:
         """Return the columns of the artifact's decisions, which hold in its own mode alone."""
-        sidecar = read_sidecar(self.folder)
-        decisions = saved_decisions(self.folder, sidecar)
-        own = (sidecar["mode"], sidecar.get("tail"))
+        decisions = saved_decisions(self.folder, self.sidecar)
+        own = (self.sidecar["mode"], self.sidecar.get("tail"))
         if decisions is None or (self.mode is not None and (self.mode, self.tail) != own):
             return ()
         return decisions.names

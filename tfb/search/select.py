@@ -16,7 +16,7 @@ import torch
 from scipy.stats import binomtest
 from torch import Tensor
 
-from tfb.evaluation.compare import percentile_limits
+from tfb.evaluation.compare import mean_limits, percentile_limits
 from tfb.search.loss import LossMatrix, standard_error
 from tfb.search.result import SearchError
 
@@ -297,8 +297,7 @@ def change_limits(matrix: LossMatrix, g: int) -> tuple[float, float] | None:
     change = (matrix.losses[g] - matrix.losses[0]).numpy()
     if len(change) == 1:
         return None
-    [limits] = percentile_limits(lambda rows, axis: change[rows].mean(-1)[None], len(change))
-    return limits
+    return mean_limits(change)
 
 
 def part_of(anchors: int, seed: int) -> Tensor:
