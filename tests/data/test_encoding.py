@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tfb.data.batching import NO_LABEL, EncodedRows, batches
-from tfb.data.encoding import RowEncoder
+from tfb.data.encoding import LONGEST, RowEncoder
 from tfb.data.readers import read_rows
 from tfb.data.rows import Row, RowError
 
@@ -349,6 +349,144 @@ def test_messages_that_no_template_takes() -> None:
     broken = chat(marked_bpe(), "1 // 0", "''")
     with pytest.raises(RowError, match="refuses the messages"):
         encode_choices([asks("x")], broken)
+
+
+# --- what is too much -----------------------------------------------------------------------------
+
+LIMIT = LONGEST // 64  # characters; the true bound takes seconds to reach
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The characters of every call of the tokenizer, with small bounds."""
+    monkeypatch.setattr("tfb.data.encoding.LONGEST", LIMIT)
+    monkeypatch.setattr("tfb.data.encoding.TOGETHER", 16 * LIMIT)
+    calls: list[int] = []
+    call = PreTrainedTokenizerFast.__call__
+
+    def counted(self: Any, *args: Any, **options: Any) -> Any:
+        texts = options.get("text") or options.get("text_target") or args[0]
+        calls.append(sum(map(len, texts)))
+        return call(self, *args, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", counted)
+    return calls
+
+
+@pytest.mark.parametrize("truncate", [None, "left", "right"])
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "messages"])
+def test_long_texts_are_refused_unseen(task: str, truncate: str | None, seen: list[int]) -> None:
+    """By their characters, whether they would be cut, and however much the model takes."""
+    tokenizer, long = chat(marked_bpe(), "'x' + m.content", "m.content"), "x" * LIMIT
+    made = row(long, "A", "B")
+    if task == "SEQ_CLS":
+        made = Row("r", text=long + "x", source="f.jsonl:12")
+    elif task == "messages":
+        task, made = "CAUSAL_LM", asks("x" * (LIMIT - 1))
+    encode = RowEncoder(tokenizer, task, num_labels=2, truncate=truncate)
+    seen.clear()
+    with pytest.raises(RowError, match=r"^f\.jsonl:12 \(id 'r'\): 65,537 char.*; shorten it$"):
+        encode([made])
+    assert max(seen, default=0) < 100
+
+
+def test_choices_count_together(seen: list[int]) -> None:
+    """A prompt with every choice may be sixteen times as long as one text."""
+    with pytest.raises(RowError, match="1,081,410 with every choice"):
+        encode_choices([row("x" * (LIMIT // 2), *map(str, range(10, 43)))], marked_bpe())
+    assert max(seen) < 100
+
+
+@pytest.mark.parametrize("end", [":", "x"])
+def test_calls_are_bounded_in_characters(end: str, seen: list[int]) -> None:
+    """Spliced, or as whole texts; rows are those of one by one."""
+    tokenizer = marked_bpe()
+    rows = [row("x" * (LIMIT // 8 - i) + end, *"ABC", id=str(i)) for i in range(20)]
+    found = encode_choices(rows, tokenizer)
+    assert LIMIT // 2 < max(seen) <= LIMIT
+    for i, one in enumerate(rows):
+        assert found.subset([i]).content_hash == encode_choices([one], tokenizer).content_hash
+
+
+@pytest.mark.parametrize(("side", "kept"), [("left", ["<s>", "y"]), ("right", ["<s>", "▁", "x"])])
+def test_a_long_document_is_cut(side: str, kept: list[str], seen: list[int]) -> None:
+    """As before, up to the bound; its whole texts are not held together."""
+    tokenizer, prompt = marked_bpe(), "x" * (LIMIT - 100) + "y"
+    made = row(prompt + "\n", *(c + "A" for c in "ABCTopicxyz"))
+    encoded = encode_choices([made], tokenizer, max_length=len(kept) + 2, truncate=side)
+    assert names(tokenizer, encoded.input_ids[0])[: len(kept)] == kept
+    assert max(seen) <= LIMIT and encoded.rows_cut == 1
+
+
+def test_a_prompt_that_is_too_long_is_tokenized_once(seen: list[int]) -> None:
+    """Not with each of its choices, where these may merge with it."""
+    made = row("x" * (LIMIT // 2) + "\n", *map(chr, range(65, 85)))
+    with pytest.raises(RowError, match="tokens, but the model takes 512; shorten the row"):
+        encode_choices([made], marked_bpe(), max_length=512)
+    assert sum(seen) < 3 * LIMIT // 2
+
+
+# --- faults of rows -------------------------------------------------------------------------------
+
+
+def failing() -> Any:
+    """A tokenizer without <unk>, which raises at words that it does not know."""
+    tokenizer = word_level()
+    words = {w: i for w, i in tokenizer.get_vocab().items() if w != "[UNK]"}
+    backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def test_whatever_a_tokenizer_raises_is_a_fault_of_its_row() -> None:
+    encode = RowEncoder(failing(), "SEQ_CLS", num_labels=2)
+    texts = ["a", "book a", "strange", "a table", "book \ud800", "Topic"]
+    rows = [Row(str(i), text=text, source=f"f:{i}") for i, text in enumerate(texts)]
+    encoded, faults = encode.encode(rows)
+    assert encoded is not None and encoded.ids == ["0", "1", "3", "5"]
+    assert "the tokenizer fails at 'strange' (WordLevel error: Missing [UNK]" in faults[2]
+    assert list(faults) == [2, 4]
+    with pytest.raises(RowError, match="fails at 'strange'"):
+        encode(rows)
+    with pytest.raises(RowError, match="fails at 'a strange'"):
+        encode_choices([row("a book :", "A", "strange")], failing())
+
+
+class Panicking(PreTrainedTokenizerFast):  # type: ignore[misc]
+    """Rust panics at "zz" and is interrupted at "yy"; neither is an Exception."""
+
+    def __call__(self, text: list[str] | None = None, **options: Any) -> Any:
+        if "yy" in (text or []):
+            raise KeyboardInterrupt
+        if "zz" in (text or []):
+            models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")], continuing_subword_prefix="é")
+        return super().__call__(text, **options)
+
+
+def test_a_panic_is_a_fault_of_its_row_and_an_interrupt_is_not() -> None:
+    encode = RowEncoder(
+        Panicking(tokenizer_object=word_level()._tokenizer), "SEQ_CLS", num_labels=2
+    )
+    rows = [Row(text, text=text, source="f:1") for text in ("a", "zz", "book")]
+    encoded, faults = encode.encode(rows)
+    assert encoded is not None and encoded.ids == ["a", "book"]
+    assert "the tokenizer fails at 'zz' (" in faults[1]
+    with pytest.raises(KeyboardInterrupt):
+        encode.encode([Row("yy", text="yy")])
+
+
+def test_all_faults_are_found_at_once() -> None:
+    """Among rows that can be encoded; one's reason is that of the row alone."""
+    encode = RowEncoder(byte_bpe(), max_length=20)
+    rows = [
+        *(row("x:", "A", "B", id="good"), row("x" * 30, "A", "B"), row("x:", "A", " A")),
+        *(row("x:", "A"), row("x:", "A", "B", label=2), row("x?", "A", "C", id="too")),
+    ]
+    encoded, faults = encode.encode(rows)
+    assert encoded is not None and encoded.ids == ["good", "too"] and [*faults] == [1, 2, 3, 4]
+    for i, text in faults.items():
+        assert encode.encode([rows[i]]) == (None, {0: text})
+    assert encode.encode([]) == (None, {})
 
 
 def test_rows_of_the_wrong_kind() -> None:

@@ -7,7 +7,10 @@ import csv
 import gzip
 import io
 import json
+import os
+import tracemalloc
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,8 @@ import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.tables import COLUMNS, DATA, FILES, IN_MEMORY, NAMES, as_pandas, written
 
 from tfb.data import readers
@@ -58,8 +63,8 @@ def as_csv(delimiter: str = ",") -> bytes:
     return text.getvalue().encode()
 
 
-def write_stream(path: Path) -> None:
-    table = pa.Table.from_pylist(ROWS)
+def write_stream(path: Path, table: pa.Table | None = None) -> None:
+    table = pa.Table.from_pylist(ROWS) if table is None else table
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as out:
         out.write_table(table, max_chunksize=3)
 
@@ -175,20 +180,6 @@ def test_compression_is_told_by_the_name_in_any_case(tmp_path: Path) -> None:
         records(tmp_path / "rows.parquet.gz")
 
 
-def test_a_row_of_several_lines_is_named_by_its_first(tmp_path: Path) -> None:
-    """And what csv itself refuses is one faulty record among good ones."""
-    file = tmp_path / "rows.csv"
-    file.write_text('text,label\n"a\nb",0\n' + "x" * 101 + ",1\nc,2\n")
-    before = csv.field_size_limit(100)
-    try:
-        first, second, third = records(file)
-    finally:
-        csv.field_size_limit(before)
-    assert first.place == f"{file}:2" and first.fields == {"text": "a\nb", "label": "0"}
-    assert second.fields is None and "not valid CSV" in str(second.fault)
-    assert third.fields == {"text": "c", "label": "2"}
-
-
 def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
     file, both = tmp_path / "a.jsonl", tmp_path / "both"
     file.write_bytes(lines())
@@ -209,6 +200,75 @@ def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
             find_sources([tmp_path / name for name in inputs])
 
 
+@pytest.mark.parametrize("name", ["", " ", "\t"])
+def test_an_input_without_a_name_is_refused(name: str) -> None:
+    with pytest.raises(RowError, match="an input has no name; name a file, a folder or a pattern"):
+        find_sources([name])
+
+
+@pytest.mark.parametrize(
+    "name", ["a\0b.jsonl", "a\0/*.jsonl", "\ud800.jsonl", "x" * 300, "[*" * 99]
+)
+def test_names_that_no_file_can_have(tmp_path: Path, name: str) -> None:
+    with pytest.raises(RowError, match=r"there is no such file|matches no file|cannot be read"):
+        find_sources([f"{tmp_path}/{name}"])
+
+
+def test_a_pattern_goes_round_no_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two links to where they stand would be 2^40 ways to one file."""
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "rows.jsonl").write_bytes(lines())
+    for name in ("up", "round"):
+        (tmp_path / "a" / name).symlink_to(tmp_path / "a")
+    (tmp_path / "to").symlink_to("to")
+    wanted = [Path("a/b/rows.jsonl")]
+    monkeypatch.chdir(tmp_path)
+    for pattern in ("**/*.jsonl", "**/**/b/**/*.jsonl", "a/*/rows.jsonl", "*/b/*"):
+        assert find_sources([pattern]) == wanted
+        assert find_sources([tmp_path / pattern]) == [tmp_path / path for path in wanted]
+    assert find_sources(["to/../a/u*/b/rows.jsonl", "[a]/b"][1:]) == wanted
+
+
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    """A pipe gives its rows once, a device has no end, a link to nothing would lose them."""
+    for name, make in (
+        ("gone.jsonl", lambda path: path.symlink_to("nothing.jsonl")),
+        ("round.jsonl", lambda path: path.symlink_to("round.jsonl")),
+        ("pipe.jsonl", os.mkfifo),
+        ("zero.jsonl", lambda path: path.symlink_to("/dev/zero")),
+    ):
+        folder = tmp_path / name.split(".")[0]
+        folder.mkdir()
+        (folder / "a.jsonl").write_bytes(lines())
+        make(folder / name)
+        for path in (folder, folder / "*.jsonl", tmp_path / "**" / "*.jsonl"):
+            with pytest.raises(RowError, match=r"l: is no regular file, or a link to none"):
+                find_sources([path])
+        with pytest.raises(RowError, match=rf"{name}: (is no regular|there is no such) file"):
+            find_sources([folder / name])
+
+
+@pytest.mark.parametrize("name", ["../a.arrow", "/a.arrow", "sub/a.arrow", "..", "", 3, None])
+def test_a_saved_dataset_names_its_own_files(tmp_path: Path, name: Any) -> None:
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
+    with pytest.raises(RowError, match=r"state\.json|is no regular file|the format is told by"):
+        find_sources([tmp_path])
+
+
+def test_deep_json_beside_rows(tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text("[" * 100_000)
+    with pytest.raises(RowError, match=r"its state\.json is no saved Dataset's"):
+        find_sources([tmp_path])
+    table = pa.Table.from_pylist(ROWS)
+    for value in (b"[" * 100_000, b"{", b"\xff"):
+        pq.write_table(
+            table.replace_schema_metadata({"huggingface": value}), tmp_path / "a.parquet"
+        )
+        for use in (schema_of, lambda path: list(read(path))):
+            with pytest.raises(RowError, match=r"a\.parquet: cannot be read \(its metadata"):
+                use(tmp_path / "a.parquet")
+
+
 # --- faults ---------------------------------------------------------------------------------------
 
 
@@ -225,9 +285,30 @@ def test_a_faulty_line_is_one_record(tmp_path: Path) -> None:
     assert all(part in fault for part, fault in zip(wanted, faults, strict=True))
 
 
+def test_a_key_that_stands_twice_is_named(tmp_path: Path) -> None:
+    good = {"text": "a", "more": {"a": 1, "b": 1}}
+    bad = '{"text": "a", "text": "b"}', '{"text": "a", "more": [{"a": 1, "b": {}, "a": 2}]}'
+    (tmp_path / "a.jsonl").write_text("\n".join([json.dumps(good), *bad, json.dumps(good)]))
+    found = records(tmp_path / "a.jsonl")
+    assert [r.fields for r in found] == [good, None, None, good]
+    for record, key in zip(found[1:3], ["text", "a"], strict=True):
+        fault = f"{record.place}: not valid JSON (the key {key!r} stands twice)"
+        assert str(record.fault).startswith(fault)
+    (tmp_path / "b.json").write_text(f"[{json.dumps(good)},\n{bad[0]}]")
+    with pytest.raises(RowError, match=r"b\.json: .*the key 'text' stands twice"):
+        records(tmp_path / "b.json")
+
+
+def csv_file(path: Path, *rows: str, end: str = "\n") -> Path:
+    path.write_bytes(end.join(["id,text", *rows, ""]).encode())
+    return path
+
+
 def test_a_faulty_csv_line_is_one_record(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
-    path.write_bytes(b'id,text\n1,a\n2\n3,b,c\n\n4,"x\ny"\n5,\xff\n')
+    path.write_bytes(
+        b'id,text\n1,a\n2\n3,b,c\n\n4,"x\ny"\n5,\xff\n"6\n",\0,"\n\n"\n7,"5"" ""pipe"""\n8,5" pipe'
+    )
     found = records(path)
     assert [r.fields for r in found] == [
         {"id": "1", "text": "a"},
@@ -235,10 +316,170 @@ def test_a_faulty_csv_line_is_one_record(tmp_path: Path) -> None:
         None,
         {"id": "4", "text": "x\ny"},
         {"id": "5", "text": "\udcff"},
+        None,
+        {"id": "7", "text": '5" "pipe"'},
+        {"id": "8", "text": '5" pipe'},
     ]
-    assert found[1].fault == (
-        f"{path}:3: 1 values, but the header names 2 columns; quote values with separators"
-    )
+    assert [int(r.place.split(":")[-1]) for r in found] == [2, 3, 4, 6, 8, 9, 13, 14]
+    for number, what in ((1, "3: 1 values"), (5, "9: 3 values in lines 9 to 12")):
+        fault = "but the header names 2 columns; quote values with separators"
+        assert found[number].fault == f"{path}:{what}, {fault}"
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("bad", ['"never closed', '"closed" too early', '"a,b"" c', '"a"b"'])
+@pytest.mark.parametrize("at", [0, 1, 6, 9])
+def test_a_broken_quote_costs_one_row(tmp_path: Path, end: str, bad: str, at: int) -> None:
+    rows = [f"{n},say {n}" for n in range(8)] + [f'8,"a,""b"",{end}c"', '9,"d"']
+    before = records_once(csv_file(tmp_path / "a.csv", *rows, end=end))
+    rows[at] = f"{at},{bad}"
+    found = records(csv_file(tmp_path / "a.csv", *rows, end=end))
+    assert found[:at] + found[at + 1 :] == before[:at] + before[at + 1 :] and len(found) == 10
+    fault = f"{before[at].place}: not valid CSV, a quote is misplaced or never closed"
+    assert found[at].fields is None and str(found[at].fault).startswith(fault)
+    assert str(found[at].fault).endswith("quote the value whole, and write quotes inside it twice")
+    for name, codec in (("a.csv.gz", "gzip"), ("a.csv.zst", "zstd")):
+        compressed(codec, (tmp_path / "a.csv").read_bytes())(tmp_path / name)
+        assert [r.fields for r in read(tmp_path / name)] == [r.fields for r in found]
+
+
+def test_quotes_in_the_header(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_bytes(BOM + b'"id"\t"the\r\ntext"\r\n"1"\t"a\r""\t\n"\r\n')
+    (record,) = records(path)
+    assert record == Record(f"{path}:3", {"id": "1", "the\r\ntext": 'a\r"\t\n'})
+    for header in (b'id,"text\n1,a\n', b'"id"x,text\n', b'"', b'id,"text'):
+        (tmp_path / "b.csv").write_bytes(header)
+        for use in (schema_of, count_records, lambda path: list(read(path))):
+            with pytest.raises(RowError, match=r"b\.csv:1: the header cannot be read: .* a quote"):
+                use(tmp_path / "b.csv")
+
+
+def test_many_broken_quotes_take_no_quadratic_time(tmp_path: Path) -> None:
+    """Each line opens a quote if none is open, and goes on in quotes if one is."""
+    found = records_once(csv_file(tmp_path / "a.csv", *['a","b'] * 10_000))
+    assert len(found) == 10_000 and all(r.fields is None for r in found)
+
+
+def records_once(path: Path) -> list[Record]:
+    found = list(read(path))
+    assert count_records(path) == len(found)
+    return found
+
+
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+PIECES = st.sampled_from(['"', ",", "\n", "\r\n", '""', '","', "é", "word", " "])
+ODD_TEXT = st.lists(PIECES, max_size=6).map("".join)
+
+
+@settings(max_examples=50)
+@given(st.lists(st.tuples(ANY_TEXT, ODD_TEXT)), st.sampled_from([csv.QUOTE_ALL, csv.QUOTE_MINIMAL]))
+def test_what_csv_writes_comes_back(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]], quoting: Any
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "written.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, quoting=quoting).writerows([("id", "text"), *rows])
+    assert [r.fields for r in records_once(path)] == [{"id": a, "text": b} for a, b in rows]
+
+
+@settings(max_examples=60)
+@given(st.lists(ODD_TEXT.map("t".__add__), min_size=1, max_size=9), st.data())
+def test_a_stray_quote_leaves_the_other_rows(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str], data: st.DataObject
+) -> None:
+    """Of rows whose values begin with a letter: nothing tells an odd quote from one that closes."""
+    written = []
+    for number, text in enumerate(texts):
+        out = io.StringIO()
+        csv.writer(out).writerow([number, text])
+        written.append(out.getvalue())
+    path = tmp_path_factory.getbasetemp() / "damaged.csv"
+    path.write_text("id,text\r\n" + "".join(written), newline="")
+    before = records_once(path)
+    at = data.draw(st.integers(0, len(texts) - 1))
+    row = written[at]
+    if row.count("\n") > 1:
+        return
+    cut = data.draw(st.integers(0, len(row) - 2))
+    written[at] = row[:cut] + '"' + row[cut:]
+    path.write_text("id,text\r\n" + "".join(written), newline="")
+    found = records_once(path)
+    assert found[:at] + found[at + 1 :] == before[:at] + before[at + 1 :]
+    assert len(found) == len(before)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("kind", [".csv", ".jsonl", ".json"])
+def test_a_line_that_is_too_long_is_one_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, end: str
+) -> None:
+    """Wherever its end falls in what is read at a time."""
+    monkeypatch.setattr(readers, "LONGEST_LINE", 40)
+    end = "\n" if "json" in kind and end == "\r" else end
+    row = '{{"id":"{}"}}' if "json" in kind else "{}"
+    for size in (*range(30, 43), *range(77, 84)):
+        ids = ["a", "x" * size, "b", "x" * size]
+        head = [] if "json" in kind else ["id"]
+        path = tmp_path / f"{size}{kind}"
+        path.write_text(end.join([*head, *map(row.format, ids)]), newline="")
+        found, first = records_once(path), len(head) + 1
+        held = [i if len(row.format(i) + end * (n < 3)) <= 40 else None for n, i in enumerate(ids)]
+        assert [r.fields and r.fields["id"] for r in found] == held
+        assert [r.place for r in found] == [f"{path}:{n + first}" for n in range(4)]
+        assert all("longer than" in str(r.fault) for r in found if r.fields is None)
+
+
+def test_a_quoted_value_is_bounded_as_a_line_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "LONGEST_LINE", 500)
+    rows = ['0,"never', *[f"{n},good" for n in range(1, 50)], f'50,"{"x" * 501}', "51,good"]
+    found = records(csv_file(tmp_path / "a.csv", *rows))
+    assert [r.fields and r.fields["id"] for r in found] == [
+        str(n) if n % 50 else None for n in range(52)
+    ]
+    assert "a quote is misplaced or never closed" in str(found[0].fault)
+    assert "longer than" in str(found[50].fault)
+
+
+@pytest.mark.parametrize("kind", [".csv", ".jsonl", ".jsonl.gz"])
+def test_a_long_line_is_never_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(readers, "LONGEST_LINE", 1 << 16)
+    path = tmp_path / f"a{kind}"
+    with gzip.open(path, "wb", 1) if "gz" in kind else path.open("wb") as file:
+        file.write(b"id,text\n" + b"x" * (1 << 23) + b"\n")
+    tracemalloc.start()
+    try:
+        found = list(read(path))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(found) == 1 + ("json" in kind) and peak < 1 << 20
+
+
+def test_a_json_list_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.json"
+    for text in (json.dumps(ROWS), json.dumps(ROWS, indent=2)):
+        path.write_text(text)
+        monkeypatch.setattr(readers, "LONGEST_LIST", len(path.read_bytes()))
+        assert [r.fields for r in records(path)] == ROWS
+        monkeypatch.setattr(readers, "LONGEST_LIST", len(path.read_bytes()) - 1)
+        with pytest.raises(
+            RowError, match=r"a\.json: a JSON list of more than .* one object a line"
+        ):
+            list(read(path))
+
+
+@pytest.mark.parametrize(
+    "text", ["[", "[1", "[1,", "[1,]", "[,]", "[]]", "[1][", "[1 2]", "[[]}", "[\xa0]"]
+)
+def test_what_is_no_json_list_is_an_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_text(text, encoding="utf-8")
+    with pytest.raises(RowError, match=r"a\.json: not a JSON list .*; write one object a line"):
+        list(read(tmp_path / "a.json"))
 
 
 @pytest.mark.parametrize("header", [b"id,,text\n", b"id,id\n", b""])
@@ -249,7 +490,11 @@ def test_a_csv_header_names_every_column_once(tmp_path: Path, header: bytes) -> 
         schema_of(path)
 
 
-@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.feather", "a.jsonl.gz", "a.jsonl.zst"])
+BROKEN = ["a.parquet", "a.arrow", "a.feather"]
+BROKEN += ["a.jsonl.gz", "a.jsonl.zst", "a.json.bz2", "a.jsonl.lz4", "a.csv.zst"]
+
+
+@pytest.mark.parametrize("name", BROKEN)
 def test_broken_files_are_named(tmp_path: Path, name: str) -> None:
     """Whole files of another kind, and files that break off."""
     path = tmp_path / name
@@ -261,6 +506,87 @@ def test_broken_files_are_named(tmp_path: Path, name: str) -> None:
     for use in (records, lambda p: count_records(find_sources([p])[0])):
         with pytest.raises(RowError, match=rf"{name}: cannot be read"):
             use(path)
+
+
+def bad_values() -> pa.Table:
+    """Row 1 has text that is not UTF-8, row 2 a time after the year 9999; row 3 both."""
+    offsets = pa.py_buffer(b"".join(n.to_bytes(4, "little") for n in range(6)))
+    text = pa.Array.from_buffers(pa.string(), 5, [None, offsets, pa.py_buffer(b"a\xffb\xffc")])
+    when = pa.array([0, 0, 2**62, 2**62, 0], pa.timestamp("us"))
+    return pa.table({"text": text, "when": when, "nano": pa.array(range(5), pa.timestamp("ns"))})
+
+
+@pytest.mark.parametrize("block", [2, 1024])
+def test_values_that_are_none_of_python_are_faults_of_their_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    monkeypatch.setattr(readers, "BLOCK", block)
+    table = bad_values()
+    pq.write_table(table, tmp_path / "a.parquet", store_schema=False)
+    for name, new in (("a.arrow", pa.ipc.new_stream), ("a.feather", pa.ipc.new_file)):
+        with pa.OSFile(str(tmp_path / name), "wb") as file, new(file, table.schema) as out:
+            out.write_table(table)
+    for name in ("a.parquet", "a.arrow", "a.feather"):
+        path = tmp_path / name
+        both, texts = records(path, columns=["text", "when"]), records(path, columns=["text"])
+        epoch = datetime(1970, 1, 1)
+        assert [r.fields for r in both] == [
+            {"text": "a", "when": epoch},
+            None,
+            None,
+            None,
+            {"text": "c", "when": epoch},
+        ]
+        assert [r.fields and r.fields["text"] for r in texts] == ["a", None, "b", None, "c"]
+        for record in both[1:4]:
+            assert str(record.fault).startswith(f"{record.place}: a value cannot be read (")
+        with pytest.raises(RowError, match=rf"{name}:2: a value cannot be read .*; correct it"):
+            read_rows(path)  # the times are no columns of ours
+    with pytest.raises(RowError, match="row 1: a value cannot be read"):
+        read_rows(table)
+    assert [r.text for r in read_rows(table.take([0, 2, 4]))] == ["a", "b", "c"]
+
+
+def test_large_blocks_are_made_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "LONGEST_LIST", 100)
+    for name in ("a.parquet", "a.arrow", "a.feather"):
+        WRITERS[name](tmp_path / name)
+        assert [r.fields for r in records(tmp_path / name)] == ROWS
+
+
+def test_columns_that_stand_twice_are_named(tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas", "2.2")
+    table = pa.Table.from_arrays([pa.array(["a"])] * 3, ["text", "more", "more"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    write_stream(tmp_path / "a.arrow", table)
+    frame = pandas.DataFrame([["a", 1, 2]], columns=table.column_names)
+    given = {"a.parquet": tmp_path / "a.parquet", "a.arrow": tmp_path / "a.arrow"}
+    for name, data in {**given, "the Table": table, "the DataFrame": frame}.items():
+        with pytest.raises(RowError, match=f"{name}: the column 'more' stands twice; give every"):
+            read_rows(data)
+
+
+def test_rows_that_are_missing_are_no_end(tmp_path: Path) -> None:
+    """A Parquet file that declares more rows than it holds."""
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["a"] * 100}), path, version="1.0", compression="none")
+    data = path.read_bytes()
+    footer = data.rindex(b"text")  # the schema, then num_rows as a zigzag varint
+    path.write_bytes(data[:footer] + data[footer:].replace(b"\xc8\x01", b"\xca\x01"))
+    for use in (count_records, lambda path: list(read(path))):
+        with pytest.raises(RowError, match=r"a\.parquet: cannot be read"):
+            use(path)
+
+
+def test_a_damaged_page_is_found_before_rows_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist(ROWS), path, use_dictionary=False)
+    page = pq.read_metadata(path).row_group(0).column(1).data_page_offset
+    data = path.read_bytes()
+    path.write_bytes(data[:page] + b"\xff" * 12 + data[page + 12 :])
+    assert len(list(read(path, ["id"]))) == len(ROWS)
+    with pytest.raises(RowError, match=r"a\.parquet: cannot be read"):
+        count_records(path)
 
 
 # --- rows of anything -----------------------------------------------------------------------------
@@ -343,10 +669,10 @@ def test_classes_of_a_dataset_are_mapped_by_name(tmp_path: Path) -> None:
     data.to_parquet(tmp_path / "rows.parquet")
     data.save_to_disk(tmp_path / "saved")
     files = (tmp_path / "rows.parquet", tmp_path / "saved")
-    for given in (data, data.to_iterable_dataset(), data.with_format("numpy"), *files):
-        named = read_rows(given, RowFormat(labels=NAMES, task="SEQ_CLS"))
+    for source in (data, data.to_iterable_dataset(), data.with_format("numpy"), *files):
+        named = read_rows(source, RowFormat(labels=NAMES, task="SEQ_CLS"))
         assert [row.label for row in named] == [2, 0, None]
-        assert [row.label for row in read_rows(given)] == [0, 1, None]
+        assert [row.label for row in read_rows(source)] == [0, 1, None]
     with pytest.raises(RowError, match=r"'good' is none of the 3 classes \['a', 'b', 'c'\]"):
         read_rows(data, RowFormat(labels=["a", "b", "c"], task="SEQ_CLS"))
 
@@ -354,8 +680,18 @@ def test_classes_of_a_dataset_are_mapped_by_name(tmp_path: Path) -> None:
 def test_tables_that_are_none() -> None:
     pandas = pytest.importorskip("pandas", "2.2")
     assert [r.text for r in read_rows(pandas.Series(["a", "b"]))] == ["a", "b"]
-    mixed = pandas.DataFrame({"text": ["a", 1]})
-    with pytest.raises(TypeError, match="Conversion failed for column text"):
+    mixed = pandas.DataFrame({"text": ["a", "b", 1], "more": ["x", 2, None]})
+    assert [r.text for r in read_rows(mixed, limit=2)] == ["a", "b"]
+    with pytest.raises(RowError, match="row 2: 'text' is 1; make it a string"):
         read_rows(mixed)
+    half = pandas.DataFrame({"text": pandas.Series(["a", "\ud800", "b"], dtype=object)})
+    found = [
+        r.fields and r.fields["text"]
+        for r in iter_records(half, RowFormat())
+        if isinstance(r, Record)
+    ]
+    assert found == ["a", None, "b"]
+    named = pandas.DataFrame({"text": ["a"]}, index=pandas.Index(["x"], name="id"))
+    assert [(r.id, r.text) for r in read_rows(named)] == [("x", "a")]
     with pytest.raises(RowError, match="the DataFrame: no column 'gld'; there are 'sentence'"):
         read_rows(as_pandas(), RowFormat({"text": "sentence", "label": "gld"}))

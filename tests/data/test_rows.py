@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tfb.data.readers import read_rows
-from tfb.data.rows import Row, RowError, RowFormat, decode_object
+from tfb.data.rows import DEEPEST, Row, RowError, RowFormat, decode_object
 
 CHOICE: dict[str, Any] = {"id": "q1", "prompt": "2+2?", "choices": ["A", "B"], "label": 1}
 TEXT: dict[str, Any] = {"id": "t1", "text": "book a table", "label": 3}
@@ -84,6 +84,17 @@ BAD_LINES = [
     ('{"id": 1', "not valid JSON .* column", "one complete JSON object"),
     ("[" * 100_000, "not valid JSON", "one complete JSON object"),
     ('{"id": %s, "text": "x"}' % ("9" * 5000), "not valid JSON", "one complete JSON object"),
+    ('{"id": 1, "text": "x", "id": 2}', "the key 'id' stands twice", "write one complete"),
+    ('{"text": "x", "a": [{"%s": 1, "%s": 2}]}' % (("k" * 999,) * 2), "the key 'kkk", "write one"),
+    ('{"text": %s}' % ("[" * 900 + "]" * 900), r"'text' is \[\[\[", "make it a string"),
+    ({**CHOICE, "choices": "[" * 100_000}, r"'choices' is '\[\[\[", "write a list"),
+    ({**CHOICE, "choices": '["A", {"b": 1, "b": 2}]'}, "'choices' is ", "write a list"),
+    ({"messages": "[" * 100_000, "choices": "A|B"}, "'messages' is no list", "write [{"),
+    (
+        {"messages": '[{"role": "a", "role": "b"}]', "choices": "A|B"},
+        "no list of messages",
+        "write",
+    ),
     (b'{"id": 1, "text": "\xff"}', "not UTF-8", "save the file as UTF-8"),
     ("[1]", r"expected a JSON object, found \[1\]", "write {"),
     ("3", "expected a JSON object, found 3;", "write {"),
@@ -105,6 +116,12 @@ BAD_LINES = [
     ('{"id": 1, "text": "\\ud800"}', "half of a surrogate pair", "save it as UTF-8"),
     ({**TEXT, "label": -1}, "the label -1 is negative", "count from 0"),
     ({**CHOICE, "label": "9" * 5000}, "is none of the 2 choices", "use one of these"),
+    ({**TEXT, "label": 10**4000}, "the label 1000.*000 is too large", "count from 0"),
+    ({**TEXT, "label": 2**31}, "the label 2147483648 is too large", "count from 0"),
+    ({**CHOICE, "label": 1e300}, "the label 1000.* is outside the 2 choices", "count from 0"),
+    ({**CHOICE, "label": float("inf")}, "'label' is inf", "an integer index"),
+    ({**TEXT, "id": float("nan")}, "'id' is nan", "make it a string"),
+    ({**TEXT, "id": 10**4000}, "'id' is 1000", "make it a string"),
     ({**TEXT, "label": "sports"}, "the label 'sports' is text; classes lack names", "by labels"),
     ({**CHOICE, "prompt": None}, "nothing in column 'prompt'", "write it, or remove the row"),
     ({**CHOICE, "prompt": "  "}, "'prompt' is empty", "write some text"),
@@ -132,6 +149,42 @@ def test_bad_line(tmp_path: Path, bad: Any, fault: str, remedy: str) -> None:
         read_rows(file)
     assert str(caught.value).startswith(f"{file}:2: ")
     assert remedy in str(caught.value)
+
+
+@pytest.mark.parametrize("huge", [10**5000, -(10**5000)], ids=["+", "-"])
+def test_integers_that_python_does_not_write(huge: int) -> None:
+    for name in ("id", "text", "label"):
+        with pytest.raises(RowError, match=rf"row 0: .*(label|'{name}'.* is) .*int.*; "):
+            read_rows([{**TEXT, name: huge}], RowFormat(task="SEQ_CLS", labels=["a", "b"]))
+
+
+def test_many_choices_take_no_quadratic_time() -> None:
+    choices = [str(n) for n in range(50_000)]
+    assert len(RowFormat().row({"prompt": "x", "choices": choices}).choices or ()) == 50_000
+    with pytest.raises(RowError, match="the choice '49999' stands twice; make them differ"):
+        RowFormat().row({"prompt": "x", "choices": [*choices, "49999"]})
+
+
+def test_messages_nested_deep_are_refused() -> None:
+    """What is kept of a message can be printed, however deep the call stack is."""
+
+    def nested(levels: int) -> Row:
+        tools: Any = {"a": 1}
+        for level in range(levels - 1):
+            tools = [tools, 1] if level % 2 else {"a": tools}
+        said = [{"role": "user", "content": "hi", "tools": tools}]
+        return RowFormat().row({"messages": said, "choices": "A|B"})
+
+    assert "hi" in nested(DEEPEST).question
+    for levels in (DEEPEST + 1, 900, 100_000):
+        with pytest.raises(RowError, match="row: a message is nested more than 100 levels deep; "):
+            nested(levels)
+
+
+def test_few_of_many_columns_are_shown() -> None:
+    with pytest.raises(RowError, match=r"there are 'c0', .*'c19', \.\.\.; name yours by") as caught:
+        RowFormat().row({f"c{n}": 1 for n in range(100_000)})
+    assert len(str(caught.value)) < 500
 
 
 def test_duplicate_ids_name_both_places(tmp_path: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, NoReturn
+import reprlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from tfb.data.batching import EncodedRows
 from tfb.data.rows import Row, RowError
@@ -16,6 +19,36 @@ if TYPE_CHECKING:
 LABEL_TOKENS = ("all", "last")
 SIDES = ("left", "right")
 CHUNK = 256  # rows tokenized in one call: enough to occupy the tokenizer, few enough for memory
+# Characters of one call, and of one text: more than a model's context has, and 0.8 GB as tokens.
+LONGEST = 4 << 20
+TOGETHER = 64 << 20  # characters of a prompt with each of its choices: a minute for a tokenizer
+
+T = TypeVar("T")
+# What a model reads, how many tokens were left out, and those of the choices (or segment ids).
+Found = tuple[list[int], int, Any]
+
+
+def characters(row: Row) -> int:
+    """Count the characters of a row."""
+    said = [str(message.get("content")) for message in row.messages or ()]
+    return sum(map(len, (row.text or row.prompt or "", *said, *(row.choices or ()))))
+
+
+def chunks(items: Iterable[T], size: Callable[[T], int], most: int = CHUNK) -> Iterator[list[T]]:
+    """Part items into chunks of at most ``most``, and of ``LONGEST`` characters or one item."""
+    chunk, total = list[T](), 0
+    for item in items:
+        n = size(item)
+        if chunk and total + n > LONGEST:
+            yield chunk
+            chunk, total = [], 0
+        chunk.append(item)
+        total += n
+        if len(chunk) == most:
+            yield chunk
+            chunk, total = [], 0
+    if chunk:
+        yield chunk
 
 
 def check_label_tokens(value: str) -> None:
@@ -84,7 +117,7 @@ class RowEncoder:
         self._shares = length_normalization == "none"
         self._front: list[int] = []
         self._front, self._back = self._around()
-        self._spliced = Splicer(tokenizer, partial(self._ids, ended=False))
+        self._spliced = Splicer(tokenizer, lambda texts: list(self._ids(texts, ended=False)))
 
     @classmethod
     def of(
@@ -106,55 +139,68 @@ class RowEncoder:
         """
         if not rows:
             raise RowError("there are no rows to encode; give at least one")
-        for row in rows:
-            self._check_row(row)
-        columns = self._texts(rows) if self.task == "SEQ_CLS" else self._choices(rows)
+        encoded, faults = self.encode(rows)
+        if encoded is None or faults:
+            raise RowError(faults[min(faults)])
+        return encoded
+
+    def encode(self, rows: Sequence[Row]) -> tuple[EncodedRows | None, dict[int, str]]:
+        """Encode the rows that can be scored, and tell by position why others cannot."""
+        found = [one for chunk in chunks(rows, characters) for one in self._chunk(chunk)]
+        faults = {i: one for i, one in enumerate(found) if isinstance(one, str)}
+        good = [
+            (row, one) for row, one in zip(rows, found, strict=True) if not isinstance(one, str)
+        ]
+        return self._columns(*zip(*good, strict=True)) if good else None, faults
+
+    def _chunk(self, rows: Sequence[Row]) -> list[Found | str]:
+        """Encode rows whose texts are tokenized together; where that fails, each by itself."""
+        tokenize: Callable[[Sequence[Row]], Sequence[Any]] = self._continuations
+        if self.task != "CAUSAL_LM":
+            tokenize = self._texts if self.task == "SEQ_CLS" else self._answers
+        try:
+            for row in rows:
+                self._check_row(row)
+            tokens = tokenize(rows)
+        except RowError as error:
+            return [str(error)] if len(rows) == 1 else [self._chunk([row])[0] for row in rows]
+        finish = self._text_row if self.task == "SEQ_CLS" else self._choice_row
+        found = list[Found | str]()
+        for row, one in zip(rows, tokens, strict=True):
+            try:
+                found.append(finish(row, one))
+            except RowError as error:
+                found.append(str(error))
+        return found
+
+    def _columns(self, rows: Sequence[Row], found: Sequence[Found]) -> EncodedRows:
+        input_ids, cut, more = map(list, zip(*found, strict=True))
+        ids, labels = [row.id for row in rows], [row.label for row in rows]
+        if self.task == "SEQ_CLS":
+            encoded = EncodedRows(ids, input_ids, None, labels, None, self.num_labels)
+            return replace(encoded, token_type_ids=more if all(more) else None, truncated=cut)
+        single = [all(len(ids) == 1 for ids in choices) for choices in more]
+        kinds = list(zip(more, single, strict=True))
         return EncodedRows(
-            ids=[row.id for row in rows], labels=[row.label for row in rows], **columns
+            ids=ids,
+            input_ids=input_ids,
+            label_ids=[tuple(ids for (ids,) in c) if one else () for c, one in kinds],
+            labels=labels,
+            choices=[row.choices or () for row in rows],
+            choice_ids=None if all(single) else [None if one else c for c, one in kinds],
+            truncated=cut,
         )
 
     # --- the two kinds of rows --------------------------------------------------------------------
 
-    def _texts(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """Encode texts for a sequence-classification head."""
-        batch = self.tokenizer([row.text for row in rows], verbose=False)
-        found = zip(rows, map(self._one_front, batch["input_ids"]), strict=True)
-        fitted = [self._fit(row, ids, self.limit, self._back) for row, ids in found]
-        input_ids, cut = map(list, zip(*fitted, strict=True))
-        types = batch.get("token_type_ids")
-        if types is not None:  # one text a row is one segment: where its types are cut is the same
-            types = [list(t)[: len(ids)] for t, ids in zip(types, input_ids, strict=True)]
-        return {
-            "input_ids": input_ids,
-            "truncated": cut,
-            "label_ids": None,
-            "choices": None,
-            "num_labels": self.num_labels,
-            "token_type_ids": types,
-        }
+    def _text_row(self, row: Row, tokens: tuple[list[int], list[int]]) -> Found:
+        """Return what the model reads, how many tokens were left out, and segment ids."""
+        ids, left_out = self._fit(row, tokens[0], self.limit, self._back)
+        # One text is one segment: where its types are cut is the same.
+        return _some(row, ids), left_out, tokens[1][: len(ids)]
 
-    def _choices(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """Encode prompts of a language model, and the tokens of their choices."""
-        tokenize = self._answers if self.task == "SEQ_2_SEQ_LM" else self._continuations
-        fitted = []
-        for start in range(0, len(rows), CHUNK):
-            chunk = rows[start : start + CHUNK]
-            fitted += [self._choice_row(*pair) for pair in zip(chunk, tokenize(chunk), strict=True)]
-        input_ids, choices, cut = map(list, zip(*fitted, strict=True))
-        single = [all(len(ids) == 1 for ids in row) for row in choices]
-        kinds = list(zip(choices, single, strict=True))
-        return {
-            "input_ids": input_ids,
-            "truncated": cut,
-            "choices": [row.choices for row in rows],
-            "label_ids": [tuple(ids for (ids,) in c) if one else () for c, one in kinds],
-            "choice_ids": None if all(single) else [None if one else c for c, one in kinds],
-        }
-
-    def _choice_row(
-        self, row: Row, tokens: Tokens | None
-    ) -> tuple[list[int], tuple[tuple[int, ...], ...], int]:
-        """Return what the model reads, the tokens of each choice, and how many were left out."""
+    def _choice_row(self, row: Row, tokens: Tokens | None) -> Found:
+        """Return what the model reads, how many tokens were left out, and those of each choice."""
         if tokens is None:
             fault = "the last token of the prompt merges with the first of a choice"
             _fail(row, fault, "end the prompt differently, for instance with a colon")
@@ -167,18 +213,20 @@ class RowEncoder:
         back = self._back if self.task == "SEQ_2_SEQ_LM" else 0
         prompt, left_out = self._fit(row, prompt, room, back)
         shared = _shared(choices) if self._shares else 0
-        return prompt + choices[0][:shared], tuple(tuple(c[shared:]) for c in choices), left_out
+        rest = [tuple(ids[shared:]) for ids in choices]
+        return _some(row, prompt + choices[0][:shared]), left_out, tuple(rest)
 
     # --- prompts and choices as text --------------------------------------------------------------
 
     def _written(self, row: Row) -> Written:
-        """Return the prompt, and the whole text with each choice."""
+        """Return the prompt, and the text of each choice behind it."""
         prompt, between = row.prompt or "", " "
         if row.messages is not None:
             prompt, between = self._rendered(row), self._before_answers
+            self._check_length(row, prompt)
         if prompt[-1:].isspace():
             between = ""
-        return prompt, [prompt + between * (not c[0].isspace()) + c for c in row.choices or ()]
+        return prompt, [between * (not c[0].isspace()) + c for c in row.choices or ()]
 
     def _rendered(self, row: Row) -> str:
         """Render messages by the tokenizer's chat template, with its generation prompt."""
@@ -210,10 +258,19 @@ class RowEncoder:
 
     # --- text to tokens ---------------------------------------------------------------------------
 
+    def _texts(self, rows: Sequence[Row]) -> list[tuple[list[int], list[int]]]:
+        """Tokenize texts for a sequence-classification head: tokens, and segment ids if any."""
+        batch = self._tokenized([row.text or "" for row in rows])
+        types = batch.get("token_type_ids") or [[] for _ in rows]
+        return [
+            (self._one_front(ids), list(t))
+            for ids, t in zip(batch["input_ids"], types, strict=True)
+        ]
+
     def _answers(self, rows: Sequence[Row]) -> list[Tokens]:
         """Tokenize prompts for an encoder, and choices as a decoder begins to write them."""
         texts = list(dict.fromkeys(choice for row in rows for choice in row.choices or ()))
-        answers = self.tokenizer(text_target=texts, add_special_tokens=False, verbose=False)
+        answers = self._tokenized(texts, "text_target", add_special_tokens=False)
         known = dict(zip(texts, map(list, answers["input_ids"]), strict=True))
         prompts = self._ids([self._written(row)[0] for row in rows])
         choices = [[known[choice] for choice in row.choices or ()] for row in rows]
@@ -224,32 +281,51 @@ class RowEncoder:
         written = [self._written(row) for row in rows]
         found = self._spliced(written)
         left = [i for i, tokens in enumerate(found) if tokens is None]
-        for i, tokens in zip(left, self._whole([written[i] for i in left]), strict=True):
+        whole = self._whole([rows[i] for i in left], [written[i] for i in left])
+        for i, tokens in zip(left, whole, strict=True):
             found[i] = tokens
         return found
 
-    def _whole(self, written: list[Written]) -> list[Tokens | None]:
-        """Do what ``_continuations`` does from every text as a whole."""
-        texts = [text for prompt, whole in written for text in (prompt, prompt.rstrip(), *whole)]
-        distinct = list(dict.fromkeys(texts))
-        tokens = self._ids(distinct, ended=False) if distinct else []
-        known = dict(zip(distinct, tokens, strict=True))
+    def _whole(self, rows: Sequence[Row], written: Sequence[Written]) -> Iterator[Tokens | None]:
+        """Do what ``_continuations`` does from every text as a whole, one after the other."""
+        prompts = [dict.fromkeys((prompt, prompt.rstrip())) for prompt, _ in written]
+        firsts = self._ids(chain.from_iterable(prompts), ended=False)
+        begins = [list(islice(firsts, len(texts))) for texts in prompts]
+        if self.truncate is None:  # before a long prompt is tokenized with every choice
+            for row, found in zip(rows, begins, strict=True):
+                self._fit(row, min(found, key=len), self.limit, 0)
+        texts = self._ids((prompt + end for prompt, ends in written for end in ends), ended=False)
+        for found, (_, ends) in zip(begins, written, strict=True):
+            rests: list[list[list[int]]] = [[] for _ in found]
+            for ids in islice(texts, len(ends)):
+                for begin, rest in zip(found, rests, strict=True):
+                    if begin and ids[: len(begin)] == begin:
+                        rest.append(ids[len(begin) :])
+            split = zip(found, rests, strict=True)
+            yield next((tokens for tokens in split if len(tokens[1]) == len(ends)), None)
 
-        def split(prompt: str, whole: list[str]) -> Tokens | None:
-            for begin in (known[prompt], known[prompt.rstrip()]):
-                n = len(begin)
-                if n and all(known[text][:n] == begin for text in whole):
-                    return begin, [known[text][n:] for text in whole]
-            return None
-
-        return [split(*texts) for texts in written]
-
-    def _ids(self, texts: list[str], *, ended: bool = True, **options: bool) -> list[list[int]]:
+    def _ids(
+        self, texts: Iterable[str], *, ended: bool = True, **options: Any
+    ) -> Iterator[list[int]]:
         """Tokenize texts; not ``ended``: without the special tokens at the end."""
-        # Verbose, it would warn of long texts, which are checked here.
-        batch = self.tokenizer(texts, return_attention_mask=False, verbose=False, **options)
         back = 0 if ended else self._back
-        return [self._one_front(ids[: len(ids) - back]) for ids in batch["input_ids"]]
+        for part in chunks(texts, len):
+            batch = self._tokenized(part, return_attention_mask=False, **options)
+            for ids in batch["input_ids"]:
+                yield self._one_front(ids[: len(ids) - back])
+
+    def _tokenized(self, texts: list[str], kind: str = "text", **options: Any) -> Any:
+        """Call the tokenizer. Whatever it fails with is the fault of a text."""
+        try:
+            # Verbose, it would warn of long texts, which are checked here.
+            return self.tokenizer(**{kind: texts}, verbose=False, **options)
+        except BaseException as error:  # a panic of Rust is no Exception
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            for text in texts if len(texts) > 1 else ():
+                self._tokenized([text], kind, **options)
+            fault = f"the tokenizer fails at {reprlib.repr(texts[0])} ({error})"
+            raise RowError(f"{fault}; write another text, or use another tokenizer") from error
 
     def _one_front(self, ids: Sequence[int]) -> list[int]:
         """Remove special tokens in front that the tokenizer added to the text's own."""
@@ -291,6 +367,16 @@ class RowEncoder:
         if row.label is not None and not 0 <= row.label < K:
             fault = f"the label {row.label} is outside the {classes}"
             _fail(row, fault, f"use an index from 0 to {K - 1}")
+        self._check_length(row, row.text or row.prompt or "")
+
+    def _check_length(self, row: Row, text: str) -> None:
+        """Refuse what would fill the memory as tokens, whatever the model's limit is."""
+        choices = row.choices or ("",)
+        longest = len(text) + max(map(len, choices))
+        if longest > LONGEST or longest * len(choices) > TOGETHER:
+            fault = f"{longest:,} characters, {longest * len(choices):,} with every choice"
+            limits = f"more than are tokenized ({LONGEST:,}, and {TOGETHER:,} with every choice)"
+            _fail(row, f"{fault}, are {limits}", "shorten it")
 
     def _check_choices(self, row: Row, found: list[list[int]]) -> None:
         """Refuse choices that have no tokens, unknown tokens, or those of another choice."""
@@ -340,6 +426,12 @@ def _shared(choices: list[list[int]]) -> int:
     while n < most and len({ids[n] for ids in choices}) == 1:
         n += 1
     return n
+
+
+def _some(row: Row, ids: list[int]) -> list[int]:
+    if not ids:
+        _fail(row, "no tokens", "write text that the tokenizer knows")
+    return ids
 
 
 def _fail(row: Row, fault: str, remedy: str) -> NoReturn:

@@ -9,14 +9,16 @@ class, and ``id`` may be left out. Every fault names the place, the fault and th
 
 from __future__ import annotations
 
-import json
 import reprlib
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NoReturn
 
+from tfb.plain import parse_json, repeated
+
 CHOICE_COLUMNS = ("id", "prompt", "messages", "choices", "label")
+DEEPEST = 100  # levels of a message or kept value; JSON gives up a little below a thousand
 COLUMNS = {"SEQ_CLS": ("id", "text", "label"), None: (*CHOICE_COLUMNS, "text")}
 
 
@@ -118,7 +120,7 @@ class RowFormat:
         ):
             raise ValueError(
                 "labels: expected two or more names, none of them empty or given twice, got "
-                f"{reprlib.repr(names)}"
+                f"{_shown(names)}"
             )
 
     @property
@@ -135,17 +137,19 @@ class RowFormat:
         return own | dict(self.columns)
 
     def check(self, present: Sequence[str], source: str) -> None:
-        """Refuse a table that lacks columns of its rows.
+        """Refuse a table that lacks columns of its rows, or names one twice.
 
         Raises:
             RowError: it does.
         """
+        if (twice := repeated(present)) is not None:
+            fault = f"the column {_shown(twice)} stands twice"
+            _fail(source, fault, "give every column a name of its own")
         for ours, theirs in self.columns.items():
             if theirs not in present and ours not in self.optional:
                 self._missing(ours, present, source)
-        if self.task is not None:
-            there = {ours for ours, theirs in self.names.items() if theirs in present}
-            self._check_columns(there, present, source)
+        there = {ours for ours, theirs in self.names.items() if theirs in present}
+        self._check_columns(there, present, source)
 
     def row(self, fields: Mapping[str, Any], source: str = "row", number: int = 0) -> Row:
         """Check the fields of one row.
@@ -183,12 +187,14 @@ class RowFormat:
         """Return the id as text; the row's number where there is none.
 
         Raises:
-            RowError: neither a string with text in it nor an integer.
+            RowError: neither a string with text in it nor an integer of a usual size.
         """
         value = _plain(fields.get(self.names.get("id", "")))
         if value is None or value == "":
             return str(number)
-        return str(value) if type(value) is int else _string(value, "'id'", source)
+        # Python writes no integers of more than 4,300 digits.
+        short = type(value) is int and value.bit_length() < 10_000
+        return str(value) if short else _string(value, "'id'", source)
 
     def _is_text(self, there: Set[str]) -> bool:
         return self.task == "SEQ_CLS" or (self.task is None and "text" in there)
@@ -212,7 +218,7 @@ class RowFormat:
         theirs = self.columns.get(ours, ours)
         if theirs in present:
             _fail(source, f"nothing in column {theirs!r}", f"write it, or remove the row{more}")
-        there = ", ".join(map(repr, present)) or "none"
+        there = ", ".join([*map(_shown, present[:20]), *["..."] * (len(present) > 20)]) or "none"
         remedy = f"name yours by columns, such as {ours}=YOURS{more}"
         _fail(source, f"no column {theirs!r}; there are {there}", remedy)
 
@@ -229,20 +235,20 @@ class ClassIndex(int):
 
 
 def decode_object(data: Any, source: str) -> dict[str, Any]:
-    """Return the JSON object on a line of bytes, or the object that was decoded already.
+    """Return the JSON object in UTF-8 bytes, or the object that was decoded already.
 
     Raises:
-        RowError: not UTF-8, not JSON, or not an object.
+        RowError: not UTF-8, not JSON, not an object, or a key that stands twice in one.
     """
     try:
-        value = json.loads(data.decode()) if isinstance(data, bytes) else data
+        value = parse_json(data) if isinstance(data, bytes) else data
     except UnicodeDecodeError as error:
         fault = f"the line is not UTF-8 ({error.reason})"
         _fail(source, fault, "save the file as UTF-8, or name it by its format")
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         _fail(source, f"not valid JSON ({error})", "write one complete JSON object a line")
     if not isinstance(value, dict):
-        fault = f"expected a JSON object, found {reprlib.repr(value)}"
+        fault = f"expected a JSON object, found {_shown(value)}"
         _fail(source, fault, 'write {"prompt": ..., "choices": [...]} or {"text": ...}')
     return value
 
@@ -253,13 +259,13 @@ def _choices(value: Any, source: str) -> tuple[str, ...]:
         parts = [choice.strip() for choice in value.split("|")]
         value = _json_list(value) if value.lstrip().startswith("[") else parts
     if not isinstance(value, list | tuple):
-        _fail(source, f"'choices' is {reprlib.repr(value)}", 'write a list, ["A", "B"], or A|B')
+        _fail(source, f"'choices' is {_shown(value)}", 'write a list, ["A", "B"], or A|B')
     for choice in value:
         _string(choice, "a choice", source)
     if len(value) < 2:
         _fail(source, f"'choices' holds {len(value)}", "give at least two choices")
-    if twice := [choice for choice in value if value.count(choice) > 1]:
-        _fail(source, f"the choice {twice[0]!r} stands twice", "make them differ")
+    if (twice := repeated(value)) is not None:
+        _fail(source, f"the choice {_shown(twice)} stands twice", "make them differ")
     return tuple(value)
 
 
@@ -270,19 +276,31 @@ def _messages(value: Any, source: str) -> tuple[dict[str, Any], ...]:
         _fail(source, "'messages' is no list of messages", 'write [{"role": ..., "content": ...}]')
     for message in value:
         if not isinstance(message, Mapping):
-            fault = f"a message is {reprlib.repr(message)}"
+            fault = f"a message is {_shown(message)}"
             _fail(source, fault, 'write {"role": ..., "content": ...}')
         for name in ("role", "content"):
             _string(message.get(name), f"{name!r} of a message", source)
     # Other fields are the template's business; in tables they are null where they are not.
-    return tuple({name: v for name, v in said.items() if v is not None} for said in value)
+    said = tuple({name: v for name, v in message.items() if v is not None} for message in value)
+    if any(is_deep(v, DEEPEST) for message in said for v in message.values()):
+        fault = f"a message is nested more than {DEEPEST} levels deep"
+        _fail(source, fault, "leave that field out, or write it as text")
+    return said
+
+
+def is_deep(value: Any, levels: int) -> bool:
+    """Return whether lists and dicts hold values below some levels: such cannot be written."""
+    if not isinstance(value, Mapping | list | tuple):
+        return False
+    inner = value.values() if isinstance(value, Mapping) else value
+    return any(levels == 0 or is_deep(each, levels - 1) for each in inner)
 
 
 def _json_list(text: str) -> Any:
     """Return what a text holds as JSON, else the text."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return parse_json(text)
+    except ValueError:
         return text
 
 
@@ -297,10 +315,11 @@ def _label(value: Any, names: Sequence[str] | None, what: str, source: str) -> i
     if isinstance(value, str):
         value = _index_of(value, names or (), what, source)
     if not isinstance(value, int) or isinstance(value, bool):
-        _fail(source, f"'label' is {reprlib.repr(value)}", "use an integer index, counted from 0")
-    if value < 0 or (names is not None and value >= len(names)):
-        within = "negative" if names is None else f"outside the {len(names)} {what}"
-        _fail(source, f"the label {value} is {within}", "count from 0, or leave it out")
+        _fail(source, f"'label' is {_shown(value)}", "use an integer index, counted from 0")
+    if not 0 <= value < (2**31 if names is None else len(names)):  # results hold 32 bits
+        within = "negative" if value < 0 else "too large"
+        within = within if names is None else f"outside the {len(names)} {what}"
+        _fail(source, f"the label {_shown(value)} is {within}", "count from 0, or leave it out")
     return int(value)
 
 
@@ -314,16 +333,17 @@ def _index_of(label: str, names: Sequence[str], what: str, source: str) -> int:
     if label.strip().isdecimal() and len(label) < 10 and not any(map(str.isdecimal, bare)):
         return int(label)
     if not names:
-        fault = f"the label {label!r} is text; {what} lack names"
+        fault = f"the label {_shown(label)} is text; {what} lack names"
         _fail(source, fault, "use its index, or name them by labels")
-    fault = f"the label {label!r} is none of the {len(names)} {what} {reprlib.repr(list(names))}"
+    told = _shown(list(names))
+    fault = f"the label {_shown(label)} is none of the {len(names)} {what} {told}"
     _fail(source, fault, "use one of these")
 
 
 def _string(value: Any, name: str, source: str) -> str:
     if not isinstance(value, str):
         more = ", or name a column of messages by columns, messages=YOURS" * (name == "'prompt'")
-        _fail(source, f"{name} is {reprlib.repr(value)}", f"make it a string{more}")
+        _fail(source, f"{name} is {_shown(value)}", f"make it a string{more}")
     if not value.strip():
         _fail(source, f"{name} is empty", "write some text into it, or remove the row")
     try:
@@ -339,6 +359,14 @@ def _plain(value: Any) -> Any:
     if type(value).__name__ == "NAType":  # is neither equal to anything nor true or false
         return None
     return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _shown(value: Any) -> str:
+    """Return the beginning of a value as text, whatever it is."""
+    try:
+        return reprlib.repr(value)
+    except (ValueError, RecursionError):  # an integer of more than 4,300 digits
+        return f"a value of type {type(value).__name__}"
 
 
 def _fail(source: str, fault: str, remedy: str) -> NoReturn:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Written = tuple[str, list[str]]  # a prompt, and the whole text with each of its choices
+Written = tuple[str, list[str]]  # a prompt, and the text of each choice behind it
 Tokens = tuple[list[int], list[list[int]]]  # of a prompt, and of its choices as they continue it
 
 
@@ -40,7 +40,7 @@ class Splicer:
     def __call__(self, rows: Sequence[Written]) -> list[Tokens | None]:
         """Return each row's tokens; None where they could be others."""
         found: list[Tokens | None] = [None] * len(rows)
-        able = {i: ends for i, row in enumerate(rows) if (ends := self._ends(*row)) is not None}
+        able = {i: row[1] for i, row in enumerate(rows) if self._is_able(*row)}
         distinct = list(dict.fromkeys(chain.from_iterable(able.values())))
         if not distinct:
             return found
@@ -58,16 +58,14 @@ class Splicer:
                 found[i] = prompt, tokens
         return found
 
-    def _ends(self, prompt: str, texts: list[str]) -> list[str] | None:
-        """Return the texts behind the prompt, None where they may not be tokenized apart."""
-        ends = [text[len(prompt) :] for text in texts]
-        able = (
+    def _is_able(self, prompt: str, ends: list[str]) -> bool:
+        """Tell whether a prompt and what stands behind it may be tokenized apart."""
+        return (
             self._breaks_at_spaces
             and not prompt.endswith(self._added_tokens)
             and _is_plain(prompt[-1:])
             and all(end[0] == " " and _is_plain(end[1:2]) for end in ends)
         )
-        return ends if able else None
 
     @cached_property
     def _vocabulary(self) -> dict[str, int]:
