@@ -6,10 +6,11 @@ safetensors only, never pickle, and never a repository's own code.
 
 from __future__ import annotations
 
-import json
+import logging
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -18,45 +19,54 @@ import transformers
 from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from tfb.adapters.trust import ADAPTER_CONFIG as CONFIG
+from tfb.adapters.trust import (
+    check_adapter,
+    check_base,
+    check_patterns,
+    check_ranks,
+    check_size,
+    read_object,
+    refusing,
+    weight_bytes,
+)
 from tfb.posterior import AdapterError
 
 TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS")
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 # What is fetched of an adapter or artifact on the hub: never a pickled file.
 FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt", "README.md"]
 # Names of the last linear layer of transformers' classifiers. DistilBERT's "pre_classifier" and
 # RoBERTa's "classifier.dense" come before it and have hidden_size rows.
 _HEADS = ("score", "classifier", "out_proj")
+_ADVICE = (
+    "; give base=NAME. Models are loaded by transformers' own classes: a repository's own code is "
+    "refused"
+)
 
 
 def adapter_config(folder: str | Path) -> dict[str, Any]:
     """Read adapter_config.json of an adapter folder or hub name, through PEFT."""
-    if Path(folder).is_dir():
-        _require(Path(folder), CONFIG, folder)
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-        if config.peft_type is None:
-            raise ValueError("no peft_type")
-    except (KeyError, TypeError, ValueError) as error:  # PEFT does not check before it reads
-        raise AdapterError(
-            f"{folder}: {CONFIG} is not a PEFT configuration ({type(error).__name__}: {error})"
-        ) from error
-    return dict(config.to_dict())
+    local = local_folder(folder, FILES)
+    _require(local, CONFIG, folder)
+    check_adapter(folder, read_object(local / CONFIG, folder))
+    with refusing(f"{folder}: {CONFIG} is not a PEFT configuration"):
+        return dict(PeftConfig.from_pretrained(str(local)).to_dict())
 
 
 def adapter_tensor_shapes(folder: Path) -> dict[str, list[int]]:
     """Read the tensor names and shapes of a local adapter, without loading it."""
     path = folder / WEIGHTS
-    try:
-        with safe_open(path, framework="pt") as file:
-            keys = file.keys()
-            return {key: list(file.get_slice(key).get_shape()) for key in keys}
-    except SafetensorError as error:
-        raise AdapterError(f"{path}: damaged, not a safetensors file: {error}") from error
+    with refusing(f"{path}: damaged, not a safetensors file"), safe_open(path, "pt") as file:
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+        for key, found in slices.items():
+            if (kind := found.get_dtype()) not in ("F64", "F32", "F16", "BF16"):
+                raise AdapterError(f"{path}: {key} is {kind}; expected F32, F16, BF16 or F64")
+        return {key: list(found.get_shape()) for key, found in slices.items()}
 
 
 def adapter_folder(adapter: str | Path) -> Path:
@@ -64,10 +74,6 @@ def adapter_folder(adapter: str | Path) -> Path:
     folder = local_folder(adapter, FILES)
     for file in (CONFIG, WEIGHTS):
         _require(folder, file, adapter)
-    try:
-        json.loads((folder / CONFIG).read_text())
-    except ValueError as error:
-        raise AdapterError(f"{adapter}: {CONFIG} is not JSON: {error}") from error
     return folder
 
 
@@ -87,16 +93,15 @@ def lora_keys(module: str) -> tuple[str, str]:
 
 def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a local folder or hub model, by transformers' own code."""
-    try:
+    what = (
+        f"model={model}: no tokenizer can be loaded from it; name a local folder with one, or a "
+        "hub model"
+    )
+    with refusing(what, kind=ValueError):
+        _check_there(model)
         found: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
             str(model), trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
-        reason = _reason(model, error)
-        raise ValueError(
-            f"model={model}: no tokenizer can be loaded from it; name a local folder with one, "
-            f"or a hub model ({reason})"
-        ) from error
     return found
 
 
@@ -114,12 +119,10 @@ def tokenizer_of(folder: str | Path, base: str | Path) -> PreTrainedTokenizerBas
     return load_tokenizer(own if (own / "tokenizer_config.json").is_file() else base)
 
 
-def _reason(name: str | Path, error: Exception) -> str:
-    """Return why a model cannot be loaded, in a line."""
-    path = Path(name)
-    if not path.exists() and (str(name).count("/") > 1 or str(name)[:1] in "./~"):
-        return "no such folder"  # and no hub name either, which is what transformers says
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def _check_there(name: str | Path) -> None:
+    """Refuse a folder that is not there: transformers would say that it is no hub name."""
+    if not Path(name).exists() and (str(name).count("/") > 1 or str(name)[:1] in "./~"):
+        raise FileNotFoundError("no such folder")
 
 
 def set_padding(base: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -130,13 +133,20 @@ def set_padding(base: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def check_device(device: str | None, *, here: bool = True) -> None:
-    """Refuse a name that is no device's, or one of a GPU that this machine has to have."""
+    """Refuse what is neither the CPU nor a GPU, and a GPU that this machine has to have."""
+    if device is None:
+        return
+    expected = f"device={device}: expected cpu, cuda or cuda:0, ..."
     try:
-        chosen = torch.device(device or "cpu")
+        chosen = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"device={device}: expected cpu, cuda or cuda:0, ...") from error
-    if here and chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={device}: torch sees no GPU here; use device=cpu")
+        raise ValueError(expected) from error
+    if chosen.type not in ("cpu", "cuda") or str(chosen) != device:  # "cuda:256" is torch's cuda:0
+        raise ValueError(expected)
+    gpus = torch.cuda.device_count()
+    if here and chosen.type == "cuda" and (chosen.index or 0) >= gpus:
+        seen = f"GPUs 0 to {gpus - 1}" if gpus else "no GPU"
+        raise ValueError(f"device={device}: torch sees {seen} here; use device=cpu")
 
 
 def to_device(model: nn.Module, device: str | None = None) -> None:
@@ -162,38 +172,37 @@ def load_adapter(base_model: nn.Module, adapter: str | Path, name: str = "defaul
         The ``peft.PeftModel`` in eval mode.
 
     Raises:
-        AdapterError: no adapter there, no safetensors, keys or shapes that do not fit, or a base
-            that carries an adapter already.
+        AdapterError: no adapter there, no safetensors, more than plain LoRA, keys, shapes or types
+            that do not fit, weights that are not finite, or a base that carries an adapter already.
     """
     folder = adapter_folder(adapter)
     adapter_config(folder)
     stored = adapter_tensor_shapes(folder)
+    config = read_object(folder / CONFIG, adapter)
+    check_ranks(adapter, config, (s[0] for k, s in stored.items() if ".lora_A." in k and s))
     # PEFT would put both into one model: same names overwrite, others act together.
     if any(isinstance(module, BaseTunerLayer) for module in base_model.modules()):
         raise AdapterError(
             f"{adapter}: the base model carries an adapter already (an earlier load, finished or "
             "not); load a fresh base model, or add a second adapter with PeftModel.load_adapter"
         )
-    try:
-        with warnings.catch_warnings():
-            # Missing keys are errors below; PEFT would only warn.
-            warnings.filterwarnings("ignore", message="Found missing adapter keys")
+    check_patterns(adapter, config, (key for key, _ in base_model.named_modules()))
+    with refusing(f"{adapter}: does not fit the base model"), warnings.catch_warnings():
+        # Missing keys are errors below; PEFT would only warn.
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")
+        try:
             model = PeftModel.from_pretrained(base_model, str(folder), adapter_name=name)
-    except KeyError as error:  # PEFT looks a saved head's tensors up without asking
-        raise AdapterError(f"{adapter}: lacks the tensor {error} of its modules_to_save") from error
-    except (RuntimeError, TypeError, ValueError) as error:  # sizes (torch), settings (PEFT)
-        lines = str(error).splitlines()
-        more = f"\n\t... and {len(lines) - 3} more" if len(lines) > 3 else ""
-        reason = "\n".join(lines[:3]) + more
-        raise AdapterError(f"{adapter}: does not fit the base model: {reason}") from error
-    with warnings.catch_warnings():
+        except KeyError as error:  # PEFT looks a saved head's tensors up without asking
+            raise AdapterError(
+                f"{adapter}: lacks the tensor {error} of its modules_to_save"
+            ) from error
         warnings.simplefilter("ignore")  # PEFT's advice on saving embeddings; nothing is saved here
-        plain = set(_keys(model, name, embeddings=False))
-        allowed = plain | set(_keys(model, name, embeddings=True))
-    missing, unexpected = sorted(plain - set(stored)), sorted(set(stored) - allowed)
+        plain = _tensors(model, name, embeddings=False)
+        allowed = plain | _tensors(model, name, embeddings=True)
+    missing, unexpected = sorted(plain.keys() - stored), sorted(stored.keys() - allowed)
     if missing or unexpected:
         lines = [
-            f"{label} ({len(keys)}): {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}"
+            f"{label} ({len(keys)}): {_listed(keys)}"
             for label, keys in (("missing", missing), ("unexpected", unexpected))
             if keys
         ]
@@ -202,6 +211,9 @@ def load_adapter(base_model: nn.Module, adapter: str | Path, name: str = "defaul
             + "\n  ".join(lines)
             + "\nUse the base model that the adapter was trained on, or rename the keys."
         )
+    for key in stored:  # LoRA weights are looked at when their posterior is made
+        if "lora_" not in key and not bool(allowed[key].isfinite().all()):
+            raise AdapterError(f"{adapter}: {key}: NaN or Inf among the weights")
     model.eval()
     return model
 
@@ -215,7 +227,8 @@ def load_base(name: str | Path, adapter: str | Path) -> nn.Module:
 
     Raises:
         AdapterError: no adapter there, an unsupported task, no head weights in a SEQ_CLS adapter,
-            or no base model in safetensors that transformers' own code can load.
+            no base model in safetensors that transformers' own code can load, or one whose weights
+            and configuration do not fit each other.
     """
     # Left alone, transformers keeps a checkpoint's bfloat16, which CPUs are slow at.
     dtype = "auto" if torch.cuda.is_available() else torch.float32
@@ -225,20 +238,103 @@ def load_base(name: str | Path, adapter: str | Path) -> nn.Module:
         "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
         "SEQ_CLS": transformers.AutoModelForSequenceClassification,
     }
-    return _pretrained(classes[task], name, dtype=dtype, **_head(adapter, folder, task))
+    kind: Any = classes[task]
+    config = base_config(name, adapter)
+    with refusing(f"{name}: no base model can be loaded from it", _ADVICE), _NoReport():
+        stored = weight_bytes(name)
+        with torch.device("meta"):
+            empty = kind.from_config(config)
+        elements = sum(t.numel() for t in (*empty.parameters(), *empty.buffers()))
+        check_size(name, elements, stored)
+        model, report = kind.from_pretrained(
+            str(name),
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,  # by default it asks at a terminal
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # named below
+            **_head(adapter, folder, task),
+        )
+    saved = [key for key in adapter_tensor_shapes(folder) if "lora_" not in key]
+    _check_report(name, model, report, {key.removeprefix("base_model.model.") for key in saved})
+    return model.eval()
+
+
+class _NoReport(logging.Filter):
+    """Keeps transformers' report of missing weights from the log while a model loads.
+
+    It alarms those whose adapter brings the head, and what it tells is checked.
+    """
+
+    log = logging.getLogger("transformers.modeling_utils")
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return "LOAD REPORT" not in text or "CONVERSION" in text
+
+    def __enter__(self) -> None:
+        self.log.addFilter(self)
+
+    def __exit__(self, *_: object) -> None:
+        self.log.removeFilter(self)
+
+
+def _check_report(name: str | Path, model: Any, report: Any, brought: set[str]) -> None:
+    """Refuse a base model with random weights, or with parts of its checkpoint left out.
+
+    Args:
+        name: of the base model.
+        model: as it was loaded.
+        report: transformers' loading info.
+        brought: the keys of weights that the adapter brings itself.
+    """
+    kind = type(model).__name__
+    shapes = {
+        key: f" {[*theirs]}, not {[*ours]}" for key, theirs, ours in report["mismatched_keys"]
+    }
+    if lacking := sorted({*report["missing_keys"], *shapes} - brought):
+        raise AdapterError(
+            f"{name}: the checkpoint lacks {len(lacking)} of {kind}'s tensors, which would be "
+            f"random: {_listed([key + shapes.get(key, '') for key in lacking])}; download it "
+            "again, or give the base model that the adapter was trained on"
+        )
+    if ignored := sorted({*_ignored(model, report["unexpected_keys"], brought)}):
+        raise AdapterError(
+            f"{name}: {len(ignored)} of the checkpoint's tensors have no place in {kind} as "
+            f"config.json describes it: {_listed(ignored)}; download the model again"
+        )
+
+
+def _ignored(model: Any, unknown: Iterable[str], brought: set[str]) -> Iterator[str]:
+    """Yield those keys of a checkpoint that lie in a block or a module that the model has.
+
+    Elsewhere are heads of other tasks, poolers and towers. A bare model's keys lack the prefix.
+    Buffers, such as masks, are made anew; a head that the adapter brings is replaced.
+    """
+    modules, buffers = dict(model.named_modules()), dict(model.named_buffers())
+    for key in unknown:
+        for full in (key, f"{model.base_model_prefix}.{key}"):
+            *parents, owner = accumulate(full.split(".")[:-1] or [""], "{}.{}".format)
+            replaced = full in buffers or any(b.startswith(f"{owner}.") for b in brought)
+            inside = owner in modules or any(
+                isinstance(modules.get(parent), nn.ModuleList) for parent in parents
+            )
+            if owner and inside and not replaced:
+                yield key
+
+
+def _listed(keys: Sequence[str]) -> str:
+    return ", ".join(keys[:4]) + (", ..." if len(keys) > 4 else "")
 
 
 def base_config(name: str | Path, adapter: str | Path) -> Any:
     """Load the configuration that an adapter's base model will have, without its weights."""
     head = _head(adapter, *_task(adapter))
-    try:
+    what = f"{name}: no base model's configuration can be loaded from it"
+    with refusing(what, _ADVICE):
+        _check_there(name)
+        check_base(name)
         return transformers.AutoConfig.from_pretrained(str(name), trust_remote_code=False, **head)
-    except (OSError, ValueError) as error:
-        reason = _reason(name, error)
-        raise AdapterError(
-            f"{name}: no base model's configuration can be loaded from it ({reason}); give "
-            "base=NAME"
-        ) from error
 
 
 def class_names(
@@ -299,21 +395,6 @@ def _head(adapter: str | Path, folder: Path, task: str) -> dict[str, int]:
     return {"num_labels": heads[-1]}
 
 
-def _pretrained(kind: Any, name: str | Path, **options: Any) -> nn.Module:
-    """Load a model by transformers' own code (it would ask at a terminal), from safetensors."""
-    options |= {"use_safetensors": True, "trust_remote_code": False}
-    try:
-        model: nn.Module = kind.from_pretrained(str(name), **options)
-    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
-        reason = _reason(name, error)
-        raise AdapterError(
-            f"{name}: no base model can be loaded from it ({reason}); give base=NAME. Models are "
-            "read from safetensors by transformers' own classes: pickled weights and a "
-            "repository's own code are refused"
-        ) from error
-    return model.eval()
-
-
 def local_folder(name: str | Path, patterns: list[str]) -> Path:
     """Return a local folder as it is, a hub name's from huggingface_hub's cache."""
     path = Path(name)
@@ -328,8 +409,8 @@ def local_folder(name: str | Path, patterns: list[str]) -> Path:
         ) from error
 
 
-def _keys(model: nn.Module, adapter: str, *, embeddings: bool) -> list[str]:
-    return list(
+def _tensors(model: nn.Module, adapter: str, *, embeddings: bool) -> dict[str, torch.Tensor]:
+    return dict(
         get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=embeddings)
     )
 
@@ -337,8 +418,13 @@ def _keys(model: nn.Module, adapter: str, *, embeddings: bool) -> list[str]:
 def save_adapter(
     model: nn.Module, adapter: str, folder: Path, *, source: Path | None = None
 ) -> None:
-    """Write an adapter as an ordinary PEFT folder; from ``source`` its files as they are."""
+    """Write an adapter as an ordinary PEFT folder; from ``source`` its files as they are.
+
+    Raises:
+        AdapterError: the files of ``source`` are not the weights that the model has.
+    """
     if source is not None:
+        _check_source(model, adapter, source)
         shutil.copyfile(source / CONFIG, folder / CONFIG)
         shutil.copyfile(source / WEIGHTS, folder / WEIGHTS)
         return
@@ -349,3 +435,17 @@ def save_adapter(
         for path in nested.iterdir():
             path.rename(folder / path.name)
         nested.rmdir()
+
+
+def _check_source(model: nn.Module, adapter: str, source: Path) -> None:
+    """Refuse files that a model was loaded from, and has other weights than."""
+    now = _tensors(model, adapter, embeddings=False)
+    with safe_open(source / WEIGHTS, "pt") as file:
+        for key in file.keys():  # noqa: SIM118
+            weight, tensor = now.get(key), file.get_tensor(key)
+            if weight is not None and not torch.equal(tensor.to(weight.dtype), weight.cpu()):
+                raise AdapterError(
+                    f"{key} is another one than in {source}, which would be copied: the model or "
+                    "the folder has changed since it was loaded; to save what the model has, set "
+                    "bayes.source = None"
+                )
