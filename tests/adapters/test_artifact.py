@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,15 @@ from support.models import CASES, add_lora, causal, llama, make_batch, randomize
 
 import tfb
 from tfb import ArtifactError, BayesianModel, Draws, PredictiveFit
-from tfb.adapters.artifact import base_fingerprint, check_output_folder, read_sidecar
+from tfb.adapters.artifact import (
+    base_fingerprint,
+    check_base,
+    check_output_folder,
+    file_sha256,
+    read_sidecar,
+)
+from tfb.adapters.loading import load_tokenizer
+from tfb.demo import digits
 from tfb.evaluation.decisions import Decisions
 from tfb.sampling.config import SamplingConfig
 from tfb_kernels import NOISE_VERSION
@@ -285,7 +296,7 @@ def test_no_half_written_folder(
     with pytest.raises(ValueError, match="Out of range float values"):
         tfb.save(bayes, tmp_path / "artifact", note=float("nan"))
     bayes.source = tmp_path / "gone"
-    with pytest.raises(FileNotFoundError, match=r"gone/adapter_config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"gone/adapter_"):
         tfb.save(bayes, tmp_path / "artifact")
     assert not [*tmp_path.iterdir()]
     bayes.source = None
@@ -297,8 +308,13 @@ def test_no_half_written_folder(
 
 
 def edit(artifact: Path, **values: Any) -> None:
+    """Write other values into a sidecar, as whoever can hash would."""
     file = artifact / "tfb.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    data = json.loads(file.read_text()) | values
+    if data.pop("sha256", None):
+        text = json.dumps(data, sort_keys=True, ensure_ascii=False)
+        data["sha256"] = hashlib.sha256(text.encode(errors="replace")).hexdigest()
+    file.write_text(json.dumps(data))
 
 
 def cut(file: Path) -> None:
@@ -312,78 +328,240 @@ def retouch(file: Path) -> None:
     save_file(tensors, file)
 
 
+def refactor(artifact: Path, **changes: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Change the first layer's factors, and the hashes with them."""
+    path = artifact / "tfb.safetensors"
+    tensors, sidecar = load_file(path), read_sidecar(artifact)
+    first = next(iter(sidecar["layers"]))
+    save_file(
+        tensors | {f"{first}.{k}": f(tensors[f"{first}.{k}"]) for k, f in changes.items()}, path
+    )
+    edit(artifact, files=sidecar["files"] | {path.name: file_sha256(path)})
+
+
 SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no sidecar": (
         lambda a: (a / "tfb.json").unlink(),
         "no tfb.json; expected a folder written by tfb fit",
     ),
-    "cut sidecar": (lambda a: cut(a / "tfb.json"), r"tfb\.json: not JSON"),
-    "binary sidecar": (
-        lambda a: (a / "tfb.json").write_bytes(b"\xff\xfe"),
-        r"tfb\.json: not JSON",
-    ),
-    "list": (
-        lambda a: (a / "tfb.json").write_text("[1]"),
-        r"tfb\.json: damaged, not a JSON object",
+    "cut": (lambda a: cut(a / "tfb.json"), r"tfb\.json: damaged, not JSON as it was saved \("),
+    "binary": (lambda a: (a / "tfb.json").write_bytes(b"\xff\xfe"), "not JSON as it was saved"),
+    "list": (lambda a: (a / "tfb.json").write_text("[1]"), r"expected an object, got \[1\]"),
+    "deep": (lambda a: (a / "tfb.json").write_text("[" * 10**5), "nested too deep"),
+    "twice": (
+        lambda a: (a / "tfb.json").write_text('{"sigma": 1, "sigma": 2}'),
+        "the key 'sigma' stands twice",
     ),
     "other format": (
         lambda a: edit(a, format_version=2),
         r"format_version is 2, this library has 1; fit the adapter again .*wrote it \(\d.*\)",
     ),
     "other noise": (
-        lambda a: edit(a, noise_version=0),
+        lambda a: edit(a, noise_version=0, versions=3),
         f"noise_version is 0, this library has {NOISE_VERSION}; fit",
     ),
-    "no sigma": (lambda a: edit(a, sigma=None), r"tfb\.json: damaged, no usable sigma; fit again"),
-    "NaN sigma": (lambda a: edit(a, sigma=float("nan")), "damaged, no usable sigma"),
-    "negative sigma": (lambda a: edit(a, sigma=-0.1), "damaged, no usable sigma"),
-    "no base, no layers": (lambda a: edit(a, base=None, layers=3), "no usable layers, base"),
-    "other mode": (lambda a: edit(a, mode="half"), "mode='half': expected one of full"),
-    "other decisions": (lambda a: edit(a, decisions={"x": 1}), r"tfb\.json has .*; fit again"),
+    "edited by hand": (
+        lambda a: (a / "tfb.json").write_text((a / "tfb.json").read_text().replace("0.05", "0.5")),
+        "damaged, its values have changed since it was saved; fit again",
+    ),
     "no adapter": (
         lambda a: (a / "adapter_model.safetensors").unlink(),
         r"adapter_model\.safetensors is missing",
     ),
-    "no factors": (
-        lambda a: (a / "tfb.safetensors").unlink(),
-        r"tfb\.safetensors is missing",
-    ),
+    "no factors": (lambda a: (a / "tfb.safetensors").unlink(), r"tfb\.safetensors is missing"),
     "other adapter": (
         lambda a: retouch(a / "adapter_model.safetensors"),
-        r"adapter_model\.safetensors has changed since the fit; fit again",
+        r"adapter_model\.safetensors has changed since the artifact was saved; put the file back",
     ),
-    "other factors": (
-        lambda a: retouch(a / "tfb.safetensors"),
-        r"tfb\.safetensors has changed since the fit; fit again",
+    "other factors": (lambda a: retouch(a / "tfb.safetensors"), r"tfb\.safetensors has changed"),
+    "cut factors": (lambda a: cut(a / "tfb.safetensors"), r"tfb\.safetensors has changed"),
+    "other scaling": (
+        lambda a: (a / "adapter_config.json").write_text(
+            (a / "adapter_config.json").read_text().replace('"lora_alpha": 8', '"lora_alpha": 9')
+        ),
+        r"adapter_config\.json has changed",
     ),
-    "cut factors": (
-        lambda a: cut(a / "tfb.safetensors"),
-        r"tfb\.safetensors has changed since the fit; fit again",
+    "a file that is nowhere": (
+        lambda a: edit(a, files=read_sidecar(a)["files"] | {"/dev/zero": "0"}),
+        "/dev/zero is missing",
+    ),
+    "a name of any length": (
+        lambda a: edit(a, files=read_sidecar(a)["files"] | {"x" * 300: "0"}),
+        "cannot read x+: File name too long",
+    ),
+    "unlisted": (
+        lambda a: edit(a, files={"tfb.safetensors": "0", "adapter_config.json": "0"}),
+        r"files does not list adapter_model\.safetensors",
     ),
     "layers beyond the factors": (
         lambda a: edit(a, layers={"model.layers.7.mlp.up_proj": 2.0}),
         r"tfb\.safetensors lacks model\.layers\.7\.mlp\.up_proj\.A, model",
     ),
+    "factors beyond the layers": (
+        lambda a: edit(a, layers=dict([*read_sidecar(a)["layers"].items()][1:])),
+        r"tfb\.safetensors has also model\.layers\.0\.self_attn\.q_proj\.A, model",
+    ),
+    "NaN factors": (lambda a: refactor(a, B=lambda t: t * math.nan), "are none of this adapter"),
+    "negative d": (lambda a: refactor(a, d=lambda t: -t), "are none of this adapter"),
+    "other dtype": (lambda a: refactor(a, A=torch.Tensor.half), "are none of this adapter"),
+    "one dimension": (lambda a: refactor(a, d=lambda t: t[0]), "are none of this adapter"),
+    "other width": (lambda a: refactor(a, A=lambda t: t[:, 1:].clone()), "are none of this"),
 }
 
 
 @pytest.mark.parametrize("fault", SPOILT)
 def test_damaged_artifacts(artifact: Path, fault: str) -> None:
+    """All of it is read before a model is: there is no such base."""
     spoil, message = SPOILT[fault]
     spoil(artifact)
-    with pytest.raises(ValueError, match=message) as caught:
-        tfb.load(base(), artifact)
-    assert isinstance(caught.value, ArtifactError) or fault == "other mode"
+    with pytest.raises(ArtifactError, match=message) as caught:
+        tfb.load("no/such/base", artifact)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+HUGE = 10**400
+DECIDED = asdict(Decisions(300, 10, target_error=0.1, threshold=0.7, accepted=0.8, error=0.05))
+# By field, what it cannot be.
+IMPOSSIBLE: dict[str, list[Any]] = {
+    "sigma": [None, "x", True, math.nan, -1, HUGE, [0.1]],
+    "temperature": [0, math.nan, "x", HUGE, None],
+    "mode": ["half", None, 1],
+    "tail": ["x", -3, 0, 1.5, HUGE],
+    "seed": ["x", HUGE, -HUGE, 1 << 63, 0.5, True, None],
+    "length_normalization": ["words", 1],
+    "task": ["TOKEN_CLS", 7, None],
+    "layers": [None, [], {}, {"a": "x"}, {"a": math.inf}, {"a": HUGE}, {"a": None}],
+    "layer_scales": [3, {"a": "x"}],
+    "base": [None, "x", {"model_type": "llama"}],
+    "base.model_type": [None, 1],
+    "base.shapes_sha256": [None, 1],
+    "base.name": [5, ["x"]],
+    "base.tensors": [[1.0], {"a": 1.0}, {"a": ["x"]}, {"a": [None]}],
+    "base.mean_magnitudes": [[1.0], {"a": "x"}],
+    "files": [None, [], {"tfb.safetensors": 3}],
+    "labels": ["ab", [1, 2], {"a": 1}],
+    "label_tokens": ["first", 1, None],
+    "decisions": [[], {"x": 1}, DECIDED | {"threshold": "a"}, DECIDED | {"target_error": 2}]
+    + [DECIDED | {"draws": n} for n in (0, 3, "10", HUGE)],
+    "fit": [[], {}, "x"],
+    "fit.sigma": ["x", None, -1],
+    "fit.curve": [[], [3], [{"sigma": 0.0}], [{"sigma": 1, "loss": 1, "standard_error": None}]],
+    "fit.interval": [[1], [None, 1.0], 3],
+    "fit.notes": ["x", [1]],
+    "fit.draws": [2.5, "x"],
+    "extra": [[], "x"],
+    "extra.columns": [["a"], {"text": 1}],
+    "versions": [[], {"tfb": 1}],
+}
+
+
+@pytest.mark.parametrize("field", IMPOSSIBLE)
+def test_values_that_cannot_be(artifact: Path, field: str) -> None:
+    """Each is refused in a line that names the field, though the sidecar has the right hash."""
+    edit(artifact, fit=TEMPERED.to_dict(), extra={"columns": {"text": "x"}})
+    sidecar, text = read_sidecar(artifact), (artifact / "tfb.json").read_text()
+    name, _, inner = field.partition(".")
+    for value in IMPOSSIBLE[field]:
+        more = {"mode": "tail"} if field == "tail" else {}
+        edit(artifact, **more, **{name: sidecar[name] | {inner: value} if inner else value})
+        with pytest.raises(ArtifactError, match=rf"damaged.*({name}|no JSON value)") as caught:
+            read_sidecar(artifact)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+        (artifact / "tfb.json").write_text(text)
+    assert read_sidecar(artifact).keys() == sidecar.keys()
+
+
+def test_files_of_an_artifact(tmp_path: Path) -> None:
+    """Each that a result depends on is listed, the tokenizer's too; a card and Git's files are not.
+
+    What transformers would read with the tokenizer may not be added either.
+    """
+    tokenizer = load_tokenizer(digits.BASE)
+    folder = tfb.save(bayesian(), tmp_path / "artifact", tokenizer=tokenizer)
+    listed = read_sidecar(folder)["files"]
+    own = {*ADAPTER_FILES, "tfb.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert listed == {name: file_sha256(folder / name) for name in own}
+    (folder / ".gitattributes").write_text("x")
+    (folder / "README.md").write_text("ours")
+    (folder / "scored").mkdir()
+    (folder / "scored" / "tokenizer.json").write_text("{}")
+    folder.rename(tmp_path / "moved")
+    assert read_sidecar(tmp_path / "moved")["files"] == listed
+    for name in own:
+        path = tmp_path / "moved" / name
+        before = path.read_bytes()
+        path.write_bytes(before + b" ")
+        with pytest.raises(ArtifactError, match=f"moved: {name} has changed"):
+            tfb.from_pretrained(tmp_path / "moved", "no/such/base")
+        path.write_bytes(before)
+    bare = tfb.save(bayesian(), tmp_path / "bare")
+    for name in ("tokenizer_config.json", "chat_template.jinja", "config.json"):
+        for made in (bare, tmp_path / "moved"):
+            if name not in own or made == bare:
+                (made / name).write_text("{}")
+                with pytest.raises(ArtifactError, match=f"{name} was added since .*; remove it"):
+                    tfb.from_pretrained(made, "no/such/base")
+                (made / name).unlink()
+    assert tfb.load(base(), bare).sigma == tfb.load(base(), tmp_path / "moved").sigma == 0.05
+
+
+# --- another base model ---------------------------------------------------------------------------
+
+CHANGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "other signs": lambda t: -t,
+    "other order": lambda t: t.flip(0),
+    "1 % of further training": lambda t: 1.01 * t,
+}
+
+
+@pytest.mark.parametrize("kind", ["llama", "distilbert"])
+def test_every_tensor_of_the_base_counts(kind: str) -> None:
+    """A change of any one is seen, in whatever dtype a base is loaded; other dtypes are the same.
+
+    Buffers hold the rotary angles, and with them rope_theta.
+    """
+    model, here = base(kind).float(), Path("here")
+    saved = base_fingerprint(model)
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if name not in saved["tensors"]:
+                assert name.endswith(".inv_freq")
+                continue
+            for change in CHANGES.values():
+                before = tensor.clone()
+                tensor.copy_(change(before))
+                if torch.allclose(tensor.float(), before.float(), rtol=5e-3):
+                    continue  # equal or symmetric elements
+                with pytest.raises(ArtifactError, match=rf"first difference: {re.escape(name)}\)"):
+                    check_base(here, saved, model)
+                tensor.copy_(before)
+    for dtype in (torch.bfloat16, torch.float16):
+        check_base(here, saved, model.to(dtype))
+        check_base(here, base_fingerprint(model), base(kind).float())
+
+
+def test_values_between_two_of_bfloat16_are_the_same_base() -> None:
+    """The worst case of rounding: all elements of a tensor by half a unit, to the same side."""
+    model = base().float()
+    for p in model.parameters():
+        torch.nn.init.constant_(p, 1 + 2**-8)
+    check_base(Path("here"), base_fingerprint(model), model.bfloat16())
 
 
 def test_other_weights_are_another_base(artifact: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"with other weights \(first difference: \S+\); load"):
-        tfb.load(base(seed=9), artifact)
-    tuned = base()
-    for p in tuned.parameters():  # 1 % of further training is another base too
-        p.data *= 1.01
-    with pytest.raises(ArtifactError, match="with other weights"):
-        tfb.load(tuned, artifact)
+    for folder in (artifact, Path(__file__).parent / "artifact-0.1.0"):
+        with pytest.raises(ArtifactError, match=r"other weights \(first difference: \S+\); load"):
+            tfb.load(base(seed=9), folder)
+
+
+def test_another_scaling_than_at_the_fit(tmp_path: Path) -> None:
+    """An adapter_config.json of 0.1.0 has no hash in the sidecar."""
+    folder = shutil.copytree(Path(__file__).parent / "artifact-0.1.0", tmp_path / "old")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for change in ({"lora_alpha": 3 * config["lora_alpha"]}, {"use_rslora": True}):
+        (folder / "adapter_config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ArtifactError, match=r"the scaling \S+, but it was 2 at the fit; put"):
+            tfb.load(base(), folder)
 
 
 def test_other_shapes_are_another_base(artifact: Path) -> None:

@@ -276,7 +276,7 @@ def test_manifest_says_what_was_sampled(tmp_path: Path) -> None:
         f"draw-{i:02d}" for i in range(12)
     }
     assert (found["sigma"], found["seed"], found["noise_version"]) == (SIGMA, SEED, NOISE_VERSION)
-    assert found["adapter_sha256"] == read_sidecar(artifact)["adapter_sha256"]
+    assert found["adapter_sha256"] == read_sidecar(artifact)["files"][WEIGHTS]
     assert found["artifact_sha256"] == {
         name: file_sha256(artifact / name) for name in ("tfb.json", "tfb.safetensors")
     }
@@ -296,12 +296,9 @@ def test_manifest_says_what_was_sampled(tmp_path: Path) -> None:
 
 def test_base_model_is_named(tmp_path: Path) -> None:
     base().save_pretrained(tmp_path / "base")
-    tfb.save(bayesian(), tmp_path / "artifact")
-    name = str(tmp_path / "base")
-    config = tmp_path / "artifact" / CONFIG
-    config.write_text(
-        json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": name})
-    )
+    name, bayes = str(tmp_path / "base"), bayesian()
+    bayes.model.peft_config["default"].base_model_name_or_path = name
+    tfb.save(bayes, tmp_path / "artifact")
     folder = tfb.export(tfb.load(name, tmp_path / "artifact"), tmp_path / "out", 2)
     assert manifest(folder)["base_model"] == name
 

@@ -24,7 +24,7 @@ SIDECAR: dict[str, Any] = {
     "tail": None,
     "layers": {"a": 1.0, "b": 1.0},
     "base": {"model_type": "llama"},
-    "adapter_sha256": "0123456789abcdef",
+    "files": {"adapter_model.safetensors": "0123456789abcdef"},
     "fit": FIT,
     "extra": {"anchors": "my anchors.jsonl"},
     "versions": {"tfb": "0.1.0", "torch": "2.13"},

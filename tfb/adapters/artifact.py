@@ -2,7 +2,8 @@
 
 adapter_config.json, adapter_model.safetensors   the adapter, untouched: PEFT loads the folder
 README.md        a model card, with the adapter's own below it
-tfb.json         configuration, noise version, the fit's record, hashes, library versions
+tfb.json         configuration, noise version, the fit's record, library versions; the SHA-256 of
+                 the other files, of itself, and what identifies the base model
 tfb.safetensors  A', B', d of every Bayesian layer: signs and degenerate subspaces of an SVD
                  differ between machines, so seeds alone would not carry
 """
@@ -13,13 +14,15 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, fields
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -27,18 +30,23 @@ from transformers import PreTrainedTokenizerBase
 from tfb.adapters.bridge import bayesianize
 from tfb.adapters.card import CARD, card_text
 from tfb.adapters.loading import (
+    CONFIG,
+    TASKS,
     adapter_config,
     adapter_folder,
+    adapter_tensor_shapes,
     class_names,
     load_adapter,
     load_base,
+    lora_keys,
     save_adapter,
 )
 from tfb.atomic import staged_folder, write, write_json
 from tfb.data.encoding import check_label_tokens
-from tfb.draws import stable_layer_id
+from tfb.draws import check_even, stable_layer_id
 from tfb.evaluation.decisions import Decisions
 from tfb.model import BayesianModel
+from tfb.plain import json_sha256, read_json, typed
 from tfb.posterior import AdapterError, LowRankPosterior
 from tfb.sampling.config import SamplingConfig
 from tfb.search.result import PredictiveFit
@@ -46,21 +54,49 @@ from tfb_kernels import NOISE_VERSION
 
 FORMAT_VERSION = 1
 SIDECAR, FACTORS, ADAPTER = "tfb.json", "tfb.safetensors", "adapter_model.safetensors"
-# What a sidecar must hold to be read, with the types that JSON gives.
-_FIELDS: dict[str, type | tuple[type, ...]] = {
-    "sigma": (int, float),
-    "seed": int,
-    "mode": str,
-    "task": str,
-    "layers": dict,
-    "adapter_sha256": str,
-    "factors_sha256": str,
-    "base": dict,
-}
-_CONFIG = [field.name for field in fields(SamplingConfig)]
-_FINGERPRINT_PARAMETERS = 16
-_FINGERPRINT_ELEMENTS = 4096
-_FINGERPRINT_RTOL = 1e-3  # lets a base be loaded in another dtype, not another set of weights
+# What transformers reads with a tokenizer wherever it is, so that it counts where it is added.
+_TOKENIZER_FILES = ["tokenizer*", "*.model", "*.jinja", "additional_chat_templates/*", "vocab*"]
+_TOKENIZER_FILES += ["merges.txt", "special_tokens_map.json", "added_tokens.json", "config.json"]
+_SAMPLES, _BLOCKS = 1024, 4  # of each tensor of the base, for its fingerprint
+_FINGERPRINT_RTOL = 5e-3  # one rounding to bfloat16 (2^-8) and one to float16
+_FINGERPRINT_ATOL = 1e-7  # of an element: float16 has none that are smaller
+_OLD_ELEMENTS, _OLD_RTOL = 4096, 1e-3  # of the fingerprints that 0.1.0 wrote
+
+
+@dataclass(frozen=True)
+class _Base:
+    """What identifies a base model in a sidecar; ``mean_magnitudes`` are those of 0.1.0."""
+
+    model_type: str
+    shapes_sha256: str
+    name: str | None = None
+    tensors: dict[str, tuple[float, ...]] | None = None
+    mean_magnitudes: dict[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class _Extra:
+    columns: dict[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class _Sidecar:
+    """What a sidecar holds, beside SamplingConfig's other fields; 0.1.0 did not write them all."""
+
+    sigma: float
+    seed: int
+    mode: str
+    task: str
+    layers: dict[str, float]
+    base: _Base
+    files: dict[str, str]
+    layer_scales: dict[str, float] | None = None
+    labels: tuple[str, ...] | None = None
+    label_tokens: str = "all"
+    decisions: Decisions | None = None
+    fit: dict[str, Any] | None = None
+    extra: _Extra | None = None
+    versions: dict[str, str] | None = None
 
 
 class ArtifactError(ValueError):
@@ -111,22 +147,25 @@ def save(
         for name, p in bayes.posteriors.items():
             tensors |= {f"{name}.A": p.A, f"{name}.B": p.B, f"{name}.d": p.d}
         save_file({k: v.contiguous() for k, v in tensors.items()}, str(staging / FACTORS))
-        sidecar = sidecar_of(bayes, fit, **extra) | {
-            "adapter_sha256": file_sha256(staging / ADAPTER),
-            "factors_sha256": file_sha256(staging / FACTORS),
-        }
         if tokenizer is not None:
             tokenizer.save_pretrained(str(staging))
-        write_json(staging / SIDECAR, sidecar)
+        files = {name: file_sha256(staging / name) for name in _names(staging) - {CARD}}
+        sidecar = sidecar_of(bayes, fit, **extra) | {"files": dict(sorted(files.items()))}
+        write_json(staging / SIDECAR, sidecar | {"sha256": json_sha256(sidecar)})
         write(staging / CARD, card_text(sidecar, bayes.source).encode())
     return path
+
+
+def _names(folder: Path) -> set[str]:
+    """Return the names of all files below a folder."""
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
 
 
 def sidecar_of(
     bayes: BayesianModel, fit: PredictiveFit | None = None, **extra: Any
 ) -> dict[str, Any]:
-    """Return what a sidecar tells of a model, beside the hashes of its files."""
-    return {
+    """Return what a sidecar tells of a model, as JSON has it, beside the hashes of its files."""
+    sidecar = {
         "format_version": FORMAT_VERSION,
         "noise_version": NOISE_VERSION,
         **asdict(bayes.config),
@@ -140,6 +179,8 @@ def sidecar_of(
         "extra": extra,
         "versions": library_versions(),
     }
+    found: dict[str, Any] = json.loads(json.dumps(sidecar, allow_nan=False))
+    return found
 
 
 def base_of(folder: str | Path, base: str | Path | None = None) -> str:
@@ -160,7 +201,7 @@ def base_of(folder: str | Path, base: str | Path | None = None) -> str:
     local = adapter_folder(folder)
     name = None
     if (local / SIDECAR).is_file():
-        name = read_sidecar(local)["base"].get("name")
+        name = _read(local / SIDECAR)["base"].get("name")
     name = name or adapter_config(local).get("base_model_name_or_path")
     if not name:
         raise AdapterError(f"{folder}: does not say what its base model is; give base=NAME")
@@ -168,35 +209,77 @@ def base_of(folder: str | Path, base: str | Path | None = None) -> str:
 
 
 def read_sidecar(folder: str | Path) -> dict[str, Any]:
-    """Read tfb.json of an artifact; refuse one that is damaged or of another version."""
-    path = Path(folder) / SIDECAR
+    """Read tfb.json of an artifact, and check all of it and the files that it lists.
+
+    Raises:
+        ArtifactError: damaged, of another version, or with a file that is not as it was saved.
+    """
+    folder = Path(folder)
+    sidecar = _read(folder / SIDECAR)
+    for name, digest in sidecar["files"].items():
+        path = folder / name
+        try:
+            found = file_sha256(path) if path.is_file() else None
+        except OSError as error:
+            raise ArtifactError(f"{folder}: cannot read {name}: {error.strerror}") from error
+        if found != digest:
+            fault = "is missing" if found is None else "has changed since the artifact was saved"
+            raise ArtifactError(f"{folder}: {name} {fault}; put the file back, or fit again")
+    if "sha256" in sidecar:  # 0.1.0 did not list a tokenizer's files
+        there = {p for pattern in _TOKENIZER_FILES for p in folder.glob(pattern) if p.is_file()}
+        if added := {p.relative_to(folder).as_posix() for p in there} - sidecar["files"].keys():
+            raise ArtifactError(
+                f"{folder}: {min(added)} was added since the artifact was saved, and would change "
+                "its tokenizer; remove it, or save the artifact with that tokenizer"
+            )
+    return sidecar
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return what a sidecar holds, with every value checked."""
     if not path.is_file():
-        what = f"no {SIDECAR}" if Path(folder).is_dir() else "no such folder"
-        raise ArtifactError(f"{folder}: {what}; expected a folder written by tfb fit")
+        what = f"no {SIDECAR}" if path.parent.is_dir() else "no such folder"
+        raise ArtifactError(f"{path.parent}: {what}; expected a folder written by tfb fit")
     try:
-        data: dict[str, Any] = json.loads(path.read_text())
+        data: dict[str, Any] = typed(dict, read_json(path))
     except ValueError as error:
-        raise ArtifactError(f"{path}: not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ArtifactError(f"{path}: damaged, not a JSON object")
+        raise ArtifactError(f"{path}: damaged, not JSON as it was saved ({error})") from error
     for key, ours in (("format_version", FORMAT_VERSION), ("noise_version", NOISE_VERSION)):
         if data.get(key) != ours:
+            versions = data.get("versions")
+            wrote = versions.get("tfb") if isinstance(versions, dict) else "unknown"
             raise ArtifactError(
-                f"{folder}: {key} is {data.get(key)}, this library has {ours}; fit the adapter "
-                "again with this version, or use the version that wrote it "
-                f"({data.get('versions', {}).get('tfb', 'unknown')})"
+                f"{path.parent}: {key} is {shortened(data.get(key))}, this library has {ours}; fit "
+                "the adapter again with this version, or use the version that wrote it "
+                f"({wrote})"
             )
-    bad = [key for key, types in _FIELDS.items() if not isinstance(data.get(key), types)]
-    labels = data.get("labels")
-    if labels is not None and not (
-        isinstance(labels, list) and all(isinstance(name, str) for name in labels)
-    ):
-        bad.append("labels")
-    if not bad and not (math.isfinite(data["sigma"]) and data["sigma"] >= 0):
-        bad = ["sigma"]
-    if bad:
-        raise ArtifactError(f"{path}: damaged, no usable {', '.join(bad)}; fit again")
+    if "files" not in data:  # 0.1.0
+        data["files"] = {ADAPTER: data.get("adapter_sha256"), FACTORS: data.get("factors_sha256")}
+    try:
+        _check(data)
+    except (RecursionError, ValueError) as error:
+        raise ArtifactError(f"{path}: damaged, {error}; fit again") from error
     return data
+
+
+def _check(data: dict[str, Any]) -> None:
+    """Refuse a sidecar with a value that cannot be, with a ValueError that names it."""
+    found = typed(_Sidecar, data)
+    typed(SamplingConfig, data)
+    check_label_tokens(found.label_tokens)
+    if not found.layers:
+        raise ValueError("layers is empty")
+    if found.task not in TASKS:
+        raise ValueError(f"task={found.task!r}: expected one of {', '.join(TASKS)}")
+    if found.decisions is not None:
+        check_even(found.decisions.draws, "decisions.draws")
+    if found.fit is not None:
+        PredictiveFit.from_dict(found.fit)
+    if "sha256" in data:
+        if unlisted := {CONFIG, ADAPTER, FACTORS} - found.files.keys():
+            raise ValueError(f"files does not list {min(unlisted)}")
+        if data["sha256"] != json_sha256({k: v for k, v in data.items() if k != "sha256"}):
+            raise ValueError("its values have changed since it was saved")
 
 
 def load(base_model: nn.Module | str | Path, folder: str | Path) -> BayesianModel:
@@ -213,33 +296,28 @@ def load(base_model: nn.Module | str | Path, folder: str | Path) -> BayesianMode
     """
     folder = Path(folder)
     sidecar = read_sidecar(folder)
-    for file, digest in ((ADAPTER, "adapter_sha256"), (FACTORS, "factors_sha256")):
-        if not (folder / file).is_file():
-            raise ArtifactError(f"{folder}: {file} is missing")
-        if file_sha256(folder / file) != sidecar[digest]:
-            raise ArtifactError(f"{folder}: {file} has changed since the fit; fit again")
-    try:
-        config = SamplingConfig(**{name: sidecar[name] for name in _CONFIG if name in sidecar})
-        label_tokens = sidecar.get("label_tokens", "all")
-        check_label_tokens(label_tokens)
-    except (TypeError, ValueError) as error:
-        raise ArtifactError(f"{folder}: damaged, {SIDECAR} has {error}; fit again") from error
-    decisions = saved_decisions(folder, sidecar)
+    posteriors = _read_posteriors(folder, sidecar)
     if not isinstance(base_model, nn.Module):
         base_model = load_base(base_model, folder)
     model = load_adapter(base_model, folder)
-    posteriors = _read_posteriors(folder, sidecar)
     bayes = bayesianize(
         model,
         layers=posteriors.__contains__,
         posteriors=posteriors,
-        config=config,
+        config=typed(SamplingConfig, sidecar),
         labels=sidecar.get("labels"),
-        label_tokens=label_tokens,
+        label_tokens=sidecar.get("label_tokens", "all"),
         source=folder,
     )
-    bayes.decisions = decisions
-    _check_fingerprint(folder, sidecar["base"], base_fingerprint(bayes.base))
+    bayes.decisions = typed(Decisions | None, sidecar.get("decisions"))
+    check_base(folder, sidecar["base"], bayes.base)
+    for name, p in posteriors.items():  # of 0.1.0 the adapter's configuration has no hash
+        layer: Any = bayes.base.get_submodule(name)
+        if not math.isclose(layer.scaling[bayes.adapter], p.scaling, rel_tol=1e-6):
+            raise ArtifactError(
+                f"{folder}: {CONFIG} gives {name} the scaling {layer.scaling[bayes.adapter]:.6g}, "
+                f"but it was {p.scaling:.6g} at the fit; put the file back, or fit again"
+            )
     if "label_tokens" not in sidecar and bayes.task != "SEQ_CLS":
         warnings.warn(
             f"{folder}: does not say by which tokens choices are scored; all are. Fit again, with "
@@ -249,35 +327,43 @@ def load(base_model: nn.Module | str | Path, folder: str | Path) -> BayesianMode
     return bayes
 
 
-def saved_decisions(folder: str | Path, sidecar: dict[str, Any]) -> Decisions | None:
-    """Return the decisions that an artifact's sidecar holds; None where it has none."""
-    found = sidecar.get("decisions")
-    try:
-        return None if found is None else Decisions(**found)
-    except TypeError as error:
-        raise ArtifactError(f"{folder}: damaged, {SIDECAR} has {error}; fit again") from error
-
-
 def _read_posteriors(folder: Path, sidecar: dict[str, Any]) -> dict[str, LowRankPosterior]:
     """Return the saved factors by module name."""
-    tensors, scalings = load_file(str(folder / FACTORS)), sidecar["layers"]
-    missing = {f"{n}.{t}" for n in scalings for t in "ABd"} - set(tensors)
-    if missing:
-        raise ArtifactError(f"{folder}: {FACTORS} lacks {', '.join(sorted(missing)[:4])}")
+    try:
+        tensors = load_file(str(folder / FACTORS))
+    except SafetensorError as error:
+        raise ArtifactError(f"{folder}: {FACTORS} is damaged: {error}") from error
+    names = {f"{n}.{t}" for n in sidecar["layers"] for t in "ABd"}
+    for fault, odd in (("lacks", names - set(tensors)), ("has also", set(tensors) - names)):
+        if odd:
+            raise ArtifactError(f"{folder}: {FACTORS} {fault} {', '.join(sorted(odd)[:4])}")
     # Version 0.1.0 could multiply sigma by layer: noise has the scale sigma / d.
     scales = sidecar.get("layer_scales") or {}
-    found = {}
-    for name, scaling in scalings.items():
-        d, scale = tensors[f"{name}.d"], scales.get(name, 1.0)
+    shapes, found = adapter_tensor_shapes(folder), {}
+    for name, scaling in sidecar["layers"].items():
+        A, B, d = (tensors[f"{name}.{t}"] for t in "ABd")
+        theirs = [shapes.get(key) for key in lora_keys(name)]
+        if not _usable(A, B, d) or theirs not in ([None, None], [list(A.shape), list(B.shape)]):
+            raise ArtifactError(
+                f"{folder}: {FACTORS} is damaged, the factors of {name} are none of this adapter"
+            )
+        scale = scales.get(name, 1.0)
         found[name] = LowRankPosterior(
             name=name,
             layer_id=stable_layer_id(name),
-            A=tensors[f"{name}.A"],
-            B=tensors[f"{name}.B"],
+            A=A,
+            B=B,
             d=d / scale if scale else torch.zeros_like(d),
-            scaling=scaling,
+            scaling=float(scaling),
         )
     return found
+
+
+def _usable(A: Tensor, B: Tensor, d: Tensor) -> bool:
+    """Whether factors are those of a posterior: dtypes, shapes, finite numbers, and d >= 0."""
+    kinds = A.dtype == B.dtype in (torch.float32, torch.float64) and d.dtype == torch.float64
+    sizes = A.dim() == B.dim() == 2 and len(A) == B.shape[1] and list(d.shape) == [len(A)]
+    return kinds and sizes and all(bool(t.isfinite().all()) for t in (A, B, d, d.sqrt()))
 
 
 def _name(base: Any) -> str | None:
@@ -296,46 +382,81 @@ def base_tensors(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Ten
 
 
 def base_fingerprint(base: nn.Module) -> dict[str, Any]:
-    """Return what identifies a base model.
+    """Return what identifies a base model, in whatever dtype it is loaded.
 
-    That is its type, its parameters' names and shapes, and the mean magnitude of a few parameters'
-    first elements, which does not depend on the dtype it is loaded in.
+    That is its type, its parameters' names and shapes, and sums over elements of every parameter
+    and buffer; see :func:`_sums`.
     """
-    shapes, samples = hashlib.sha256(), {}
-    parameters = sorted(base_tensors(base.named_parameters()))
-    stride = max(1, len(parameters) // _FINGERPRINT_PARAMETERS)
-    for i, (name, p) in enumerate(parameters):
+    shapes = hashlib.sha256()
+    tensors = dict(sorted(base_tensors(base.named_parameters())))
+    for name, p in tensors.items():
         shapes.update(f"{name}:{list(p.shape)}\n".encode())
-        if i % stride == 0 and p.is_floating_point():
-            samples[name] = float(
-                p.detach().flatten()[:_FINGERPRINT_ELEMENTS].double().abs().mean()
-            )
+    buffers = dict(base_tensors(base.named_buffers()))
+    for name, buffer in buffers.items():
+        # Some models replace their rotary angles while they read; the originals stay.
+        original = name.replace("inv_freq", "original_inv_freq")
+        if original == name or original not in buffers:
+            tensors[name] = buffer
     return {
         "model_type": getattr(base.config, "model_type", type(base).__name__),
         "shapes_sha256": shapes.hexdigest(),
-        "mean_magnitudes": samples,
+        "tensors": {name: _sums(t) for name, t in tensors.items()},
     }
 
 
-def _check_fingerprint(folder: Path, saved: dict[str, Any], found: dict[str, Any]) -> None:
+def _sums(tensor: Tensor) -> list[float]:
+    """Return 2 * _BLOCKS sums over blocks of elements that are spread over a tensor.
+
+    Those of magnitudes see another scale. Those of elements times the cosine of their number see
+    other signs and another order.
+    """
+    flat = tensor.detach().flatten()
+    x = flat[:: -(-len(flat) // _SAMPLES) | 1].cpu().double()  # odd: it meets all columns
+    turned = x * torch.arange(len(x), dtype=torch.float64).cos()
+    blocks = torch.stack([x.abs(), turned]).tensor_split(_BLOCKS, dim=1)
+    sums = torch.stack([block.sum(1) for block in blocks], dim=1)
+    return [float(f"{value:.6g}") for value in sums.flatten().tolist()]
+
+
+def check_base(folder: Path, saved: Mapping[str, Any], base: nn.Module) -> None:
+    """Refuse another base model than the one whose fingerprint was saved."""
+    found = base_fingerprint(base)
     if saved["shapes_sha256"] != found["shapes_sha256"]:
         raise ArtifactError(
             f"{folder}: fitted on another base model ({saved['model_type']}; this one is "
             f"{found['model_type']} with other parameters); load the base it was fitted on"
         )
-    for name, value in saved["mean_magnitudes"].items():
-        other = found["mean_magnitudes"].get(name, float("nan"))
-        if not abs(other - value) <= _FINGERPRINT_RTOL * abs(value):
-            raise ArtifactError(
-                f"{folder}: fitted on a base model with other weights (first difference: {name}); "
-                "load the base it was fitted on"
-            )
+    for name in _differing(typed(_Base, saved), found["tensors"], base):
+        raise ArtifactError(
+            f"{folder}: fitted on a base model with other weights (first difference: {name}); "
+            "load the base it was fitted on"
+        )
+
+
+def _differing(saved: _Base, found: dict[str, list[float]], base: nn.Module) -> Iterator[str]:
+    """Yield the names of tensors that are not as they were."""
+    # What another version of transformers makes anew need not be there.
+    for name, value in (saved.tensors or {}).items():
+        if name not in found:
+            continue
+        if len(value) == len(found[name]):
+            was, now = torch.tensor([value, found[name]], dtype=torch.float64)
+            magnitudes = was[:_BLOCKS].repeat(2)
+            bound = _FINGERPRINT_RTOL * magnitudes + _FINGERPRINT_ATOL * _SAMPLES / _BLOCKS
+            if bool(((was - now).abs() <= bound).all()):
+                continue
+        yield name
+    parameters = dict(base_tensors(base.named_parameters()))
+    for name, magnitude in (saved.mean_magnitudes or {}).items():
+        first = parameters[name].detach().flatten()[:_OLD_ELEMENTS]
+        if not abs(float(first.double().abs().mean()) - magnitude) <= _OLD_RTOL * abs(magnitude):
+            yield name
 
 
 def library_versions() -> dict[str, str]:
     """Return the versions of what results depend on."""
     found = {"noise": str(NOISE_VERSION), "torch": torch.__version__}
-    for package in ("tfb", "transformers", "peft", "triton"):
+    for package in ("tfb", "transformers", "tokenizers", "peft", "triton"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

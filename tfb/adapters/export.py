@@ -30,7 +30,7 @@ from tfb.adapters.loading import CONFIG, WEIGHTS, lora_keys, save_adapter
 from tfb.atomic import staged_folder, write_json
 from tfb.draws import Draws
 from tfb.model import BayesianModel
-from tfb.posterior import AdapterError, LowRankPosterior
+from tfb.posterior import AdapterError, LowRankPosterior, product_norm
 from tfb_kernels import NOISE_VERSION
 
 FORMAT_VERSION = 1
@@ -156,8 +156,7 @@ class Rounding:
         A, B, B0 = A.double(), B.double(), p.B.double()
         # B A - B' exact = [B - B', B'] [A; A - exact], whose norm needs the small products only.
         left, right = torch.cat([B - B0, B0], 1), torch.cat([A, A - exact])
-        square = float(((left.mT @ left) * (right @ right.mT)).sum())
-        self.error += p.scaling**2 * max(square, 0.0)
+        self.error += (p.scaling * product_norm(left, right)) ** 2
         self.noise += p.scaling**2 * float((p.d[:, None] * (exact - p.A.double())).square().sum())
 
     @property

@@ -50,6 +50,14 @@ class Decisions:
     quantile: float | None = None
     level: float = LEVEL
 
+    def __post_init__(self) -> None:
+        check_targets(self.target_error, self.coverage)
+        if self.rows < 1 or self.draws < 1 or not 0 < self.level < 1:
+            raise ValueError(
+                f"rows={self.rows}, draws={self.draws}, level={self.level}: expected at least one "
+                "row and draw, and a level between 0 and 1"
+            )
+
     @classmethod
     def calibrated(
         cls,

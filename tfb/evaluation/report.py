@@ -165,7 +165,7 @@ def facts(sidecar: Mapping[str, Any], draws: int) -> dict[str, str]:
             found["KL"] = f"{fit['kl']:.4g} nats from a prior of scale {fit['prior_sigma']:.4g}"
     if versions := sidecar.get("versions"):
         found["Versions"] = ", ".join(f"{k} {v}" for k, v in versions.items())
-    if digest := sidecar.get("adapter_sha256"):
+    if digest := sidecar.get("files", {}).get("adapter_model.safetensors"):
         found["Adapter"] = f"SHA-256 {digest[:12]}"
     return found
 

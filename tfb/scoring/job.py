@@ -26,9 +26,9 @@ from tfb.adapters.artifact import (
     library_versions,
     load,
     read_sidecar,
-    saved_decisions,
 )
 from tfb.adapters.loading import (
+    CONFIG,
     FILES,
     base_config,
     check_device,
@@ -41,11 +41,17 @@ from tfb.adapters.loading import (
 from tfb.data.encoding import check_truncate
 from tfb.data.readers import schema_of
 from tfb.data.rows import RowError, RowFormat
+from tfb.evaluation.decisions import Decisions
 from tfb.model import BayesianModel
+from tfb.plain import json_sha256, typed
 from tfb.sampling.adaptive import Adaptive
 from tfb.sampling.config import check_mode
 from tfb.scoring.output import FORMATS
 from tfb.scoring.scorer import BATCH_TOKENS, UNCERTAINTIES, Item, Scorer, check_draws
+
+_TOKENIZER = ["model_max_length", "padding_side", "truncation_side", "chat_template"]
+_TOKENIZER += ["add_bos_token", "add_eos_token", "clean_up_tokenization_spaces"]
+LONGEST = 200  # of a setting as text; what is longer, such as a thousand classes, is hashed
 
 
 @dataclass(frozen=True)
@@ -166,11 +172,11 @@ class Job:
 
     def _decided(self) -> tuple[str, ...]:
         """Return the columns of the artifact's decisions, which hold in its own mode alone."""
-        decisions = saved_decisions(self.folder, self.sidecar)
+        decisions = typed(Decisions | None, self.sidecar.get("decisions"))
         own = (self.sidecar["mode"], self.sidecar.get("tail"))
         if decisions is None or (self.mode is not None and (self.mode, self.tail) != own):
             return ()
-        return decisions.names
+        return tuple(decisions.names)
 
     def _check_columns(self, names: Sequence[str], source: Path) -> None:
         self.row_format.check(names, str(source))
@@ -211,7 +217,9 @@ class Job:
             "columns": dict(form.columns),
             "labels": None if form.labels is None else list(form.labels),
             "keep": list(self.keep),
+            # The first lists the hashes of all files, but not in artifacts of 0.1.0.
             "artifact_sha256": file_sha256(self.folder / SIDECAR),
+            "adapter_config_sha256": file_sha256(self.folder / CONFIG),
             "versions": {"python": platform.python_version(), **library_versions()},
         }
 
@@ -225,7 +233,8 @@ class Job:
             "device": bayes.device.type,
             "dtype": str(bayes.dtype).removeprefix("torch."),
             "model_sha256": model_sha256(bayes.base),
-            "tokenizer_sha256": tokenizer_sha256(tokenizer),
+            "base": base_settings(bayes.base),
+            "tokenizer": tokenizer_settings(tokenizer),
         }
 
 
@@ -306,10 +315,24 @@ def model_sha256(base: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash a tokenizer's rules, or its vocabulary where they cannot be written, and template."""
-    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
-        rules = backend.to_str()
-    else:
-        rules = json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return hashlib.sha256((rules + str(tokenizer.chat_template or "")).encode()).hexdigest()
+def base_settings(base: Any) -> dict[str, Any]:
+    """Return a base model's whole configuration as plain data, but for where it came from."""
+    found = json.loads(base.config.to_json_string(use_diff=False))
+    for name in ("attn_implementation", "experts_implementation"):  # left out by transformers
+        found[name] = getattr(base.config, f"_{name}", None)
+    return _settings(found, "_name_or_path", "transformers_version")
+
+
+def tokenizer_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return what a row's tokens depend on: rules or vocabulary, template, special tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = tokenizer.get_vocab() if backend is None else backend.to_str()
+    found = {"rules": rules, **tokenizer.special_tokens_map}
+    found |= {name: getattr(tokenizer, name, None) for name in _TOKENIZER}
+    return _settings(json.loads(json.dumps(found, default=str)))
+
+
+def _settings(values: dict[str, Any], *places: str) -> dict[str, Any]:
+    """Return values without those that say where something is; of long ones the hash."""
+    kept = {name: values[name] for name in sorted(values.keys() - set(places))}
+    return {k: v if len(json.dumps(v)) <= LONGEST else json_sha256(v) for k, v in kept.items()}

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from tfb.plain import typed
 from tfb.sampling.config import SamplingConfig
 
 
@@ -161,14 +162,13 @@ class PredictiveFit:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> PredictiveFit:
-        """Undo ``to_dict``, also of 0.1.0, whose other fields are ignored."""
-        known = {f.name: data[f.name] for f in fields(cls) if f.name in data}
-        names = [f.name for f in fields(CurvePoint)]
-        known["curve"] = tuple(
-            CurvePoint(**{name: p[name] for name in names if name in p}) for p in data["curve"]
-        )
-        known["notes"] = tuple(data.get("notes", ()))
-        for name in ("interval", "change"):
-            if known.get(name) is not None:
-                known[name] = tuple(data[name])
-        return cls(**known)
+        """Undo ``to_dict``, also of 0.1.0, whose other fields are ignored.
+
+        Raises:
+            ValueError: a field that is missing, or a value that cannot be.
+        """
+        found: PredictiveFit = typed(cls, data, "fit")
+        if not found.curve or found.curve[0].sigma != 0:
+            raise ValueError("fit.curve: expected the adapter first, at sigma=0")
+        typed(SamplingConfig, data, "fit")
+        return found
