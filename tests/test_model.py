@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +275,111 @@ def test_threads_do_not_see_each_other() -> None:
         for thread in threads:
             thread.join(60)
     assert not wrong and not any(thread.is_alive() for thread in threads)
+
+
+def in_threads(*works: Callable[[], None]) -> None:
+    """Run all at once, each with one thread of the library's, and raise what one raised."""
+
+    def one(work: Callable[[], None]) -> None:
+        torch.set_num_threads(1)  # each thread's own
+        work()
+
+    with ThreadPoolExecutor(len(works)) as pool:
+        for done in [pool.submit(one, work) for work in works]:
+            done.result(60)
+
+
+def test_predictions_of_many_kinds_at_once() -> None:
+    """Draws, modes, labels and temperatures of several threads: to the bit what each gets alone."""
+    bayes, batch = bayesian(), CASES["llama"].batch()
+    labels = torch.tensor([7, 63, 0])
+    calls: list[dict[str, Any]] = [
+        {"draws": 4},
+        {"draws": 4, "mode": "tail", "tail": 2},
+        {"draws": DRAWS, "label_ids": labels},
+        {"draws": Draws.antithetic(2, 0.2, seed=8), "label_ids": labels[:2], "temperature": 3.0},
+        {"draws": 2, "draws_per_pass": 1, "mode": "full"},
+        {"draws": "auto", "label_ids": labels},
+    ]
+    expected = [bayes.predict(batch, **call).probs for call in calls]
+    bayes.model.train()
+    gate = threading.Barrier(len(calls))
+
+    def work(call: dict[str, Any], alone: Tensor) -> None:
+        for _ in range(4):
+            gate.wait(60)
+            assert bayes.predict(batch, **call).probs.equal(alone)
+
+    in_threads(*map(partial(partial, work), calls, expected))
+
+
+def test_overlapping_predictions_of_a_model_in_train_mode() -> None:
+    """The first to begin ends first, while the second is inside: its dropout stays silent, and the
+    last one puts every module back."""
+    model = exact(CASES["rslora"].build())  # dropout 0.3
+    bayes, batch = tfb.bayesianize(model), CASES["rslora"].batch()
+    expected = bayes.predict(batch, DRAWS).probs
+    model.train()
+    model.get_base_model().lm_head.eval()
+    modes = [m.training for m in model.modules()]
+    second_inside, first_done = threading.Event(), threading.Event()
+    ids: dict[int, str] = {}
+
+    def order(*_: Any) -> None:
+        if ids[threading.get_ident()] == "first":
+            assert second_inside.wait(60)
+        else:
+            second_inside.set()
+            assert first_done.wait(60)
+
+    def work(name: str) -> None:
+        ids[threading.get_ident()] = name
+        assert bayes.predict(batch, DRAWS).probs.equal(expected)
+        if name == "first":
+            assert not model.training
+            first_done.set()
+
+    hook = bayes.base.get_input_embeddings().register_forward_pre_hook(order)
+    in_threads(partial(work, "first"), partial(work, "second"))
+    hook.remove()
+    assert [m.training for m in model.modules()] == modes
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_training_begun_during_a_prediction_is_an_error(training: bool) -> None:
+    """Dropout may have acted, so there is no result; the mode is the one asked for."""
+    model = exact(CASES["rslora"].build())
+    bayes, batch = tfb.bayesianize(model), CASES["rslora"].batch()
+    model.train(training)
+    embed = bayes.base.get_input_embeddings()
+    hook = embed.register_forward_pre_hook(lambda *_: model.train() and None)
+    with pytest.raises(RuntimeError, match=r"train\(\) was called on the model while it predicted"):
+        bayes.predict(batch, DRAWS)
+    hook.remove()
+    assert all(m.training for m in model.modules())
+    bayes.predict(batch, DRAWS)
+
+
+def test_a_prediction_has_one_configuration() -> None:
+    """That of its beginning, whatever others configure while it runs."""
+    batch = CASES["llama"].batch()
+    choices = torch.tensor([[[5, 6], [7, -1]]] * 3)
+    other = {"sigma": 0.4, "temperature": 5.0, "seed": 8, "length_normalization": "tokens"}
+
+    calls: list[Callable[[BayesianModel], Any]] = [
+        lambda bayes: bayes.predict(batch, 4, label_ids=choices).probs,
+        lambda bayes: bayes.predict(batch, "auto", label_ids=choices).probs,
+        lambda bayes: bayes.logits(batch, DRAWS, choices, draws_per_pass=2),
+        lambda bayes: bayes.log_probs(batch, bayes.draws(2)),
+        lambda bayes: bayes.generate(batch, 2, max_new_tokens=2).total,
+    ]
+    for call in calls:
+        bayes = bayesian()
+        expected = call(bayes)
+        bayes.base.get_input_embeddings().register_forward_pre_hook(
+            lambda *_, bayes=bayes: bayes.configure(**other, mode="tail", tail=1) and None
+        )
+        assert torch.equal(call(bayes), expected) and bayes.sigma == 0.4
 
 
 @pytest.mark.parametrize("place", ["embedding", "sampled layer", "after the last layer"])

@@ -191,3 +191,18 @@ def test_logits_must_follow_the_draws(shape: tuple[int, ...]) -> None:
         Predictive.from_logits(torch.zeros(shape), Draws.iid(4, 0.1))
     with pytest.raises(ValueError, match=rf"p: expected \[S=4, B, K\], got \[{shape[0]}, "):
         Predictive.from_probs(torch.ones(shape), Draws.iid(4, 0.1))
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_rows_without_finite_logits_have_no_prediction(keep: bool) -> None:
+    """NaN, or logits that overflow at T: never the first class by default. Other rows are whole."""
+    logits = torch.tensor([[[1.0, 2.0]], [[2.0, 0.0]]]).repeat(1, 4, 1)
+    draws = Draws.antithetic(2, 0.1)
+    whole = Predictive.from_logits(logits, draws, temperature=0.5).rows(torch.tensor([2]))
+    logits[0, 0, 1], logits[1, 1, 0], logits[1, 3, 1] = math.nan, math.inf, 3e38
+    p = Predictive.from_logits(logits, draws, keep_draws=keep, temperature=0.5)
+    assert p.prediction.tolist() == [-1, -1, int(whole.prediction), -1]
+    for name in ("probs", "total", "aleatoric", "epistemic", "agreement", "confidence"):
+        values = getattr(p, name).view(4, -1)
+        assert values.isnan().all(1).tolist() == [True, True, False, True], name
+        torch.testing.assert_close(values[2:3], getattr(whole, name).view(1, -1))

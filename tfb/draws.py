@@ -14,6 +14,8 @@ from torch import Tensor
 
 from tfb_kernels.ops import NOISE_KINDS, by_stream
 
+MOST_DRAWS = 1 << 16
+
 
 def stable_layer_id(name: str) -> int:
     """Return the unsigned 32-bit noise identity of a module's qualified name (BLAKE2s)."""
@@ -187,6 +189,8 @@ def _check_count(draws: int, name: str) -> None:
         raise ValueError(f"{name}={draws!r}: expected a number of draws")
     if draws < 1:
         raise ValueError(f"{name}={draws}: at least one draw is needed")
+    if draws > MOST_DRAWS:
+        raise ValueError(f"{name}={draws}: expected at most {MOST_DRAWS}")
 
 
 def _check_sigma(sigma: float) -> None:

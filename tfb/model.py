@@ -187,9 +187,9 @@ class BayesianModel(Configured):
         """Run all draws in every ``bayes.model(**batch)`` of this context: [S * B, ...] come out.
 
         Raises:
-            ValueError: the adapter is not active, is disabled, merged, rescaled or gone, or another
-                one of the same model is being sampled; or, in the context, a pipeline or Trainer
-                calls the model, which would take draws for rows.
+            ValueError: the adapter is not active, is disabled, merged, rescaled, gone, or has been
+                trained since; another one of the same model is being sampled; or, in the context, a
+                pipeline or Trainer calls the model, which would take draws for rows.
         """
         self.check_sampling()
         with self.sampling_as(SamplingState(self.base, draws, loops=loops_around())):
@@ -223,7 +223,7 @@ class BayesianModel(Configured):
     def distinct_draws(self, n: int | Draws, *, kept: bool = False) -> Draws:
         """Return the draws; at sigma = 0 they are identical, so return one unless ``kept``."""
         draws = self.draws(n)
-        equal = self.sigma == 0.0 and not isinstance(n, Draws)
+        equal = not isinstance(n, Draws) and not any(draws.sigmas)
         return Draws.mean() if equal and not kept else draws
 
     @torch.no_grad()
@@ -254,24 +254,19 @@ class BayesianModel(Configured):
         Raises:
             ValueError: a batch, a mode or label_ids that do not fit the model or each other.
         """
+        bayes = self.frozen()
+        config = bayes.config
         if mode is None:
-            mode = self.config.mode
-            tail = self.config.tail if tail is None else tail
-        self.check_config(replace(self.config, mode=mode, tail=tail))
-        self.check_sampling()
-        inputs = self.inputs(batch, mode)
-        return scored_logits(self, inputs, draws, label_ids, tail, draws_per_pass)
+            mode = config.mode
+            tail = config.tail if tail is None else tail
+        bayes.check_config(replace(config, mode=mode, tail=tail))
+        bayes.check_sampling()
+        inputs = bayes.inputs(batch, mode)
+        return scored_logits(bayes, inputs, draws, label_ids, tail, draws_per_pass)
 
-    def predictive(
-        self,
-        logits: Tensor,
-        draws: Draws,
-        *,
-        keep_draws: bool = False,
-        temperature: float | None = None,
-    ) -> Predictive:
-        """Average the probabilities of logits [S, B, K] at a temperature; None: the model's."""
-        T = self.config.temperature if temperature is None else temperature
+    def predictive(self, logits: Tensor, draws: Draws, *, keep_draws: bool = False) -> Predictive:
+        """Average the probabilities of logits [S, B, K] at the model's temperature."""
+        T = self.config.temperature
         return Predictive.from_logits(logits, draws, keep_draws=keep_draws, temperature=T)
 
     def predict(
@@ -309,16 +304,19 @@ class BayesianModel(Configured):
             if draws != "auto":
                 raise ValueError(f"draws={draws!r}: expected a number, tfb.Draws or 'auto'")
             draws = Adaptive()
-        logits_of = partial(self.logits, mode=mode, tail=tail, draws_per_pass=draws_per_pass)
+        bayes = self.frozen()
+        if temperature is not None:
+            bayes.configure(temperature=temperature)
+        logits_of = partial(bayes.logits, mode=mode, tail=tail, draws_per_pass=draws_per_pass)
         if isinstance(draws, Adaptive):
             if keep_draws:
                 raise ValueError("keep_draws: rows have different numbers of draws under 'auto'")
-            first = self.draws(draws.first)
-            T = self.config.temperature if temperature is None else temperature
+            first = bayes.draws(draws.first)
+            T = bayes.config.temperature
             return predict_adaptively(logits_of, batch, label_ids, draws, first, T)
-        draws = self.draws(draws)
+        draws = bayes.draws(draws)
         logits = logits_of(batch, draws, label_ids)
-        return self.predictive(logits, draws, keep_draws=keep_draws, temperature=temperature)
+        return bayes.predictive(logits, draws, keep_draws=keep_draws)
 
     @torch.no_grad()
     def log_probs(self, batch: Batch, draws: Draws) -> Tensor:
@@ -336,6 +334,7 @@ class BayesianModel(Configured):
             ValueError: what :meth:`sampling` refuses.
         """
         self.check_sampling()
+        temperature = self.config.temperature
         inputs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         tokens = int(inputs["input_ids"].numel())
         most = draws_that_fit(self.base, len(draws), tokens, tokens)
@@ -344,7 +343,7 @@ class BayesianModel(Configured):
             for part in split(draws, most, self.device):
                 with self.sampling_as(SamplingState(self.base, part)):
                     logits = self.model(**inputs).logits.unflatten(0, (len(part), -1))
-                mean = log_mean_probs(logits, self.config.temperature)
+                mean = log_mean_probs(logits, temperature)
                 found.append(mean + math.log(len(part)))
         return torch.stack(found).logsumexp(0) - math.log(len(draws))
 
@@ -375,13 +374,14 @@ class BayesianModel(Configured):
             ValueError: not a causal LM, sigma not set or searched for tails, token noise, or an
                 option that cannot work with several draws.
         """
-        if self.config.mode == "tail" and not isinstance(draws, Draws):
+        bayes = self.frozen()
+        if bayes.config.mode == "tail" and not isinstance(draws, Draws):
             raise ValueError(
-                f"generate: sigma was searched with mode='tail' (tail={self.config.tail}), and "
+                f"generate: sigma was searched with mode='tail' (tail={bayes.config.tail}), and "
                 "generation has its noise at every token; fit with mode 'full', or accept this "
                 "sigma there: bayes.configure(mode='full')"
             )
-        return run_generation(self, batch, self.draws(draws), per_draw, options)
+        return run_generation(bayes, batch, bayes.draws(draws), per_draw, options)
 
     @property
     def head_alone(self) -> bool:

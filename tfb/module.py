@@ -178,9 +178,10 @@ class BayesianModule(Configured):
         Raises:
             ValueError: sigma not set, odd draws, outputs that are not [S, B, K].
         """
-        draws = self.draws(draws)
+        frozen = self.frozen()
+        draws = frozen.draws(draws)
         logits = self.outputs(batch, draws)
-        return Predictive.from_logits(logits, draws, temperature=self.config.temperature)
+        return Predictive.from_logits(logits, draws, temperature=frozen.config.temperature)
 
     def remove(self) -> nn.Module:
         """Undo ``bayesianize``; return the module, its layers with the noise that they had."""

@@ -117,6 +117,22 @@ class LowRankPosterior:
         """[r] float64: 1 / d_i, and 0 where d_i is 0."""
         return torch.where(self.d > 0, 1.0 / self.d, torch.zeros_like(self.d))
 
+    def distance(self, A: Tensor, B: Tensor) -> float:
+        """Compute ||B A - B' A'||_F for LoRA's weights A [k, n] and B [m, k]; NaN if one is."""
+        A, B, A0, B0 = (t.detach().to("cpu", torch.float64) for t in (A, B, self.A, self.B))
+        return product_norm(torch.cat([B, -B0], 1), torch.cat([A, A0]))
+
+    def rounding(self, dtype: torch.dtype) -> float:
+        """Return a bound for what weights in ``dtype`` may add to :meth:`distance`.
+
+        An entry is off by eps / 2 of itself, or of the least normal number. By Cauchy and Schwarz
+        the product is off by eps ||B|| ||A||. It is doubled for the factors' own float32.
+        """
+        info = torch.finfo(dtype)
+        least = info.smallest_normal
+        a, b = (float(t.double().norm()) + least * t.numel() ** 0.5 for t in (self.A, self.B))
+        return 2 * max(info.eps, torch.finfo(torch.float32).eps) * a * b
+
     def mean(self) -> Tensor:
         """Compute E[dW] = s B' A' [m, n] float64."""
         return self.scaling * (self.B.double() @ self.A.double())
@@ -152,6 +168,12 @@ class LowRankPosterior:
         each = ratio * ratio / 2 - 0.5 - math.log(ratio)
         entries = self.effective_rank * self.in_features
         return entries * each + self.mean_square() / (2 * prior_sigma**2)
+
+
+def product_norm(left: Tensor, right: Tensor) -> float:
+    """Compute ||left right||_F of float64 [m, k] and [k, n] from products [k, k] alone."""
+    square = float(((left.mT @ left) * (right @ right.mT)).sum())
+    return math.sqrt(max(square, 0.0)) if math.isfinite(square) else math.nan
 
 
 def _rank_tolerance(B: Tensor, stored: torch.dtype, d_max: float) -> float:

@@ -21,6 +21,8 @@ from tfb_kernels.reference import compute_dtype, unit_standard_error
 class Predictive:
     """Predictions for B rows over K classes from S draws. Entropies are in nats.
 
+    Where the model returned NaN, or its logits overflowed, all of a row is NaN.
+
     Attributes:
         probs: [B, K], the mean over draws, float32 (float64 for float64 logits).
         total: [B], entropy of ``probs``.
@@ -66,7 +68,7 @@ class Predictive:
             probs=probs,
             total=total,
             aleatoric=aleatoric,
-            agreement=(choices == probs.argmax(-1)).to(probs.dtype).mean(0),
+            agreement=_agreement(choices, probs),
             standard_error=_exact_or(error, draws),
             draws=draws,
         )
@@ -92,7 +94,7 @@ class Predictive:
             probs=probs,
             total=torch.special.entr(probs).sum(-1),
             aleatoric=torch.special.entr(p).sum(-1).mean(0),
-            agreement=(p.argmax(-1) == probs.argmax(-1)).to(p.dtype).mean(0),
+            agreement=_agreement(p.argmax(-1), probs),
             standard_error=_exact_or(error, draws),
             draws=draws,
             draw_probs=p if keep_draws else None,
@@ -142,8 +144,8 @@ class Predictive:
 
     @cached_property
     def prediction(self) -> Tensor:
-        """[B] int64, argmax of ``probs``."""
-        return self.probs.argmax(-1)
+        """[B] int64, argmax of ``probs``; -1 where they are NaN."""
+        return self.probs.argmax(-1).masked_fill(self.probs.isnan().any(-1), -1)
 
     @cached_property
     def confidence(self) -> Tensor:
@@ -173,6 +175,12 @@ def as_float32(values: Tensor) -> Tensor:
 
 
 _ROW_FIELDS = ("probs", "total", "aleatoric", "agreement", "standard_error")
+
+
+def _agreement(choices: Tensor, probs: Tensor) -> Tensor:
+    """Return the share of choices [S, B] that are the argmax of probs [B, K]."""
+    share = (choices == probs.argmax(-1)).to(probs.dtype).mean(0)
+    return share.masked_fill(probs.isnan().any(-1), float("nan"))
 
 
 def _exact_or(error: Tensor, draws: Draws) -> Tensor:

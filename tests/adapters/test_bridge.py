@@ -129,6 +129,40 @@ def test_chosen_layers_only_are_sampled() -> None:
     assert relative(sampled(bayes, DRAWS, batch), expected) < EXACT
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "saved head": {"modules_to_save": ["lm_head", "norm"]},
+    "trained tokens": {"trainable_token_indices": [5, 6, 7]},
+    "trained tokens of a tied embedding": {"trainable_token_indices": [5, 6, 7], "tied": True},
+    "saved tied embedding": {
+        "modules_to_save": ["embed_tokens"],
+        "ensure_weight_tying": True,
+        "tied": True,
+    },
+    "blocks used twice": {"layer_replication": [[0, 2], [1, 2]]},
+    "trained biases": {"bias": "all"},
+    "PiSSA": {"init_lora_weights": "pissa"},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_what_peft_changes_beside_lora_stays(option: str) -> None:
+    def build() -> Any:
+        config = dict(OPTIONS[option])
+        base = llama(tie_word_embeddings=config.pop("tied", False))
+        return exact(add_lora(randomize(base, 0), **causal(**config)))
+
+    model, twin, batch = build(), build(), CASES["llama"].batch()
+    plain = run(twin, batch)
+    bayes = tfb.bayesianize(model)
+    assert torch.equal(run(model, batch), plain)
+    found = sampled(bayes, DRAWS, batch)
+    assert relative(found, naive(twin, bayes.posteriors, DRAWS, lambda m: run(m, batch))) < EXACT
+    assert relative(found[2], plain) < EXACT
+    labels = torch.tensor([7, 63, 5])
+    everything = bayes.logits(batch, DRAWS)
+    assert relative(bayes.logits(batch, DRAWS, labels), everything[..., labels]) < EXACT
+
+
 def test_saved_head_is_used() -> None:
     """modules_to_save: sampling uses the adapter's head, not the base model's."""
     (model, twin), batch = twins("bert"), CASES["bert"].batch()
@@ -370,6 +404,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "DoRA": (
         lambda: add_lora(llama(), **causal(use_dora=True)),
         r"q_proj: LoRA variant DoraLinearVariant is not plain LoRA(.|\n)*excluded with layers=",
+    ),
+    "aLoRA": (
+        lambda: add_lora(llama(), **causal(alora_invocation_tokens=[5, 6])),
+        "q_proj: LoRA variant ALoraLinearVariant is not plain LoRA",
     ),
     "embedding": (
         lambda: add_lora(llama(), **causal(target_modules=["embed_tokens", "q_proj"])),

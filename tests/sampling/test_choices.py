@@ -34,6 +34,7 @@ from tfb.data.encoding import RowEncoder
 from tfb.data.readers import read_rows
 from tfb.sampling.adaptive import Adaptive
 from tfb.sampling.choices import ChoiceTokens
+from tfb.sampling.forward import CHOICE_BYTES
 from tfb.scoring.evaluate import predict_rows
 from tfb.search.loss import AnchorLoss, AnchorSet
 
@@ -205,6 +206,33 @@ def test_parts_of_the_draws(how: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("how", TAILS)
+@pytest.mark.parametrize(("kind", "blocks"), [("mistral", None), ("gpt2", 1)])
+def test_parts_of_the_choices(
+    kind: str, blocks: int | None, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory bounds the continuations of a pass: one, or as many as fit, score what all would."""
+    bayes, name = bayesian(kind, blocks), "transformer.h.2" if kind == "gpt2" else "model.layers.2"
+    together = bayes.logits(batch_of(), DRAWS, IDS, **how)
+    for bytes_, most in ((1, 1), (25_000, 4)):
+        monkeypatch.setitem(CHOICE_BYTES, "cpu", bytes_)
+        seen = rows_seen(
+            bayes, [name], lambda: bayes.logits(batch_of(), DRAWS[:1], IDS, draws_per_pass=1, **how)
+        )
+        assert max(seen[name][1:]) <= most and sum(seen[name]) == 3 + 5
+        for size in (None, 3):
+            parts = bayes.logits(batch_of(), DRAWS, IDS, draws_per_pass=size, **how)
+            assert relative(parts, together) < EXACT
+
+
+def test_token_noise_is_not_parted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It numbers the tokens of a call: choices of two calls would get the same noise."""
+    token = Draws.iid(2, 0.2, noise="token")
+    together = bayesian().logits(batch_of(), token, IDS)
+    monkeypatch.setitem(CHOICE_BYTES, "cpu", 1)
+    assert bayesian().logits(batch_of(), token, IDS).equal(together)
+
+
+@pytest.mark.parametrize("how", TAILS)
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2"])
 def test_a_row_is_itself_in_any_company(kind: str, how: dict[str, Any]) -> None:
     """Alone, where its longest choice is shorter, and in another order of rows and choices."""
@@ -239,7 +267,7 @@ def test_prompts_are_read_once() -> None:
     choices = ChoiceTokens.of(bayes.base, IDS, 3)
     assert choices.read.tolist() == [[9, 5, 0], [7, 0, 0], [20, 0, 0], [30, 0, 0], [40, 41, 42]]
     assert choices.owner.tolist() == [0, 1, 1, 1, 2]
-    assert choices.source.tolist() == [[0, 0, 0, 0], [1, 2, 1, 3], [4, 4, 4, 4]]
+    assert choices.source.tolist() == [0, 0, 0, 0, 1, 2, 1, 3, 4, 4, 4, 4]
     assert tokens_of(bayes, batch_of(), label_ids=IDS) == [(3, 6), (5, 4)]
     token = Draws.iid(4, 0.2, noise="token")  # numbers the tokens of a call: prompts stay whole
     assert tokens_of(bayes, batch_of(), token, label_ids=IDS) == [(5, 7 + 3)]
@@ -471,6 +499,7 @@ def test_sigma_is_searched_and_kept_with_the_normalization(tmp_path: Path) -> No
     draws = Draws.antithetic(2, fit.sigma)
     assert relative(again.logits(batch_of(), draws, IDS), bayes.logits(batch_of(), draws, IDS)) == 0
     sidecar = json.loads((folder / "tfb.json").read_text())
+    del sidecar["sha256"]
     for value, message in ((None, "none"), ("words", "length_normalization='words'")):
         # Artifacts from before there was a choice lack the field.
         sidecar |= {"length_normalization": value}

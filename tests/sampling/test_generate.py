@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -487,3 +490,34 @@ def test_state_and_mode_after_generation() -> None:
     bayes.model.eval()
     with torch.no_grad():
         assert bayes.model(**batch).logits.equal(plain)
+
+
+def test_scores_that_are_no_numbers_give_no_text() -> None:
+    """Where logits are NaN, and where draws are so far out that they overflow."""
+    bayes = endless("llama")
+    with pytest.raises(ValueError, match="generate: the model returned NaN or Inf, so no token is"):
+        bayes.generate(prompts(), Draws.antithetic(2, 1e300), **OPTIONS)
+    with torch.no_grad():
+        bayes.base.lm_head.weight[5].fill_(torch.nan)
+    with pytest.raises(ValueError, match="generate: the model returned NaN or Inf, so no token is"):
+        bayes.generate(prompts(), DRAWS, **OPTIONS)
+
+
+def test_threads_generate_side_by_side() -> None:
+    """Other draws of one model at once, averaged and each by itself: what each call gives alone."""
+    bayes = endless("llama")
+    calls = [
+        partial(bayes.generate, prompts(), DRAWS, **OPTIONS),
+        partial(bayes.generate, prompts(), Draws.antithetic(2, 0.3, seed=4), **OPTIONS),
+        partial(bayes.generate, prompts(), DRAWS, per_draw=True, **OPTIONS),
+    ]
+    expected = [call().sequences for call in calls]
+    gate = threading.Barrier(len(calls))
+
+    def work(i: int) -> bool:
+        torch.set_num_threads(1)  # each thread's own
+        gate.wait(60)
+        return all(calls[i]().sequences.equal(expected[i]) for _ in range(2))
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        assert all(pool.map(work, range(len(calls))))

@@ -114,11 +114,12 @@ def test_spreading_a_cache(draws: int) -> None:
     keys = torch.arange(draws * groups * 6.0).view(draws * groups, 1, 3, 2)
     cache.update(keys, -keys, 0)
     cache.update(keys[:groups], keys[:groups] + 1, 1)  # a layer that all draws have in common
-    spread_cache(cache, owner, groups)
+    spread = spread_cache(cache, owner, groups)
     expected = keys.unflatten(0, (draws, groups))[:, owner].flatten(0, 1)
-    assert cache.layers[0].keys.equal(expected) and cache.layers[0].values.equal(-expected)
-    assert cache.layers[1].keys.equal(keys[owner])
-    assert cache.layers[1].values.equal(keys[owner] + 1)
+    assert spread.layers[0].keys.equal(expected) and spread.layers[0].values.equal(-expected)
+    assert spread.layers[1].keys.equal(keys[owner])
+    assert spread.layers[1].values.equal(keys[owner] + 1)
+    assert cache.layers[0].keys.equal(keys)
 
 
 # --- predictions ----------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -125,6 +127,15 @@ def test_which_columns() -> None:
     assert LabelColumns.of(base, torch.arange(17), rows=B).columns is None
 
 
+def test_a_head_that_is_written_to_is_the_head() -> None:
+    """Its columns are taken at every pass: nothing is kept of the weights before."""
+    bayes = tfb.bayesianize(KINDS["llama"].build())
+    before = bayes.logits(batch_of(), DRAWS, COMMON)
+    with torch.no_grad():
+        bayes.base.lm_head.weight.mul_(2.0)
+    assert bayes.logits(batch_of(), DRAWS, COMMON).equal(2 * before)
+
+
 # --- several on one model -------------------------------------------------------------------------
 
 
@@ -229,3 +240,43 @@ def test_a_replay_ends_with_its_batch() -> None:
     bayes.remove()
     layers = model.base_model.model.model.layers
     assert [set(vars(block)) for block in layers] == [set(d) for d in before]
+
+
+# --- replicas -------------------------------------------------------------------------------------
+
+
+def replica(model: nn.Module) -> Any:
+    """A copy as ``nn.DataParallel`` makes it for another GPU; here its weights are halved."""
+    copies: dict[nn.Module, Any] = {m: m._replicate_for_data_parallel() for m in model.modules()}
+    for module, twin in copies.items():
+        for name, child in module._modules.items():
+            twin._modules[name] = None if child is None else copies[child]
+        for name, p in module._parameters.items():
+            setattr(twin, name, None if p is None else p.detach() / 2)
+    return copies[model]
+
+
+def test_replicas_use_their_own_weights() -> None:
+    """A head and blocks below the noise, whose forward is replaced, too."""
+    model = KINDS["llama"].build()
+    bayes = tfb.bayesianize(model, layers=tfb.last_layers(1))
+    inputs = bayes.inputs(batch_of(), "full")
+    with torch.no_grad():
+        halved = copy.deepcopy(model)
+        for p in halved.parameters():
+            p.div_(2)
+        expected = halved(**inputs).logits
+        assert relative(replica(model)(**inputs).logits, expected) < EXACT
+
+
+def test_replicas_are_not_sampled() -> None:
+    """They run in threads, which have no draws: an error, not the mean."""
+    bayes = tfb.bayesianize(KINDS["llama"].build())
+    inputs = bayes.inputs(batch_of(), "full")
+    with (
+        bayes.sampling(DRAWS),
+        ThreadPoolExecutor(1) as pool,
+        pytest.raises(ValueError, match=r"nn\.DataParallel runs its copies .*call bayes\.model"),
+    ):
+        pool.submit(lambda: replica(bayes.model)(**inputs)).result()
+    replica(bayes.model)(**inputs)

@@ -182,6 +182,11 @@ OTHERS: dict[str, Kind] = {
     "qwen2": Kind(of("Qwen2Config:Qwen2ForCausalLM"), SPLIT),
     "olmo2": Kind(of("Olmo2Config:Olmo2ForCausalLM"), SPLIT),
     "mixtral": Kind(mixtral, SPLIT[:4]),
+    # Its MLP is given rows and tokens as one axis.
+    "opt": Kind(
+        of("OPTConfig:OPTForCausalLM", ffn_dim=32, word_embed_proj_dim=16),
+        ["q_proj", "v_proj", "fc1", "fc2"],
+    ),
     "electra": Kind(encoder("Electra", embedding_size=16), BERT, "SEQ_CLS", ("classifier",)),
     "xlm-roberta": Kind(encoder("XLMRoberta"), INSIDE, "SEQ_CLS", ("classifier",)),
     "distilbert": Kind(

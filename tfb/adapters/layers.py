@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraVariant
@@ -117,7 +118,7 @@ def _by_draw(running: ForwardPass, x: Tensor) -> Tensor:
     """Return x as [S, T, n]; a tree's, [B, S * k, n], one draw after the other."""
     S, n = running.draws, x.shape[-1]
     if running.tree:
-        x = x.reshape(x.shape[0], S, -1, n).transpose(0, 1)
+        x = x.reshape(running.batch, S, -1, n).transpose(0, 1)  # OPT flattens rows and tokens
     return x.reshape(S, -1, n)
 
 
@@ -125,7 +126,7 @@ def _as_given(running: ForwardPass, y: Tensor, x: Tensor) -> Tensor:
     """Return y [S, T, m] with rows and axes as those of the layer's input x."""
     m = y.shape[-1]
     if running.tree:
-        y = y.view(running.draws, x.shape[0], -1, m).transpose(0, 1).reshape(*x.shape[:-1], m)
+        y = y.view(running.draws, running.batch, -1, m).transpose(0, 1).reshape(*x.shape[:-1], m)
         return y.contiguous()  # as a linear layer's output is: some models view it
     return y.view(*x.shape[:-1], m)
 
@@ -174,6 +175,9 @@ class PeftAttachment:
     ) -> None:
         self.model, self.adapter, self.samplers = model, adapter, samplers
         self._base = model.get_base_model()
+        # LoRA's weights as last compared with the factors; each layer's dtype then, and distance.
+        self._seen: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._agreed: Mapping[str, tuple[torch.dtype | None, float]] = {}
         for name, sampler in samplers.items():
             layer: Any = self._base.get_submodule(name)
             layer.lora_variant[adapter] = BayesVariant(self.owner, sampler)
@@ -186,10 +190,10 @@ class PeftAttachment:
         return id(self)
 
     def check(self) -> dict[str, Any]:
-        """Return the noisy layers by name, which carry this posterior now, unmerged.
+        """Return the noisy layers by name, which carry the posterior of their weights, unmerged.
 
         Raises:
-            ValueError: one is not.
+            ValueError: one does not.
         """
         found = {}
         for name in self.samplers:
@@ -207,7 +211,42 @@ class PeftAttachment:
                     "bayes.model.unmerge_adapter() first"
                 )
             found[name] = layer
+        self._check_weights(found)
         return found
+
+    def _check_weights(self, layers: Mapping[str, Any]) -> None:
+        """Refuse factors that are not those of the weights now; a cast of these may round them."""
+        weights: dict[str, list[Tensor]] = {}
+        parts: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for name, layer in layers.items():
+            weights[name] = [p[self.adapter].weight.detach() for p in (layer.lora_A, layer.lora_B)]
+            for w in weights[name]:
+                parts.setdefault((w.device, w.dtype), []).append(w.flatten())
+        # Values, not version counters: ``.data`` and some optimizers write past these. Side by
+        # side, so that a GPU is waited for once.
+        now = {key: torch.cat(tensors) for key, tensors in parts.items()}
+        if now.keys() == self._seen.keys() and all(
+            torch.equal(t, self._seen[key]) for key, t in now.items()
+        ):
+            return
+        agreed = {name: self._distance(name, *pair) for name, pair in weights.items()}
+        self._seen, self._agreed = now, agreed
+
+    def _distance(self, name: str, A: Tensor, B: Tensor) -> tuple[torch.dtype, float]:
+        """Return the dtype of a layer's weights and how far their product is from the factors'."""
+        if A.is_meta or B.is_meta:
+            raise ValueError(f"{name}: weights are on the meta device (offloaded); load them first")
+        p, (dtype, before) = self.samplers[name].posterior, self._agreed.get(name, (None, 0.0))
+        distance = p.distance(A, B)
+        allowed = before + p.rounding(torch.float32 if A.dtype == dtype else A.dtype)
+        if not distance <= allowed:
+            raise ValueError(
+                f"{name}: LoRA's weights have changed since the model was Bayesianized (their "
+                f"product by {distance:.3g}, rounding explains {allowed:.3g}), and the posterior "
+                "is that of the old ones; train first, then call bayes.remove() and "
+                "tfb.bayesianize (or tfb.from_peft) again"
+            )
+        return A.dtype, distance
 
     def check_sampling(self) -> dict[str, Tensor]:
         """Refuse a model of which draws cannot be sampled now.
@@ -216,7 +255,8 @@ class PeftAttachment:
             The weight of lora_A of each noisy layer, by name.
 
         Raises:
-            ValueError: the adapter is not active, disabled, merged, rescaled or gone.
+            ValueError: the adapter is not active, disabled, merged, rescaled, gone, or has been
+                trained since.
         """
         active = getattr(self.model, "active_adapters", [self.adapter])
         active = active() if callable(active) else active

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,7 +31,7 @@ class Adaptive:
     first: int = 4
 
     def __post_init__(self) -> None:
-        if not self.tolerance > 0:
+        if not 0 < self.tolerance < math.inf:
             raise ValueError(f"tolerance={self.tolerance}: expected a positive number")
         check_even(self.first, "first")
         check_even(self.most, "most")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +23,15 @@ Tokens = tuple[int, ...]
 
 @dataclass(frozen=True)
 class ChoiceTokens:
-    """The choices of B rows as N continuations of one length: all of their tokens but the last."""
+    """M = B * K choices as N continuations of one length: all of their tokens but the last."""
 
-    tokens: Tensor  # [B, K, L] vocabulary ids, 0 after the end of a choice
-    present: Tensor  # [B, K, L] bool, where a choice has a token
+    tokens: Tensor  # [M, L] vocabulary ids, 0 after the end of a choice
+    present: Tensor  # [M, L] bool, where a choice has a token
+    place: Tensor  # [M], where a choice stands among all of the batch
+    source: Tensor  # [M], the continuation that holds it
     read: Tensor  # [N, L - 1] tokens to read after a prompt, 0 after the end
     lengths: Tensor  # [N], their number
     owner: Tensor  # [N], the row of each continuation
-    source: Tensor  # [B, K], the continuation that holds a choice
     length_normalization: str
 
     @classmethod
@@ -46,24 +48,26 @@ class ChoiceTokens:
         _check_ids(ids, rows, int(head.weight.shape[0]))
         read: list[Tokens] = []
         owner: list[int] = []
-        source: list[list[int]] = []
+        source: list[int] = []
         for b, row in enumerate(ids.tolist()):
             choices = [tuple(t for t in choice if t != NO_TOKEN) for choice in row]
             if len(set(choices)) < len(choices):
                 raise ValueError(f"label_ids: row {b} has two equal choices")
             found = _longest([choice[:-1] for choice in choices])
-            source.append([len(read) + _holder(choice[:-1], found) for choice in choices])
+            # In order, what a sequence begins comes right behind it.
+            source += [len(read) + bisect_left(found, choice[:-1]) for choice in choices]
             read += found
             owner += [b] * len(found)
         L = ids.shape[-1]
         filled = [[*c, *[0] * (L - 1 - len(c))] for c in read]
         return cls(
-            tokens=ids.clamp_min(0).to(device),
-            present=(ids != NO_TOKEN).to(device),
+            tokens=ids.clamp_min(0).flatten(0, 1).to(device),
+            present=(ids != NO_TOKEN).flatten(0, 1).to(device),
+            place=torch.arange(len(source), device=device),
+            source=torch.tensor(source, device=device),
             read=torch.tensor(filled, dtype=torch.int64, device=device).view(len(read), L - 1),
             lengths=torch.tensor([len(c) for c in read], device=device),
             owner=torch.tensor(owner, device=device),
-            source=torch.tensor(source, device=device),
             length_normalization=length_normalization,
         )
 
@@ -71,6 +75,16 @@ class ChoiceTokens:
     def length(self) -> int:
         """L, the tokens of the longest choice, and the positions of a continuation."""
         return self.tokens.shape[-1]
+
+    def parts(self, most: int) -> list[ChoiceTokens]:
+        """Split into parts of at most ``most`` continuations, with the choices that they hold."""
+        found = []
+        for start in range(0, len(self.owner), most):
+            part, own = slice(start, start + most), self.source // most == start // most
+            choices = {name: getattr(self, name)[own] for name in ("tokens", "present", "place")}
+            rows = {name: getattr(self, name)[part] for name in ("read", "lengths", "owner")}
+            found.append(replace(self, source=self.source[own] - start, **choices, **rows))
+        return found
 
     def extend(self, inputs: Inputs, keep: int) -> Inputs:
         """Return the last ``keep`` of a left-padded prompt's tokens, and a continuation's."""
@@ -94,7 +108,7 @@ class ChoiceTokens:
         return out
 
     def reduce(self, logits: Tensor) -> Tensor:
-        """Return the scores [S, B, K] of logits [S, N, L, V], in float32 at least."""
+        """Return the scores [S, M] of logits [S, N, L, V], in float32 at least."""
         dtype = compute_dtype(logits.dtype)
         # Draw by draw: in another dtype each is a copy of the largest tensor there is.
         total = torch.stack([x.to(dtype).logsumexp(-1) for x in logits])
@@ -133,11 +147,6 @@ def _check_ids(ids: Tensor, rows: int, vocabulary: int) -> None:
 
 def _begins(a: Tokens, b: Tokens) -> bool:
     return b[: len(a)] == a
-
-
-def _holder(tokens: Tokens, read: Sequence[Tokens]) -> int:
-    """Return the first of ``read`` that begins with ``tokens``."""
-    return next(i for i, c in enumerate(read) if _begins(tokens, c))
 
 
 def _longest(sequences: Sequence[Tokens]) -> list[Tokens]:

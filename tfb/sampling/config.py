@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import math
+import sys
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from tfb.draws import Draws
 
+LARGEST_TEMPERATURE = 1e30  # and the least is its inverse: float32 logits / T stay finite
 MODES = ("full", "tail")
 LENGTH_NORMALIZATIONS = ("none", "tokens")
 
@@ -34,11 +36,16 @@ class SamplingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.sigma is not None and not (math.isfinite(self.sigma) and self.sigma >= 0):
-            raise ValueError(f"sigma={self.sigma}: expected a finite number >= 0")
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ValueError(f"temperature={self.temperature}: expected a positive number")
+        if self.sigma is not None and not _within(self.sigma, 0, sys.float_info.max):
+            raise ValueError(f"sigma={self.sigma!r}: expected a finite number >= 0")
+        if not _within(self.temperature, 1 / LARGEST_TEMPERATURE, LARGEST_TEMPERATURE):
+            raise ValueError(
+                f"temperature={self.temperature!r}: expected a positive number, from "
+                f"{1 / LARGEST_TEMPERATURE:g} to {LARGEST_TEMPERATURE:g}"
+            )
         check_mode(self.mode, self.tail)
+        if not (isinstance(self.seed, int) and -(1 << 63) <= self.seed < 1 << 63):
+            raise ValueError(f"seed={self.seed!r}: does not fit a signed 64-bit number")
         if self.length_normalization not in LENGTH_NORMALIZATIONS:
             raise ValueError(
                 f"length_normalization={self.length_normalization!r}: expected one of "
@@ -55,10 +62,17 @@ def check_mode(mode: str, tail: int | None) -> None:
     """Refuse an unknown mode, or a ``tail`` that does not belong to it."""
     if mode not in MODES:
         raise ValueError(f"mode={mode!r}: expected one of {', '.join(MODES)}")
-    if mode == "tail" and (tail is None or tail < 1):
+    if mode == "tail" and not (isinstance(tail, int) and tail >= 1):
         raise ValueError(f"tail={tail}: mode='tail' needs k >= 1 positions with noise")
     if mode != "tail" and tail is not None:
         raise ValueError(f"tail={tail} belongs to mode='tail', not to mode={mode!r}")
+
+
+def _within(value: object, least: float, most: float) -> bool:
+    """Tell whether a value, from a file perhaps, is a number and neither NaN nor out of range."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return least <= value <= most
 
 
 class Configured:
@@ -66,6 +80,10 @@ class Configured:
 
     def __init__(self, config: SamplingConfig) -> None:
         self._config = config
+
+    def frozen(self) -> Self:
+        """Return a view of the model that keeps its configuration while others configure it."""
+        return copy(self)
 
     def check_config(self, config: SamplingConfig) -> None:
         """Refuse what the model cannot do, with a ValueError."""
@@ -105,9 +123,10 @@ class Configured:
         """
         if isinstance(n, Draws):
             return n
-        if self.sigma is None:
+        config = self._config
+        if config.sigma is None:
             raise ValueError(
                 "sigma is not set: run tfb.fit_sigma(bayes, anchors) or TfbModel.fit, "
                 "bayes.configure(sigma=...), or pass tfb.Draws"
             )
-        return Draws.antithetic(n, self.sigma, seed=self.config.seed)
+        return Draws.antithetic(n, config.sigma, seed=config.seed)

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tfb.sampling.overrides import restore
 from tfb.sampling.state import (
     ForwardPass,
     SamplingState,
     context,
+    is_sampled,
     loops_around,
     sampling_state,
 )
@@ -124,6 +126,13 @@ class FanOut:
 
     def _enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Call:
         """Repeat the batch S times, draw-major."""
+        if getattr(module, "_is_replica", False):
+            if is_sampled(self._owner):
+                raise ValueError(
+                    "sampling: nn.DataParallel runs its copies of the model in threads of their "
+                    "own, which see no draws; call bayes.model itself, one process for each GPU"
+                )
+            restore(module)
         state = sampling_state(self._owner)
         # A pass under way that meets its entrance again was interrupted: a KeyboardInterrupt
         # passes by torch's hooks, so _leave never saw it.

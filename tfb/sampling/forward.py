@@ -3,8 +3,9 @@
     full    [prefixes, S-fold] -> [prompts of several choices, S-fold] -> everything else, S-fold
     tail    [prefixes, once] -> the prompt but its last k tokens, once -> everything else, S-fold
 
-Steps in brackets are left out where nothing is shared. Draws that do not fit into one pass run in
-parts; then blocks below the noise run for the first part only, unless there are shared prefixes.
+Steps in brackets are left out where nothing is shared. Draws, or choices of several tokens, that do
+not fit into one pass run in parts. Blocks below the noise run for the first part of the draws only,
+unless there are shared prefixes.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 # Bytes of the widest activation of one pass on a CPU. More bring no more speed: the products are
 # large enough, and larger activations only leave the caches.
 CPU_BYTES = 12 << 20
+# Bytes that choices of several tokens may take in one pass, however many there are.
+CHOICE_BYTES = {"cpu": 1 << 29, "cuda": 4 << 30}
 _SHARE = 0.6  # of the free memory: fragmentation, attention scores and the caller's own
 
 
@@ -102,17 +105,26 @@ def draws_that_fit(base: PreTrainedModel, draws: int, tokens: int, scored: int =
 
     A draw has ``tokens`` over all rows, ``scored`` of them with logits over the whole vocabulary.
     """
-    config, device = base.config.get_text_config(), base.device
-    hidden = int(config.hidden_size)
-    inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
-    size = base.dtype.itemsize
+    device, (_, inner) = base.device, _widths(base)
     if device.type != "cuda":
-        return max(1, min(draws, CPU_BYTES // max(tokens * inner * size, 1)))
+        return max(1, min(draws, CPU_BYTES // max(tokens * inner * base.dtype.itemsize, 1)))
     free, _ = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(1, min(draws, int(_SHARE * free) // max(_bytes(base, tokens, scored), 1)))
+
+
+def _widths(base: PreTrainedModel) -> tuple[int, int]:
+    """Return the sizes of a hidden state and of an MLP's."""
+    config = base.config.get_text_config()
+    hidden = int(config.hidden_size)
+    return hidden, int(getattr(config, "intermediate_size", None) or 4 * hidden)
+
+
+def _bytes(base: PreTrainedModel, tokens: int, scored: int) -> int:
+    """Estimate what a pass takes: ``tokens`` in all, ``scored`` of them with logits."""
+    (hidden, inner), vocabulary = _widths(base), int(base.config.get_text_config().vocab_size)
     # What lives at once in a decoder block under no_grad: hidden state, residual, q, k, v, MLP.
-    each = (tokens * (4 * hidden + 3 * inner) + scored * int(config.vocab_size)) * size
-    return max(1, min(draws, int(_SHARE * free) // max(each, 1)))
+    return (tokens * (4 * hidden + 3 * inner) + scored * vocabulary) * base.dtype.itemsize
 
 
 def split(draws: Draws, most: int, device: torch.device) -> list[Draws]:
@@ -140,26 +152,26 @@ def scored_logits(
 ) -> Tensor:
     """Compute logits [S, B, K] of an aligned batch; see ``BayesianModel.logits``."""
     B, T = inputs["input_ids"].shape
-    labels = _labels(bayes, inputs, label_ids)
-    choices = labels if isinstance(labels, ChoiceTokens) else None
-    columns = labels.columns if isinstance(labels, LabelColumns) else None
+    labels, base = _labels(bayes, inputs, label_ids), bayes.base
+    columns = labels if isinstance(labels, LabelColumns) else LabelColumns()
     if tail is not None and (tail >= T or bayes.head_alone):
         tail = None  # full mode gives the same: all tokens are tail, or the noise is above
     # Draws of the head alone share the rest of a pass: parts of them would run it again.
     each = 1 if bayes.head_alone and bayes.last_logits else tail or T
-    tokens, scored = B * each, 0
-    if choices is not None:
+    tokens, scored, choices = B * each, 0, list[ChoiceTokens]()
+    state = SamplingState(base, draws, columns=columns.columns)
+    if isinstance(labels, ChoiceTokens):
         # Whole sequences: a continuation's keys and values of its prompt are copies of its own.
-        N, L = len(choices.owner), choices.length
-        tokens, scored = N * (each + L - 1), N * L
-    state = SamplingState(bayes.base, draws, columns=columns)
+        n, L = len(labels.owner), labels.length
+        if _noisy_once(state, tail):
+            one = _bytes(base, T, 0) + (draws_per_pass or 1) * _bytes(base, each + L - 1, L)
+            n = min(n, max(1, CHOICE_BYTES.get(base.device.type, CHOICE_BYTES["cuda"]) // one))
+        choices, tokens, scored = labels.parts(n), n * (each + L - 1), n * L
     with evaluating(bayes.model):
         if draws_per_pass is None:
-            draws_per_pass = draws_that_fit(bayes.base, len(draws), tokens, scored)
-        passes = Passes(bayes, inputs, state, tail, choices)
-        parts = split(draws, draws_per_pass, bayes.base.device)
-        found = [labels.reduce(logits) for logits in passes.run(parts)]
-    return found[0] if len(found) == 1 else torch.cat(found)
+            draws_per_pass = draws_that_fit(base, len(draws), tokens, scored)
+        parts = split(draws, draws_per_pass, base.device)
+        return Passes(bayes, inputs, state, tail, columns, choices).run(parts)
 
 
 def _labels(
@@ -184,12 +196,13 @@ class Passes:
     inputs: Inputs
     state: SamplingState  # what all passes have in common
     tail: int | None  # k; None: full mode
-    choices: ChoiceTokens | None
+    columns: LabelColumns
+    choices: Sequence[ChoiceTokens]  # of several tokens, in parts; none: ``columns`` are scored
 
     def __post_init__(self) -> None:
         inputs, bayes, base = self.inputs, self.bayes, self.bayes.base
         self.shared: SharedPrefix | None = None
-        self._length = 1 if self.choices is None else self.choices.length  # L, scored positions
+        self._length = self.choices[0].length if self.choices else 1  # L, scored positions
         self._backbone: nn.Module = base.base_model
         may = bayes.task == "CAUSAL_LM" and may_share(inputs, base.config)
         if may and _noisy_once(self.state, self.tail):
@@ -198,50 +211,55 @@ class Passes:
             self.shared = find_shared_prefix(rows, keep=self.tail or 1)
         # Not with prefixes: every part fills a cache of its own, and that from the first block on.
         blocks = bayes.blocks_below if self.shared is None else []
-        self._prompts, self._rest = Replay(blocks), Replay(blocks)
+        self._prompts = Replay(blocks)
+        self._rest = [Replay(blocks) for _ in range(max(1, len(self.choices)))]
         self._layers: list[Any] = [None] * len(blocks)  # of the prompts' cache
 
-    def run(self, parts: Sequence[Draws]) -> Iterator[Tensor]:
-        """Yield logits [s, N, L, C] of each part of the draws; [s, B, 1, C] without choices."""
+    def run(self, parts: Sequence[Draws]) -> Tensor:
+        """Return scores [S, B, K] of the draws, part by part."""
         if self.tail is not None:
             return self._tail(parts, self.tail)
-        return (self._full(replace(self.state, draws=draws)) for draws in parts)
+        return _cat([self._full(replace(self.state, draws=draws)) for draws in parts])
 
     def _full(self, state: SamplingState) -> Tensor:
-        bayes, L = self.bayes, self._length
         rest, cache = self.inputs, None
         if self.shared is not None:
             rest, cache = self._prefixes(self.shared, state)
-        if self.choices is not None:
-            rest, cache = self._continuations(self.choices, rest, cache, state)
+        if not self.choices:
+            return self.columns.reduce(self._logits(rest, cache, state, self._rest[0]))
+        B, keep = rest["input_ids"].shape
+        # Prompts of several continuations are read once, but for their last token.
+        several = sum(len(part.owner) for part in self.choices) > B
+        if several and _noisy_once(state, None) and divisible(rest, self.bayes.base.config):
+            cache, keep = DynamicCache() if cache is None else cache, 1
+            first = prefix_inputs(rest, 1)
+            if first["input_ids"].shape[1]:
+                self._fill(cache, first, state, self._prompts)
+                self._complete(cache)
+        found = []
+        for part, replay in zip(self.choices, self._rest, strict=True):
+            own = None if cache is None else spread_cache(cache, part.owner, B)
+            found.append(part.reduce(self._logits(part.extend(rest, keep), own, state, replay)))
+        return self._whole(found)
+
+    def _logits(
+        self, rest: Inputs, cache: DynamicCache | None, state: SamplingState, replay: Replay
+    ) -> Tensor:
+        """Return logits [s, N, L, C] of what follows a cache; [s, B, 1, C] without choices."""
+        bayes, L = self.bayes, self._length
         rest = {**rest, **dict.fromkeys(bayes.last_logits, L)}
         if cache is not None:
             rest |= {"past_key_values": cache, "use_cache": True}
-        with bayes.sampling_as(replace(state, cached=cache is not None, replay=self._rest)):
+        with bayes.sampling_as(replace(state, cached=cache is not None, replay=replay)):
             logits: Tensor = bayes.model(**rest).logits
         logits = logits[:, None] if bayes.task == "SEQ_CLS" else logits[:, -L:]
         return logits.unflatten(0, (len(state.draws), -1))
 
-    def _continuations(
-        self,
-        choices: ChoiceTokens,
-        inputs: Inputs,
-        cache: DynamicCache | None,
-        state: SamplingState,
-    ) -> tuple[Inputs, DynamicCache | None]:
-        # Prompts of several continuations are read once, but for their last token.
-        B, keep = inputs["input_ids"].shape
-        several = len(choices.owner) > B
-        if several and _noisy_once(state, None) and divisible(inputs, self.bayes.base.config):
-            cache, keep = DynamicCache() if cache is None else cache, 1
-            first = prefix_inputs(inputs, 1)
-            if first["input_ids"].shape[1]:
-                self._fill(cache, first, state, self._prompts)
-                self._complete(cache)
-        rest = choices.extend(inputs, keep)
-        if cache is not None:
-            spread_cache(cache, choices.owner, B)
-        return rest, cache
+    def _whole(self, found: Sequence[Tensor]) -> Tensor:
+        """Return the scores [S, B, K] of all parts of the choices."""
+        order = torch.cat([part.place for part in self.choices]).argsort()
+        B = len(self.inputs["input_ids"])
+        return torch.cat(list(found), -1)[:, order].unflatten(1, (B, -1))
 
     def _complete(self, cache: DynamicCache) -> None:
         """Fill in the layers of the prompts' cache that replayed blocks have left empty."""
@@ -252,18 +270,28 @@ class Passes:
             else:
                 layers[i] = copy(kept)
 
-    def _tail(self, parts: Sequence[Draws], k: int) -> Iterator[Tensor]:
-        base, choices, L = self.bayes.base, self.choices, self._length
+    def _tail(self, parts: Sequence[Draws], k: int) -> Tensor:
         inputs, cache = self.inputs, DynamicCache()
         if self.shared is not None:
             inputs, cache = self._prefixes(self.shared, self.state)
         B, prefix = len(inputs["input_ids"]), prefix_inputs(inputs, k)
-        rest = inputs if choices is None else choices.extend(inputs, k)
         if prefix["input_ids"].shape[1]:
-            check_angles(base.config, prefix["position_ids"], rest["position_ids"])
+            for rest in [part.extend(inputs, k) for part in self.choices] or [inputs]:
+                check_angles(self.bayes.base.config, prefix["position_ids"], rest["position_ids"])
             self._fill(cache, prefix, self.state)
-        if choices is not None:
-            spread_cache(cache, choices.owner, B)
+        if not self.choices:
+            return _cat([self.columns.reduce(x) for x in self._trees(inputs, cache, k, parts)])
+        found = []
+        for part in self.choices:
+            rest, own = part.extend(inputs, k), spread_cache(cache, part.owner, B)
+            found.append(_cat([part.reduce(x) for x in self._trees(rest, own, k, parts)]))
+        return self._whole(found)
+
+    def _trees(
+        self, rest: Inputs, cache: DynamicCache, k: int, parts: Sequence[Draws]
+    ) -> Iterator[Tensor]:
+        """Yield logits [s, N, L, C] of each part of the draws, whose tails follow a cache."""
+        base, L = self.bayes.base, self._length
         each = k + L - 1  # tokens of one draw
         for draws in parts:
             S = len(draws)
@@ -291,7 +319,7 @@ class Passes:
         # Without the configuration no layer forgets what lies outside its window.
         device, cache = self.bayes.base.device, DynamicCache()
         self._fill(cache, shared.inputs(device), state)
-        spread_cache(cache, shared.owner.to(device), len(shared.ids))
+        cache = spread_cache(cache, shared.owner.to(device), len(shared.ids))
         return shared.rest(self.inputs), cache
 
     def _fill(
@@ -309,6 +337,10 @@ class Passes:
         else:
             with bayes.sampling_as(mean_state(state, len(inputs["input_ids"]))):
                 self._backbone(**inputs)
+
+
+def _cat(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def mean_state(state: SamplingState, batch: int) -> SamplingState:

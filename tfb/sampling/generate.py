@@ -89,7 +89,12 @@ class Averager:
         kept = torch.stack(self.kept[-new.shape[1] :], -1)
         ended = torch.isin(new, torch.tensor(ends, dtype=new.dtype, device=new.device))
         running = ended.cumsum(1) - ended.long() == 0  # the end itself was drawn
-        total, aleatoric = kept * running
+        total, aleatoric = torch.where(running, kept, 0.0)
+        if not bool((total + aleatoric).isfinite().all()):
+            raise ValueError(
+                "generate: the model returned NaN or Inf, so no token is the most probable; check "
+                "the adapter, sigma and the dtype"
+            )
         return Generation(sequences, total, aleatoric, (total - aleatoric).clamp_min(0.0))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedConfig, PreTrainedModel
+    from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 ATTENTION = ("sdpa", "eager")  # kernels that take a mask of draws
 LEAST_SAVING = 0.1  # of the tokens; below, a second pass costs more than it saves
@@ -80,14 +81,17 @@ def _common(a: Sequence[int], b: Sequence[int], limit: int) -> int:
     return next((i for i in range(limit) if a[i] != b[i]), limit)
 
 
-def spread_cache(cache: Cache, owner: Tensor, groups: int) -> None:
-    """Give every row the keys and values of its prefix ``owner`` [B] of ``groups``, in place."""
-    layers: list[Any] = cache.layers
+def spread_cache(cache: DynamicCache, owner: Tensor, groups: int) -> DynamicCache:
+    """Return a cache with the keys and values of each row's prefix ``owner`` [B] of ``groups``."""
+    spread = copy(cache)
+    spread.layers = [copy(layer) for layer in cache.layers]
+    layers: list[Any] = spread.layers
     for layer in layers:
         draws = layer.keys.shape[0] // groups  # 1 below the noise
         start = torch.arange(draws, device=owner.device)[:, None] * groups
         index = (start + owner[None, :]).flatten()
         layer.keys, layer.values = layer.keys[index], layer.values[index]
+    return spread
 
 
 def indivisible(inputs: Inputs) -> list[str]:

@@ -65,6 +65,13 @@ def uninstall(base: PreTrainedModel, below: Iterable[nn.Module]) -> None:
             del module.forward
 
 
+def restore(replica: nn.Module) -> None:
+    """Take the replaced forwards, which are the original's, out of a copy of its modules."""
+    for module in replica.modules():
+        if _replacement(module) in (_narrowed, _replayed):
+            del module.forward
+
+
 def is_narrowed(head: nn.Module) -> bool:
     """Tell whether ``install`` did change this head."""
     return _replacement(head) is _narrowed

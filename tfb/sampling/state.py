@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -121,6 +122,7 @@ class _Context(ModuleType):
         _STATES.set(states)
 
 
+_sampled: list[int] = []  # the owners of all states of this process, of every thread
 context = _Context(f"{__name__}.context")
 
 
@@ -139,27 +141,58 @@ def other_owner_of(base: nn.Module, owner: int) -> bool:
     return any(o != owner and s.base is base for o, s in context.states.items())
 
 
+def is_sampled(owner: int) -> bool:
+    """Tell whether any thread is sampling the model."""
+    return owner in _sampled
+
+
 @contextlib.contextmanager
 def active(owner: int, state: SamplingState) -> Iterator[None]:
     """Make ``state`` the owner's within this context."""
     token = _STATES.set({**_STATES.get(), owner: state})
+    _sampled.append(owner)
     try:
         yield
     finally:
+        _sampled.remove(owner)
         _STATES.reset(token)
+
+
+_held: dict[int, int] = {}  # predictions under way, by id of each module that will train again
+_lock = threading.Lock()
 
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model in eval mode; what was training before is again after."""
-    training = [m for m in model.modules() if m.training]
-    if training:  # eval() walks all modules once more, at every batch
-        model.eval()
+    """Put the model in eval mode; what was training before is again after.
+
+    Predictions may nest and run in several threads: the first takes a module out of train mode, the
+    last one puts it back. Meanwhile it is in eval mode for everybody: train, or call ``train()``
+    and ``eval()``, before or after.
+
+    Raises:
+        RuntimeError: a module was put in train mode meanwhile, so its dropout may have acted.
+    """
+    modules = list(model.modules())
+    with _lock:
+        held = [m for m in modules if m.training or id(m) in _held]
+        for module in held:
+            module.training = False
+            _held[id(module)] = _held.get(id(module), 0) + 1
     try:
         yield
+        if any(m.training for m in modules):
+            raise RuntimeError(
+                "train() was called on the model while it predicted, so dropout may have changed "
+                "the result; do one after the other, or train a copy"
+            )
     finally:
-        for module in training:
-            module.training = True
+        with _lock:
+            for module in held:
+                _held[id(module)] -= 1
+                if not _held[id(module)]:
+                    del _held[id(module)]
+                    module.training = True
 
 
 class SampledModel(Protocol):
