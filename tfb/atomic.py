@@ -33,6 +33,18 @@ def write(path: Path, data: bytes) -> None:
     sync(path.parent)
 
 
+def append(path: Path, data: bytes) -> None:
+    """Write at the end of a file and sync it. A kill may leave a part of ``data``.
+
+    Raises:
+        OSError: the disk is full, or the file cannot be written.
+    """
+    with path.open("ab") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def write_json(path: Path, value: object) -> None:
     """Write a value as JSON that people can read too.
 

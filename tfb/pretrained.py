@@ -650,13 +650,13 @@ def from_pretrained(
     check_even(DRAWS if draws is None else draws)
     check_label_tokens(label_tokens or LABEL_TOKENS[0])
     folder = local_folder(path, FILES)
+    sidecar = read_sidecar(folder) if (folder / SIDECAR).is_file() else None
     model = base if isinstance(base, nn.Module) else base_of(folder, base)
     if isinstance(model, str):
         base_config(model, folder)  # names a base that is not there
     if tokenizer is None:
         name = model if isinstance(model, str) else str(getattr(model, "name_or_path", folder))
         tokenizer = tokenizer_of(folder, name)
-    sidecar = read_sidecar(folder) if (folder / SIDECAR).is_file() else None
     if sidecar is not None:
         if layers is not None or seed != 0:
             raise ValueError("layers, seed: an artifact has its own; load the adapter to change it")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -23,6 +25,7 @@ from support.command import Run, fit_command
 import tfb
 from tfb.adapters.loading import load_tokenizer
 from tfb.cli import app as cli
+from tfb.cli import console
 from tfb.cli.console import as_flags
 from tfb.cli.fit import default_output
 from tfb.data.readers import read_rows
@@ -242,7 +245,7 @@ def test_module_and_help() -> None:
         assert name in done.stdout
 
 
-COMMANDS = ("fit", "evaluate", "score", "report", "export", "demo")
+COMMANDS = ("fit", "evaluate", "score", "verify", "report", "export", "demo")
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -260,7 +263,8 @@ def test_help_of_each_command(
         lines = [line.strip() for line in out.splitlines()]
         examples = [line.split() for line in lines if line.startswith("tfb ")]
         assert 2 <= len(examples) <= 4 and all(x[1] == command for x in examples)
-        assert out.index("tfb ") < out.index("Options ─") and "--device" in out
+        assert out.index("tfb ") < out.index("Options ─")
+        assert ("--device" in out) == (command != "verify")
         flags = {word for x in examples for word in x if word.startswith("-")}
         assert flags <= {name for option in options for name in option.opts}
     rare = [option.opts[0] for option in options if option.hidden]
@@ -336,6 +340,9 @@ def test_bad_rows_are_named_first(
     assert not target.exists()
 
 
+DRAWING = ("fit", "evaluate", "score", "report", "export", "demo")
+
+
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize(
     ("command", "options", "message"),
@@ -381,10 +388,15 @@ def test_bad_rows_are_named_first(
         ("fit", ("--coverage", 2), "--coverage 2.0: expected a number between 0 and 1"),
         ("fit", ("--calibration", "x.csv"), "give one as well"),
         ("evaluate", ("--rows", "rows.txt"), "a name that ends in .parquet, .jsonl, .csv"),
+        ("score", ("--draws", "--4"), "--draws --4: expected an even number or auto"),
+        ("score", ("--draws", "auto", "--draws-tolerance", "nan"), "--draws-tolerance nan: exp"),
+        ("score", ("--draws", "auto", "--draws-tolerance", "inf"), "--draws-tolerance inf: exp"),
+        *((c, ("--draws", 10**30), f"--draws {10**30}: expected at most 65536") for c in DRAWING),
+        *((c, ("--device", "cuda:99"), "--device cuda:99: torch sees") for c in DRAWING),
         *(
-            (command, ("--device", "cuda:0"), "--device cuda:0: torch sees no GPU here")
-            for command in ("fit", "evaluate", "score", "report", "export")
-            if not torch.cuda.is_available()
+            (command, ("--device", name), f"--device {name}: expected cpu, cuda or cuda:0, ...")
+            for command in DRAWING
+            for name in ("mps", "meta", "xyz", "cuda:256")  # torch takes the last for cuda:0
         ),
     ],
 )
@@ -403,8 +415,10 @@ def test_bad_options(
         "score": (artifact, data["test"], "--output", tmp_path / "t"),
         "report": (artifact, data["test"], "--output", tmp_path / "t"),
         "export": (artifact, "--output", tmp_path / "t"),
+        "demo": ("--output", tmp_path / "t"),
     }
-    code, _, err = run(command, *arguments[command], "--base", MODEL, *options)
+    base = () if command == "demo" else ("--base", MODEL)
+    code, _, err = run(command, *arguments[command], *base, *options)
     assert code == 1 and message in one_line(err)
     assert not (tmp_path / "t").exists()
 
@@ -423,6 +437,9 @@ def test_bad_options(
         ("score", ("--part-rows", 0)),
         ("score", ("--limit", 0)),
         ("score", ("--max-error-rate", 2)),
+        ("score", ("--max-error-rate", "nan")),
+        ("score", ("--tail", -1)),
+        ("evaluate", ("--limit", 10**30)),
     ],
 )
 def test_numbers_out_of_range_are_wrong_usage(
@@ -431,6 +448,68 @@ def test_numbers_out_of_range_are_wrong_usage(
     """typer names the option and the range; exit status 2, as for every other command line."""
     code, _, err = run(command, *options)
     assert code == 2 and str(options[0]) in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("ARTIFACT", ("evaluate", "", "rows.csv")),
+        ("DATA", ("evaluate", "made", "")),
+        ("INPUT...", ("score", "made", "rows.csv", "", "-o", "out")),
+        ("--output", ("score", "made", "rows.csv", "-o", "")),
+        ("--output", ("demo", "--output=")),
+        ("--base", ("fit", "mine", "rows.csv", "--base", "")),
+        ("--shift", ("report", "made", "rows.csv", "-o", "page", "--shift", "x", "--shift", "")),
+        ("--device", ("export", "made", "-o", "out", "--device", "")),
+        ("OUTPUT", ("verify", "")),
+    ],
+)
+def test_nothing_is_called_nothing(run: Run, name: str, words: tuple[str, ...]) -> None:
+    """A path of '' would be the current folder."""
+    code, _, err = run(*words)
+    assert code == 2 and name in err and "is empty ('')" in err
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("/proc/out", "cannot be written (/proc: No such file or directory); choose another place"),
+        ("kept/out", "kept: Not a directory); choose another place"),
+        ("gone", "is a link to nothing; choose another name"),
+        ("gone/out", "is a link to nothing; choose another name"),
+    ],
+)
+def test_places_that_cannot_be_written(
+    run: Run, data: dict[str, Path], artifact: Path, tmp_path: Path, place: str, message: str
+) -> None:
+    """Found before long work, by every command."""
+    (tmp_path / "kept").touch()
+    (tmp_path / "gone").symlink_to("nowhere")
+    output = tmp_path / place
+    for command in (
+        ("fit", ADAPTER, data["anchor"], "--base", MODEL, "--output", output),
+        ("score", artifact, data["test"], "--output", output),
+        ("report", artifact, data["test"], "--output", output),
+        ("export", artifact, "--output", output),
+        ("demo", "--output", output),
+        ("evaluate", artifact, data["test"], "--json", output),
+    ):
+        code, _, err = run(*command)
+        assert code == 1 and message in one_line(err) and str(output) in err
+    assert (tmp_path / "kept").read_bytes() == b""
+
+
+@pytest.mark.usefixtures("no_model")
+def test_no_output_within_the_artifact(
+    run: Run, data: dict[str, Path], artifact: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "link").symlink_to(artifact)
+    for command in (("score", artifact, data["test"]), ("export", artifact)):
+        for inside in (artifact / "out", tmp_path / "link" / "out"):
+            code, _, err = run(*command, "--output", inside)
+            assert code == 1 and f"is within {artifact}; choose a place elsewhere" in one_line(err)
+    assert not (artifact / "out").exists()
 
 
 def test_messages_of_the_library_name_the_options() -> None:
@@ -614,26 +693,53 @@ def test_tracebacks_are_for_those_who_ask(
 
 
 @pytest.mark.usefixtures("no_model")
-def test_errors_of_torch_take_one_line(
+def test_whatever_is_raised_takes_one_line(
     run: Run,
     data: dict[str, Path],
     artifact: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    class Panic(BaseException):
+        """What Rust's libraries raise is no Exception."""
+
     for error, message in (
         (RuntimeError("first\nCompile with TORCH_USE_CUDA_DSA"), "first (TFB_TRACEBACK=1 shows"),
-        (
-            torch.OutOfMemoryError("CUDA out of memory. Tried\n"),
-            "Take smaller batches, or --device",
-        ),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried\n"), "out of memory; take smaller batc"),
+        (MemoryError(), "out of memory; take smaller batches"),
+        (KeyError("layers"), "KeyError: 'layers' (TFB_TRACEBACK=1 shows where)"),
+        (RecursionError("too deep"), "RecursionError: too deep (TFB_TRACEBACK=1 shows where)"),
+        (Panic("index out of range"), "Panic: index out of range (TFB_TRACEBACK=1"),
+        (ValueError("a\x1b[2Jb \udce9"), "error: a\\x1b[2Jb \\udce9"),
     ):
 
-        def raised(*_: object, error: Exception = error, **__: object) -> None:
+        def raised(*_: object, error: BaseException = error, **__: object) -> None:
             raise error
 
         monkeypatch.setattr("tfb.pretrained.from_pretrained", raised)
         code, _, err = run("evaluate", artifact, data["test"])
         assert code == 1 and message in one_line(err) and "DSA" not in err
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tfb.pretrained.from_pretrained", interrupted)
+    assert run("evaluate", artifact, data["test"]) == (130, "", "error: interrupted\n")
+
+
+def test_terminals_of_ascii_and_closed_pipes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", ascii_only)
+        code, _, _ = run("verify", "é")
+        ascii_only.flush()
+        assert code == 1 and b"error: \\xe9/manifest.json: is not" in ascii_only.buffer.getvalue()
+    end, start = os.pipe()
+    os.close(end)
+    with open(start, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        monkeypatch.setattr(console.out, "quiet", False)  # which rich sets for good
+        code, _, err = run("--version")
+    assert code == 1 and err == ""
 
 
 # --- where things go ------------------------------------------------------------------------------

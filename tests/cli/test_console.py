@@ -1,11 +1,15 @@
-"""Progress where there is no terminal."""
+"""What is printed, and progress where there is no terminal."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
+import torch
 
 from tfb.cli import console
-from tfb.cli.console import progress_bar
+from tfb.cli.console import fail, note, print_metrics, progress_bar, say
+from tfb.evaluation.metrics import Evaluation
 
 
 def test_short_work_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -32,3 +36,22 @@ def test_long_work_prints_a_line_now_and_then(
         "scoring: 1,020 of 2,000, 1 errors, 36 s",
         "scoring: 2,000 of 2,000, 70 s",
     ]
+
+
+def test_names_are_printed_as_they_are(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No markup, no emoji, nothing that moves a terminal's cursor; in tables and bars as well."""
+    name = "[b]a[/x] :cat:"
+    for print_line, begin in ((say, ""), (note, "note: "), (fail, "error: ")):
+        print_line(f"{name}\x1b[2J\x9b")
+        assert "".join(capsys.readouterr()) == f"{begin}{name}\\x1b[2J\\x9b\n"
+    labels = torch.tensor([0, 1])
+    print_metrics([Evaluation(name, f"{name}\x1b", torch.eye(2, dtype=torch.float64), labels)])
+    assert f"{name}\\x1b │ {name} │" in capsys.readouterr().out
+    monkeypatch.setattr(
+        console, "console", partial(console.console, force_terminal=True, color_system=None)
+    )
+    with progress_bar(name, 2) as bar:
+        bar.update(1, 2)
+    assert name in capsys.readouterr().err

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,23 @@ def interrupted(
     assert f"interrupted: {sweeps} finished sweeps are kept in {kept}; the same comm" in err
     assert not (tmp_path / "made").exists()
     return kept
+
+
+def test_sigterm_does_what_ctrl_c_does(
+    fit: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, calls = signal.getsignal(signal.SIGTERM), list[int]()
+
+    def advance(_: Meter, n: int) -> None:
+        calls.append(n)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Meter, "advance", advance)
+    code, out, err = fit()
+    kept = tmp_path / "made.search.safetensors"
+    assert code == 143 and out == "" and f"{len(load_file(kept))} finished sweeps are kept" in err
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def record(folder: Path) -> Any:

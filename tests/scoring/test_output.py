@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -21,6 +25,7 @@ from tfb.scoring.output import (
     OutputFolder,
     as_text,
     plain,
+    read_manifest,
 )
 
 NUMBER, TEXT = pa.int32(), pa.string()
@@ -102,16 +107,92 @@ def test_what_is_finished(tmp_path: Path, kind: str) -> None:
         copy.write_bytes(part.read_bytes())
         with pytest.raises(OutputError, match=rf"{copy.name}: is no part of this run; remove it"):
             out.finished(sizes)
-        copy.rename(tmp_path / f"part-2.{kind}")
-        with pytest.raises(OutputError, match=r"part-2.*: holds 2 rows, expected 1; remove this"):
-            out.finished(sizes)
-        (tmp_path / f"part-2.{kind}").write_bytes(part.read_bytes()[:-30])
-        with pytest.raises(OutputError, match=r"part-2.*: is damaged .*remove this part"):
-            out.finished(sizes)
-    (tmp_path / f"part-2.{kind}").unlink()
+        copy.unlink()
+        with pytest.raises(OutputError, match=r"part-2.*: holds 1 rows, expected 3; remove this"):
+            out.finished(sizes | {"part-2": 3})
+        assert out.finished(sizes) == found
     other = "jsonl" if kind == "parquet" else "parquet"
     with folder(tmp_path, other) as out, pytest.raises(OutputError, match="is no part of this run"):
         out.finished(sizes)
+
+
+FAULTS: dict[str, Callable[[Path], Any]] = {
+    "a flipped byte": lambda path: flip(path, path.stat().st_size // 2),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-30]),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"\n"),
+    "empty": lambda path: path.write_bytes(b""),
+    "another part's rows": lambda path: shutil.copy(path.with_stem("part-1"), path),
+    "nested too deep": lambda path: path.write_bytes(b"[" * 100_000),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+    "a link to nothing": lambda path: (path.unlink(), path.symlink_to("gone")),
+    "another checksum": lambda path: flip(path.with_name("SHA256SUMS"), 3),
+    "a checksum that is another's": lambda path: flip(path.with_name("SHA256SUMS"), 72),
+}
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_damaged_part_is_named(tmp_path: Path, kind: str, fault: str) -> None:
+    """With the remedy, which helps: written again it is what it was, byte for byte."""
+    sizes = {"part-0": 2, "part-1": 2, "part-2": 2}
+    with folder(tmp_path, kind) as out:
+        for name in sizes:
+            out.write_part(name, [good(int(name[-1])), bad(None)])
+        found, part = out.finished(sizes), tmp_path / f"part-0.{kind}"
+        before = part.read_bytes()
+        FAULTS[fault](part)
+        with pytest.raises(OutputError, match=rf"{part}: is damaged \(.*\); remove this part") as e:
+            out.finished(sizes)
+        assert "part-1" not in str(e.value)
+        part.rmdir() if part.is_dir() else part.unlink()
+        assert out.finished(sizes) == {n: c for n, c in found.items() if n != "part-0"}
+        out.write_part("part-0", [good(0), bad(None)])
+        assert out.finished(sizes) == found and part.read_bytes() == before
+        out.write_sums()
+        check = ["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"]
+        assert subprocess.run(check, cwd=tmp_path).returncode == 0
+        (tmp_path / "SHA256SUMS").unlink()
+        with pytest.raises(OutputError, match="SHA256SUMS: is gone; put it back, or choose a new"):
+            out.finished(sizes)
+
+
+def test_a_part_is_written_again(tmp_path: Path) -> None:
+    """A kill after the new checksum and before the new part leaves the old one, whole."""
+    with folder(tmp_path) as out:
+        out.write_part("part-0", [bad(None)])
+        old = (tmp_path / "part-0.parquet").read_bytes()
+        out.write_part("part-0", [good(0)])
+        new = (tmp_path / "part-0.parquet").read_bytes()
+        torn = (tmp_path / "SHA256SUMS").read_bytes()[:-5]
+        for data, sums, errors in ((old, None, 1), (new, None, 0), (old, torn, 1)):
+            (tmp_path / "part-0.parquet").write_bytes(data)
+            if sums is not None:
+                (tmp_path / "SHA256SUMS").write_bytes(sums)
+            assert out.finished({"part-0": 1})["part-0"].errors == errors
+        out.write_sums()
+        (line,) = (tmp_path / "SHA256SUMS").read_text().splitlines()
+        assert line == f"{hashlib.sha256(old).hexdigest()}  part-0.parquet"
+
+
+def test_a_lock_that_is_gone(tmp_path: Path) -> None:
+    """Another run may have begun: nothing more is written."""
+    with folder(tmp_path) as out:
+        out.write_part("part-0", [good(0)])
+        (tmp_path / ".lock").unlink()
+        with (
+            folder(tmp_path) as other,
+            pytest.raises(OutputError, match=r"part-1.*lock was removed, and another run may have"),
+        ):
+            other.write_part("part-2", [good(0)])
+            out.write_part("part-1", [good(0)])
+    assert sorted(p.name for p in tmp_path.glob("part*")) == ["part-0.parquet", "part-2.parquet"]
 
 
 def test_one_run_at_a_time(tmp_path: Path) -> None:
@@ -137,12 +218,25 @@ def test_a_folder_is_not_continued_unasked(tmp_path: Path) -> None:
     said = r"already holds a run \(stopped, 3 rows\); continue it with resume=True"
     with pytest.raises(OutputError, match=said):
         out.earlier(resume=False)
-    for text in ("{", "[]", "{}", '{"format_version": 2, "configuration": 3}'):
-        (tmp_path / "manifest.json").write_text(text)
+    text = (tmp_path / "manifest.json").read_text()
+    assert read_manifest(tmp_path) == MANIFEST
+    damaged = ("", "{", "[]", "{}", '{"format_version": 2, "configuration": 3}', "[" * 100_000)
+    changes = (("0.1", "0.2"), ("files", "fi1es"), ("3", '"3"'), ("[]", "3"), ("stopped", "stoppe"))
+    for damage in (*damaged, "\x80", *(text.replace(*change, 1) for change in changes)):
+        assert damage != text
+        (tmp_path / "manifest.json").write_bytes(damage.encode("latin-1"))
         with pytest.raises(OutputError, match=r"manifest\.json: is damaged; choose a new folder"):
             out.earlier(resume=True)
+    out.write_manifest(MANIFEST | {"format_version": 3})
+    with pytest.raises(OutputError, match="was written by another version of tfb"):
+        out.earlier(resume=True)
     (tmp_path / "manifest.json").rename(tmp_path / "notes")
-    for path, message in ((tmp_path, "already holds something"), (tmp_path / "notes", "a file")):
+    (tmp_path / "link").symlink_to("gone")
+    for path, message in (
+        (tmp_path, "already holds something"),
+        (tmp_path / "notes", "a file"),
+        (tmp_path / "link", "is a link to nothing"),
+    ):
         for resume in (False, True):
             with pytest.raises(OutputError, match=f"{message}; choose a new folder"):
                 folder(path).earlier(resume=resume)
@@ -166,7 +260,7 @@ def test_output_of_version_0_1_0_is_refused_by_name(tmp_path: Path, resume: bool
         path.unlink(missing_ok=True)
         if text is not None:
             path.write_text(text)
-        said = r"was written by tfb 0\.1\.0, whose parts .* cannot continue; choose a new folder"
+        said = r"by another version of tfb, such as 0\.1\.0, whose parts .*; choose a new folder"
         with pytest.raises(OutputError, match=said):
             folder(tmp_path).earlier(resume=resume)
 
@@ -202,7 +296,7 @@ def test_what_cannot_be_written_leaves_what_was(
     with folder(tmp_path, kind) as out:
         out.write_part("part-0", [good(0)])
         out.write_manifest(MANIFEST)
-        before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+        before = {p.name: p.read_bytes() for p in tmp_path.glob("[mp]*")}
         for name, write in (
             (f"part-0.{kind}", lambda: out.write_part("part-0", [good(1)])),
             (f"part-1.{kind}", lambda: out.write_part("part-1", [good(1)])),
@@ -211,7 +305,9 @@ def test_what_cannot_be_written_leaves_what_was(
             said = rf"{name}: cannot be written .*{message} continue with resume=True"
             with fault(tmp_path / name), pytest.raises(OutputError, match=said):
                 write()
-            assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+            assert {p.name: p.read_bytes() for p in tmp_path.glob("[mp]*")} == before
+            assert not any(tmp_path.glob(".*.partial"))
+            assert list(out.finished({"part-0": 1})) == ["part-0"]
         out.write_part("part-1", [good(1)])
 
 

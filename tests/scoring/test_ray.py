@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import logging
 import os
 import signal
 import subprocess
@@ -17,6 +15,7 @@ from typing import Any
 
 import pytest
 from support.artifacts import digits_artifact
+from support.scoring import files, manifest, ray_cluster, write
 
 from benchmarks.environment import REPOSITORY
 from tfb.data.rows import Row
@@ -39,22 +38,8 @@ needs_ray = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
     """A Ray of two CPUs; its address."""
-    ray = ray_engine.import_ray()
-    handler = signal.getsignal(signal.SIGTERM)
-    with pytest.MonkeyPatch.context() as patch:  # Ray's processes take the environment of here
-        ours = [str(REPOSITORY), str(REPOSITORY / "tests")]
-        path = os.pathsep.join([*ours, *filter(None, [os.environ.get("PYTHONPATH")])])
-        patch.setenv("PYTHONPATH", path)
-        ray.init(
-            num_cpus=2,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=200 << 20,
-        )
-    signal.signal(signal.SIGTERM, handler)
-    yield ray.get_runtime_context().gcs_address
-    ray.shutdown()
+    with ray_cluster() as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -85,19 +70,6 @@ def whole(artifact: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         patch.chdir(folder)
         assert run(job, max_error_rate=1).counts.errors == 2
     return files(job)
-
-
-def write(path: Path, rows: list[Any]) -> None:
-    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-    path.write_text("".join(line + "\n" for line in lines))
-
-
-def files(job: Job) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(Path(job.output).glob("part-*"))}
-
-
-def manifest(job: Job) -> dict[str, Any]:
-    return dict(json.loads((Path(job.output) / "manifest.json").read_text()))
 
 
 @needs_ray
@@ -135,47 +107,6 @@ def test_stopped_and_continued_by_the_local_engine(
         run(replace(ours, draws=4), engine="ray", resume=True)
     assert run(job, resume=True, max_error_rate=1).status == "complete"
     assert files(job) == whole
-
-
-class Mortal(Worker):
-    """Dies by SIGKILL with the third shard, once for each file "die-*" in the job's folder."""
-
-    def __init__(self, job: Job, threads: int) -> None:
-        super().__init__(job, threads)
-        self.deaths = Path(job.output).parent
-
-    def score(self, rows: Sequence[Row], expected: dict[str, Any]) -> Any:
-        if len(rows) == 2:
-            for death in self.deaths.glob("die-*"):
-                death.unlink()
-                os.kill(os.getpid(), signal.SIGKILL)
-        return super().score(rows, expected)
-
-
-@needs_ray
-def test_killed_workers_lose_nothing(
-    job: Job,
-    whole: dict[str, bytes],
-    cluster: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A shard is done by the worker that takes a dead one's place, until it has ended too many.
-
-    What was finished then is kept, and the run goes on where it was.
-    """
-    monkeypatch.setattr(ray_engine, "Worker", Mortal)
-    monkeypatch.setattr(ray_engine, "RETRIES", 1)
-    ours = replace(job, workers=1)
-    for n in range(ray_engine.RETRIES + 1):
-        (tmp_path / f"die-{n}").touch()
-    with pytest.raises(EngineError, match=r"a Ray worker failed for good .*continue with resume="):
-        run(ours, engine="ray", max_error_rate=1)
-    assert not list(tmp_path.glob("die-*")) and files(job).items() < whole.items()
-    assert len(files(job)) >= 1  # the shard before it may have died with it
-    (tmp_path / "die-again").touch()
-    assert run(ours, engine="ray", resume=True, max_error_rate=1).status == "complete"
-    assert not list(tmp_path.glob("die-*")) and files(job) == whole
 
 
 class Moved(Worker):

@@ -5,9 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,13 +17,24 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.artifacts import digits_artifact
 from support.command import Run
+from support.scoring import (
+    DONE,
+    DRAWS,
+    ROWS,
+    counted,
+    files,
+    manifest,
+    results,
+    small_job,
+    stopping,
+    write,
+)
 
 import tfb
-from benchmarks.environment import REPOSITORY
 from tfb.adapters.artifact import file_sha256
 from tfb.adapters.loading import load_tokenizer
 from tfb.cli.console import Meter
@@ -34,17 +44,15 @@ from tfb.demo import digits
 from tfb.evaluation.decisions import Decisions
 from tfb.scoring import run as offline
 from tfb.scoring.job import Job, differences, model_sha256
-from tfb.scoring.output import Counts, OutputError
+from tfb.scoring.output import Counts, OutputError, OutputFolder, locked
 from tfb.scoring.ray import Worker
-from tfb.scoring.run import Outcome, input_files, noted_signals, plan, read_shards, run
+from tfb.scoring.run import Outcome, input_files, noted_signals, plan, read_shards, run, verify
 from tfb.scoring.scorer import UNCERTAINTIES
 
-MODEL, ADAPTER = str(digits.BASE), str(digits.ADAPTER)
+MODEL = str(digits.BASE)
 SINGLE = 2.0**-24
 COUNTS = {"rows": 21, "errors": 0, "truncated": 0, "draws": 42, "capped": 0, "total": 21}
 LOAD = Job.load
-DRAWS = 2  # of the job
-KILLS = int(os.environ.get("TFB_KILLS", "30"))
 
 
 @pytest.fixture(scope="module")
@@ -64,56 +72,6 @@ def job(
     """A job on 21 digits in parts of 6, with a model that is loaded once for all tests."""
     monkeypatch.setattr(Job, "load", lambda _: loaded)
     return small_job(artifact, tmp_path)
-
-
-def small_job(artifact: str, folder: Path) -> Job:
-    inputs = (str(write(folder / "rows.jsonl", ROWS)),)
-    output = str(folder / "out")
-    return Job(artifact, inputs, output, draws=DRAWS, part_rows=6, format="jsonl")
-
-
-def cut(i: int, row: Any) -> dict[str, Any]:
-    """A digit of which some lines are gone, with 4 or 10 choices."""
-    lines = row["prompt"].split("\n")[i % 4 :]
-    choices = row["choices"][: 10 if i % 2 else 4]
-    return {**row, "prompt": "\n".join(lines), "choices": choices, "label": None, "tag": i}
-
-
-ROWS = [cut(i, row) for i, row in enumerate(digits.rows("test")[:21])]
-
-
-def counted(rows: int, errors: int = 0, truncated: int = 0) -> Counts:
-    """What parts of the job hold."""
-    return Counts(rows, errors, truncated, DRAWS * (rows - errors))
-
-
-DONE = Outcome("complete", counted(21))
-
-
-def write(path: Path, rows: list[Any]) -> Path:
-    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-    path.write_text("".join(line + "\n" for line in lines))
-    return path
-
-
-def files(job: Job) -> dict[str, bytes]:
-    """The part files of a job and what is in them."""
-    return {p.name: p.read_bytes() for p in sorted(Path(job.output).glob("part-*"))}
-
-
-def results(job: Job) -> list[dict[str, Any]]:
-    """All rows, part by part."""
-    found: list[dict[str, Any]] = []
-    for path in sorted(Path(job.output).glob("part-*")):
-        if path.suffix == ".parquet":
-            found += pq.read_table(path).to_pylist()
-        else:
-            found += map(json.loads, path.read_bytes().splitlines())
-    return found
-
-
-def manifest(job: Job) -> dict[str, Any]:
-    return dict(json.loads((Path(job.output) / "manifest.json").read_text()))
 
 
 @pytest.fixture(scope="module")
@@ -313,18 +271,6 @@ def test_adaptive_draws_are_counted(job: Job, kind: str) -> None:
 # --- stopped and continued ------------------------------------------------------------------------
 
 
-def stopping(after: int, number: int) -> Callable[[Counts, int], None]:
-    """A report that sends a signal to this process after so many parts."""
-    seen: list[Any] = []
-
-    def report(counts: Counts, _: int) -> None:
-        seen.append(counts)
-        if len(seen) == after:
-            os.kill(os.getpid(), number)
-
-    return report
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_the_shard(job: Job, whole: dict[str, bytes], number: int) -> None:
     """Then the run goes on where it was, and its parts are those of a run without a signal."""
@@ -355,163 +301,94 @@ def test_parts_finished_in_any_order(job: Job, whole: dict[str, bytes]) -> None:
     assert files(job) == whole and seen == [15, 21]
 
 
-KILLED = """
-import multiprocessing, os, random, signal, sys, threading, json
-import torch
-torch.set_num_threads(1)
-from pathlib import Path
-from tfb.scoring import run as offline
-from tfb.scoring.job import Job
-from tfb.scoring.scorer import UNCERTAINTIES
-from tfb.scoring.run import LocalEngine, run
-
-kills, seed, job = int(sys.argv[1]), int(sys.argv[2]), Job(**json.loads(sys.argv[3]))
-loaded = LocalEngine(job)
-offline.ENGINES["local"] = lambda _: loaded  # once: while it loads, nothing is written
-
-def work(at, total):
-    calls = 0
-    def count(frame, event, _):
-        nonlocal calls
-        if os.sep + "tfb" + os.sep not in frame.f_code.co_filename:
-            return
-        calls += 1
-        if calls == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-    threading.setprofile(count)
-    sys.setprofile(count)
-    run(job, resume=True, max_error_rate=1)
-    sys.setprofile(None)
-    total.value = calls
-
-context = multiprocessing.get_context("fork")
-
-def attempt(at):
-    total = context.Value("q", 0)
-    process = context.Process(target=work, args=(at, total))
-    process.start()
-    process.join()
-    return process.exitcode, total.value
-
-code, calls = attempt(0)
-assert code == 0, code
-whole = {p.name: p.read_bytes() for p in Path(job.output).glob("part-*")}
-chance, killed, finished = random.Random(seed), 0, 0
-while killed < kills:
-    for path in Path(job.output).iterdir():
-        path.unlink()
-    code = None
-    while code != 0 and killed < kills:
-        code, _ = attempt(chance.randrange(1, calls))
-        assert code in (0, -signal.SIGKILL), code
-        killed += code != 0
-        for path in Path(job.output).glob("part-*"):  # what has its name is whole
-            assert path.read_bytes() == whole[path.name], path
-    if code != 0:
-        code, _ = attempt(0)
-        assert code == 0, code
-    assert {p.name: p.read_bytes() for p in Path(job.output).glob("part-*")} == whole
-    assert sorted(p.name for p in Path(job.output).iterdir()) == sorted(
-        [*whole, ".lock", "manifest.json"]
-    )
-    finished += 1
-print(killed, finished, len(whole))
-"""
+def test_ids_do_not_matter_to_resume(job: Job) -> None:
+    """Rows of one id, good or not: whichever parts are missing or damaged, the same comes out."""
+    same = [{**ROWS[0], "id": "x"}, {"id": "x"}, {**ROWS[1], "id": "x"}, "{oops", *ROWS[:3]]
+    write(Path(job.inputs[0]), same * 2)
+    job = replace(job, part_rows=3)
+    first = run(job, max_error_rate=1)
+    assert first.counts.rows == 14 and run(job, resume=True, max_error_rate=1) == first
+    before = files(job)
+    ids = ["x", "x", "x", None, *(row["id"] for row in ROWS[:3])]
+    assert [r["id"] for r in results(job)] == ids * 2
+    for name, data in before.items():
+        part = Path(job.output) / name
+        part.write_bytes(data.replace(b"x", b"y", 1) if b"x" in data else data[1:])
+        with pytest.raises(OutputError, match=rf"{name}: is damaged .*; remove this part, its ro"):
+            run(job, resume=True)
+        part.unlink()  # as it says
+        assert run(job, resume=True, max_error_rate=1) == first and files(job) == before
 
 
-def test_killed_at_random_moments(artifact: str, tmp_path: Path) -> None:
-    """SIGKILL at a random call inside tfb, in any thread, again and again, then resumed.
-
-    The parts are those of an uninterrupted run, byte for byte, at every moment. TFB_KILLS sets the
-    number of kills.
-    """
-    rows = [{"prompt": f"{c} {c}\n=", "choices": ["0", "1"]} for c in "abcdef"]
-    inputs = [str(write(tmp_path / "a.jsonl", [*rows[:2], "{broken"]))]
-    inputs += [str(write(tmp_path / "b.jsonl", [*rows[2:], {"id": "x"}]))]
-    job = {"artifact": artifact, "inputs": inputs, "draws": 2, "part_rows": 2}
-    job["output"] = str(tmp_path / "out")
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(KILLS), "11", json.dumps(job)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=REPOSITORY,
-    )
-    assert done.returncode == 0, done.stderr
-    killed, finished, parts = map(int, done.stdout.split())
-    assert killed == KILLS and finished >= 1 and parts == 5
+def test_the_input_is_not_in_the_output(job: Job, tmp_path: Path) -> None:
+    """On resume parts would be read as rows."""
+    with pytest.raises(OutputError, match="already holds something; choose a new folder"):
+        run(replace(job, output=str(tmp_path)))
+    write(tmp_path / "m1.jsonl", ROWS[:6])
+    every = replace(job, inputs=(f"{tmp_path}/**/[mp]*.jsonl",))
+    assert run(every).counts.rows == 6
+    with pytest.raises(OutputError, match=r"out: holds the input .*part-0.*; choose a new folder"):
+        run(every, resume=True)
 
 
-@pytest.mark.parametrize("begun", [False, True])
-@pytest.mark.parametrize("name", ["manifest.json", "part"])
-def test_a_full_disk(
-    job: Job,
-    whole: dict[str, bytes],
-    name: str,
-    begun: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The kernel has no space for the first or a later file; what is there can be gone on with."""
-    name = name if name == "manifest.json" else list(whole)[begun]
-    at = Path(job.output) / f".{name}.partial"
-    here = offline.ENGINES["local"]
-
-    def engine(job: Job) -> Any:
-        at.symlink_to("/dev/full")
-        return here(job)
-
-    with monkeypatch.context() as patch:
-        if not begun:
-            patch.setitem(offline.ENGINES, "local", engine)
-        said = rf"{name}: cannot be written \(No space left on device\).*: make room and continue"
-        with pytest.raises(OutputError, match=said):
-            run(job, report=lambda *_: at.symlink_to("/dev/full"))
-    parts = len(whole) if begun is None else begun + (begun and name == "manifest.json")
-    assert files(job) == dict(list(whole.items())[:parts]) and not at.is_symlink()
-    assert run(job, resume=True) == DONE and files(job) == whole
+# --- what is verified -----------------------------------------------------------------------------
 
 
-def test_an_input_that_changes_while_it_is_read(job: Job, whole: dict[str, bytes]) -> None:
-    """What was done stays; with the file as it was the run goes on."""
-    path = Path(job.inputs[0])
-    text = path.read_text()
-    few = replace(job, part_rows=1, output=f"{job.output}-few")
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_verify(job: Job, kind: str) -> None:
+    """Every fault of a folder in a line; nothing but the folder is needed."""
+    job = replace(job, format=kind, draws="auto", tolerance=1e-3, most=8)
+    done, out = run(job), Path(job.output)
+    Path(job.inputs[0]).unlink()
+    found, faults = verify(out)
+    assert faults == [] and sum(found.values(), Counts()) == done.counts and len(found) == 4
+    shutil.copytree(out, copy := out.with_name("copy"))
+    (copy / ".lock").unlink()
+    (copy / ".part-00000-00000000.jsonl.partial").touch()  # of a kill, and no part
+    assert verify(copy) == (found, [])
+    parts = sorted(copy.glob("part-*"))
+    parts[0].unlink()
+    parts[1].write_bytes(parts[1].read_bytes()[:-1])
+    shutil.copy(parts[2], copy / f"part-00009-00000000.{kind}")
+    shutil.copy(parts[2], parts[2].with_suffix(".bak"))
+    found, faults = verify(copy)
+    assert list(found) == [parts[2].stem, parts[3].stem]
+    for fault, said in zip(
+        faults,
+        (
+            f"{parts[1]}: is damaged (its bytes are not those of SHA256SUMS); remove this part",
+            f"{parts[2].with_suffix('.bak')}: is no part of this run; remove it",
+            f"{copy}/part-00009-00000000.{kind}: is no part of this run; remove it",
+            f"{copy}: 1 of 4 parts are missing ({parts[0].name}); score them with resume=True",
+        ),
+        strict=True,
+    ):
+        assert fault.startswith(said)
 
-    def shorten(*_: Any) -> None:
-        path.write_text("".join(text.splitlines(keepends=True)[:9]))
 
-    lines = text.splitlines(keepends=True)
-    lines.insert(15, "\n" * (1 << 17))  # more than what a reader holds
-    path.write_text("".join(lines))
-    as_it_was = path.read_text()
-    with pytest.raises(RowError, match=r"rows\.jsonl: has changed while it was read"):
-        run(few, report=shorten)
-    assert manifest(few)["status"] == "running" and 1 <= len(files(few)) < 21
-    with pytest.raises(RowError, match=r"rows\.jsonl has changed \(size: \d+ -> \d+; sha256: "):
-        run(few, resume=True)
-    path.write_text(as_it_was)
-    assert run(few, resume=True).counts.rows == 21
-    assert [r["id"] for r in results(few)] == [r["id"] for r in ROWS]
+def test_what_verify_says_of_a_run(job: Job, whole: dict[str, bytes]) -> None:
+    """One that is writing, was killed, or never was."""
+    out = Path(job.output)
+
+    def report(*_: Any) -> None:
+        with pytest.raises(OutputError, match="another run is writing to it; wait for it"):
+            verify(out)
+
+    run(replace(job, part_rows=100), report=report)
+    told, manifest_file = manifest(job), out / "manifest.json"
+    folder = OutputFolder(out, pa.schema([]), "jsonl")
+    del told["sha256"]
+    folder.write_manifest({**told, "counts": {**told["counts"], "errors": 2}})
+    said = f"{manifest_file}: counts are not those of the parts (errors: 2 -> 0), as after a kill; "
+    assert verify(out)[1] == [f"{said}count them again with resume=True"]
+    with locked(out, shared=True):  # two may look at once
+        verify(out)
+    for folder_name in (out.with_name("gone"), Path(job.inputs[0]), out.parent):
+        with pytest.raises(OutputError, match="is not there; name a folder that tfb score wrote"):
+            verify(folder_name)
 
 
 # --- what is refused ------------------------------------------------------------------------------
-
-HOLD = "import fcntl, sys; f = open(sys.argv[1]); fcntl.flock(f, 2); print(); sys.stdin.read()"
-
-
-def test_a_second_process_is_refused(job: Job, whole: dict[str, bytes]) -> None:
-    """While the first has the folder; it may go on where the first was killed."""
-    run(job, report=stopping(1, signal.SIGTERM))
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLD, f"{job.output}/.lock"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    ) as other:
-        assert other.stdout is not None and other.stdout.readline()
-        with pytest.raises(OutputError, match="out: another run is writing to it; wait for it"):
-            run(job, resume=True)
-        other.kill()
-    assert run(job, resume=True) == DONE and files(job) == whole
 
 
 def test_a_folder_is_not_continued_unasked(job: Job, tmp_path: Path) -> None:
@@ -706,11 +583,14 @@ def test_parts_with_errors_are_done_again(
         first = run(job, max_error_rate=1)
         assert first == Outcome("complete", counted(21, 6))
     name, good = next(iter(whole.items()))
-    (Path(job.output) / name).write_bytes(good)
+    (Path(job.output) / name).unlink()
     assert run(job, resume=True, max_error_rate=1).counts.errors == 4
+    assert files(job)[name] == good
     seen: list[int] = []
     assert run(job, retry_errors=True, report=lambda now, _: seen.append(now.rows)) == DONE
     assert files(job) == whole and seen == [12, 18, 21]
+    assert verify(Path(job.output))[1] == []
+    assert len(Path(job.output, "SHA256SUMS").read_text().splitlines()) == len(whole)
     assert (
         run(job, retry_errors=True, report=lambda now, _: seen.append(now.rows)) == DONE
         and len(seen) == 3
@@ -729,55 +609,6 @@ def test_too_many_errors_stop_the_run(job: Job, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(offline, "LEAST_ROWS", 1000)
     small = replace(job, output=f"{job.output}-small")
     assert run(small, max_error_rate=0.2) == Outcome("complete", counted(29, 8), None, True)
-
-
-ANY = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=4), x, max_size=3),
-    max_leaves=6,
-)
-CHOICES = st.lists(st.sampled_from(["0", "1", "2", "3", " 3", "x", ""]), max_size=4)
-PROMPTS = st.sampled_from(["a b c\n=", "a" * 3000, "", " ", "\x00\x1b[", "q p =", "\ud800"])
-FIELDS = st.fixed_dictionaries(
-    {},
-    optional={
-        "id": st.integers(0, 4) | ANY,
-        "prompt": PROMPTS | ANY,
-        "choices": CHOICES | ANY,
-        "label": st.integers(-1, 4) | ANY,
-        "text": ANY,
-        "tag": ANY,
-    },
-)
-BYTES = st.binary(max_size=20).map(lambda b: b.replace(b"\n", b""))
-LINES = st.lists(FIELDS.map(lambda f: json.dumps(f).encode()) | BYTES, min_size=1, max_size=12)
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
-@given(LINES, st.sampled_from(["jsonl", "parquet"]))
-def test_rows_in_are_rows_out(
-    job: Job, tmp_path_factory: pytest.TempPathFactory, given_lines: list[bytes], kind: str
-) -> None:
-    """Whatever the lines hold: one row for each, good or an error, or a refusal at the start."""
-    folder = tmp_path_factory.mktemp("fuzz")
-    (folder / "rows.jsonl").write_bytes(b"".join(line + b"\n" for line in given_lines))
-    inputs, output = (str(folder / "rows.jsonl"),), str(folder / "out")
-    fuzzed = replace(job, inputs=inputs, output=output, part_rows=4, keep=("tag",), format=kind)
-    first = given_lines[0].removeprefix(b"\xef\xbb\xbf")
-    lines = sum(bool(line.strip()) for line in [first, *given_lines[1:]])
-    if lines == 0:
-        with pytest.raises(RowError, match="holds no rows"):
-            run(fuzzed)
-        return
-    done = run(fuzzed, max_error_rate=1)
-    found = results(fuzzed)
-    assert done.counts.rows == len(found) == lines
-    assert done.counts.errors == sum(r["error"] is not None for r in found)
-    assert all((r["error"] is None) == (r["probs"] is not None) for r in found)
-    assert None not in [r["id"] for r in found if r["error"] is None]
-    assert (
-        run(fuzzed, resume=True, max_error_rate=1).counts.rows == lines and results(fuzzed) == found
-    )
 
 
 # --- the command ----------------------------------------------------------------------------------

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import date, datetime, time
+from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from support.models import CASES, exact
@@ -18,7 +24,8 @@ from tfb.data.rows import Row, RowFormat
 from tfb.demo import digits
 from tfb.evaluation.decisions import Decisions
 from tfb.scoring.evaluate import encode
-from tfb.scoring.scorer import Item, Result, Scorer, read_item, result_rows
+from tfb.scoring.output import FORMATS, OutputFolder
+from tfb.scoring.scorer import DEEPEST, Item, Result, Scorer, read_item, result_rows
 
 SINGLE = 2.0**-24
 CLOSE = {"rtol": 4 * SINGLE, "atol": 4 * SINGLE}  # two float32 roundings of a float64 model's value
@@ -293,6 +300,37 @@ def test_a_row_that_fails_alone_is_an_error(bayes: tfb.BayesianModel, tokenizer:
     assert {d for b, t, d in small.shapes if b * t > 20} == {None, 2}
 
 
+def test_a_cpu_that_is_out_of_memory(bayes: tfb.BayesianModel, tokenizer: Any) -> None:
+    """Torch says so by a plain RuntimeError."""
+
+    class Greedy(SmallMemory):
+        def predict(self, *_: Any, **__: Any) -> Any:
+            return torch.empty(1 << 58)
+
+    scorer = Scorer(Greedy(bayes, 1), tokenizer, draws=4)  # type: ignore[arg-type]
+    assert all("out of memory, even alone" in r["error"] for r in scorer(rows(3)))
+
+
+def test_windows_are_bounded_in_characters(
+    bayes: tfb.BayesianModel, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long rows are read few at a time; results are those of one window, in order."""
+    given = [{"id": r.id, "prompt": r.prompt, "choices": list(r.choices or ())} for r in rows()]
+    expected = list(tfb.score(given, bayes, tokenizer, draws=2))
+    read: list[int] = []
+
+    def records() -> Iterator[dict[str, Any]]:
+        for i, row in enumerate(given):
+            read.append(i)
+            yield row
+
+    monkeypatch.setattr("tfb.data.encoding.LONGEST", 60)
+    found = tfb.score(records(), bayes, tokenizer, draws=2)
+    first = next(found)
+    assert len(read) < 6
+    same([first, *found], expected)
+
+
 def test_other_failures_are_not_hidden(bayes: tfb.BayesianModel, tokenizer: Any) -> None:
     class Broken(SmallMemory):
         def predict(self, *_: Any, **__: Any) -> Any:
@@ -324,12 +362,45 @@ def test_a_record_is_a_row_or_an_error() -> None:
     _, surrogate = item({"id": "x\ud800", "text": "a"})
     assert surrogate["id"] is None and "f:1" in surrogate["error"]
     _, kept = item({"id": "x", "text": "a", "tag": "\ud800"}, keep=("tag",))
-    assert kept["id"] == "x" and "a column that is to be kept ('tag') cannot" in kept["error"]
+    assert kept["id"] == "x" and "the column 'tag', which is to be kept, cannot" in kept["error"]
+
+
+@pytest.mark.parametrize("levels", [101, 490, 960, 20_000])
+def test_kept_values_that_are_too_deep(levels: int) -> None:
+    """Whatever would not be written, however deep the stack is where that is found out."""
     nested: Any = []
-    for _ in range(20_000):
+    for i in range(levels):
+        nested = {"a": [nested]} if i == 0 else [nested]
+    row, result = item({"text": "a", "tag": nested}, keep=("tag",))
+    assert (
+        row is None
+        and "'tag', which is to be kept, cannot be written (nested deeper" in (result["error"])
+    )
+
+
+def test_whatever_is_kept_is_written_or_an_error(tmp_path: Path) -> None:
+    """In both formats: odd types, odd keys, 16 MiB, and all the levels that are allowed."""
+    nested: Any = 1
+    for _ in range(DEEPEST):
         nested = [nested]
-    _, deep = item({"text": "a", "tag": nested}, keep=("tag",))
-    assert "(RecursionError)" in deep["error"]
+    given = [
+        *(nested, Decimal("1.50"), date(2024, 2, 29), datetime(9999, 12, 31), time(1, 2), b"\xff"),
+        *({1, 2}, {3: {None: 1.5}}, math.nan, [math.inf], 10**30, np.float32(0.5), np.int64(3)),
+        *(
+            np.array([1, 2]),
+            range(3),
+            "\x00\u202e",
+        ),
+        *("x" * (16 << 20), {(1, 2): 3}, "\ud800", {"\ud800": 1}, 10**5000, [[1], "a", None]),
+    ]
+    items = [item({"text": "a", "tag": value}, keep=("tag",)) for value in given]
+    assert [i for i, (row, _) in enumerate(items) if row is None] == [17, 18, 19, 20]
+    names = {"id": pa.string(), "tag": pa.string(), "error": pa.string()}
+    for kind in FORMATS:
+        folder = OutputFolder(tmp_path / kind, pa.schema(names), kind)
+        with folder:
+            rows = [{"error": None, "draws": 1} | result for _, result in items]
+            assert folder.write_part("part-00000-00000000", rows).errors == 4
 
 
 def test_results_come_beside_what_was_kept() -> None:

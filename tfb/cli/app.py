@@ -1,10 +1,11 @@
-"""The command line: ``tfb fit | evaluate | score | report | export | demo``, or ``python -m tfb``.
+"""The command line, ``tfb`` or ``python -m tfb``: fit, evaluate, score, verify and others.
 
 Each command checks its inputs and its output folder before any long work.
 """
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -20,6 +21,7 @@ from tfb.cli.export import export
 from tfb.cli.fit import fit
 from tfb.cli.report import report
 from tfb.cli.score import score
+from tfb.cli.verify import verify
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,7 +29,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
 )
-for command in (fit, evaluate, score, report, export, demo):
+for command in (fit, evaluate, score, verify, report, export, demo):
     app.command(cls=Command)(command)
 
 
@@ -52,6 +54,7 @@ def tfb(
     tfb fit my-adapter dev.csv                     writes my-adapter-tfb
     tfb evaluate my-adapter-tfb test.csv           is it better, and how surely?
     tfb score my-adapter-tfb rows.csv -o scored    probabilities and uncertainties
+    tfb verify scored                              is every part there and whole?
     """
 
 
@@ -59,9 +62,14 @@ def main() -> NoReturn:
     """Run the command line: what goes wrong ends in one clear line and exit code 1."""
     # PEFT imports it, and it warns of kernels that it could not fetch, whether or not they matter.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for stream in (sys.stdout, sys.stderr):  # a terminal or a pipe may know ASCII only
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # Rust's panics in tokenizers are no Exception
         if os.environ.get("TFB_TRACEBACK"):
             raise
         fail(as_flags(_told(error), _flags(sys.argv[1:2]), sys.argv[2:]))
@@ -69,13 +77,14 @@ def main() -> NoReturn:
     sys.exit(0)
 
 
-def _told(error: Exception) -> str:
-    """Return what to print of an error: of torch's, which go on for pages, the first line."""
-    if not isinstance(error, RuntimeError):
+def _told(error: BaseException) -> str:
+    """Return what to print of an error: of what others raise, which may go on for pages, a line."""
+    if isinstance(error, ValueError | OSError | ImportError):
         return str(error)
-    first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    if type(error).__name__ == "OutOfMemoryError":
-        return f"{first} Take smaller batches, or --device cpu"
+    name = type(error).__name__
+    first = f"{name}: " + next(iter(str(error).strip().splitlines()), "no more is known")
+    if name in ("MemoryError", "OutOfMemoryError"):
+        return f"out of memory; take smaller batches ({first})"
     return f"{first} (TFB_TRACEBACK=1 shows where)"
 
 

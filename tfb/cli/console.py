@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import signal
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,9 +32,18 @@ if TYPE_CHECKING:
     from tfb.sampling.config import SamplingConfig
     from tfb.search.result import PredictiveFit
 
+SIGNALLED = 128  # plus a signal's number: the exit status, as shells have it
 FIRST, EVERY = 5, 30.0  # seconds until the first line of progress, and between lines
+# Of a terminal: in a file's name or a label they would move the cursor, or worse.
+CONTROLS = {n: f"\\x{n:02x}" for n in (*range(9), *range(11, 32), *range(127, 160))}
 
-out = Console(width=None if sys.stdout.isatty() else 120)
+
+def console(**options: Any) -> Console:
+    """Return a console that prints text as it is: a file's name or a label may hold [bold]."""
+    return Console(markup=False, emoji=False, highlight=False, **options)
+
+
+out = console(width=None if sys.stdout.isatty() else 120)
 
 # --- options --------------------------------------------------------------------------------------
 
@@ -41,18 +54,35 @@ def advanced(*names: str, help: str, **more: Any) -> Any:
 
 
 class Command(TyperCommand):
-    """A command whose rare options are shown by ``--help --advanced``."""
+    """A command whose rare options are shown by ``--help --advanced``.
+
+    No argument of it may be empty: a path of '' would be the current folder.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Show all options if that is asked for; else say where the others are."""
-        rare: list[Any] = [param for param in self.params if getattr(param, "hidden", False)]
+        params: list[Any] = self.params
+        rare = [param for param in params if getattr(param, "hidden", False)]
         if "--advanced" in args:
             args = ["--help"]
             for param in rare:
                 param.hidden = False
         elif rare:
             self.epilog = f"More options: {ctx.command_path} --help --advanced"
+        given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
+        for param in params:
+            values = given.get(param.name)
+            if "" in (values if isinstance(values, list | tuple) else (values,)):
+                raise typer.BadParameter("is empty ('')", ctx=ctx, param=param)
         return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; Ctrl-C ends it with a word."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            fail("interrupted")
+            raise typer.Exit(SIGNALLED + signal.SIGINT) from error
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Return the parameters; a flag has nothing to be given."""
@@ -93,11 +123,17 @@ Mode = Annotated[
 Tail = Annotated[
     int | None,
     advanced(
-        metavar="N", help="with --mode tail: how many of the prompt's last tokens get noise", min=1
+        metavar="N",
+        help="with --mode tail: how many of the prompt's last tokens get noise",
+        min=1,
+        max=1 << 31,
     ),
 ]
 BatchSize = Annotated[int, advanced(metavar="N", help="rows that the model sees at once", min=1)]
-Limit = Annotated[int | None, typer.Option(metavar="N", help="use only the first rows", min=1)]
+Limit = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="use only the first rows", min=1, max=sys.maxsize),
+]
 Columns = Annotated[
     list[str] | None,
     typer.Option(
@@ -165,6 +201,25 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+def check_place(option: str, path: str | Path, artifact: str | None = None) -> None:
+    """Refuse an output that cannot be made, or that would lie within an artifact or adapter."""
+    path, place = Path(path), Path(os.path.realpath(path))
+    if artifact is not None and place.is_relative_to(os.path.realpath(artifact)):
+        raise ValueError(f"{option} {path}: is within {artifact}; choose a place elsewhere")
+    if gone := [p for p in (path, *path.parents) if p.is_symlink() and not p.exists()]:
+        raise ValueError(f"{option} {path}: {gone[0]} is a link to nothing; choose another name")
+    there = next(parent for parent in (place, *place.parents) if parent.exists())
+    try:
+        if there != place and not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
+        if there.is_dir():
+            tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise ValueError(
+            f"{option} {path}: cannot be written ({there}: {error.strerror}); choose another place"
+        ) from error
 
 
 def check_labels(rows: Sequence[Row], needed: str) -> None:
@@ -312,7 +367,7 @@ def note_mode(searched: tuple[str, int | None], mode: str | None, tail: int | No
 
 def note(text: str) -> None:
     """Print a remark on stderr."""
-    Console(stderr=True).print(f"note: {text}", soft_wrap=True, markup=False, highlight=False)
+    console(stderr=True).print(f"note: {text}".translate(CONTROLS), soft_wrap=True)
 
 
 class Meter:
@@ -343,7 +398,7 @@ class Meter:
         whole = "" if self.total is None else f" of {self.total:,}"
         remark = f", {self.remark}" if self.remark else ""
         line = f"{self.label}: {self.done:,}{whole}{remark}, {self._told - self._started:.0f} s"
-        self._bar.console.print(line, soft_wrap=True, markup=False, highlight=False)
+        self._bar.console.print(line, soft_wrap=True)
 
     def end(self) -> None:
         """Print the last line of work that was not short."""
@@ -355,12 +410,12 @@ class Meter:
 def progress_bar(label: str, total: int | None = None) -> Iterator[Meter]:
     """Show progress on stderr, so that stdout stays clean."""
     bar = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[remark]}"),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=console(stderr=True),
         transient=True,
     )
     with bar if bar.console.is_terminal else nullcontext():
@@ -402,13 +457,13 @@ def print_curve(found: PredictiveFit) -> None:
 
 def fail(text: str) -> None:
     """Print an error on stderr."""
-    error = Text.assemble(("error", "bold red"), f": {text}")
-    Console(stderr=True).print(error, soft_wrap=True, highlight=False)
+    error = Text.assemble(("error", "bold red"), f": {text.translate(CONTROLS)}")
+    console(stderr=True).print(error, soft_wrap=True)
 
 
 def say(text: str) -> None:
     """Print a line on stdout as it is."""
-    out.print(text, markup=False, soft_wrap=True)
+    out.print(text.translate(CONTROLS), soft_wrap=True)
 
 
 def print_metrics(found: Sequence[Evaluation]) -> None:
@@ -425,7 +480,7 @@ def print_metrics(found: Sequence[Evaluation]) -> None:
         reference = next(f for f in found if f.dataset == e.dataset).probs.argmax(-1)
         m = evaluate(e.probs, e.labels, reference_predictions=reference)
         table.add_row(
-            e.dataset,
+            e.dataset.translate(CONTROLS),
             e.name,
             f"{100 * m.accuracy:.2f}",
             f"{m.nll:.4f}",

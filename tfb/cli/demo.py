@@ -14,6 +14,7 @@ from rich.table import Table
 
 from tfb.cli.console import (
     Draws,
+    check_place,
     evaluated,
     out,
     print_curve,
@@ -65,6 +66,7 @@ def demo(
     check_even(draws)
     started, replaced = time.perf_counter(), output is None
     page = page_path(output or FOLDER, overwrite=replaced)
+    check_place("--output", page)
     tokenizer = load_tokenizer(str(digits.BASE))
     base = tfb.load_base(digits.BASE, digits.ADAPTER)
     bayes = tfb.bayesianize(tfb.load_adapter(base, digits.ADAPTER))
@@ -105,7 +107,7 @@ def demo(
         found += [replace(e, rows=rows) for e in measured]  # the report compares the first two
     print_metrics(found)
     print_changes(found)
-    made = sidecar_of(bayes, fit) | {"adapter_sha256": file_sha256(digits.ADAPTER / ADAPTER)}
+    made = sidecar_of(bayes, fit) | {"files": {ADAPTER: file_sha256(digits.ADAPTER / ADAPTER)}}
     page = write_report(
         page,
         found,

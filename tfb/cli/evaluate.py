@@ -26,6 +26,7 @@ from tfb.cli.console import (
     Truncate,
     advanced,
     check_labels,
+    check_place,
     evaluated,
     progress_bar,
     quiet,
@@ -145,6 +146,7 @@ def check_new(option: str, file: Path | None, suffixes: Sequence[str] = ()) -> N
         raise ValueError(f"{option} {file} exists already; choose another name")
     if suffixes and file.suffix not in suffixes:
         raise ValueError(f"{option} {file}: expected a name that ends in {', '.join(suffixes)}")
+    check_place(option, file)
 
 
 def write_rows(

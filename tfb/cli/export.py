@@ -15,6 +15,7 @@ from tfb.cli.console import (
     Draws,
     Input,
     advanced,
+    check_place,
     progress_bar,
     quiet,
     say,
@@ -56,6 +57,7 @@ def export(
 
     quiet()
     check_output_folder(output)
+    check_place("--output", output, artifact)
     check_device(device)
     check_even(draws)
     check_dtype(dtype)

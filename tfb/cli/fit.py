@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from tfb.cli.console import (
     ROWS_HELP,
+    SIGNALLED,
     Base,
     BatchSize,
     Columns,
@@ -23,6 +25,7 @@ from tfb.cli.console import (
     Truncate,
     advanced,
     check_labels,
+    check_place,
     note,
     print_curve,
     print_fit,
@@ -35,8 +38,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tfb.pretrained import TfbModel
-
-INTERRUPTED = 130  # as shells have it: 128 plus SIGINT's number
 
 
 def fit(
@@ -153,7 +154,7 @@ def fit(
     tfb fit me/adapter dev.jsonl --base meta-llama/Llama-3.2-1B -o fitted
     tfb fit my-adapter dev.jsonl --target-error 0.05 --coverage 0.9
 
-    Ctrl-C keeps what was measured; the same command then goes on from there.
+    Ctrl-C or SIGTERM keeps what was measured; the same command then goes on.
     """
     from tfb.adapters.artifact import check_output_folder
     from tfb.adapters.loading import check_device
@@ -165,6 +166,7 @@ def fit(
     quiet()
     check_device(device)
     output = check_output_folder(default_output(adapter) if output is None else output)
+    check_place("--output", output)
     SamplingConfig(mode=mode, tail=tail, length_normalization=length_normalization, seed=seed)
     if absolute and tolerance is None:
         raise ValueError("--absolute says how --tolerance is meant: give --tolerance as well")
@@ -201,6 +203,7 @@ def fit(
     m.bayes.configure(length_normalization=length_normalization)
     kept, model = Path(f"{output}.search.safetensors"), identity(m)
     sweeps = read_sweeps(kept, model)
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         with progress_bar("searching sigma (rows x draws)") as bar:
             found = m.fit(
@@ -225,10 +228,12 @@ def fit(
             )
     except KeyboardInterrupt as interrupted:
         note(keep_sweeps(kept, model, sweeps))
-        raise typer.Exit(INTERRUPTED) from interrupted
+        raise typer.Exit(SIGNALLED + (*interrupted.args, signal.SIGINT)[0]) from interrupted
     except RuntimeError:  # of torch: another batch size may fit into memory
         note(keep_sweeps(kept, model, sweeps))
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
     m.columns, m.extra = dict(given.form.columns), {"anchors": data.name}
     m.save_pretrained(output)
     kept.unlink(missing_ok=True)
@@ -250,6 +255,11 @@ def default_output(adapter: str) -> Path:
 
 
 # --- an interrupted search ------------------------------------------------------------------------
+
+
+def _interrupt(number: int, _: object) -> NoReturn:
+    """Let SIGTERM do what Ctrl-C does."""
+    raise KeyboardInterrupt(number)
 
 
 def identity(m: TfbModel) -> str:

@@ -20,6 +20,7 @@ from tfb.cli.console import (
     Limit,
     Truncate,
     check_labels,
+    check_place,
     evaluated,
     print_metrics,
     progress_bar,
@@ -80,7 +81,7 @@ def report(
     quiet()
     check_device(device)
     check_even(draws)
-    page_path(output, overwrite=overwrite)
+    check_place("--output", page_path(output, overwrite=overwrite))
     files = [*data, *(shift or [])]
     names = [path.stem for path in files]
     if twice := sorted({n for n in names if names.count(n) > 1}):

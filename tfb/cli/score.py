@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tfb.cli.console import (
     ROWS_HELP,
+    SIGNALLED,
     Artifact,
     Base,
     Columns,
@@ -18,6 +20,7 @@ from tfb.cli.console import (
     Tail,
     Truncate,
     advanced,
+    check_place,
     fail,
     note,
     note_mode,
@@ -33,7 +36,6 @@ if TYPE_CHECKING:
     from tfb.scoring.output import Counts
 
 TOO_MANY_ERRORS = 3
-SIGNALLED = 128  # plus the signal's number, as shells have it
 
 
 def score(
@@ -128,6 +130,7 @@ def score(
     from tfb.scoring.run import run
 
     quiet()
+    check_place("--output", output, artifact)
     job = Job(
         artifact=artifact,
         inputs=tuple(inputs),
@@ -135,7 +138,7 @@ def score(
         base=base,
         tolerance=tolerance,
         most=most,
-        draws=int(draws) if draws.lstrip("-").isdecimal() else draws,
+        draws=int(draws) if re.fullmatch("-?[0-9]{1,99}", draws) else draws,
         mode=mode,
         tail=tail,
         format=format,

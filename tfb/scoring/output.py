@@ -1,7 +1,8 @@
 """The output folder of a scoring run.
 
     part-00002-00004096.parquet   results of a shard: file 2, from record 4096 (or .jsonl)
-    manifest.json                 configuration, input files, counts
+    SHA256SUMS                    of the parts, for `tfb verify` and `sha256sum -c`
+    manifest.json                 configuration, input files, counts, and a hash of these
     .lock                         held while a run writes to the folder
 
 The parts are the truth of what is finished; the manifest's counts are for people.
@@ -11,28 +12,35 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import math
+import os
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tfb import atomic
+from tfb.adapters.artifact import file_sha256
+from tfb.plain import json_sha256, parse_json
 from tfb.sampling.adaptive import Adaptive
 from tfb.scoring.scorer import Result
 
 FORMATS = ("parquet", "jsonl")
 FORMAT_VERSION = 2
-MANIFEST, LOCK = "manifest.json", ".lock"
+MANIFEST, LOCK, SUMS = "manifest.json", ".lock", "SHA256SUMS"
 COUNTED = ("error", "truncated", "draws", "standard_error")  # columns
 LEFT_BEHIND = re.compile(r"\.lock|\..*\.partial")  # by a run that was killed as it began
 OLD_PART = re.compile(r"part-\d+\.(parquet|jsonl)")  # of version 0.1.0
+SUM = re.compile(r"^([0-9a-f]{64})  (part-[-\d]+\.\w+)$", re.MULTILINE)
+AGAIN = "remove this part, its rows are then scored again"
 
 
 class OutputError(ValueError):
@@ -92,19 +100,15 @@ class OutputFolder:
         self, path: Path, schema: pa.Schema, kind: str, adaptive: Adaptive | None = None
     ) -> None:
         self.path, self.schema, self.kind, self.adaptive = path, schema, kind, adaptive
+        self._sums: dict[str, str] = {}  # of the parts that are known to be whole, by file name
 
     def __enter__(self) -> OutputFolder:
         with _writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             atomic.sync(self.path.parent)
-            self._lock = (self.path / LOCK).open("a")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._lock.close()
-            raise OutputError(f"{self.path}: another run is writing to it; wait for it") from error
-        for left in self.path.glob(".*.partial"):
-            left.unlink()
+            self._lock = locked(self.path)
+            for left in self.path.glob(".*.partial"):
+                left.unlink()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -112,78 +116,154 @@ class OutputFolder:
 
     def earlier(self, *, resume: bool) -> dict[str, Any] | None:
         """Return the manifest of the run to go on with; None where a run may begin."""
+        if self.path.is_symlink() and not self.path.exists():
+            raise OutputError(f"{self.path}: is a link to nothing; choose a new folder")
         if not self.path.exists():
             return None
         if not self.path.is_dir():
             raise OutputError(f"{self.path}: is a file; choose a new folder")
         names = [path.name for path in self.path.iterdir()]
-        manifest = self._manifest() if MANIFEST in names else None
-        if any(map(OLD_PART.fullmatch, names)) or (manifest or {}).get("format_version") == 1:
-            raise OutputError(
-                f"{self.path}: was written by tfb 0.1.0, whose parts this version cannot "
-                "continue; choose a new folder"
-            )
-        if manifest is None:
+        if any(map(OLD_PART.fullmatch, names)):
+            raise _other_version(self.path)
+        if MANIFEST not in names:
             if not all(map(LEFT_BEHIND.fullmatch, names)):
                 raise OutputError(f"{self.path}: already holds something; choose a new folder")
             return None
+        manifest = read_manifest(self.path)
         if not resume:
             raise OutputError(
-                f"{self.path}: already holds a run ({manifest.get('status')}, "
+                f"{self.path}: already holds a run ({manifest['status']}, "
                 f"{manifest['counts']['rows']} rows); continue it with resume=True, or choose a "
                 "new folder"
             )
         return manifest
 
-    def _manifest(self) -> dict[str, Any]:
-        path = self.path / MANIFEST
-        try:
-            found = dict(json.loads(path.read_text(encoding="utf-8")))
-            if found["format_version"] == 1 or {"configuration", "files", "counts"} <= found.keys():
-                return found
-        except (ValueError, KeyError, TypeError):
-            pass
-        raise OutputError(f"{path}: is damaged; choose a new folder")
-
     def finished(self, sizes: Mapping[str, int]) -> dict[str, Counts]:
-        """Return what each finished part holds; ``sizes``: rows of all of the run's, by name."""
-        found = {}
-        for path in sorted(self.path.glob("part-*")):
-            if path.suffix != f".{self.kind}" or path.stem not in sizes:
-                raise OutputError(f"{path}: is no part of this run; remove it")
-            found[path.stem] = counts = self._read(path)
-            if counts.rows != sizes[path.stem]:
-                raise OutputError(
-                    f"{path}: holds {counts.rows} rows, expected {sizes[path.stem]}; remove this "
-                    "part, its rows are then scored again"
-                )
+        """Return what each finished part holds; refuse those that are not whole, or foreign.
+
+        Args:
+            sizes: rows of all parts of the run, by name.
+        """
+        found, faults = self.inspect(sizes)
+        if faults:
+            more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
+            raise OutputError("; ".join(faults[:3]) + more)
         return found
 
-    def _read(self, path: Path) -> Counts:
-        try:
-            if self.kind == "jsonl":
-                with path.open(encoding="utf-8") as file:
-                    return Counts.of([json.loads(line) for line in file], self.adaptive)
-            names = [name for name in COUNTED if name in self.schema.names]
-            rows = pq.read_table(path, columns=names, partitioning=None).to_pylist()
-            return Counts.of(rows, self.adaptive)
-        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
-            raise OutputError(
-                f"{path}: is damaged ({error}); remove this part, its rows are then scored again"
-            ) from error
+    def inspect(self, sizes: Mapping[str, int]) -> tuple[dict[str, Counts], list[str]]:
+        """Read every part; return what whole ones hold, and what is wrong with the others."""
+        known, found, faults = self._known_sums(), dict[str, Counts](), list[str]()
+        parts = sorted(self.path.glob("part-*"))
+        if parts and not known:
+            faults.append(f"{self.path / SUMS}: is gone; put it back, or choose a new folder")
+            return found, faults
+        for path in parts:
+            if path.suffix != f".{self.kind}" or path.stem not in sizes:
+                faults.append(f"{path}: is no part of this run; remove it")
+                continue
+            try:
+                digest, counts = self._read(path, known[path.name])
+            except Exception as error:  # whatever a reader makes of a file that is not ours
+                faults.append(f"{path}: is damaged ({error}); {AGAIN}")
+                continue
+            if counts.rows != sizes[path.stem]:
+                expected = f"expected {sizes[path.stem]}"
+                faults.append(f"{path}: holds {counts.rows} rows, {expected}; {AGAIN}")
+                continue
+            found[path.stem], self._sums[path.name] = counts, digest
+        return found, faults
+
+    def _known_sums(self) -> Mapping[str, set[str]]:
+        """Read SHA256SUMS. A part that is written again has two lines until the run ends."""
+        path, found = self.path / SUMS, defaultdict[str, set[str]](set)
+        if path.exists():
+            for digest, name in SUM.findall(path.read_text(encoding="utf-8", errors="replace")):
+                found[name].add(digest)
+        return found
+
+    def _read(self, path: Path, known: set[str]) -> tuple[str, Counts]:
+        if not path.is_file():
+            raise ValueError("not a file")
+        if (digest := file_sha256(path)) not in known:
+            raise ValueError(f"its bytes are not those of {SUMS}")
+        if self.kind == "jsonl":
+            with path.open(encoding="utf-8") as file:
+                return digest, Counts.of([json.loads(line) for line in file], self.adaptive)
+        there = pq.read_schema(path).names
+        names = [name for name in COUNTED if name in there]
+        rows = pq.read_table(path, columns=names, partitioning=None).to_pylist()
+        return digest, Counts.of(rows, self.adaptive)
 
     def write_part(self, name: str, rows: Sequence[Result]) -> Counts:
-        """Write and count a shard's results; where that fails (a full disk), nothing is left."""
+        """Write and count a shard's results; where that fails (a full disk), no part is left.
+
+        Its checksum is on the disk before it has its name: whatever is killed, a part has one.
+        """
         data = _jsonl(rows, self.schema) if self.kind == "jsonl" else _parquet(rows, self.schema)
         path = self.path / f"{name}.{self.kind}"
+        self._sums[path.name] = digest = hashlib.sha256(data).hexdigest()
         with _writing(path):
+            if os.fstat(self._lock.fileno()).st_nlink == 0:
+                raise OSError(f"{LOCK} was removed, and another run may have begun")
+            atomic.append(path.with_name(SUMS), f"{digest}  {path.name}\n".encode())
             atomic.write(path, data)
         return Counts.of(rows, self.adaptive)
+
+    def write_sums(self) -> None:
+        """Replace SHA256SUMS: a line for each part, as far as they are known to be whole."""
+        lines = [f"{digest}  {name}\n" for name, digest in sorted(self._sums.items())]
+        with _writing(self.path / SUMS):
+            atomic.write(self.path / SUMS, "".join(lines).encode())
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
         """Replace manifest.json."""
         with _writing(self.path / MANIFEST):
-            atomic.write_json(self.path / MANIFEST, manifest)
+            atomic.write_json(self.path / MANIFEST, {**manifest, "sha256": json_sha256(manifest)})
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return what manifest.json says, if that is what a run wrote.
+
+    Raises:
+        OutputError: there is none, it is damaged, or it is of another version.
+    """
+    path = folder / MANIFEST
+    try:
+        found = dict(parse_json(path.read_bytes()))
+        version, whole = found["format_version"], found.pop("sha256", None) == json_sha256(found)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise OutputError(f"{path}: is not there; name a folder that tfb score wrote") from error
+    except (ValueError, KeyError, TypeError):
+        version, whole = None, False
+    if version == 1 or (whole and version != FORMAT_VERSION):
+        raise _other_version(folder)
+    if not whole:
+        raise OutputError(f"{path}: is damaged; choose a new folder, or put a copy of it back")
+    return found
+
+
+def _other_version(folder: Path) -> OutputError:
+    return OutputError(
+        f"{folder}: was written by another version of tfb, such as 0.1.0, whose parts this one "
+        "cannot continue; choose a new folder"
+    )
+
+
+def locked(folder: Path, *, shared: bool = False) -> TextIO:
+    """Return the lock of a folder, held until it is closed; ``shared``: by readers.
+
+    Raises:
+        OutputError: a run is writing to it.
+    """
+    file = (folder / LOCK).open("r" if shared else "a")
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        if not isinstance(error, BlockingIOError):
+            raise
+        raise OutputError(f"{folder}: another run is writing to it; wait for it") from error
+    return file
 
 
 def _jsonl(rows: Iterable[Result], schema: pa.Schema) -> bytes:

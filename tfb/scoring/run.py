@@ -2,17 +2,18 @@
 
 The input is cut into shards, ranges of records of a file; an engine scores them, in any order, and
 each becomes one part file, atomically. A run that was stopped, killed or out of disk is resumed
-with the shards whose parts are missing. A changed configuration or input file is refused; further
-files are welcome.
+with the shards whose parts are missing. A changed configuration or input file is refused, and a
+damaged part; further files are welcome.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import groupby, islice
@@ -20,12 +21,24 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import pyarrow as pa
+
 from tfb.adapters.artifact import file_sha256
 from tfb.adapters.loading import check_device
 from tfb.data.readers import count_records, find_sources, read
 from tfb.data.rows import RowError
+from tfb.sampling.adaptive import Adaptive
 from tfb.scoring.job import Job, Shard, Work, differences
-from tfb.scoring.output import FORMAT_VERSION, Counts, OutputError, OutputFolder
+from tfb.scoring.output import (
+    FORMAT_VERSION,
+    LOCK,
+    MANIFEST,
+    Counts,
+    OutputError,
+    OutputFolder,
+    locked,
+    read_manifest,
+)
 from tfb.scoring.ray import RayEngine, import_ray
 from tfb.scoring.scorer import Prepared, Result, read_item, result_rows, rows_of
 
@@ -87,6 +100,9 @@ def run(
     columns = {"schema": {column.name: str(column.type) for column in schema}}
     folder = OutputFolder(Path(job.output), schema, job.format, job.adaptive)
     earlier = folder.earlier(resume=resume or retry_errors)
+    output = Path(os.path.realpath(job.output))
+    if within := [s for s in sources if Path(os.path.realpath(s)).is_relative_to(output)]:
+        raise OutputError(f"{job.output}: holds the input {within[0]}; choose a new folder")
     _compare(folder, earlier, job.declared() | columns)
     files = input_files(sources, job.limit, () if earlier is None else earlier["files"])
     shards = plan([file["records"] for file in files], job)
@@ -113,6 +129,7 @@ def run(
             folder.write_manifest(manifest)
 
         note()
+        folder.write_sums()
         missing = [shard for shard in shards if shard.name not in finished]
         work = read_shards([Path(file["name"]) for file in files], missing, job)
         with noted_signals() as caught, closing(scoring.results(work)) as scored:
@@ -124,10 +141,47 @@ def run(
                     report(counts, total)
                 if caught or _stops(counts, max_error_rate):
                     break
+        folder.write_sums()
         status = STOPPED if caught else COMPLETE
         note(status=TOO_MANY_ERRORS if _stops(counts, max_error_rate) else status)
     too_many = counts.errors > max_error_rate * counts.rows
     return Outcome(str(manifest["status"]), counts, caught[0] if caught else None, too_many)
+
+
+def verify(output: Path) -> tuple[dict[str, Counts], list[str]]:
+    """Check a run's folder, to every byte of its parts; needs neither model nor input.
+
+    Returns:
+        What each whole part holds, by name, and each fault in a line with its remedy.
+
+    Raises:
+        OutputError: no folder of a run, a damaged manifest, or a run that is writing to it.
+    """
+    # A copy of a folder may be without the lock.
+    with locked(output, shared=True) if (output / LOCK).exists() else nullcontext():
+        manifest = read_manifest(output)
+        told = manifest["configuration"]
+        auto = Adaptive(told["tolerance"], told["most"]) if told["draws"] == "auto" else None
+        job = Job("", (), "", part_rows=told["part_rows"], limit=told["limit"])
+        shards = plan([file["records"] for file in manifest["files"]], job)
+        folder = OutputFolder(output, pa.schema([]), told["format"], auto)
+        found, faults = folder.inspect({shard.name: len(shard) for shard in shards})
+    there = {path.name for path in output.glob("part-*")}
+    names = [f"{shard.name}.{folder.kind}" for shard in shards]
+    if missing := [name for name in names if name not in there]:
+        some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        faults.append(
+            f"{output}: {len(missing)} of {len(shards)} parts are missing ({some}); score them "
+            "with resume=True"
+        )
+    counts = {"total": sum(map(len, shards)), **asdict(sum(found.values(), Counts()))}
+    if not faults and counts != manifest["counts"]:
+        others = "; ".join(differences(manifest["counts"], counts))
+        faults.append(
+            f"{output / MANIFEST}: counts are not those of the parts ({others}), as after a kill; "
+            "count them again with resume=True"
+        )
+    return found, faults
 
 
 def _check(job: Job, engine: str, max_error_rate: float) -> None:

@@ -12,7 +12,6 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -21,9 +20,9 @@ from transformers import PreTrainedTokenizerBase
 
 from tfb.adapters.loading import class_names
 from tfb.data.batching import EncodedRows, batches, padded_tokens, token_batches
-from tfb.data.encoding import RowEncoder
+from tfb.data.encoding import RowEncoder, characters, chunks
 from tfb.data.readers import Record, iter_records
-from tfb.data.rows import Row, RowError, RowFormat
+from tfb.data.rows import DEEPEST, Row, RowError, RowFormat, is_deep
 from tfb.draws import Draws, check_even
 from tfb.model import BayesianModel
 from tfb.predictive import Predictive, as_float32
@@ -82,7 +81,7 @@ def result_columns(p: Predictive) -> dict[str, Tensor]:
         "prediction": p.prediction,
         "probs": p.probs,
         **{name: getattr(p, name) for name in UNCERTAINTIES},
-        "standard_error": p.standard_error.gather(-1, p.prediction[:, None])[:, 0],
+        "standard_error": p.standard_error.gather(-1, p.prediction[:, None].clamp_min(0))[:, 0],
         "draws": torch.full_like(p.prediction, len(p.draws)) if counts is None else counts,
     }
     if p.draw_probs is not None:
@@ -118,13 +117,14 @@ def result_rows(items: Iterable[Item], results: Iterable[Result]) -> list[Result
 
 def _kept(fields: Mapping[str, Any], keep: Sequence[str], place: str) -> dict[str, Any]:
     kept = {name: fields.get(name) for name in keep}
-    try:
-        json.dumps(kept, ensure_ascii=False, default=str).encode()
-    except (ValueError, RecursionError) as error:
-        raise RowError(
-            f"{place}: a column that is to be kept ({', '.join(map(repr, keep))}) cannot be "
-            f"written ({type(error).__name__}); write it as proper Unicode"
-        ) from error
+    for name, value in kept.items():
+        try:
+            if is_deep(value, DEEPEST):
+                raise ValueError(f"nested deeper than {DEEPEST} levels")
+            json.dumps(value, ensure_ascii=False, default=str).encode()
+        except (TypeError, ValueError) as error:
+            fault = f"the column {name!r}, which is to be kept, cannot be written ({error})"
+            raise RowError(f"{place}: {fault}; write it as plain text in UTF-8") from error
     return kept
 
 
@@ -196,12 +196,9 @@ class Scorer:
 
     def prepare(self, rows: Sequence[Row]) -> Prepared:
         """Encode rows. Touches the tokenizer only, so that another thread may do it."""
-        try:
-            return Prepared(list(rows), self._encoded(rows), {})
-        except RowError:
-            faults = self._faults(rows, range(len(rows)))
-        good = [row for i, row in enumerate(rows) if i not in faults]
-        return Prepared(good, self._encoded(good), faults)
+        encoded, why = self.encoder.encode(rows)
+        faults = {i: _fault(rows[i], text) for i, text in why.items()}
+        return Prepared([row for i, row in enumerate(rows) if i not in why], encoded, faults)
 
     def compute(self, prepared: Prepared) -> list[Result]:
         """Predict what was prepared: one result for each row, in order."""
@@ -215,25 +212,6 @@ class Scorer:
         found = token_batches(encoded, self.batch_tokens, rows)
         n = self.batch_size or max(1, len(encoded))
         return [batch[start : start + n] for batch in found for start in range(0, len(batch), n)]
-
-    def _encoded(self, rows: Sequence[Row]) -> EncodedRows | None:
-        if not rows:
-            return None
-        encoded = self.encoder(rows)
-        if not all(encoded.input_ids):
-            raise RowError("no tokens; write text that the tokenizer knows")
-        return encoded
-
-    def _faults(self, rows: Sequence[Row], at: Sequence[int]) -> dict[int, Result]:
-        """Find by halving which of the rows at these positions cannot be encoded."""
-        half = len(at) // 2
-        try:
-            self._encoded([rows[i] for i in at])
-        except RowError as error:
-            if half:
-                return self._faults(rows, at[:half]) | self._faults(rows, at[half:])
-            return {at[0]: _fault(rows[at[0]], str(error))}
-        return {}
 
     def _predict(self, rows: Sequence[Row], encoded: EncodedRows) -> list[Result]:
         """Return the results in order. Where memory runs out, batches are split."""
@@ -290,8 +268,12 @@ class Scorer:
                     found = dict(zip(columns, values, strict=True))
                     results[at[i]] = self._result(rows[at[i]], found)
             return results
-        except torch.OutOfMemoryError:
-            pass  # left before the cache is emptied: the traceback holds the tensors
+        except (MemoryError, RuntimeError) as error:
+            # A CPU's is a plain RuntimeError.
+            known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+            if not known and "can't allocate memory" not in str(error):
+                raise
+        # Only now, as the traceback held the tensors.
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return None
@@ -389,8 +371,8 @@ def score(
 
 
 def _stream(data: Any, form: RowFormat, scorer: Scorer, *, raises: bool) -> Iterator[Result]:
-    stream = enumerate(iter_records(data, form))
-    while window := [read_item(record, n, form) for n, record in islice(stream, WINDOW)]:
+    items = (read_item(record, n, form) for n, record in enumerate(iter_records(data, form)))
+    for window in chunks(items, lambda item: characters(item[0]) if item[0] else 0, WINDOW):
         for result in result_rows(window, scorer(rows_of(window))):
             if raises and (error := result.pop("error")) is not None:
                 raise RowError(error)

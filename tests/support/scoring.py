@@ -1,0 +1,111 @@
+"""A small scoring job, what is in its folder, and ways to stop it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from benchmarks.environment import REPOSITORY
+from tfb.demo import digits
+from tfb.scoring import ray as ray_engine
+from tfb.scoring.job import Job
+from tfb.scoring.output import Counts
+from tfb.scoring.run import Outcome
+
+DRAWS = 2  # of the job
+
+
+def cut(i: int, row: Any) -> dict[str, Any]:
+    """A digit of which some lines are gone, with 4 or 10 choices."""
+    lines = row["prompt"].split("\n")[i % 4 :]
+    choices = row["choices"][: 10 if i % 2 else 4]
+    return {**row, "prompt": "\n".join(lines), "choices": choices, "label": None, "tag": i}
+
+
+ROWS = [cut(i, row) for i, row in enumerate(digits.rows("test")[:21])]
+
+
+def small_job(artifact: str, folder: Path) -> Job:
+    """A job on 21 digits in parts of 6."""
+    inputs = (str(write(folder / "rows.jsonl", ROWS)),)
+    output = str(folder / "out")
+    return Job(artifact, inputs, output, draws=DRAWS, part_rows=6, format="jsonl")
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    """Write rows, or lines as they are, as JSONL."""
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("".join(line + "\n" for line in lines))
+    return path
+
+
+def counted(rows: int, errors: int = 0, truncated: int = 0) -> Counts:
+    """What parts of the job hold."""
+    return Counts(rows, errors, truncated, DRAWS * (rows - errors))
+
+
+DONE = Outcome("complete", counted(21))
+
+
+def files(job: Job) -> dict[str, bytes]:
+    """The part files of a job and what is in them."""
+    return {p.name: p.read_bytes() for p in sorted(Path(job.output).glob("part-*"))}
+
+
+def results(job: Job) -> list[dict[str, Any]]:
+    """All rows, part by part."""
+    found: list[dict[str, Any]] = []
+    for path in sorted(Path(job.output).glob("part-*")):
+        if path.suffix == ".parquet":
+            found += pq.read_table(path).to_pylist()
+        else:
+            found += map(json.loads, path.read_bytes().splitlines())
+    return found
+
+
+def manifest(job: Job) -> dict[str, Any]:
+    return dict(json.loads((Path(job.output) / "manifest.json").read_text()))
+
+
+def stopping(after: int, number: int) -> Callable[[Counts, int], None]:
+    """A report that sends a signal to this process after so many parts."""
+    seen: list[Any] = []
+
+    def report(counts: Counts, _: int) -> None:
+        seen.append(counts)
+        if len(seen) == after:
+            os.kill(os.getpid(), number)
+
+    return report
+
+
+@contextmanager
+def ray_cluster() -> Iterator[str]:
+    """A Ray of two CPUs; its address."""
+    ray = ray_engine.import_ray()
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch:  # Ray's processes take the environment of here
+        ours = [str(REPOSITORY), str(REPOSITORY / "tests")]
+        path = os.pathsep.join([*ours, *filter(None, [os.environ.get("PYTHONPATH")])])
+        patch.setenv("PYTHONPATH", path)
+        ray.init(
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=200 << 20,
+        )
+    signal.signal(signal.SIGTERM, handler)
+    try:
+        yield ray.get_runtime_context().gcs_address
+    finally:
+        ray.shutdown()
