@@ -12,11 +12,12 @@ LOWEST ?= .venv-lowest
 # Nothing that these targets run may fetch a model or a data set.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help venv demo test test-lowest check lint docs wheel bench clean distclean
+.PHONY: help venv demo test test-faults test-lowest check lint docs wheel bench clean distclean
 
 help:
 	@echo "make demo   fit the embedded adapter and print the table (builds $(VENV) when missing)"
 	@echo "make test   run the tests (builds $(VENV) when missing)"
+	@echo "make test-faults  kills, full disks, changed and hostile files, fuzzed rows (minutes)"
 	@echo "make check  ruff, mypy, the tests with warnings as errors, a dry run of benchmarks/gpu.sh"
 	@echo "make test-lowest  the tests with the lowest supported versions (builds $(LOWEST), 5 GB)"
 	@echo "make docs   build the documentation into site/, and run its notebook"
@@ -58,6 +59,10 @@ demo: $(STAMP)
 # Warnings are errors by default (pyproject.toml); a user's run only shows them.
 test: $(STAMP)
 	$(PY) -m pytest -W default -n logical
+
+# TFB_KILLS and TFB_FUZZ, the kills and fuzzed rows, may be greater.
+test-faults: $(STAMP)
+	$(PY) -m pytest tests/faults -n logical
 
 # Old versions warn of what newer ones mended; only results count here.
 test-lowest: $(LOWEST)/.installed

@@ -27,6 +27,10 @@ settings.register_profile(
 settings.load_profile("tfb")
 
 
+# They take minutes, and run where they are named alone (`make test-faults`).
+collect_ignore = ["faults"]
+
+
 # What is drawn from the global generator must not depend on which tests a worker ran before.
 @pytest.hookimpl(tryfirst=True)
 def pytest_fixture_setup() -> None:
