@@ -1,23 +1,25 @@
-"""Plain JSON data, read strictly: as it was written, and of the types it should have."""
+"""Plain data: JSON read strictly, as it was written and of the types it should have.
+
+Also values, lists and errors in as many words as a message has room for.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import reprlib
 import sys
 from collections import Counter
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import MISSING, fields, is_dataclass
-from pathlib import Path
-from reprlib import repr as shortened
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 _WORDS = {float: "a finite number", int: "a whole number", str: "text", tuple: "a list"}
 
 
-def parse_json(data: bytes | str, **options: Any) -> Any:
-    """Return what JSON in UTF-8 says; options are those of ``json.loads``.
+def parse_json(data: bytes | str) -> Any:
+    """Return what JSON in UTF-8 says.
 
     Raises:
         UnicodeDecodeError: not UTF-8.
@@ -25,35 +27,42 @@ def parse_json(data: bytes | str, **options: Any) -> Any:
     """
     text = data.decode() if isinstance(data, bytes) else data
     try:
-        return json.loads(text, object_pairs_hook=_object, **options)
+        return json.loads(text, object_pairs_hook=_object)
     except RecursionError as error:
         raise ValueError("nested too deep") from error
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file, which has no NaN and no infinity.
-
-    Raises:
-        ValueError: it has, or is not JSON; see :func:`parse_json`.
-        OSError: no such file.
-    """
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON value")
-
-    return parse_json(path.read_bytes(), parse_constant=refuse)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError(f"the key {shortened(repeated(key for key, _ in pairs))} stands twice")
+        raise ValueError(f"the key {shown(repeated(key for key, _ in pairs))} stands twice")
     return found
 
 
 def repeated(names: Iterable[Hashable]) -> Hashable | None:
     """Return the first name that stands twice, if one does."""
     return next((name for name, count in Counter(names).items() if count > 1), None)
+
+
+def shown(value: Any) -> str:
+    """Return the beginning of a value as text, whatever it is."""
+    try:
+        return reprlib.repr(value)
+    except (ValueError, RecursionError):  # an integer of more than 4,300 digits
+        return f"a value of type {type(value).__name__}"
+
+
+def listed(names: Sequence[str], most: int = 4) -> str:
+    """Return the first names, with dots in place of the others."""
+    return ", ".join([*names[:most], *["..."] * (len(names) > most)])
+
+
+def told(error: BaseException) -> str:
+    """Return the first line of an error that says something, with its class where that helps."""
+    lines = str(error).strip().splitlines() or [""]
+    text = lines[0] + (f" {lines[1].strip()}" if lines[0][-1:] == ":" and lines[1:] else "")
+    plain = isinstance(error, OSError | ValueError) or type(error) is RuntimeError
+    return text[:300] if plain and text else f"{type(error).__name__}: {text[:300]}"
 
 
 def json_sha256(value: Any) -> str:
@@ -100,7 +109,7 @@ def typed(kind: Any, value: Any, name: str = "") -> Any:
     elif type(value) is kind and (kind is not int or abs(value) < 1 << 64):
         return value
     expected = _WORDS.get(get_origin(kind) or kind, "an object")
-    raise ValueError(f"{name or 'content'}: expected {expected}, got {shortened(value)}")
+    raise ValueError(f"{name or 'content'}: expected {expected}, got {shown(value)}")
 
 
 def _record(kind: Any, value: dict[str, Any], name: str) -> Any:

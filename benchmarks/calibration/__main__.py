@@ -29,7 +29,8 @@ from benchmarks.calibration.tasks import GIVEN, TASKS, load_task
 from benchmarks.calibration.train import ADAPTERS, SEEDS, adapter
 from benchmarks.environment import REPOSITORY, environment, shared_folder
 from benchmarks.timing import Bench, Row, record
-from tfb.adapters.artifact import ADAPTER, file_sha256
+from tfb.adapters.artifact import file_sha256
+from tfb.adapters.loading import WEIGHTS
 
 RESULTS = REPOSITORY / "benchmarks/results"
 SUITE = "calibration"
@@ -150,7 +151,7 @@ def adapter_hashes(method: str, adapters: Callable[[int], Path], mle_seed: int) 
     used = {mle_seed}  # the reference of all
     if method == "ensemble":
         used |= set(Setting.members)
-    return {str(n): file_sha256(adapters(n) / ADAPTER) for n in sorted(used)}
+    return {str(n): file_sha256(adapters(n) / WEIGHTS) for n in sorted(used)}
 
 
 def finished(point: Row, adapters: Hashes, results: Path) -> bool:

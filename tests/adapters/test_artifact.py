@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -19,6 +18,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.command import environment
 from support.fits import TEMPERED
 from support.models import CASES, add_lora, causal, llama, make_batch, randomize, run, sampled
 
@@ -128,7 +128,7 @@ def test_another_process_sees_the_same_values(tmp_path: Path) -> None:
     folders = [tmp_path / "base", tmp_path / "artifact"]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program, *folders],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=300,
@@ -302,6 +302,19 @@ def test_no_half_written_folder(
     bayes.source = None
     tfb.save(bayes, tmp_path / "artifact")
     assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
+
+
+def test_a_buffer_may_be_infinite(tmp_path: Path) -> None:
+    """As a mask is; a NaN in its place is another base."""
+    bayes, mask = bayesian(), torch.zeros(2, 2).fill_diagonal_(-torch.inf)
+    bayes.base.register_buffer("mask", mask, persistent=False)
+    folder, other = tfb.save(bayes, tmp_path / "artifact"), base()
+    other.register_buffer("mask", mask.clone(), persistent=False)
+    tfb.load(other, folder)
+    other = base()
+    other.register_buffer("mask", mask.abs().sqrt().mul(torch.nan), persistent=False)
+    with pytest.raises(ArtifactError, match=r"other weights \(first difference: mask\)"):
+        tfb.load(other, folder)
 
 
 # --- reading what cannot be trusted -------------------------------------------------------------

@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from support.files import Trap
 from support.models import CASES, llama, randomize
 
 import tfb
@@ -108,7 +109,7 @@ def test_hostile_base(own: Path, file: str, content: Mapping[str, Any] | str) ->
 
 
 ADAPTERS: list[tuple[Mapping[str, Any] | str, str]] = [
-    *[(text, "is not JSON|no JSON object") for text in (DEEP, DEEP_OBJECT, "null", "", "{")],
+    *[(text, "no JSON object") for text in (DEEP, DEEP_OBJECT, "null", "", "{")],
     *[({"peft_type": x}, "peft_type") for x in (None, 5, [], "LOHA", "XLORA", "PREFIX_TUNING")],
     *[({"r": n}, ".") for n in (0, -1, "x", None, 1.5, [])],
     ({"r": HUGE}, "r=1000.*, but the weights have less"),
@@ -220,16 +221,6 @@ def test_usual_patterns(own: Path) -> None:
 
 
 # --- code ---------------------------------------------------------------------------------------
-
-
-class Trap:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = str(path)
-
-    def __reduce__(self) -> Any:
-        return open, (self.path, "w")
 
 
 def index(name: str) -> str:

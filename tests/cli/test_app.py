@@ -21,6 +21,7 @@ import typer
 from safetensors.torch import load_file, save_file
 from support.artifacts import digits_artifact
 from support.command import Run, fit_command
+from support.scoring import write
 
 import tfb
 from tfb.adapters.loading import load_tokenizer
@@ -48,21 +49,13 @@ def run(tfb_command: Run) -> Run:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("digits")
-    return {
-        name: jsonl(folder / f"{name}.jsonl", *digits.rows(name)) for name in ("anchor", "test")
-    }
+    return {name: write(folder / f"{name}.jsonl", digits.rows(name)) for name in ("anchor", "test")}
 
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An artifact at sigma = .008, without a search."""
     return digits_artifact(tmp_path_factory.mktemp("made"))
-
-
-def jsonl(path: Path, *rows: dict[str, Any] | str) -> Path:
-    lines = [r if isinstance(r, str) else json.dumps(r) for r in rows]
-    path.write_text("".join(line + "\n" for line in lines))
-    return path
 
 
 # --- the whole way --------------------------------------------------------------------------------
@@ -123,7 +116,7 @@ def test_fit_evaluate_score_report(run: Run, data: dict[str, Path], tmp_path: Pa
         {k: v for k, v in json.loads(x).items() if k != "label"}
         for x in data["test"].read_text().splitlines()[-ROWS:]
     ]
-    jsonl(unlabelled, *bare)
+    write(unlabelled, bare)
     code, out, err = run(
         "report", made, data["test"], *common, "--shift", unlabelled, "--output", page
     )
@@ -326,7 +319,7 @@ def test_bad_rows_are_named_first(
 ) -> None:
     """Every command names the row, before weights are loaded and before its folder is made."""
     rows, message = BAD_ROWS[kind]
-    file, target = jsonl(tmp_path / "rows.jsonl", *rows), tmp_path / "target"
+    file, target = write(tmp_path / "rows.jsonl", rows), tmp_path / "target"
     arguments: dict[str, tuple[object, ...]] = {
         "fit": (ADAPTER, file, "--output", target),
         "evaluate": (artifact, file),
@@ -544,7 +537,7 @@ def test_anchors_of_one_class_or_without_labels(run: Run, tmp_path: Path) -> Non
             "none.jsonl:2: no label; metric nll needs one on every row",
         ),
     ):
-        file = jsonl(tmp_path / f"{name}.jsonl", *rows)
+        file = write(tmp_path / f"{name}.jsonl", rows)
         code, _, err = run(*fit_command(MODEL, ADAPTER, file, tmp_path / "t"))
         assert code == 1 and message in one_line(err)
 
@@ -554,7 +547,7 @@ def test_anchors_of_one_class_or_without_labels(run: Run, tmp_path: Path) -> Non
 def test_unlabelled_rows_cannot_be_judged(
     run: Run, artifact: Path, tmp_path: Path, command: str
 ) -> None:
-    file = jsonl(tmp_path / "rows.jsonl", ROW, {**OTHER, "label": None})
+    file = write(tmp_path / "rows.jsonl", [ROW, {**OTHER, "label": None}])
     more = ("--output", tmp_path / "t") if command == "report" else ()
     code, _, err = run(command, artifact, file, *more)
     assert code == 1 and f"{file}:2: no label; {command} needs one on every row" in one_line(err)
@@ -562,7 +555,7 @@ def test_unlabelled_rows_cannot_be_judged(
 
 @pytest.mark.usefixtures("no_model")
 def test_score_refuses_an_input_without_rows(run: Run, artifact: Path, tmp_path: Path) -> None:
-    file, target = jsonl(tmp_path / "rows.jsonl", ""), tmp_path / "target"
+    file, target = write(tmp_path / "rows.jsonl", [""]), tmp_path / "target"
     code, _, err = run("score", artifact, file, "--output", target)
     assert code == 1 and f"{file}: the input holds no rows" in one_line(err)
     assert not target.exists()
@@ -574,7 +567,7 @@ def test_data_files_of_one_name_cannot_share_a_report(
 ) -> None:
     """They would be one data set in its table."""
     (tmp_path / "more").mkdir()
-    other = jsonl(tmp_path / "more" / "test.jsonl", ROW, OTHER)
+    other = write(tmp_path / "more" / "test.jsonl", [ROW, OTHER])
     code, _, err = run("report", artifact, data["test"], other, "--output", tmp_path / "t")
     assert code == 1 and "two files are called 'test'; rename one" in one_line(err)
 

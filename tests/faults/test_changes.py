@@ -1,9 +1,8 @@
-"""What changes between a run and its resume, or between bayesianize and what follows it."""
+"""What changes between a run and its resume."""
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -16,13 +15,11 @@ import torch
 from faults.cases import promised
 from safetensors.torch import load_file, save_file
 from support.command import Run
-from support.models import CASES
+from support.files import edit, flip
 from support.scoring import DONE, ROWS, files, manifest, results, small_job, stopping, write
 
-import tfb
 from tfb.data.rows import RowError
 from tfb.demo import digits
-from tfb.posterior import AdapterError
 from tfb.scoring.job import Job
 from tfb.scoring.run import run
 
@@ -42,22 +39,12 @@ class Fault:
 
 def value(file: str, said: str = "", **values: Any) -> Fault:
     """Set fields of a JSON file."""
-
-    def change(path: Path) -> None:
-        path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-    return Fault(file, change, said or "|".join([Path(file).name, *values]))
+    said = said or "|".join([Path(file).name, *values])
+    return Fault(file, lambda path: edit(path, **values), said)
 
 
 def flipped(file: str, said: str, at: int = -2) -> Fault:
-    """Turn one bit."""
-
-    def change(path: Path) -> None:
-        data = bytearray(path.read_bytes())
-        data[at] ^= 1
-        path.write_bytes(data)
-
-    return Fault(file, change, said)
+    return Fault(file, lambda path: flip(path, at), said)
 
 
 def gone(file: str, said: str) -> Fault:
@@ -162,8 +149,8 @@ def test_changed_and_resumed(
 
 
 PARTS: dict[str, Change] = {
-    "a bit": flipped("", "", 40).change,
-    "a bit of its end": flipped("", "", -6).change,
+    "a bit": lambda path: flip(path, 40),
+    "a bit of its end": lambda path: flip(path, -6),
     "cut": lambda path: path.write_bytes(path.read_bytes()[:-30]),
     "empty": lambda path: path.write_bytes(b""),
     "another part's rows": lambda path: shutil.copy(max(path.parent.glob("part-*")), path),
@@ -242,62 +229,3 @@ def test_resumed_whatever_the_ids(job: Job) -> None:
         (Path(job.output) / name).unlink()
         assert run(job, resume=True, max_error_rate=1).counts.rows == 23
         assert files(job) == before
-
-
-# --- stale factors --------------------------------------------------------------------------------
-
-
-def lora(bayes: tfb.BayesianModel) -> Any:
-    """A sampled layer."""
-    return bayes.base.get_submodule(next(iter(bayes.posteriors)))
-
-
-def in_place(bayes: tfb.BayesianModel) -> None:
-    with torch.no_grad():
-        lora(bayes).lora_B["default"].weight.mul_(1.5)
-
-
-def by_data(bayes: tfb.BayesianModel) -> None:
-    lora(bayes).lora_A["default"].weight.data = lora(bayes).lora_A["default"].weight.data * 1.5
-
-
-def by_an_optimizer(bayes: tfb.BayesianModel) -> None:
-    weight = lora(bayes).lora_A["default"].weight.requires_grad_()
-    weight.grad = torch.ones_like(weight)
-    torch.optim.SGD([weight], 0.1).step()
-
-
-def by_a_checkpoint(bayes: tfb.BayesianModel) -> None:
-    state = {k: v * 1.5 if "lora_" in k else v for k, v in bayes.model.state_dict().items()}
-    bayes.model.load_state_dict(state)
-
-
-def by_a_new_parameter(bayes: tfb.BayesianModel) -> None:
-    layer = lora(bayes).lora_A["default"]
-    layer.weight = torch.nn.Parameter(layer.weight.detach() * 1.5)
-
-
-@promised(
-    "an adapter changes after `bayesianize`",
-    "prediction and `save` refuse, and say to Bayesianize again; nothing is saved",
-    {
-        "in place": in_place,
-        "by `.data`": by_data,
-        "by an optimizer's step": by_an_optimizer,
-        "by a checkpoint": by_a_checkpoint,
-        "by a new parameter": by_a_new_parameter,
-    },
-)
-def test_stale_factors(tmp_path: Path, fault: Callable[[tfb.BayesianModel], None]) -> None:
-    bayes = tfb.bayesianize(CASES["llama"].build(), seed=3)
-    bayes.configure(sigma=0.1)
-    batch, ids = CASES["llama"].batch(), torch.tensor([4, 5, 6])
-    bayes.predict(batch, 2, label_ids=ids)
-    fault(bayes)
-    for use in (
-        lambda: bayes.predict(batch, 2, label_ids=ids),
-        lambda: tfb.save(bayes, tmp_path / "artifact"),
-    ):
-        with pytest.raises((AdapterError, ValueError), match=re.compile("bayesianize", re.I)):
-            use()
-    assert not (tmp_path / "artifact").exists() and not [*tmp_path.iterdir()]

@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support.children import Answer, Children
+from support.files import Trap, edit
 from support.scoring import write
 
 import tfb
@@ -82,20 +83,6 @@ def refused(answer: Answer, said: str) -> None:
 
 
 # --- what would run code --------------------------------------------------------------------------
-
-
-class Trap:
-    """A pickle that leaves a file where it is loaded."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return open, (str(self.mark), "w")
-
-
-def edit(path: Path, **values: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 def trap(path: Path, mark: Path) -> None:

@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from faults.cases import promised
+from support.command import environment
 from support.scoring import DONE, files, manifest, write
 
-from benchmarks.environment import REPOSITORY
 from tfb.scoring.job import Job
 from tfb.scoring.run import run
 
@@ -110,8 +110,7 @@ def test_killed_at_random_moments(artifact: str, tmp_path: Path, fault: list[str
         [sys.executable, "-c", KILLED, json.dumps(job), *fault],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=REPOSITORY,
+        env=environment(),
     )
     assert done.returncode == 0, done.stderr
     stopped, finished, parts = map(int, done.stdout.split())
@@ -133,8 +132,7 @@ def test_the_command_is_asked_to_stop(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=REPOSITORY,
+        env=environment(),
     ) as process:
         while not files(job) and process.poll() is None:
             time.sleep(0.001)

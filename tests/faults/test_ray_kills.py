@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import random
 import signal
@@ -10,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,24 +17,16 @@ from typing import Any
 import pytest
 from faults.cases import promised
 from faults.test_kills import KILLS
-from support.scoring import DONE, files, ray_cluster
+from support.command import environment
+from support.scoring import DONE, files, needs_ray
 
-from benchmarks.environment import REPOSITORY
 from tfb.data.rows import Row
 from tfb.scoring import ray as ray_engine
 from tfb.scoring.job import Job
 from tfb.scoring.ray import EngineError, Worker
 from tfb.scoring.run import run
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("ray") is None, reason="the extra tfb[ray] is not installed"
-)
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    with ray_cluster() as address:
-        yield address
+pytestmark = needs_ray
 
 
 class Mortal(Worker):
@@ -66,23 +57,30 @@ class Mortal(Worker):
             sys.setprofile(None)
 
 
+@pytest.fixture
+def doom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """Lets so many workers die, of which a shard may have so many."""
+
+    def call(deaths: int, retries: int) -> None:
+        monkeypatch.setattr(ray_engine, "Worker", Mortal)
+        monkeypatch.setattr(ray_engine, "RETRIES", retries)
+        for n in range(deaths):
+            (tmp_path / f"die-{n}").touch()
+
+    return call
+
+
 @promised(
     "a worker of Ray is killed",
     "its rows go to the worker that takes its place; parts are those of the local engine, byte for "
     "byte",
     ["SIGKILL at random moments (30, or TFB_KILLS)"],
 )
+@pytest.mark.usefixtures("cluster")
 def test_killed_workers_lose_nothing(
-    job: Job,
-    whole: dict[str, bytes],
-    cluster: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    job: Job, whole: dict[str, bytes], doom: Callable[[int, int], None], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(ray_engine, "Worker", Mortal)
-    monkeypatch.setattr(ray_engine, "RETRIES", KILLS)
-    for n in range(KILLS):
-        (tmp_path / f"die-{n}").touch()
+    doom(KILLS, KILLS)
     assert run(replace(job, workers=2), engine="ray") == DONE
     assert files(job) == whole and not list(tmp_path.glob("die-*"))
 
@@ -92,17 +90,11 @@ def test_killed_workers_lose_nothing(
     "a shard that ends too many of them ends the run; what was finished is kept and gone on with",
     ["SIGKILL of every worker that gets the shard"],
 )
+@pytest.mark.usefixtures("cluster")
 def test_killed_too_often(
-    job: Job,
-    whole: dict[str, bytes],
-    cluster: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    job: Job, whole: dict[str, bytes], doom: Callable[[int, int], None], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(ray_engine, "Worker", Mortal)
-    monkeypatch.setattr(ray_engine, "RETRIES", 1)
-    for n in range(2):
-        (tmp_path / f"die-{n}").touch()
+    doom(2, 1)
     with pytest.raises(EngineError, match=r"a Ray worker failed for good .*continue with resume="):
         run(replace(job, workers=1), engine="ray")
     assert files(job).items() < whole.items()
@@ -119,13 +111,12 @@ def test_killed_too_often(
 def test_killed_driver(job: Job, whole: dict[str, bytes], cluster: str) -> None:
     words = f"{job.artifact} {job.inputs[0]} --output {job.output} --draws 2 --part-rows 6 "
     words += f"--format jsonl --engine ray --workers 1 --ray-address {cluster}"
-    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     with subprocess.Popen(
         [sys.executable, "-m", "tfb", "score", *words.split()],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        env=environment(),
     ) as process:
         while not files(job) and process.poll() is None:
             time.sleep(0.01)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.models import CASES
@@ -50,6 +51,11 @@ def test_what_cannot_be_is_refused(values: dict[str, Any], message: str) -> None
     with pytest.raises(ValueError, match=message):
         bayes.configure(**values)
     assert bayes.config is before
+
+
+def test_numbers_of_numpy() -> None:
+    values = {"sigma": np.float32(0.5), "seed": np.int64(3), "mode": "tail", "tail": np.int64(2)}
+    assert SamplingConfig(**values) == SamplingConfig(0.5, mode="tail", tail=2, seed=3)
 
 
 def test_the_record_is_frozen_and_the_model_replaces_it() -> None:

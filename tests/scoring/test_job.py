@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.artifacts import digits_artifact
+from support.files import edit
 from support.scoring import DONE, small_job
 
 import tfb
@@ -21,19 +21,10 @@ from tfb.scoring.output import OutputError
 from tfb.scoring.run import run
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return digits_artifact(tmp_path_factory.mktemp("made"))
-
-
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     """A copy of the digits model to edit."""
     return Path(shutil.copytree(digits.BASE, tmp_path / "base"))
-
-
-def edit(path: Path, **values: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 def old(artifact: Path, target: Path) -> Path:
@@ -112,13 +103,14 @@ def test_an_added_token_is_another_tokenizer() -> None:
     assert change.startswith("rules: ")
 
 
-def test_resume_goes_on_with_the_same_alone(made: Path, base: Path, tmp_path: Path) -> None:
+def test_resume_goes_on_with_the_same_alone(artifact: str, base: Path, tmp_path: Path) -> None:
     """Other places, a card and Git's files change nothing; each part of the configuration does."""
-    for artifact in (made, old(made, tmp_path / "old")):
-        job = replace(small_job(str(artifact), tmp_path), base=str(base), limit=2)
-        job = replace(job, output=str(tmp_path / f"out-{artifact.name}"))
+    made = Path(artifact)
+    for own in (made, old(made, tmp_path / "old")):
+        job = replace(small_job(str(own), tmp_path), base=str(base), limit=2)
+        job = replace(job, output=str(tmp_path / f"out-{own.name}"))
         assert run(job).status == DONE.status
-        moved = Path(shutil.copytree(artifact, tmp_path / f"moved-{artifact.name}"))
+        moved = Path(shutil.copytree(own, tmp_path / f"moved-{own.name}"))
         (moved / "README.md").write_text("ours")
         (moved / ".gitattributes").write_text("x")
         same = replace(job, artifact=str(moved), base=str(digits.BASE))
@@ -136,16 +128,16 @@ def test_resume_goes_on_with_the_same_alone(made: Path, base: Path, tmp_path: Pa
             before = (moved / "adapter_config.json").read_text()
             edit(moved / "adapter_config.json", **values)
             kind, message = (ArtifactError, "adapter_config.json has changed")
-            if artifact != made:
+            if own != made:
                 kind, message = OutputError, "adapter_config_sha256: "
             with pytest.raises(kind, match=message):
                 run(replace(same), resume=True)
             (moved / "adapter_config.json").write_text(before)
 
 
-def test_an_artifact_is_checked_before_anything_is_loaded(made: Path, tmp_path: Path) -> None:
-    artifact = Path(shutil.copytree(made, tmp_path / "artifact"))
-    (artifact / "adapter_config.json").write_text("{}")
+def test_an_artifact_is_checked_before_anything_is_loaded(artifact: str, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(artifact, tmp_path / "artifact"))
+    (own / "adapter_config.json").write_text("{}")
     with pytest.raises(ArtifactError, match=r"adapter_config\.json has changed since"):
-        run(replace(small_job(str(artifact), tmp_path), base="no/such/base"))
+        run(replace(small_job(str(own), tmp_path), base="no/such/base"))
     assert not (tmp_path / "out").exists()

@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support.files import flip
 
 from tfb.scoring.output import (
     FORMATS,
@@ -129,12 +130,6 @@ FAULTS: dict[str, Callable[[Path], Any]] = {
     "another checksum": lambda path: flip(path.with_name("SHA256SUMS"), 3),
     "a checksum that is another's": lambda path: flip(path.with_name("SHA256SUMS"), 72),
 }
-
-
-def flip(path: Path, at: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[at] ^= 1
-    path.write_bytes(data)
 
 
 @pytest.mark.parametrize("kind", FORMATS)

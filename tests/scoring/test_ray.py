@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.artifacts import digits_artifact
-from support.scoring import files, manifest, ray_cluster, write
+from support.command import environment
+from support.scoring import files, manifest, needs_ray, write
 
-from benchmarks.environment import REPOSITORY
 from tfb.data.rows import Row
 from tfb.demo import digits
 from tfb.scoring import ray as ray_engine
@@ -30,21 +28,6 @@ MODEL, ADAPTER = str(digits.BASE), str(digits.ADAPTER)
 DIGITS = [{**row, "label": None} for row in digits.rows("test")[:16]]
 ROWS = [*DIGITS[:9], "{broken", {"id": "x"}, *DIGITS[9:]]
 COUNTS = {"rows": 18, "errors": 2, "truncated": 0, "draws": 32, "capped": 0, "total": 18}
-needs_ray = pytest.mark.skipif(
-    importlib.util.find_spec("ray") is None, reason="the extra tfb[ray] is not installed"
-)
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    """A Ray of two CPUs; its address."""
-    with ray_cluster() as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(digits_artifact(tmp_path_factory.mktemp("made")))
 
 
 @pytest.fixture
@@ -80,12 +63,11 @@ def test_two_workers_of_the_command(
     artifact = os.path.relpath(artifact, tmp_path)
     words = f"{artifact} rows.jsonl --output out --draws 2 "
     words += "--part-rows 4 --format jsonl --max-error-rate 1 --engine ray --workers 2"
-    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-m", "tfb", "score", *words.split(), "--ray-address", cluster],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        env=environment(),
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "complete: 18 rows, 2 of them errors: out\n"

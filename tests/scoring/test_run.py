@@ -19,7 +19,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.artifacts import digits_artifact
 from support.command import Run
 from support.scoring import (
     DONE,
@@ -53,33 +52,6 @@ MODEL = str(digits.BASE)
 SINGLE = 2.0**-24
 COUNTS = {"rows": 21, "errors": 0, "truncated": 0, "draws": 42, "capped": 0, "total": 21}
 LOAD = Job.load
-
-
-@pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(digits_artifact(tmp_path_factory.mktemp("made")))
-
-
-@pytest.fixture(scope="module")
-def loaded(artifact: str) -> tuple[tfb.BayesianModel, Any]:
-    return tfb.load(MODEL, artifact), load_tokenizer(MODEL)
-
-
-@pytest.fixture
-def job(
-    artifact: str, loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Job:
-    """A job on 21 digits in parts of 6, with a model that is loaded once for all tests."""
-    monkeypatch.setattr(Job, "load", lambda _: loaded)
-    return small_job(artifact, tmp_path)
-
-
-@pytest.fixture(scope="module")
-def whole(artifact: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The parts of an uninterrupted run of ``job``, from a model of its own."""
-    job = small_job(artifact, tmp_path_factory.mktemp("whole"))
-    assert run(job) == DONE
-    return files(job)
 
 
 # --- shards ---------------------------------------------------------------------------------------

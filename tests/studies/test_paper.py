@@ -412,7 +412,7 @@ def test_every_adapter_is_compared_with_the_base_first(
     extra = {k.replace("layers.4", "layers.9"): v.clone() for k, v in tensors.items()}
     save_file(tensors | extra, weights)
     command = arguments(shared, tmp_path / "s{seed}", "--task", "WG-S", "--seeds", 1, 2)
-    with pytest.raises(SystemExit, match=r"s2: its keys do not fit the base model.*\n.*layers\.9"):
+    with pytest.raises(SystemExit, match=r"s2: its keys do not fit the base model.*layers\.9"):
         main(command)
     classifier = shared / "adapters/stories260K-clinc150"
     with pytest.raises(SystemExit, match="task_type SEQ_CLS; the table is one of CAUSAL_LM"):

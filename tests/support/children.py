@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from support.command import environment
+
 from benchmarks.environment import REPOSITORY
 
 SECONDS = 120  # of a call, then it counts as hanging
@@ -64,18 +66,12 @@ class Children:
 @contextmanager
 def children() -> Iterator[Children]:
     """The server of the calls."""
-    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
-    more = os.environ.get("PYTHONPATH")
     with subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", "support.children"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": path + os.pathsep * bool(more) + (more or ""),
-        },
+        env=environment(),
         cwd=REPOSITORY,
     ) as server:
         yield Children(server)

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from support.artifacts import digits_artifact
+from support.command import environment
 
-from benchmarks.environment import REPOSITORY
+import tfb
+from tfb.adapters.loading import load_tokenizer
 from tfb.demo import digits
 from tfb.scoring import ray as ray_engine
 from tfb.scoring.job import Job
 from tfb.scoring.output import Counts
-from tfb.scoring.run import Outcome
+from tfb.scoring.run import Outcome, run
 
 DRAWS = 2  # of the job
+needs_ray = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="the extra tfb[ray] is not installed"
+)
 
 
 def cut(i: int, row: Any) -> dict[str, Any]:
@@ -61,6 +67,33 @@ def files(job: Job) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(Path(job.output).glob("part-*"))}
 
 
+@pytest.fixture(scope="session")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(digits_artifact(tmp_path_factory.mktemp("made")))
+
+
+@pytest.fixture(scope="session")
+def loaded(artifact: str) -> tuple[tfb.BayesianModel, Any]:
+    return tfb.load(str(digits.BASE), artifact), load_tokenizer(str(digits.BASE))
+
+
+@pytest.fixture
+def job(
+    artifact: str, loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Job:
+    """A job on 21 digits in parts of 6, with a model that is loaded once for all tests."""
+    monkeypatch.setattr(Job, "load", lambda _: loaded)
+    return small_job(artifact, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def whole(artifact: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The parts of an uninterrupted run of ``job``, from a model of its own."""
+    job = small_job(artifact, tmp_path_factory.mktemp("whole"))
+    assert run(job) == DONE
+    return files(job)
+
+
 def results(job: Job) -> list[dict[str, Any]]:
     """All rows, part by part."""
     found: list[dict[str, Any]] = []
@@ -88,15 +121,13 @@ def stopping(after: int, number: int) -> Callable[[Counts, int], None]:
     return report
 
 
-@contextmanager
-def ray_cluster() -> Iterator[str]:
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
     """A Ray of two CPUs; its address."""
     ray = ray_engine.import_ray()
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch:  # Ray's processes take the environment of here
-        ours = [str(REPOSITORY), str(REPOSITORY / "tests")]
-        path = os.pathsep.join([*ours, *filter(None, [os.environ.get("PYTHONPATH")])])
-        patch.setenv("PYTHONPATH", path)
+        patch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
         ray.init(
             num_cpus=2,
             include_dashboard=False,

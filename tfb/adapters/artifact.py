@@ -18,7 +18,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from reprlib import repr as shortened
 from typing import Any
 
 import torch
@@ -32,6 +31,7 @@ from tfb.adapters.card import CARD, card_text
 from tfb.adapters.loading import (
     CONFIG,
     TASKS,
+    WEIGHTS,
     adapter_config,
     adapter_folder,
     adapter_tensor_shapes,
@@ -46,14 +46,14 @@ from tfb.data.encoding import check_label_tokens
 from tfb.draws import check_even, stable_layer_id
 from tfb.evaluation.decisions import Decisions
 from tfb.model import BayesianModel
-from tfb.plain import json_sha256, read_json, typed
+from tfb.plain import json_sha256, listed, parse_json, shown, typed
 from tfb.posterior import AdapterError, LowRankPosterior
 from tfb.sampling.config import SamplingConfig
 from tfb.search.result import PredictiveFit
 from tfb_kernels import NOISE_VERSION
 
 FORMAT_VERSION = 1
-SIDECAR, FACTORS, ADAPTER = "tfb.json", "tfb.safetensors", "adapter_model.safetensors"
+SIDECAR, FACTORS = "tfb.json", "tfb.safetensors"
 # What transformers reads with a tokenizer wherever it is, so that it counts where it is added.
 _TOKENIZER_FILES = ["tokenizer*", "*.model", "*.jinja", "additional_chat_templates/*", "vocab*"]
 _TOKENIZER_FILES += ["merges.txt", "special_tokens_map.json", "added_tokens.json", "config.json"]
@@ -149,16 +149,12 @@ def save(
         save_file({k: v.contiguous() for k, v in tensors.items()}, str(staging / FACTORS))
         if tokenizer is not None:
             tokenizer.save_pretrained(str(staging))
-        files = {name: file_sha256(staging / name) for name in _names(staging) - {CARD}}
-        sidecar = sidecar_of(bayes, fit, **extra) | {"files": dict(sorted(files.items()))}
+        saved = sorted(p for p in staging.rglob("*") if p.is_file() and p.name != CARD)
+        files = {p.relative_to(staging).as_posix(): file_sha256(p) for p in saved}
+        sidecar = sidecar_of(bayes, fit, **extra) | {"files": files}
         write_json(staging / SIDECAR, sidecar | {"sha256": json_sha256(sidecar)})
         write(staging / CARD, card_text(sidecar, bayes.source).encode())
     return path
-
-
-def _names(folder: Path) -> set[str]:
-    """Return the names of all files below a folder."""
-    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
 
 
 def sidecar_of(
@@ -241,7 +237,7 @@ def _read(path: Path) -> dict[str, Any]:
         what = f"no {SIDECAR}" if path.parent.is_dir() else "no such folder"
         raise ArtifactError(f"{path.parent}: {what}; expected a folder written by tfb fit")
     try:
-        data: dict[str, Any] = typed(dict, read_json(path))
+        data: dict[str, Any] = typed(dict, parse_json(path.read_bytes()))
     except ValueError as error:
         raise ArtifactError(f"{path}: damaged, not JSON as it was saved ({error})") from error
     for key, ours in (("format_version", FORMAT_VERSION), ("noise_version", NOISE_VERSION)):
@@ -249,12 +245,12 @@ def _read(path: Path) -> dict[str, Any]:
             versions = data.get("versions")
             wrote = versions.get("tfb") if isinstance(versions, dict) else "unknown"
             raise ArtifactError(
-                f"{path.parent}: {key} is {shortened(data.get(key))}, this library has {ours}; fit "
+                f"{path.parent}: {key} is {shown(data.get(key))}, this library has {ours}; fit "
                 "the adapter again with this version, or use the version that wrote it "
                 f"({wrote})"
             )
     if "files" not in data:  # 0.1.0
-        data["files"] = {ADAPTER: data.get("adapter_sha256"), FACTORS: data.get("factors_sha256")}
+        data["files"] = {WEIGHTS: data.get("adapter_sha256"), FACTORS: data.get("factors_sha256")}
     try:
         _check(data)
     except (RecursionError, ValueError) as error:
@@ -276,7 +272,7 @@ def _check(data: dict[str, Any]) -> None:
     if found.fit is not None:
         PredictiveFit.from_dict(found.fit)
     if "sha256" in data:
-        if unlisted := {CONFIG, ADAPTER, FACTORS} - found.files.keys():
+        if unlisted := {CONFIG, WEIGHTS, FACTORS} - found.files.keys():
             raise ValueError(f"files does not list {min(unlisted)}")
         if data["sha256"] != json_sha256({k: v for k, v in data.items() if k != "sha256"}):
             raise ValueError("its values have changed since it was saved")
@@ -336,7 +332,7 @@ def _read_posteriors(folder: Path, sidecar: dict[str, Any]) -> dict[str, LowRank
     names = {f"{n}.{t}" for n in sidecar["layers"] for t in "ABd"}
     for fault, odd in (("lacks", names - set(tensors)), ("has also", set(tensors) - names)):
         if odd:
-            raise ArtifactError(f"{folder}: {FACTORS} {fault} {', '.join(sorted(odd)[:4])}")
+            raise ArtifactError(f"{folder}: {FACTORS} {fault} {listed(sorted(odd))}")
     # Version 0.1.0 could multiply sigma by layer: noise has the scale sigma / d.
     scales = sidecar.get("layer_scales") or {}
     shapes, found = adapter_tensor_shapes(folder), {}
@@ -412,6 +408,7 @@ def _sums(tensor: Tensor) -> list[float]:
     """
     flat = tensor.detach().flatten()
     x = flat[:: -(-len(flat) // _SAMPLES) | 1].cpu().double()  # odd: it meets all columns
+    x = x.nan_to_num(1e30, 1e30, -1e30)  # masks hold infinities, which JSON has not
     turned = x * torch.arange(len(x), dtype=torch.float64).cos()
     blocks = torch.stack([x.abs(), turned]).tensor_split(_BLOCKS, dim=1)
     sums = torch.stack([block.sum(1) for block in blocks], dim=1)
@@ -466,8 +463,5 @@ def library_versions() -> dict[str, str]:
 
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hex."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

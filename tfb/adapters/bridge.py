@@ -181,11 +181,10 @@ def _check_layers(layers: Mapping[str, Any], adapter: str) -> None:
     """Refuse layers that cannot be sampled, all of them in one message."""
     problems = [p for name, layer in layers.items() if (p := _refusal(name, layer, adapter))]
     if problems:
-        more = f"\n  ... and {len(problems) - 8} more" if len(problems) > 8 else ""
-        shown = "\n  ".join(problems[:8]) + more
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise AdapterError(
-            f"adapter {adapter!r} cannot be Bayesianized:\n  {shown}\nModules that should stay "
-            "deterministic can be excluded with layers="
+            f"adapter {adapter!r} cannot be Bayesianized: {'; '.join(problems[:8])}{more}; exclude "
+            "modules that should stay deterministic with layers="
         )
     seen: dict[int, str] = {}
     for name in layers:

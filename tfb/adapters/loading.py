@@ -23,8 +23,8 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from tfb.adapters.trust import ADAPTER_CONFIG as CONFIG
 from tfb.adapters.trust import (
+    CONFIG,
     check_adapter,
     check_base,
     check_patterns,
@@ -34,6 +34,7 @@ from tfb.adapters.trust import (
     refusing,
     weight_bytes,
 )
+from tfb.plain import listed
 from tfb.posterior import AdapterError
 
 TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS")
@@ -176,9 +177,7 @@ def load_adapter(base_model: nn.Module, adapter: str | Path, name: str = "defaul
             that do not fit, weights that are not finite, or a base that carries an adapter already.
     """
     folder = adapter_folder(adapter)
-    adapter_config(folder)
-    stored = adapter_tensor_shapes(folder)
-    config = read_object(folder / CONFIG, adapter)
+    config, stored = adapter_config(folder), adapter_tensor_shapes(folder)
     check_ranks(adapter, config, (s[0] for k, s in stored.items() if ".lora_A." in k and s))
     # PEFT would put both into one model: same names overwrite, others act together.
     if any(isinstance(module, BaseTunerLayer) for module in base_model.modules()):
@@ -199,17 +198,12 @@ def load_adapter(base_model: nn.Module, adapter: str | Path, name: str = "defaul
         warnings.simplefilter("ignore")  # PEFT's advice on saving embeddings; nothing is saved here
         plain = _tensors(model, name, embeddings=False)
         allowed = plain | _tensors(model, name, embeddings=True)
-    missing, unexpected = sorted(plain.keys() - stored), sorted(stored.keys() - allowed)
-    if missing or unexpected:
-        lines = [
-            f"{label} ({len(keys)}): {_listed(keys)}"
-            for label, keys in (("missing", missing), ("unexpected", unexpected))
-            if keys
-        ]
+    wrong = {"missing": plain.keys() - stored, "unexpected": stored.keys() - allowed}
+    if faults := [f"{k} ({len(v)}): {listed(sorted(v))}" for k, v in wrong.items() if v]:
         raise AdapterError(
-            f"{adapter}: its keys do not fit the base model, so parts of it would be ignored.\n  "
-            + "\n  ".join(lines)
-            + "\nUse the base model that the adapter was trained on, or rename the keys."
+            f"{adapter}: its keys do not fit the base model, so parts of it would be ignored; "
+            f"{'; '.join(faults)}; use the base model that the adapter was trained on, or rename "
+            "the keys"
         )
     for key in stored:  # LoRA weights are looked at when their posterior is made
         if "lora_" not in key and not bool(allowed[key].isfinite().all()):
@@ -295,13 +289,13 @@ def _check_report(name: str | Path, model: Any, report: Any, brought: set[str]) 
     if lacking := sorted({*report["missing_keys"], *shapes} - brought):
         raise AdapterError(
             f"{name}: the checkpoint lacks {len(lacking)} of {kind}'s tensors, which would be "
-            f"random: {_listed([key + shapes.get(key, '') for key in lacking])}; download it "
+            f"random: {listed([key + shapes.get(key, '') for key in lacking])}; download it "
             "again, or give the base model that the adapter was trained on"
         )
     if ignored := sorted({*_ignored(model, report["unexpected_keys"], brought)}):
         raise AdapterError(
             f"{name}: {len(ignored)} of the checkpoint's tensors have no place in {kind} as "
-            f"config.json describes it: {_listed(ignored)}; download the model again"
+            f"config.json describes it: {listed(ignored)}; download the model again"
         )
 
 
@@ -321,10 +315,6 @@ def _ignored(model: Any, unknown: Iterable[str], brought: set[str]) -> Iterator[
             )
             if owner and inside and not replaced:
                 yield key
-
-
-def _listed(keys: Sequence[str]) -> str:
-    return ", ".join(keys[:4]) + (", ..." if len(keys) > 4 else "")
 
 
 def base_config(name: str | Path, adapter: str | Path) -> Any:

@@ -20,9 +20,10 @@ from peft import LoraConfig
 from transformers.utils import cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from tfb.plain import parse_json, shown, told, typed
 from tfb.posterior import AdapterError
 
-ADAPTER_CONFIG = "adapter_config.json"
+CONFIG = "adapter_config.json"
 _SHARD = re.compile(r"[\w.-]+\.safetensors")
 # What of an adapter_config.json reaches PEFT with any value; all else has to be off.
 _LORA = re.compile(
@@ -34,15 +35,9 @@ _LORA = re.compile(
 )
 # Others draw at random, quantize, or need data, each time that an adapter is loaded.
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal", "pissa", "olora")
-# Fields of which PEFT takes these parts for regular expressions; a list of targets it compares.
-_PATTERNS: Mapping[str, tuple[type, ...]] = {
-    "target_modules": (str,),
-    "exclude_modules": (str,),
-    "layers_pattern": (str, list),
-    "modules_to_save": (list,),
-    "rank_pattern": (dict,),
-    "alpha_pattern": (dict,),
-}
+# Fields of which PEFT takes texts, keys or elements for regular expressions.
+_PATTERNS = ["target_modules", "exclude_modules", "layers_pattern", "modules_to_save"]
+_PATTERNS += ["rank_pattern", "alpha_pattern"]
 # PEFT's ways of matching.
 _MATCH = r"""
 import json, re, sys
@@ -84,23 +79,10 @@ def refusing(what: str, advice: str = "", kind: type[ValueError] = AdapterError)
         raise kind(f"{what} ({told(error)}){advice}") from error
 
 
-def told(error: BaseException) -> str:
-    """Return the first line of an error that says something, with its class where that helps."""
-    lines = str(error).strip().splitlines() or [""]
-    text = lines[0] + (f" {lines[1].strip()}" if lines[0][-1:] == ":" and lines[1:] else "")
-    plain = isinstance(error, (OSError, RuntimeError, ValueError)) and text
-    return text[:300] if plain else f"{type(error).__name__}: {text[:300]}"
-
-
 def read_object(path: Path, name: str | Path) -> dict[str, Any]:
     """Read a file that has to hold one JSON object."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{name}: {path.name} is not JSON: {told(error)}") from error
-    if not isinstance(found, dict):
-        raise AdapterError(f"{name}: {path.name} holds no JSON object")
-    return found
+    with refusing(f"{name}: {path.name} is no JSON object"):
+        return dict(typed(dict, parse_json(path.read_bytes())))
 
 
 def check_adapter(name: str | Path, config: Mapping[str, Any]) -> None:
@@ -111,19 +93,19 @@ def check_adapter(name: str | Path, config: Mapping[str, Any]) -> None:
     """
     if (kind := config.get("peft_type")) != "LORA":
         raise AdapterError(
-            f"{name}: {ADAPTER_CONFIG} is not a LoRA configuration of PEFT (peft_type {kind!r})"
+            f"{name}: {CONFIG} is not a LoRA configuration of PEFT (peft_type {kind!r})"
         )
     defaults = LoraConfig().to_dict()
     for field, value in config.items():
         off = value in (None, False, "", [], {}) or value == defaults.get(field)
         if not (off or _LORA.fullmatch(field)):
             raise AdapterError(
-                f"{name}: {ADAPTER_CONFIG} has {field}={_short(value)}, which is not supported; "
+                f"{name}: {CONFIG} has {field}={shown(value)}, which is not supported; "
                 "save the adapter as plain LoRA"
             )
     if (init := config.get("init_lora_weights")) not in _INITS:
         raise AdapterError(
-            f"{name}: init_lora_weights={_short(init)} changes the base model again whenever the "
+            f"{name}: init_lora_weights={shown(init)} changes the base model again whenever the "
             "adapter is loaded; save it as plain LoRA, with PEFT's save_pretrained("
             "path_initial_model_for_weight_conversion=...)"
         )
@@ -137,7 +119,7 @@ def check_ranks(name: str | Path, config: Mapping[str, Any], stored: Iterable[in
     most = 16 * max(stored, default=1)
     for keys, value in _values({f: config.get(f) for f in ("r", "rank_pattern")}):
         if isinstance(value, int) and value > most:
-            raise AdapterError(f"{name}: {keys[0]}={_short(value)}, but the weights have less")
+            raise AdapterError(f"{name}: {keys[0]}={shown(value)}, but the weights have less")
 
 
 def check_patterns(name: str | Path, config: Mapping[str, Any], modules: Iterable[str]) -> None:
@@ -147,9 +129,9 @@ def check_patterns(name: str | Path, config: Mapping[str, Any], modules: Iterabl
     the usual case, are not.
     """
     names = list(modules)
-    for field, kinds in _PATTERNS.items():
-        value: Any = config.get(field) if isinstance(config.get(field), kinds) else ()
-        found = [value] if isinstance(value, str) else list(value)
+    for field in _PATTERNS:
+        value: Any = config.get(field)
+        found = [value] if isinstance(value, str) else value if isinstance(value, Iterable) else ()
         patterns = [p for p in found if isinstance(p, str) and set(p) & set("*+?{|(\\[")]
         if not patterns:
             continue
@@ -163,13 +145,13 @@ def check_patterns(name: str | Path, config: Mapping[str, Any], modules: Iterabl
             )
         except subprocess.TimeoutExpired as error:
             raise AdapterError(
-                f"{name}: {field} of {ADAPTER_CONFIG} holds a regular expression that takes too "
-                f"long on this model's names: {_short(patterns[0])}; list the modules' names"
+                f"{name}: {field} of {CONFIG} holds a regular expression that takes too "
+                f"long on this model's names: {shown(patterns[0])}; list the modules' names"
             ) from error
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or [""])[-1]
             raise AdapterError(
-                f"{name}: {field} of {ADAPTER_CONFIG} holds no regular expression: {reason[:300]}"
+                f"{name}: {field} of {CONFIG} holds no regular expression: {reason[:300]}"
             )
 
 
@@ -188,7 +170,7 @@ def check_base(name: str | Path) -> None:
             or (isinstance(value, int) and value > _MOST and any(map(_COUNT.search, keys)))
         ) and value is not None:
             raise AdapterError(
-                f"{name}: config.json has {'.'.join(keys)}={_short(value)}, which is not taken "
+                f"{name}: config.json has {'.'.join(keys)}={shown(value)}, which is not taken "
                 "from a file; remove it, or load the model and give that as the base"
             )
 
@@ -200,8 +182,8 @@ def weight_bytes(name: str | Path) -> int:
     of a pickle, or of a file elsewhere.
     """
     folder = Path(name)
-    if folder.is_file() or _find(name, ADAPTER_CONFIG):
-        what = "a file" if folder.is_file() else f"an adapter ({ADAPTER_CONFIG})"
+    if folder.is_file() or _find(name, CONFIG):
+        what = "a file" if folder.is_file() else f"an adapter ({CONFIG})"
         raise AdapterError(f"{name}: this is {what}; name the folder of a base model")
     if shard := next(folder.glob("shard-*-model-*.safetensors"), None):
         raise AdapterError(f"{name}: {shard.name}: a training checkpoint; save it as one model")
@@ -219,7 +201,7 @@ def weight_bytes(name: str | Path) -> int:
     for shard in shards.values():
         if not (isinstance(shard, str) and _SHARD.fullmatch(shard)):
             raise AdapterError(
-                f"{name}: {index.name} names {_short(shard)}, which is no safetensors file of this "
+                f"{name}: {index.name} names {shown(shard)}, which is no safetensors file of this "
                 "folder"
             )
     found, _ = get_checkpoint_shard_files(str(name), str(index))
@@ -264,12 +246,3 @@ def _values(config: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
             pending += [(keys, inner) for inner in value]
         else:
             yield keys, value
-
-
-def _short(value: Any) -> str:
-    """Return a value in as many characters as a line has room for."""
-    try:
-        text = repr(value)
-    except ValueError:  # an integer of thousands of digits
-        text = type(value).__name__
-    return text if len(text) <= 60 else f"{text[:57]}..."

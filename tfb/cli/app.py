@@ -22,6 +22,7 @@ from tfb.cli.fit import fit
 from tfb.cli.report import report
 from tfb.cli.score import score
 from tfb.cli.verify import verify
+from tfb.plain import told
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -81,11 +82,9 @@ def _told(error: BaseException) -> str:
     """Return what to print of an error: of what others raise, which may go on for pages, a line."""
     if isinstance(error, ValueError | OSError | ImportError):
         return str(error)
-    name = type(error).__name__
-    first = f"{name}: " + next(iter(str(error).strip().splitlines()), "no more is known")
-    if name in ("MemoryError", "OutOfMemoryError"):
-        return f"out of memory; take smaller batches ({first})"
-    return f"{first} (TFB_TRACEBACK=1 shows where)"
+    if type(error).__name__ in ("MemoryError", "OutOfMemoryError"):
+        return f"out of memory; take smaller batches ({told(error)})"
+    return f"{told(error)} (TFB_TRACEBACK=1 shows where)"
 
 
 def _flags(command: list[str]) -> dict[str, str]:

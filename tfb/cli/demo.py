@@ -53,8 +53,8 @@ def demo(
     from dataclasses import replace
 
     import tfb
-    from tfb.adapters.artifact import ADAPTER, file_sha256, sidecar_of
-    from tfb.adapters.loading import check_device, load_tokenizer, to_device
+    from tfb.adapters.artifact import file_sha256, sidecar_of
+    from tfb.adapters.loading import WEIGHTS, check_device, load_tokenizer, to_device
     from tfb.data.readers import read_rows
     from tfb.demo import digits
     from tfb.draws import check_even
@@ -107,7 +107,7 @@ def demo(
         found += [replace(e, rows=rows) for e in measured]  # the report compares the first two
     print_metrics(found)
     print_changes(found)
-    made = sidecar_of(bayes, fit) | {"files": {ADAPTER: file_sha256(digits.ADAPTER / ADAPTER)}}
+    made = sidecar_of(bayes, fit) | {"files": {WEIGHTS: file_sha256(digits.ADAPTER / WEIGHTS)}}
     page = write_report(
         page,
         found,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -264,12 +262,14 @@ def _interrupt(number: int, _: object) -> NoReturn:
 
 def identity(m: TfbModel) -> str:
     """Return a hash of what the outputs of a sweep depend on beside its key."""
-    from tfb.adapters.artifact import ADAPTER, base_fingerprint, file_sha256, library_versions
+    from tfb.adapters.artifact import base_fingerprint, file_sha256, library_versions
+    from tfb.adapters.loading import WEIGHTS
+    from tfb.plain import json_sha256
 
     assert m.bayes.source is not None
-    known: list[Any] = [file_sha256(m.bayes.source / ADAPTER), base_fingerprint(m.bayes.base)]
+    known: list[Any] = [file_sha256(m.bayes.source / WEIGHTS), base_fingerprint(m.bayes.base)]
     known += [str(m.bayes.dtype), m.bayes.device.type, library_versions()]
-    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+    return json_sha256(known)
 
 
 def read_sweeps(path: Path, model: str) -> dict[str, Tensor]:

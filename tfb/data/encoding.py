@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from tfb.data.batching import EncodedRows
 from tfb.data.rows import Row, RowError
 from tfb.data.splicing import Splicer, Tokens, Written
+from tfb.plain import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -324,7 +324,7 @@ class RowEncoder:
                 raise
             for text in texts if len(texts) > 1 else ():
                 self._tokenized([text], kind, **options)
-            fault = f"the tokenizer fails at {reprlib.repr(texts[0])} ({error})"
+            fault = f"the tokenizer fails at {shown(texts[0])} ({error})"
             raise RowError(f"{fault}; write another text, or use another tokenizer") from error
 
     def _one_front(self, ids: Sequence[int]) -> list[int]:

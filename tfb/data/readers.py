@@ -11,9 +11,7 @@ from __future__ import annotations
 import csv
 import glob
 import io
-import json
 import os
-import reprlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tfb.data.rows import ClassIndex, Row, RowError, RowFormat, decode_object
-from tfb.plain import parse_json
+from tfb.plain import parse_json, shown
 
 JSON = (".jsonl", ".ndjson", ".json")
 CSV = (".csv", ".tsv")
@@ -328,9 +326,9 @@ def _in_folder(folder: Path) -> list[Path]:
 
 def _saved_files(folder: Path) -> list[Path]:
     try:  # shards of an earlier save may lie there as well
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        state = parse_json((folder / "state.json").read_bytes())
         paths = [folder / file["filename"] for file in state["_data_files"]]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise RowError(f"{folder}: its state.json is no saved Dataset's; save it again") from error
     if outside := [path for path in paths if path.parent != folder]:
         raise RowError(f"{folder}: its state.json names {outside[0]}, outside of it; save it again")
@@ -400,10 +398,10 @@ def _table_record(item: Mapping[str, Any] | RowError, place: str) -> Record:
 def _features(schema: pa.Schema) -> Mapping[str, Any]:
     """Return the features that datasets left in the metadata of a Parquet or Arrow file."""
     try:
-        return dict(json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"])
+        return dict(parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"])
     except (KeyError, TypeError):
         return {}
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise pa.ArrowInvalid(f"its metadata of datasets is no JSON: {error}") from error
 
 
@@ -512,8 +510,8 @@ def _csv(source: Path) -> Iterator[tuple[list[str], Iterator[tuple[int, int, lis
         if isinstance(names, str):
             raise RowError(f"{source}:1: the header cannot be read: {names}")
         if not names or not all(names) or len(set(names)) < len(names):
-            shown = reprlib.repr(names)
-            raise RowError(f"{source}: the first line must name every column once; it is {shown}")
+            fault = f"the first line must name every column once; it is {shown(names)}"
+            raise RowError(f"{source}: {fault}")
         yield names, records
 
 

@@ -9,13 +9,12 @@ class, and ``id`` may be left out. Every fault names the place, the fault and th
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NoReturn
 
-from tfb.plain import parse_json, repeated
+from tfb.plain import listed, parse_json, repeated, shown
 
 CHOICE_COLUMNS = ("id", "prompt", "messages", "choices", "label")
 DEEPEST = 100  # levels of a message or kept value; JSON gives up a little below a thousand
@@ -120,7 +119,7 @@ class RowFormat:
         ):
             raise ValueError(
                 "labels: expected two or more names, none of them empty or given twice, got "
-                f"{_shown(names)}"
+                f"{shown(names)}"
             )
 
     @property
@@ -143,7 +142,7 @@ class RowFormat:
             RowError: it does.
         """
         if (twice := repeated(present)) is not None:
-            fault = f"the column {_shown(twice)} stands twice"
+            fault = f"the column {shown(twice)} stands twice"
             _fail(source, fault, "give every column a name of its own")
         for ours, theirs in self.columns.items():
             if theirs not in present and ours not in self.optional:
@@ -218,7 +217,7 @@ class RowFormat:
         theirs = self.columns.get(ours, ours)
         if theirs in present:
             _fail(source, f"nothing in column {theirs!r}", f"write it, or remove the row{more}")
-        there = ", ".join([*map(_shown, present[:20]), *["..."] * (len(present) > 20)]) or "none"
+        there = listed([*map(shown, present)], 20) or "none"
         remedy = f"name yours by columns, such as {ours}=YOURS{more}"
         _fail(source, f"no column {theirs!r}; there are {there}", remedy)
 
@@ -248,7 +247,7 @@ def decode_object(data: Any, source: str) -> dict[str, Any]:
     except ValueError as error:
         _fail(source, f"not valid JSON ({error})", "write one complete JSON object a line")
     if not isinstance(value, dict):
-        fault = f"expected a JSON object, found {_shown(value)}"
+        fault = f"expected a JSON object, found {shown(value)}"
         _fail(source, fault, 'write {"prompt": ..., "choices": [...]} or {"text": ...}')
     return value
 
@@ -259,13 +258,13 @@ def _choices(value: Any, source: str) -> tuple[str, ...]:
         parts = [choice.strip() for choice in value.split("|")]
         value = _json_list(value) if value.lstrip().startswith("[") else parts
     if not isinstance(value, list | tuple):
-        _fail(source, f"'choices' is {_shown(value)}", 'write a list, ["A", "B"], or A|B')
+        _fail(source, f"'choices' is {shown(value)}", 'write a list, ["A", "B"], or A|B')
     for choice in value:
         _string(choice, "a choice", source)
     if len(value) < 2:
         _fail(source, f"'choices' holds {len(value)}", "give at least two choices")
     if (twice := repeated(value)) is not None:
-        _fail(source, f"the choice {_shown(twice)} stands twice", "make them differ")
+        _fail(source, f"the choice {shown(twice)} stands twice", "make them differ")
     return tuple(value)
 
 
@@ -276,7 +275,7 @@ def _messages(value: Any, source: str) -> tuple[dict[str, Any], ...]:
         _fail(source, "'messages' is no list of messages", 'write [{"role": ..., "content": ...}]')
     for message in value:
         if not isinstance(message, Mapping):
-            fault = f"a message is {_shown(message)}"
+            fault = f"a message is {shown(message)}"
             _fail(source, fault, 'write {"role": ..., "content": ...}')
         for name in ("role", "content"):
             _string(message.get(name), f"{name!r} of a message", source)
@@ -315,11 +314,11 @@ def _label(value: Any, names: Sequence[str] | None, what: str, source: str) -> i
     if isinstance(value, str):
         value = _index_of(value, names or (), what, source)
     if not isinstance(value, int) or isinstance(value, bool):
-        _fail(source, f"'label' is {_shown(value)}", "use an integer index, counted from 0")
+        _fail(source, f"'label' is {shown(value)}", "use an integer index, counted from 0")
     if not 0 <= value < (2**31 if names is None else len(names)):  # results hold 32 bits
         within = "negative" if value < 0 else "too large"
         within = within if names is None else f"outside the {len(names)} {what}"
-        _fail(source, f"the label {_shown(value)} is {within}", "count from 0, or leave it out")
+        _fail(source, f"the label {shown(value)} is {within}", "count from 0, or leave it out")
     return int(value)
 
 
@@ -333,17 +332,17 @@ def _index_of(label: str, names: Sequence[str], what: str, source: str) -> int:
     if label.strip().isdecimal() and len(label) < 10 and not any(map(str.isdecimal, bare)):
         return int(label)
     if not names:
-        fault = f"the label {_shown(label)} is text; {what} lack names"
+        fault = f"the label {shown(label)} is text; {what} lack names"
         _fail(source, fault, "use its index, or name them by labels")
-    told = _shown(list(names))
-    fault = f"the label {_shown(label)} is none of the {len(names)} {what} {told}"
+    told = shown(list(names))
+    fault = f"the label {shown(label)} is none of the {len(names)} {what} {told}"
     _fail(source, fault, "use one of these")
 
 
 def _string(value: Any, name: str, source: str) -> str:
     if not isinstance(value, str):
         more = ", or name a column of messages by columns, messages=YOURS" * (name == "'prompt'")
-        _fail(source, f"{name} is {_shown(value)}", f"make it a string{more}")
+        _fail(source, f"{name} is {shown(value)}", f"make it a string{more}")
     if not value.strip():
         _fail(source, f"{name} is empty", "write some text into it, or remove the row")
     try:
@@ -359,14 +358,6 @@ def _plain(value: Any) -> Any:
     if type(value).__name__ == "NAType":  # is neither equal to anything nor true or false
         return None
     return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _shown(value: Any) -> str:
-    """Return the beginning of a value as text, whatever it is."""
-    try:
-        return reprlib.repr(value)
-    except (ValueError, RecursionError):  # an integer of more than 4,300 digits
-        return f"a value of type {type(value).__name__}"
 
 
 def _fail(source: str, fault: str, remedy: str) -> NoReturn:

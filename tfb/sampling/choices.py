@@ -145,11 +145,7 @@ def _check_ids(ids: Tensor, rows: int, vocabulary: int) -> None:
         )
 
 
-def _begins(a: Tokens, b: Tokens) -> bool:
-    return b[: len(a)] == a
-
-
 def _longest(sequences: Sequence[Tokens]) -> list[Tokens]:
     """Return those of ``sequences`` that do not begin another one, without repetition."""
     order = sorted(set(sequences))  # a sequence stands right before those that it begins
-    return [a for a, b in pairwise(order) if not _begins(a, b)] + order[-1:]
+    return [a for a, b in pairwise(order) if b[: len(a)] != a] + order[-1:]

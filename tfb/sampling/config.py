@@ -36,15 +36,15 @@ class SamplingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.sigma is not None and not _within(self.sigma, 0, sys.float_info.max):
+        if self.sigma is not None and not _within(self.sigma, int | float, 0, sys.float_info.max):
             raise ValueError(f"sigma={self.sigma!r}: expected a finite number >= 0")
-        if not _within(self.temperature, 1 / LARGEST_TEMPERATURE, LARGEST_TEMPERATURE):
+        if not _within(self.temperature, int | float, 1 / LARGEST_TEMPERATURE, LARGEST_TEMPERATURE):
             raise ValueError(
                 f"temperature={self.temperature!r}: expected a positive number, from "
                 f"{1 / LARGEST_TEMPERATURE:g} to {LARGEST_TEMPERATURE:g}"
             )
         check_mode(self.mode, self.tail)
-        if not (isinstance(self.seed, int) and -(1 << 63) <= self.seed < 1 << 63):
+        if not _within(self.seed, int, -(1 << 63), (1 << 63) - 1):
             raise ValueError(f"seed={self.seed!r}: does not fit a signed 64-bit number")
         if self.length_normalization not in LENGTH_NORMALIZATIONS:
             raise ValueError(
@@ -62,17 +62,16 @@ def check_mode(mode: str, tail: int | None) -> None:
     """Refuse an unknown mode, or a ``tail`` that does not belong to it."""
     if mode not in MODES:
         raise ValueError(f"mode={mode!r}: expected one of {', '.join(MODES)}")
-    if mode == "tail" and not (isinstance(tail, int) and tail >= 1):
+    if mode == "tail" and not _within(tail, int, 1, sys.maxsize):
         raise ValueError(f"tail={tail}: mode='tail' needs k >= 1 positions with noise")
     if mode != "tail" and tail is not None:
         raise ValueError(f"tail={tail} belongs to mode='tail', not to mode={mode!r}")
 
 
-def _within(value: object, least: float, most: float) -> bool:
-    """Tell whether a value, from a file perhaps, is a number and neither NaN nor out of range."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    return least <= value <= most
+def _within(value: Any, kind: Any, least: float, most: float) -> bool:
+    """Tell whether a value is a number of a kind, and in range, so not NaN."""
+    value = value.tolist() if hasattr(value, "tolist") else value  # of numpy or torch
+    return isinstance(value, kind) and not isinstance(value, bool) and bool(least <= value <= most)
 
 
 class Configured:

@@ -27,6 +27,7 @@ from tfb.adapters.artifact import file_sha256
 from tfb.adapters.loading import check_device
 from tfb.data.readers import count_records, find_sources, read
 from tfb.data.rows import RowError
+from tfb.plain import listed
 from tfb.sampling.adaptive import Adaptive
 from tfb.scoring.job import Job, Shard, Work, differences
 from tfb.scoring.output import (
@@ -169,10 +170,9 @@ def verify(output: Path) -> tuple[dict[str, Counts], list[str]]:
     there = {path.name for path in output.glob("part-*")}
     names = [f"{shard.name}.{folder.kind}" for shard in shards]
     if missing := [name for name in names if name not in there]:
-        some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         faults.append(
-            f"{output}: {len(missing)} of {len(shards)} parts are missing ({some}); score them "
-            "with resume=True"
+            f"{output}: {len(missing)} of {len(shards)} parts are missing ({listed(missing, 3)}); "
+            "score them with resume=True"
         )
     counts = {"total": sum(map(len, shards)), **asdict(sum(found.values(), Counts()))}
     if not faults and counts != manifest["counts"]:

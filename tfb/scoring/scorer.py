@@ -38,7 +38,6 @@ UNCERTAINTIES = ("total", "aleatoric", "epistemic", "agreement", "standard_error
 BATCH_TOKENS = 4096
 WINDOW = 1024  # rows that are encoded together while streaming
 LONGEST_ERROR = 2000  # characters
-OUT_OF_MEMORY = "out of memory, even alone in its batch; shorten it"
 NOT_FINITE = "the model returned NaN or Inf; check the adapter and the dtype"
 
 
@@ -232,7 +231,8 @@ class Scorer:
             if found is not None:
                 results |= found
             elif not half:
-                results[batch[0]] = _fault(rows[batch[0]], OUT_OF_MEMORY)
+                fault = "out of memory, even alone in its batch; shorten it"
+                results[batch[0]] = _fault(rows[batch[0]], fault)
             else:
                 tokens = min(self.batch_tokens, padded_tokens(encoded, batch))
                 self.batch_tokens = max(1, tokens // 2)
