@@ -58,6 +58,9 @@ class Attachment(Protocol):
     def check_sampling(self) -> Mapping[str, Tensor]:
         """Refuse layers that cannot be sampled now; return their weights by name."""
 
+    def check_saving(self, *, exact: bool) -> None:
+        """Refuse what an adapter's files and the factors do not tell whole."""
+
     def unmergeable(self) -> list[str]:
         """Return the layers that no draw can be merged into."""
 
@@ -219,6 +222,10 @@ class BayesianModel(Configured):
     def check_attached(self) -> None:
         """Refuse a model that does not carry this posterior now, unmerged."""
         self._attachment.check()
+
+    def check_saving(self, *, exact: bool = False) -> None:
+        """Refuse a model that files cannot tell whole; ``exact``: with the weights that it has."""
+        self._attachment.check_saving(exact=exact)
 
     def distinct_draws(self, n: int | Draws, *, kept: bool = False) -> Draws:
         """Return the draws; at sigma = 0 they are identical, so return one unless ``kept``."""

@@ -561,6 +561,25 @@ def test_values_between_two_of_bfloat16_are_the_same_base() -> None:
     check_base(Path("here"), base_fingerprint(model), model.bfloat16())
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("rms_norm_eps", 0.3), ("hidden_act", "relu"), ("max_position_embeddings", 2048)],
+)
+def test_another_configuration_is_another_base(artifact: Path, field: str, value: Any) -> None:
+    other = base()
+    setattr(other.config, field, value)
+    with pytest.raises(ArtifactError, match=rf"another configuration \({field}: \S+ -> {value}\)"):
+        tfb.load(other, artifact)
+
+
+def test_what_of_a_configuration_does_not_count(artifact: Path) -> None:
+    """Padding, names of classes, how attention is computed; fields of other versions."""
+    other = base()
+    other.config.pad_token_id, other.config.id2label = 3, {0: "a", 1: "b"}
+    other.config.of_a_later_version = True
+    tfb.load(other, artifact)
+
+
 def test_other_weights_are_another_base(artifact: Path) -> None:
     for folder in (artifact, Path(__file__).parent / "artifact-0.1.0"):
         with pytest.raises(ArtifactError, match=r"other weights \(first difference: \S+\); load"):

@@ -166,6 +166,50 @@ def test_an_adapter_in_few_bits_hides_no_step(dtype: torch.dtype) -> None:
         bayes.logits(batch, DRAWS)
 
 
+def test_small_changes_do_not_add_up() -> None:
+    """Each is below the rounding of float32; what they come to is refused."""
+    bayes = tfb.bayesianize(CASES["llama"].build())
+    bayes.check_sampling()
+    with pytest.raises(ValueError, match=CHANGED):
+        for _ in range(100):
+            parameters(bayes)[0].data.mul_(1 + 4e-7)
+            bayes.check_sampling()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_a_cast_has_rounded_is_not_saved(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Its factors would not be those of the weights beside them, when the artifact is loaded."""
+    bayes = tfb.bayesianize(CASES["llama"].build())
+    bayes.configure(sigma=0.05)
+    bayes.model.to(dtype)
+    bayes.check_sampling()
+    with pytest.raises(ValueError, match=f"were cast to {dtype} after the model was Bayesianized"):
+        tfb.save(bayes, tmp_path / "made")
+    again = tfb.bayesianize(bayes.remove())
+    again.configure(sigma=0.05)
+    tfb.save(again, tmp_path / "made")
+    base = randomize(CASES["llama"].base(), 0).to(dtype)
+    assert tfb.load(base, tmp_path / "made").logits(CASES["llama"].batch(), DRAWS).isfinite().all()
+
+
+def test_other_active_adapters(tmp_path: Path) -> None:
+    """One in a layer's place is not sampled; one beside ours is, and would be lost in files."""
+    model = CASES["llama"].build()
+    model.add_adapter("other", model.peft_config["default"])
+    bayes = tfb.bayesianize(model)
+    bayes.configure(sigma=0.05)
+    bayes.base.get_submodule(NAME).set_adapter("other")
+    with pytest.raises(ValueError, match=f"{NAME}: adapter 'default' is not active in this layer"):
+        bayes.logits(CASES["llama"].batch(), DRAWS)
+    model.base_model.set_adapter(["default", "other"])
+    bayes.check_sampling()
+    for door in (tfb.save, tfb.export):
+        with pytest.raises(
+            ValueError, match="adapter 'other' is active too, and would"
+        ):
+            door(bayes, tmp_path / "made")
+
+
 def test_offloaded_weights_are_refused() -> None:
     bayes = tfb.bayesianize(CASES["llama"].build())
     layer = bayes.base.get_submodule(NAME)

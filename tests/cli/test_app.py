@@ -230,9 +230,14 @@ def test_score_parquet_with_draws(
     assert float((draws.mean(1) - torch.tensor(table["probs"].to_pylist())).abs().max()) <= 4 * eps
 
 
-def test_module_and_help() -> None:
-    """``python -m tfb`` is the same command; every subcommand explains its options."""
-    done = subprocess.run([sys.executable, "-m", "tfb", "--help"], capture_output=True, text=True)
+def test_module_and_help(tmp_path: Path) -> None:
+    """``python -m tfb`` is the same command; every subcommand explains its options.
+
+    A file in the current folder is not what it imports.
+    """
+    (tmp_path / "typer.py").write_text("raise SystemExit('run')")
+    command = [sys.executable, "-m", "tfb", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0
     for name in ("demo", "fit", "evaluate", "score", "report"):
         assert name in done.stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,11 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 from support.command import Run, fit_command
+from support.files import edit
 
+import tfb
 from tfb.cli.console import Meter
+from tfb.cli.fit import identity
 from tfb.demo import digits
 
 
@@ -96,6 +100,25 @@ def test_what_cannot_be_used_is_said(
     said = "is of another model" if fault == "foreign" else "damaged"
     assert code == 0 and f"{interrupted}: {said}" in err and "the search begins anew" in err
     assert not interrupted.exists()
+
+
+def test_what_a_sweep_depends_on(tmp_path: Path) -> None:
+    """Its model, to every weight and field of either configuration."""
+    base = Path(shutil.copytree(digits.BASE, tmp_path / "base"))
+    adapter = Path(shutil.copytree(digits.ADAPTER, tmp_path / "adapter"))
+
+    def now() -> str:
+        return identity(tfb.from_pretrained(adapter, base))
+
+    found = [now(), now()]
+    edit(adapter / "adapter_config.json", lora_alpha=99)
+    found.append(now())
+    edit(base / "config.json", rms_norm_eps=0.5)
+    found.append(now())
+    m = tfb.from_pretrained(adapter, base)
+    m.bayes.base.get_input_embeddings().weight.data[3, 5] += 1e-6
+    found.append(identity(m))
+    assert found[0] == found[1] and len(set(found)) == 4
 
 
 def test_nothing_is_kept_of_nothing(

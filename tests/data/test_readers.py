@@ -10,7 +10,7 @@ import json
 import os
 import tracemalloc
 from collections.abc import Callable, Iterator
-from datetime import datetime
+from datetime import datetime, time
 from pathlib import Path
 from typing import Any
 
@@ -322,7 +322,7 @@ def test_a_faulty_csv_line_is_one_record(tmp_path: Path) -> None:
     ]
     assert [int(r.place.split(":")[-1]) for r in found] == [2, 3, 4, 6, 8, 9, 13, 14]
     for number, what in ((1, "3: 1 values"), (5, "9: 3 values in lines 9 to 12")):
-        fault = "but the header names 2 columns; quote values with separators"
+        fault = "but the header has 2 columns; quote values with separators"
         assert found[number].fault == f"{path}:{what}, {fault}"
 
 
@@ -337,7 +337,8 @@ def test_a_broken_quote_costs_one_row(tmp_path: Path, end: str, bad: str, at: in
     assert found[:at] + found[at + 1 :] == before[:at] + before[at + 1 :] and len(found) == 10
     fault = f"{before[at].place}: not valid CSV, a quote is misplaced or never closed"
     assert found[at].fields is None and str(found[at].fault).startswith(fault)
-    assert str(found[at].fault).endswith("quote the value whole, and write quotes inside it twice")
+    remedy = "quote the value whole, and write quotes inside it twice, not with a backslash"
+    assert str(found[at].fault).endswith(remedy)
     for name, codec in (("a.csv.gz", "gzip"), ("a.csv.zst", "zstd")):
         compressed(codec, (tmp_path / "a.csv").read_bytes())(tmp_path / name)
         assert [r.fields for r in read(tmp_path / name)] == [r.fields for r in found]
@@ -482,12 +483,36 @@ def test_what_is_no_json_list_is_an_error(tmp_path: Path, text: str) -> None:
         list(read(tmp_path / "a.json"))
 
 
-@pytest.mark.parametrize("header", [b"id,,text\n", b"id,id\n", b""])
-def test_a_csv_header_names_every_column_once(tmp_path: Path, header: bytes) -> None:
+@pytest.mark.parametrize("header", [b",,\n", b"id,,id\n", b'""\n', b""])
+def test_a_csv_header_names_columns_once(tmp_path: Path, header: bytes) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(header)
-    with pytest.raises(RowError, match=r"a\.csv: the first line must name every column once; it"):
+    with pytest.raises(RowError, match=r"a\.csv: the first line must name the columns, each once"):
         schema_of(path)
+
+
+@pytest.mark.parametrize("text", [",id,text\n0,a,x\n1,b\n", '"id","","text",\na,0,x,1\nb,1,y\n'])
+def test_csv_columns_without_a_name_are_ignored(tmp_path: Path, text: str) -> None:
+    """The index that pandas and R write, and the comma at the end that spreadsheets do."""
+    (tmp_path / "a.csv").write_text(text)
+    good, bad = records(tmp_path / "a.csv")
+    assert good.fields == {"id": "a", "text": "x"}
+    assert f"{len(text.split()[0].split(','))} columns" in str(bad.fault)
+    schema = schema_of(tmp_path / "a.csv")
+    assert schema is not None and schema.names == ["id", "text"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1"])
+def test_a_csv_that_is_not_utf8_is_told_so(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "a.csv").write_text("id,text,maß\na,b,c\n", encoding=encoding)
+    with pytest.raises(RowError, match=r"a\.csv: is not UTF-8; save it as UTF-8$"):
+        read_rows(tmp_path / "a.csv")
+
+
+def test_a_file_name_that_is_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"\xff.jsonl")).write_bytes(lines())
+    with pytest.raises(RowError, match=r"\\udcff\.jsonl': its name is not UTF-8; rename it"):
+        read_rows(tmp_path)
 
 
 BROKEN = ["a.parquet", "a.arrow", "a.feather"]
@@ -545,6 +570,17 @@ def test_values_that_are_none_of_python_are_faults_of_their_rows(
     with pytest.raises(RowError, match="row 1: a value cannot be read"):
         read_rows(table)
     assert [r.text for r in read_rows(table.take([0, 2, 4]))] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_nanoseconds_of_a_time_are_not_lost(tmp_path: Path, name: str) -> None:
+    times = pa.table({"at": pa.array([1000, 1001, None], pa.time64("ns"))})
+    write_stream(tmp_path / name, times) if "arrow" in name else pq.write_table(
+        times, tmp_path / name
+    )
+    good, bad, none = records(tmp_path / name)
+    assert good.fields == {"at": time(microsecond=1)} and none.fields == {"at": None}
+    assert str(bad.fault).startswith(f"{bad.place}: a value cannot be read (") and not bad.fields
 
 
 def test_large_blocks_are_made_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

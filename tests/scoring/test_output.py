@@ -25,6 +25,7 @@ from tfb.scoring.output import (
     OutputError,
     OutputFolder,
     as_text,
+    can_hold,
     plain,
     read_manifest,
 )
@@ -155,6 +156,42 @@ def test_a_damaged_part_is_named(tmp_path: Path, kind: str, fault: str) -> None:
         assert subprocess.run(check, cwd=tmp_path).returncode == 0
         (tmp_path / "SHA256SUMS").unlink()
         with pytest.raises(OutputError, match="SHA256SUMS: is gone; put it back, or choose a new"):
+            out.finished(sizes)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+@pytest.mark.parametrize("name", ["manifest.json", "SHA256SUMS", ".lock", ".part-1.partial"])
+def test_what_is_no_file_is_refused_by_name(
+    tmp_path: Path, name: str, make: Callable[[Path], Any]
+) -> None:
+    """A pipe would be waited for."""
+    with folder(tmp_path) as out:
+        out.write_part("part-0-0", [good(0)])
+        out.write_manifest(MANIFEST)
+    (tmp_path / name).unlink(missing_ok=True)
+    make(tmp_path / name)
+
+    def resume() -> None:
+        out = folder(tmp_path)
+        out.earlier(resume=True)
+        with out:
+            out.finished({"part-0-0": 1})
+
+    with pytest.raises(OutputError, match=f"{name}: is no file; remove it, or put back the file"):
+        resume()
+    assert (tmp_path / name).exists()
+
+
+def test_checksums_as_other_tools_write_them(tmp_path: Path) -> None:
+    sizes, path = {"part-0": 1}, tmp_path / "SHA256SUMS"
+    with folder(tmp_path) as out:
+        out.write_part("part-0", [good(0)])
+        digest, name = path.read_text().split()
+        for text in (f"{digest.upper()} *{name}\r\n", f"\ufeff{digest}  {name}\r\n"):
+            path.write_bytes(text.encode())
+            assert list(out.finished(sizes)) == ["part-0"]
+        path.write_bytes(b"")
+        with pytest.raises(OutputError, match="SHA256SUMS: names no part; put it back, or choose"):
             out.finished(sizes)
 
 
@@ -304,6 +341,17 @@ def test_what_cannot_be_written_leaves_what_was(
             assert not any(tmp_path.glob(".*.partial"))
             assert list(out.finished({"part-0": 1})) == ["part-0"]
         out.write_part("part-1", [good(1)])
+
+
+def test_types_that_parquet_has() -> None:
+    has = [TEXT, pa.list_(pa.float32()), pa.time64("ns"), pa.dictionary(pa.int32(), TEXT)]
+    lacks = [
+        pa.run_end_encoded(pa.int32(), TEXT),
+        pa.month_day_nano_interval(),
+        pa.sparse_union([pa.field("a", TEXT)]),
+        pa.struct([]),
+    ]
+    assert all(map(can_hold, has)) and not any(map(can_hold, lacks))
 
 
 def test_values_as_json_can_say_them() -> None:

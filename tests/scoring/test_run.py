@@ -45,7 +45,16 @@ from tfb.scoring import run as offline
 from tfb.scoring.job import Job, differences, model_sha256
 from tfb.scoring.output import Counts, OutputError, OutputFolder, locked
 from tfb.scoring.ray import Worker
-from tfb.scoring.run import Outcome, input_files, noted_signals, plan, read_shards, run, verify
+from tfb.scoring.run import (
+    Outcome,
+    input_files,
+    noted_signals,
+    plan,
+    read_shards,
+    run,
+    stamp,
+    verify,
+)
 from tfb.scoring.scorer import UNCERTAINTIES
 
 MODEL = str(digits.BASE)
@@ -77,11 +86,12 @@ def test_missing_shards_are_read_as_if_all_were(
     """Whichever are finished: the same items, numbers and places."""
     job, sources = replace(job_of_texts[0], part_rows=size), job_of_texts[1]
     shards = plan([file["records"] for file in input_files(sources, None)], job)
-    every = list(read_shards(sources, shards, job))
+    stamps = {source: stamp(source) for source in sources}
+    every = list(read_shards(stamps, shards, job))
     assert [w.shard for w in every] == shards
     assert [begun["id"] for w in every for _, begun in w.items] == [str(n) for n in range(11)]
     missing = [s for n, s in enumerate(shards) if n not in finished]
-    left = list(read_shards(sources, missing, job))
+    left = list(read_shards(stamps, missing, job))
     assert left == [w for w in every if w.shard in missing]
 
 
@@ -355,6 +365,11 @@ def test_what_verify_says_of_a_run(job: Job, whole: dict[str, bytes]) -> None:
     assert verify(out)[1] == [f"{said}count them again with resume=True"]
     with locked(out, shared=True):  # two may look at once
         verify(out)
+    for name in ("SHA256SUMS", "manifest.json", ".lock"):  # a pipe would be waited for
+        (out / name).unlink()
+        os.mkfifo(out / name)
+        with pytest.raises(OutputError, match=f"{name}: is no file; remove it, or put back"):
+            verify(out)
     for folder_name in (out.with_name("gone"), Path(job.inputs[0]), out.parent):
         with pytest.raises(OutputError, match="is not there; name a folder that tfb score wrote"):
             verify(folder_name)
@@ -446,6 +461,16 @@ def test_a_kept_column_keeps_its_type(job: Job, tmp_path: Path) -> None:
     more = replace(kept, inputs=(*kept.inputs, *job.inputs))
     with pytest.raises(OutputError, match=r"configuration \(schema\.tag: int64 -> string\)"):
         run(more, resume=True)
+
+
+def test_a_kept_column_of_a_type_that_parquet_lacks_is_text(job: Job, tmp_path: Path) -> None:
+    tags = pa.RunEndEncodedArray.from_arrays([9], pa.array([3]))
+    table = pa.Table.from_pylist(ROWS[:9]).drop_columns("tag").append_column("tag", tags)
+    with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as out:
+        out.write_table(table)
+    kept = replace(job, inputs=(str(tmp_path / "a.arrow"),), keep=("tag",), format="parquet")
+    assert run(kept) == Outcome("complete", counted(9))
+    assert [r["tag"] for r in results(kept)] == ["3"] * 9
 
 
 def test_limit_is_the_first_records_of_all(job: Job, tmp_path: Path) -> None:

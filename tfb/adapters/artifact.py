@@ -60,6 +60,11 @@ _TOKENIZER_FILES += ["merges.txt", "special_tokens_map.json", "added_tokens.json
 _SAMPLES, _BLOCKS = 1024, 4  # of each tensor of the base, for its fingerprint
 _FINGERPRINT_RTOL = 5e-3  # one rounding to bfloat16 (2^-8) and one to float16
 _FINGERPRINT_ATOL = 1e-7  # of an element: float16 has none that are smaller
+# Of a base's configuration: names, how it is computed, and what a tokenizer's padding sets.
+_HARMLESS = {"architectures", "dtype", "torch_dtype", "use_cache", "quantization_config"}
+_HARMLESS |= {"attn_implementation", "experts_implementation", "id2label", "label2id"}
+_HARMLESS |= {"pad_token_id", "problem_type"}
+LONGEST = 200  # of a setting as text; what is longer, such as a thousand classes, is hashed
 _OLD_ELEMENTS, _OLD_RTOL = 4096, 1e-3  # of the fingerprints that 0.1.0 wrote
 
 
@@ -70,6 +75,7 @@ class _Base:
     model_type: str
     shapes_sha256: str
     name: str | None = None
+    settings: dict[str, Any] | None = None
     tensors: dict[str, tuple[float, ...]] | None = None
     mean_magnitudes: dict[str, float] | None = None
 
@@ -133,14 +139,15 @@ def save(
 
     Raises:
         ArtifactError: the folder holds something, or sigma is not set.
-        ValueError: the model no longer carries the posterior, or carries it merged.
+        ValueError: the model no longer carries the posterior of its weights, or carries it merged
+            or beside another active adapter.
     """
     path = check_output_folder(folder)
     if bayes.sigma is None:
         raise ArtifactError(
             "sigma is not set: run tfb.fit_sigma or bayes.configure(sigma=...) first"
         )
-    bayes.check_attached()
+    bayes.check_saving(exact=bayes.source is None)
     with staged_folder(path) as staging:
         save_adapter(bayes.model, bayes.adapter, staging, source=bayes.source)
         tensors: dict[str, torch.Tensor] = {}
@@ -169,7 +176,11 @@ def sidecar_of(
         "labels": class_names(bayes.task, bayes.base.config, bayes.labels),
         "task": bayes.task,
         "layers": {name: p.scaling for name, p in bayes.posteriors.items()},
-        "base": base_fingerprint(bayes.base) | {"name": _name(bayes.base)},
+        "base": {
+            "name": _name(bayes.base),
+            "settings": base_settings(bayes.base),
+            **base_fingerprint(bayes.base),
+        },
         "fit": None if fit is None else fit.to_dict(),
         "decisions": None if bayes.decisions is None else asdict(bayes.decisions),
         "extra": extra,
@@ -377,6 +388,20 @@ def base_tensors(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Ten
             yield name.replace(".base_layer", ""), tensor
 
 
+def base_settings(base: Any) -> dict[str, Any]:
+    """Return a base model's whole configuration as plain data, but for where it came from."""
+    found = json.loads(base.config.to_json_string(use_diff=False))
+    for name in ("attn_implementation", "experts_implementation"):  # left out by transformers
+        found[name] = getattr(base.config, f"_{name}", None)
+    return settings(found, "_name_or_path", "transformers_version")
+
+
+def settings(values: dict[str, Any], *places: str) -> dict[str, Any]:
+    """Return values without those that say where something is; of long ones the hash."""
+    kept = {name: values[name] for name in sorted(values.keys() - set(places))}
+    return {k: v if len(json.dumps(v)) <= LONGEST else json_sha256(v) for k, v in kept.items()}
+
+
 def base_fingerprint(base: nn.Module) -> dict[str, Any]:
     """Return what identifies a base model, in whatever dtype it is loaded.
 
@@ -423,11 +448,26 @@ def check_base(folder: Path, saved: Mapping[str, Any], base: nn.Module) -> None:
             f"{folder}: fitted on another base model ({saved['model_type']}; this one is "
             f"{found['model_type']} with other parameters); load the base it was fitted on"
         )
+    if others := sorted(_edited(saved.get("settings") or {}, base_settings(base))):
+        raise ArtifactError(
+            f"{folder}: fitted on a base model with another configuration ({listed(others)}); "
+            "load the base it was fitted on"
+        )
     for name in _differing(typed(_Base, saved), found["tensors"], base):
         raise ArtifactError(
             f"{folder}: fitted on a base model with other weights (first difference: {name}); "
             "load the base it was fitted on"
         )
+
+
+def _edited(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the fields that have another value, of those that either version has."""
+    for name in was.keys() & now.keys() - _HARMLESS:
+        before, after = was[name], now[name]
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            yield from (f"{name}.{inner}" for inner in _edited(before, after))
+        elif before != after:
+            yield f"{name}: {before} -> {after}"
 
 
 def _differing(saved: _Base, found: dict[str, list[float]], base: nn.Module) -> Iterator[str]:

@@ -81,7 +81,7 @@ def export(
     chosen = bayes.draws(draws)
     if chosen.noise != "weight":
         raise ValueError("export: needs weight noise; token noise is not a sample of weights")
-    bayes.check_attached()
+    bayes.check_saving()
     with staged_folder(path) as staging:
         mean = staging / "mean"
         mean.mkdir()

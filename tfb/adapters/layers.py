@@ -175,11 +175,14 @@ class PeftAttachment:
     ) -> None:
         self.model, self.adapter, self.samplers = model, adapter, samplers
         self._base = model.get_base_model()
-        # LoRA's weights as last compared with the factors; each layer's dtype then, and distance.
+        # LoRA's weights as last compared with the factors; each layer's dtype then, and what casts
+        # explain of their distance.
         self._seen: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-        self._agreed: Mapping[str, tuple[torch.dtype | None, float]] = {}
+        self._agreed: dict[str, tuple[torch.dtype, float]] = {}
         for name, sampler in samplers.items():
             layer: Any = self._base.get_submodule(name)
+            dtype = layer.lora_A[adapter].weight.dtype
+            self._agreed[name] = dtype, sampler.posterior.rounding(torch.float32)
             layer.lora_variant[adapter] = BayesVariant(self.owner, sampler)
             if type(layer) is LoraLinear:  # others add
                 layer.__class__ = MergingLinear
@@ -229,24 +232,48 @@ class PeftAttachment:
             torch.equal(t, self._seen[key]) for key, t in now.items()
         ):
             return
-        agreed = {name: self._distance(name, *pair) for name, pair in weights.items()}
+        agreed = {name: self._compared(name, *pair) for name, pair in weights.items()}
         self._seen, self._agreed = now, agreed
 
-    def _distance(self, name: str, A: Tensor, B: Tensor) -> tuple[torch.dtype, float]:
-        """Return the dtype of a layer's weights and how far their product is from the factors'."""
+    def _compared(self, name: str, A: Tensor, B: Tensor) -> tuple[torch.dtype, float]:
+        """Compare weights with the factors; return their dtype, and what casts explain."""
         if A.is_meta or B.is_meta:
             raise ValueError(f"{name}: weights are on the meta device (offloaded); load them first")
-        p, (dtype, before) = self.samplers[name].posterior, self._agreed.get(name, (None, 0.0))
-        distance = p.distance(A, B)
-        allowed = before + p.rounding(torch.float32 if A.dtype == dtype else A.dtype)
-        if not distance <= allowed:
+        p, (dtype, allowed) = self.samplers[name].posterior, self._agreed[name]
+        if A.dtype != dtype:  # nothing else may add to it: small changes would go on for ever
+            allowed += p.rounding(A.dtype)
+        if not (distance := p.distance(A, B)) <= allowed:
             raise ValueError(
-                f"{name}: LoRA's weights have changed since the model was Bayesianized (their "
-                f"product by {distance:.3g}, rounding explains {allowed:.3g}), and the posterior "
-                "is that of the old ones; train first, then call bayes.remove() and "
-                "tfb.bayesianize (or tfb.from_peft) again"
+                f"{name}: LoRA's weights have changed since the model was Bayesianized, or were "
+                f"cast and cast back (their product by {distance:.3g}, rounding explains "
+                f"{allowed:.3g}), and the posterior is that of the old ones; train or cast first, "
+                "then call bayes.remove() and tfb.bayesianize (or tfb.from_peft) again"
             )
-        return A.dtype, distance
+        return A.dtype, allowed
+
+    def check_saving(self, *, exact: bool) -> None:
+        """Refuse a model that an adapter's files and the factors do not tell whole.
+
+        Args:
+            exact: the files get the model's weights; those that a cast has rounded are refused.
+
+        Raises:
+            ValueError: it does not carry the posterior, another adapter acts too, or such a cast.
+        """
+        for name, layer in self.check().items():
+            if others := [a for a in layer.active_adapters if a != self.adapter]:
+                raise ValueError(
+                    f"{name}: the adapter {others[0]!r} is active too, and would not be saved; "
+                    f"call bayes.model.set_adapter({self.adapter!r}) first"
+                )
+            p, (A, B) = self.samplers[name].posterior, (layer.lora_A, layer.lora_B)
+            A, B = A[self.adapter].weight, B[self.adapter].weight
+            if exact and not p.distance(A, B) <= p.rounding(torch.float32):
+                raise ValueError(
+                    f"{name}: LoRA's weights were cast to {A.dtype} after the model was "
+                    "Bayesianized, and its factors were not; save before, or call bayes.remove() "
+                    "and tfb.bayesianize (or tfb.from_peft) again"
+                )
 
     def check_sampling(self) -> dict[str, Tensor]:
         """Refuse a model of which draws cannot be sampled now.
@@ -269,6 +296,11 @@ class PeftAttachment:
         for name, layer in self.check().items():
             if layer.disable_adapters:
                 raise ValueError("the adapter is disabled (disable_adapter): nothing to sample")
+            if self.adapter not in layer.active_adapters:
+                raise ValueError(
+                    f"{name}: adapter {self.adapter!r} is not active in this layer; call "
+                    f"bayes.model.set_adapter({self.adapter!r}) first"
+                )
             now, sampled = layer.scaling[self.adapter], self.samplers[name].posterior.scaling
             if now != sampled:
                 raise ValueError(

@@ -262,14 +262,16 @@ def _interrupt(number: int, _: object) -> NoReturn:
 
 def identity(m: TfbModel) -> str:
     """Return a hash of what the outputs of a sweep depend on beside its key."""
-    from tfb.adapters.artifact import base_fingerprint, file_sha256, library_versions
-    from tfb.adapters.loading import WEIGHTS
+    from tfb.adapters.artifact import base_settings, file_sha256, library_versions
+    from tfb.adapters.loading import CONFIG, WEIGHTS
     from tfb.plain import json_sha256
+    from tfb.scoring.job import model_sha256
 
-    assert m.bayes.source is not None
-    known: list[Any] = [file_sha256(m.bayes.source / WEIGHTS), base_fingerprint(m.bayes.base)]
-    known += [str(m.bayes.dtype), m.bayes.device.type, library_versions()]
-    return json_sha256(known)
+    bayes = m.bayes
+    assert bayes.source is not None
+    known: list[Any] = [file_sha256(bayes.source / name) for name in (CONFIG, WEIGHTS)]
+    known += [model_sha256(bayes.base), base_settings(bayes.base), library_versions()]
+    return json_sha256([*known, str(bayes.dtype), bayes.device.type])
 
 
 def read_sweeps(path: Path, model: str) -> dict[str, Tensor]:

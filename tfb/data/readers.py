@@ -12,6 +12,7 @@ import csv
 import glob
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tfb.data.rows import ClassIndex, Row, RowError, RowFormat, decode_object
-from tfb.plain import parse_json, shown
+from tfb.plain import parse_json, repeated, shown
 
 JSON = (".jsonl", ".ndjson", ".json")
 CSV = (".csv", ".tsv")
@@ -36,6 +37,7 @@ BLOCK = 1024  # rows of a table that are turned into Python objects at a time
 LONGEST_LINE = 1 << 24  # bytes of JSON, characters of CSV; what they decode to takes up to 25 times
 LONGEST_LIST = 1 << 27  # bytes of a JSON list, or of a block of a table, which memory holds whole
 TOO_LONG = f"longer than {LONGEST_LINE >> 20} MiB; shorten it, or leave the row out"
+NOT_TEXT = re.compile("[\0\ud800-\udfff]")  # bytes of another encoding, read as UTF-8
 csv.field_size_limit(2 * LONGEST_LINE)  # the default, 128 KiB, is less than a long prompt
 
 
@@ -203,6 +205,10 @@ def _fields(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | RowError]:
     def rows(start: int, stop: int) -> list[dict[str, Any]]:
         block = batch.slice(start, stop - start)
         block.validate(full=True)  # no offset points out of its buffer, every text is UTF-8
+        for number, column in enumerate(block.columns):
+            if column.type == pa.time64("ns"):  # Python's would lose the nanoseconds unsaid
+                name, exact = block.schema.names[number], column.cast(pa.time64("us"))
+                block = block.set_column(number, name, exact)
         if stop - start > 1 and block.nbytes > LONGEST_LIST:
             raise pa.ArrowInvalid("too large to be Python's all at once")
         return block.to_pylist()
@@ -291,6 +297,8 @@ def _named(name: str | os.PathLike[str]) -> Iterator[Path]:
             )
         if not path.is_file():  # a pipe or device cannot be read twice, nor perhaps to its end
             raise RowError(f"{path}: is no regular file, or a link to none; save its rows as one")
+        if NOT_TEXT.search(str(path)):
+            raise RowError(f"{str(path)!a}: its name is not UTF-8; rename it")
         yield path
 
 
@@ -342,14 +350,14 @@ def schema_of(source: Path) -> pa.Schema | None:
     """Return the columns of a file: text for CSV, None for JSONL, where each row has its own.
 
     Raises:
-        RowError: a file that cannot be read, or a CSV header with an empty or repeated name.
+        RowError: a file that cannot be read, or a CSV header without names, or a name twice.
     """
     if _suffix(source) in JSON:
         return None
     with _readable(source):
         if _suffix(source) in CSV:
             with _csv(source) as (names, _):
-                return pa.schema([(name, pa.string()) for name in names])
+                return pa.schema([(name, pa.string()) for name in names if name])
         with _table(source) as (schema, _):
             _features(schema)
             return schema
@@ -492,25 +500,28 @@ def _csv_records(source: Path) -> Iterator[Record]:
             if isinstance(values, str):
                 yield Record(place, None, f"{place}: {values}")
             elif len(values) == len(names):
-                yield Record(place, dict(zip(names, values, strict=True)))
+                pairs = zip(names, values, strict=True)
+                yield Record(place, {name: value for name, value in pairs if name})
             elif values:  # no empty line
                 # All its quotes are closed, so lines of it that look like rows may be a text's:
                 # to read them again could make rows that nobody wrote.
                 within = f" in lines {first} to {last}" if last > first else ""
-                fault = f"{len(values)} values{within}, but the header names {len(names)} columns"
+                fault = f"{len(values)} values{within}, but the header has {len(names)} columns"
                 yield Record(place, None, f"{place}: {fault}; quote values with separators")
 
 
 @contextmanager
 def _csv(source: Path) -> Iterator[tuple[list[str], Iterator[tuple[int, int, list[str] | str]]]]:
-    """Open a CSV file for the names of its columns, and its records as they are read."""
+    """Open a CSV file for the names of its columns, "" for none, and its records as read."""
     with _open(source) as stream:
         records = _csv_values(stream, "\t" if _suffix(source) == ".tsv" else ",")
         _, _, names = next(records, (1, 1, []))
         if isinstance(names, str):
             raise RowError(f"{source}:1: the header cannot be read: {names}")
-        if not names or not all(names) or len(set(names)) < len(names):
-            fault = f"the first line must name every column once; it is {shown(names)}"
+        if any(map(NOT_TEXT.search, names)):
+            raise RowError(f"{source}: is not UTF-8; save it as UTF-8")
+        if not any(names) or repeated(filter(None, names)) is not None:
+            fault = f"the first line must name the columns, each once; it is {shown(names)}"
             raise RowError(f"{source}: {fault}")
         yield names, records
 
@@ -529,7 +540,7 @@ def _csv_values(
             return
         except csv.Error as error:
             fault = f"not valid CSV, a quote is misplaced or never closed ({error})"
-            remedy = "quote the value whole, and write quotes inside it twice"
+            remedy = "quote the value whole, and write quotes inside it twice, not with a backslash"
             yield first, first, TOO_LONG if lines.taken[0] is None else f"{fault}; {remedy}"
             lines.give_back()
         else:

@@ -21,11 +21,13 @@ from transformers import PreTrainedTokenizerBase
 from tfb.adapters.artifact import (
     SIDECAR,
     base_of,
+    base_settings,
     base_tensors,
     file_sha256,
     library_versions,
     load,
     read_sidecar,
+    settings,
 )
 from tfb.adapters.loading import (
     CONFIG,
@@ -43,15 +45,14 @@ from tfb.data.readers import schema_of
 from tfb.data.rows import RowError, RowFormat
 from tfb.evaluation.decisions import Decisions
 from tfb.model import BayesianModel
-from tfb.plain import json_sha256, typed
+from tfb.plain import typed
 from tfb.sampling.adaptive import Adaptive
 from tfb.sampling.config import check_mode
-from tfb.scoring.output import FORMATS
+from tfb.scoring.output import FORMATS, can_hold
 from tfb.scoring.scorer import BATCH_TOKENS, UNCERTAINTIES, Item, Scorer, check_draws
 
 _TOKENIZER = ["model_max_length", "padding_side", "truncation_side", "chat_template"]
 _TOKENIZER += ["add_bos_token", "add_eos_token", "clean_up_tokenization_spaces"]
-LONGEST = 200  # of a setting as text; what is longer, such as a thousand classes, is hashed
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,8 @@ class Job:
     def part_schema(self, sources: Iterable[Path]) -> pa.Schema:
         """Return the columns of a part, after a look at those that files declare.
 
-        What passes through has the type that all files declare, else it is text.
+        What passes through has the type that all files declare, if Parquet has it, else it is
+        text.
         """
         number, text, real = pa.int32(), pa.string(), pa.float32()
         declared = {source: schema_of(source) for source in sources}
@@ -157,7 +159,8 @@ class Job:
         kept = {}
         for name in self.keep:
             types = {None if s is None else s.field(name).type for s in declared.values()}
-            kept[name] = (types.pop() if len(types) == 1 else None) or text
+            kind = types.pop() if len(types) == 1 else None
+            kept[name] = text if kind is None or not can_hold(kind) else kind
         ours = {"prediction": number, "choice": text, "probs": pa.list_(real)}
         ours |= {**dict.fromkeys(UNCERTAINTIES, real), "draws": number, "label": number}
         if self.truncate is not None:
@@ -315,24 +318,10 @@ def model_sha256(base: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def base_settings(base: Any) -> dict[str, Any]:
-    """Return a base model's whole configuration as plain data, but for where it came from."""
-    found = json.loads(base.config.to_json_string(use_diff=False))
-    for name in ("attn_implementation", "experts_implementation"):  # left out by transformers
-        found[name] = getattr(base.config, f"_{name}", None)
-    return _settings(found, "_name_or_path", "transformers_version")
-
-
 def tokenizer_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return what a row's tokens depend on: rules or vocabulary, template, special tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = tokenizer.get_vocab() if backend is None else backend.to_str()
     found = {"rules": rules, **tokenizer.special_tokens_map}
     found |= {name: getattr(tokenizer, name, None) for name in _TOKENIZER}
-    return _settings(json.loads(json.dumps(found, default=str)))
-
-
-def _settings(values: dict[str, Any], *places: str) -> dict[str, Any]:
-    """Return values without those that say where something is; of long ones the hash."""
-    kept = {name: values[name] for name in sorted(values.keys() - set(places))}
-    return {k: v if len(json.dumps(v)) <= LONGEST else json_sha256(v) for k, v in kept.items()}
+    return settings(json.loads(json.dumps(found, default=str)))

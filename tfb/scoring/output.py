@@ -39,7 +39,7 @@ MANIFEST, LOCK, SUMS = "manifest.json", ".lock", "SHA256SUMS"
 COUNTED = ("error", "truncated", "draws", "standard_error")  # columns
 LEFT_BEHIND = re.compile(r"\.lock|\..*\.partial")  # by a run that was killed as it began
 OLD_PART = re.compile(r"part-\d+\.(parquet|jsonl)")  # of version 0.1.0
-SUM = re.compile(r"^([0-9a-f]{64})  (part-[-\d]+\.\w+)$", re.MULTILINE)
+SUM = re.compile(r"^([0-9a-fA-F]{64}) [ *](part-[-\d]+\.\w+)$", re.MULTILINE)
 AGAIN = "remove this part, its rows are then scored again"
 
 
@@ -106,6 +106,8 @@ class OutputFolder:
         with _writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             atomic.sync(self.path.parent)
+            for left in self.path.glob(".*.partial"):
+                _regular(left)
             self._lock = locked(self.path)
             for left in self.path.glob(".*.partial"):
                 left.unlink()
@@ -155,7 +157,8 @@ class OutputFolder:
         known, found, faults = self._known_sums(), dict[str, Counts](), list[str]()
         parts = sorted(self.path.glob("part-*"))
         if parts and not known:
-            faults.append(f"{self.path / SUMS}: is gone; put it back, or choose a new folder")
+            what = "names no part" if (self.path / SUMS).exists() else "is gone"
+            faults.append(f"{self.path / SUMS}: {what}; put it back, or choose a new folder")
             return found, faults
         for path in parts:
             if path.suffix != f".{self.kind}" or path.stem not in sizes:
@@ -175,10 +178,10 @@ class OutputFolder:
 
     def _known_sums(self) -> Mapping[str, set[str]]:
         """Read SHA256SUMS. A part that is written again has two lines until the run ends."""
-        path, found = self.path / SUMS, defaultdict[str, set[str]](set)
+        path, found = _regular(self.path / SUMS), defaultdict[str, set[str]](set)
         if path.exists():
-            for digest, name in SUM.findall(path.read_text(encoding="utf-8", errors="replace")):
-                found[name].add(digest)
+            for digest, name in SUM.findall(path.read_text("utf-8-sig", "replace")):
+                found[name].add(digest.lower())
         return found
 
     def _read(self, path: Path, known: set[str]) -> tuple[str, Counts]:
@@ -227,7 +230,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         OutputError: there is none, it is damaged, or it is of another version.
     """
-    path = folder / MANIFEST
+    path = _regular(folder / MANIFEST)
     try:
         found = dict(parse_json(path.read_bytes()))
         version, whole = found["format_version"], found.pop("sha256", None) == json_sha256(found)
@@ -255,7 +258,7 @@ def locked(folder: Path, *, shared: bool = False) -> TextIO:
     Raises:
         OutputError: a run is writing to it.
     """
-    file = (folder / LOCK).open("r" if shared else "a")
+    file = _regular(folder / LOCK).open("r" if shared else "a")
     try:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
@@ -264,6 +267,13 @@ def locked(folder: Path, *, shared: bool = False) -> TextIO:
             raise
         raise OutputError(f"{folder}: another run is writing to it; wait for it") from error
     return file
+
+
+def _regular(path: Path) -> Path:
+    """Return the path of a file that is there or not; refuse a pipe, which would be waited for."""
+    if path.exists() and not path.is_file():
+        raise OutputError(f"{path}: is no file; remove it, or put back the file that was there")
+    return path
 
 
 def _jsonl(rows: Iterable[Result], schema: pa.Schema) -> bytes:
@@ -278,6 +288,15 @@ def _parquet(rows: Iterable[Result], schema: pa.Schema) -> bytes:
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(typed, schema=schema), sink)
     return sink.getvalue().to_pybytes()
+
+
+def can_hold(kind: pa.DataType) -> bool:
+    """Whether a part may have a column of a type: Parquet has none for some of Arrow's."""
+    try:
+        _parquet([{}], pa.schema({"column": kind}))
+    except pa.ArrowException:
+        return False
+    return True
 
 
 def as_text(value: Any) -> str | None:

@@ -97,6 +97,7 @@ def run(
     job.check()
     _check(job, engine, max_error_rate)
     sources = find_sources(job.inputs)
+    stamps = {source: stamp(source) for source in sources}  # before anything of them is read
     schema = job.part_schema(sources)
     columns = {"schema": {column.name: str(column.type) for column in schema}}
     folder = OutputFolder(Path(job.output), schema, job.format, job.adaptive)
@@ -132,7 +133,8 @@ def run(
         note()
         folder.write_sums()
         missing = [shard for shard in shards if shard.name not in finished]
-        work = read_shards([Path(file["name"]) for file in files], missing, job)
+        read_again = [Path(file["name"]) for file in files]
+        work = read_shards({source: stamps[source] for source in read_again}, missing, job)
         with noted_signals() as caught, closing(scoring.results(work)) as scored:
             for done, results in scored:
                 rows = result_rows(done.items, results)
@@ -275,6 +277,15 @@ def _identity(source: Path) -> dict[str, Any]:
     return {"name": str(source), "size": size, "sha256": digest}
 
 
+def stamp(source: Path) -> tuple[int, ...] | None:
+    """Return what changes when a file is replaced or written to; None: it is gone."""
+    try:
+        found = source.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def plan(records: Iterable[int], job: Job) -> list[Shard]:
     """Cut files with these numbers of records into shards, up to the job's limit."""
     shards, before = list[Shard](), 0
@@ -286,20 +297,31 @@ def plan(records: Iterable[int], job: Job) -> list[Shard]:
     return shards
 
 
-def read_shards(sources: Sequence[Path], shards: Iterable[Shard], job: Job) -> Iterator[Work]:
-    """Read the records of shards, in order, each file once."""
-    form = job.row_format
+def read_shards(
+    stamps: Mapping[Path, tuple[int, ...] | None], shards: Iterable[Shard], job: Job
+) -> Iterator[Work]:
+    """Read the records of shards, in order, each file once.
+
+    Args:
+        stamps: of the files, by :func:`stamp` before they were counted.
+        shards: which records.
+        job: says what is kept of them.
+
+    Raises:
+        RowError: a file that has changed since its stamp, or cannot be read.
+    """
+    form, sources = job.row_format, list(stamps)
     columns = [*form.names.values(), *job.keep]
     for number, group in groupby(shards, key=lambda shard: shard.file):
         here = list(group)
-        at = here[0].start
-        records = read(sources[number], columns, start=at)
+        source, at = sources[number], here[0].start
+        records = read(source, columns, start=at)
         for shard in here:
             found = list(islice(records, shard.start - at, shard.stop - at))
             at = shard.stop
-            if len(found) < len(shard):
+            if len(found) < len(shard) or stamp(source) != stamps[source]:
                 raise RowError(
-                    f"{sources[number]}: has changed while it was read; choose a new folder, or "
+                    f"{source}: has changed while it was read; choose a new folder, or "
                     "put it back and continue with resume=True"
                 )
             numbered = enumerate(found, shard.before + shard.start)

@@ -214,6 +214,7 @@ class Scorer:
 
     def _predict(self, rows: Sequence[Row], encoded: EncodedRows) -> list[Result]:
         """Return the results in order. Where memory runs out, batches are split."""
+        self.bayes.check_sampling()  # else it would be the fault of every row
         results: dict[int, Result] = {}
         waiting = self.batches(encoded)
         while waiting:
