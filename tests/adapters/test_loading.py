@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from support.files import edit
 from support.models import CASES, LABELS, add_lora, encoder, llama, randomize, run
@@ -18,6 +19,7 @@ from support.models import CASES, LABELS, add_lora, encoder, llama, randomize, r
 import tfb
 from tfb import AdapterError
 from tfb.adapters.loading import (
+    FILES,
     adapter_config,
     adapter_tensor_shapes,
     class_names,
@@ -214,7 +216,7 @@ def test_checkpoints_of_other_tasks(
         ),
         (
             lambda t: {k: v for k, v in t.items() if "norm" not in k},
-            "lacks 5 .*, \\.\\.\\.; download",
+            "lacks 5 .*, \\.\\.\\.; download .* or save those modules with the adapter",
         ),
     ],
 )
@@ -227,6 +229,23 @@ def test_incomplete_base(
     save_file(change(tensors), base / "model.safetensors", {"format": "pt"})
     with pytest.raises(AdapterError, match=message):
         load_base(base, adapter)
+
+
+def test_constants_of_older_versions(tmp_path: Path) -> None:
+    """They lie in the checkpoint's blocks, some as integers, and are made anew.
+
+    What lies in no module, such as BART's final_logits_bias, is a head's.
+    """
+    base, adapter = write(tmp_path)
+    tensors = load_file(base / "model.safetensors")
+    names = ("attn.bias", "attn.attention.masked_bias", "attn.causal_mask", "maybe.inv_freq")
+    for name in (*names, "rotary_emb.cos_cached", "rotary_emb.sin_cached", "version"):
+        tensors[f"model.layers.1.{name}"] = torch.ones(1, 1, dtype=torch.uint8)
+    tensors["final_logits_bias"] = torch.ones(1, 64)
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    loaded = load_base(base, adapter).state_dict()
+    assert loaded.keys() <= tensors.keys()
+    assert all(torch.equal(value, tensors[key].float()) for key, value in loaded.items())
 
 
 def test_a_head_that_the_adapter_brings_in_part(tmp_path: Path) -> None:
@@ -399,6 +418,14 @@ def test_names_that_cannot_be_reached(name: str) -> None:
     refused(name, f"{name}: no folder of this name is here")
     with pytest.raises(AdapterError, match="the hub has none or cannot be reached"):
         load_base("anything", name)
+
+
+def test_what_is_fetched_of_a_hub_artifact() -> None:
+    """Every file of a tokenizer that tfb.json may list; no pickle."""
+    files = ["tokenizer.json", "vocab.txt", "vocab.bpe", "bpe.codes", "tokenizer.spm"]
+    files += ["tokenizer.tiktoken", "spiece.model", "additional_chat_templates/tool.jinja"]
+    fetched = list(filter_repo_objects([*files, "a.bin", "vocab.pkl"], allow_patterns=FILES))
+    assert fetched == files
 
 
 def test_shapes_are_read_without_loading(adapter: Path) -> None:

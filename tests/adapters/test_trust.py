@@ -94,7 +94,7 @@ BASES: list[tuple[str, Mapping[str, Any] | str]] = [
     ("config.json", {"to_dict": 1}),
     *[("generation_config.json", text) for text in (DEEP, "null", "1")],
     *[(INDEX, text) for text in (DEEP, "null", "", "{}")],
-    *[(INDEX, {"weight_map": x}) for x in (None, [], {"a": 5}, {"a": []}, {"a": {}})],
+    *[(INDEX, {"weight_map": x}) for x in (None, [], {}, {"a": 5}, {"a": []}, {"a": {}})],
     (INDEX, {"weight_map": {"a": "other.safetensors"}, "metadata": 5}),
     *[(MODEL, text) for text in ("", "x" * 100, "\x08" + "\0" * 7 + '{"a":[]}')],
 ]
@@ -124,12 +124,12 @@ ADAPTERS: list[tuple[Mapping[str, Any] | str, str]] = [
     ({"megatron_config": {"a": 1}}, "megatron_config={'a': 1}, which is not supported"),
     ({"megatron_core": "os"}, "megatron_core='os', which is not supported"),
     ({"layer_replication": [[0, 10**9]]}, "layer_replication="),
-    ({"auto_mapping": {"parent_library": "os"}}, "auto_mapping="),
     ({"arrow_config": {"top_k": 1}}, "arrow_config="),
     ({"loftq_config": {"loftq_bits": 4}}, "loftq_config="),
     ({"runtime_config": {"ephemeral_gpu_offload": True}}, "runtime_config="),
     ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens="),
-    ({"of_a_newer_peft": 0.5}, "of_a_newer_peft=0.5, which is not supported"),
+    ({"use_qalora": True, "qalora_group_size": 8}, "use_qalora="),
+    ({"of_a_newer_peft": 0.5}, "of_a_newer_peft=0.5, .* or remove the field if it changes nothing"),
 ]
 
 
@@ -210,9 +210,29 @@ def test_patterns_that_are_none(own: Path, field: str, value: Any) -> None:
     refused(own / "adapter", lambda: load_adapter(llama(), own / "adapter"), f"{field} of .* holds")
 
 
-def test_usual_patterns(own: Path) -> None:
+LAYER = r"model\.layers\.(?P<idx>\d+)\.(self_attn|mlp)\.\w+_proj"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": r".*\.(self_attn|mlp)\.[a-z]+_proj"},
+        {"target_modules": r"(?i).*_PROJ"},
+        {
+            "target_modules": LAYER,
+            "r": 512,
+            "rank_pattern": {LAYER: 4},
+            "alpha_pattern": {LAYER: 8},
+        },
+        {"layers_to_transform": [0, 1], "layers_pattern": ["lay(?=e)ers"]},
+        {"auto_mapping": {"base_model_class": "X", "parent_library": "x", "unsloth_fixed": True}},
+        {"qalora_group_size": 32},
+    ],
+    ids=str,
+)
+def test_other_ways_to_say_the_same(own: Path, fields: Mapping[str, Any]) -> None:
     """The same weights as by a list of names."""
-    change(own / "adapter" / CONFIG, {"target_modules": r".*\.(self_attn|mlp)\.[a-z]+_proj"})
+    change(own / "adapter" / CONFIG, fields)
     loaded, built = load_adapter(llama(), own / "adapter"), CASES["llama"].build()
     for (key, one), (other, two) in zip(
         loaded.named_parameters(), built.named_parameters(), strict=True
@@ -333,6 +353,25 @@ def test_code_that_a_configuration_names_is_not_fetched(
         lambda: load_base(own / "base", own / "adapter"),
         r"config\.json has .* not taken",
     )
+
+
+NAMES = {0: "__label__a", 1: "__b"} | {i: str(i) for i in range(2, 12_000)}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"id2label": NAMES, "label2id": {name: i for i, name in NAMES.items()}},
+        {"label2id": {"age groups": 20_000}},
+        {"num_labels": 12_000},
+        {"return_dict": False},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_bases_that_load(own: Path, fields: Mapping[str, Any]) -> None:
+    change(own / "base" / "config.json", fields)
+    base = load_base(own / "base", own / "adapter")
+    assert base(torch.ones(1, 2, dtype=torch.long)).logits.shape == (1, 2, 64)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa", None])

@@ -113,7 +113,7 @@ def index(folder: Path, shard: str) -> None:
     """Let an index name the file of every weight."""
     weights = folder / "base/model.safetensors"
     keys = load_file(weights)
-    weights.unlink()
+    weights.rename(folder / "base/1.safetensors")
     text = json.dumps({"metadata": {}, "weight_map": dict.fromkeys(keys, shard)})
     (folder / "base/model.safetensors.index.json").write_text(text)
 
@@ -157,12 +157,6 @@ def default_megatron(folder: Path, mark: Path) -> None:
     edit(folder / "adapter/adapter_config.json", megatron_config={"a": 1})
 
 
-def auto_mapping(folder: Path, mark: Path) -> None:
-    module(folder, mark, "theirs")
-    named = {"base_model_class": "Theirs", "parent_library": "theirs"}
-    edit(folder / "adapter/adapter_config.json", auto_mapping=named)
-
-
 def kernels(field: str) -> Callable[[Path, Path], None]:
     def spoil(folder: Path, mark: Path) -> None:
         module(folder, mark, "kernels")
@@ -182,7 +176,6 @@ TRAPS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "a tokenizer's own code": (own_tokenizer, "base"),
     "`megatron_core`": (megatron, "megatron"),
     "`megatron_config`": (default_megatron, "megatron"),
-    "`auto_mapping`": (auto_mapping, "auto_mapping"),
     **{
         f"`{field}`": (kernels(field), field)
         for field in ("attn_implementation", "_attn_implementation", "experts_implementation")
@@ -198,6 +191,16 @@ def test_traps(
     spoil(folder, folder / "ran")
     refused(in_child("faults.test_hostile_files:load_all", str(folder)), said)
     assert not (folder / "ran").exists()
+
+
+@promised("a file would run code", "it loads; nothing is imported", ["`auto_mapping`"])
+def test_auto_mapping(folder: Path, in_child: Children) -> None:
+    """Only PEFT's AutoPeftModel acts upon it."""
+    module(folder, folder / "ran", "theirs")
+    named = {"base_model_class": "Theirs", "parent_library": "theirs"}
+    edit(folder / "adapter/adapter_config.json", auto_mapping=named)
+    answer = in_child("faults.test_hostile_files:load_all", str(folder))
+    assert answer.value == "loaded" and not (folder / "ran").exists(), answer
 
 
 # --- weights that are none ------------------------------------------------------------------------
@@ -223,6 +226,15 @@ def of_base(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
     return spoil
 
 
+def twice_in_shards(folder: Path) -> None:
+    """The other one holds zeros."""
+    index(folder, "1.safetensors")
+    zeros = torch.zeros_like(load_file(folder / "base/1.safetensors")[NORM])
+    save_file({NORM: zeros}, folder / "base/2.safetensors", {"format": "pt"})
+    path = folder / "base/model.safetensors.index.json"
+    edit(path, weight_map=json.loads(path.read_text())["weight_map"] | {"x": "2.safetensors"})
+
+
 NORM, MORE = "model.norm.weight", "model.layers.0.self_attn.q_norm.weight"
 WEIGHTS: dict[str, tuple[Callable[[Path], None], str]] = {
     **{
@@ -243,6 +255,14 @@ WEIGHTS: dict[str, tuple[Callable[[Path], None], str]] = {
         of_base(lambda t: {**t, NORM: torch.zeros(3)}),
         NORM,
     ),
+    **{
+        f"a base with weights in {kind}": (
+            of_base(lambda t, to=kind: {**t, NORM: t[NORM].to(getattr(torch, to))}),
+            f"{NORM} is",
+        )
+        for kind in ("int8", "bool", "complex64")
+    },
+    "a base with a tensor in two shards": (twice_in_shards, f"{NORM} stands in"),
     "a base whose layers are less": (
         lambda folder: edit(folder / "base/config.json", num_hidden_layers=1),
         "base|layers",

@@ -55,8 +55,9 @@ from tfb_kernels import NOISE_VERSION
 FORMAT_VERSION = 1
 SIDECAR, FACTORS = "tfb.json", "tfb.safetensors"
 # What transformers reads with a tokenizer wherever it is, so that it counts where it is added.
-_TOKENIZER_FILES = ["tokenizer*", "*.model", "*.jinja", "additional_chat_templates/*", "vocab*"]
-_TOKENIZER_FILES += ["merges.txt", "special_tokens_map.json", "added_tokens.json", "config.json"]
+_TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model"]
+_TOKENIZER_FILES += ["*.jinja", "additional_chat_templates/*", "merges.txt", "config.json"]
+_TOKENIZER_FILES += ["special_tokens_map.json", "added_tokens.json"]
 _SAMPLES, _BLOCKS = 1024, 4  # of each tensor of the base, for its fingerprint
 _FINGERPRINT_RTOL = 5e-3  # one rounding to bfloat16 (2^-8) and one to float16
 _FINGERPRINT_ATOL = 1e-7  # of an element: float16 has none that are smaller

@@ -7,6 +7,7 @@ safetensors only, never pickle, and never a repository's own code.
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,7 +33,7 @@ from tfb.adapters.trust import (
     check_size,
     read_object,
     refusing,
-    weight_bytes,
+    stored_weights,
 )
 from tfb.plain import listed
 from tfb.posterior import AdapterError
@@ -41,6 +42,12 @@ TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS")
 WEIGHTS = "adapter_model.safetensors"
 # What is fetched of an adapter or artifact on the hub: never a pickled file.
 FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt", "README.md"]
+FILES += ["*.spm", "*.tiktoken", "*.bpe", "bpe.codes"]
+_FLOATS = ("F64", "F32", "F16", "BF16")
+# Constants of a block that older versions of transformers saved: masks, positions and so on.
+_CONSTANT = re.compile(
+    r"(^|\.)(masked_bias|causal_mask|inv_freq|(cos|sin)_cached|version|position_ids|attn\.bias)$"
+)
 # Names of the last linear layer of transformers' classifiers. DistilBERT's "pre_classifier" and
 # RoBERTa's "classifier.dense" come before it and have hidden_size rows.
 _HEADS = ("score", "classifier", "out_proj")
@@ -65,7 +72,7 @@ def adapter_tensor_shapes(folder: Path) -> dict[str, list[int]]:
     with refusing(f"{path}: damaged, not a safetensors file"), safe_open(path, "pt") as file:
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
         for key, found in slices.items():
-            if (kind := found.get_dtype()) not in ("F64", "F32", "F16", "BF16"):
+            if (kind := found.get_dtype()) not in _FLOATS:
                 raise AdapterError(f"{path}: {key} is {kind}; expected F32, F16, BF16 or F64")
         return {key: list(found.get_shape()) for key, found in slices.items()}
 
@@ -235,11 +242,13 @@ def load_base(name: str | Path, adapter: str | Path) -> nn.Module:
     kind: Any = classes[task]
     config = base_config(name, adapter)
     with refusing(f"{name}: no base model can be loaded from it", _ADVICE), _NoReport():
-        stored = weight_bytes(name)
+        stored, kinds = stored_weights(name)
         with torch.device("meta"):
             empty = kind.from_config(config)
         elements = sum(t.numel() for t in (*empty.parameters(), *empty.buffers()))
         check_size(name, elements, stored)
+        if not getattr(config, "quantization_config", None):
+            _check_types(name, empty, kinds)
         model, report = kind.from_pretrained(
             str(name),
             dtype=dtype,
@@ -247,6 +256,7 @@ def load_base(name: str | Path, adapter: str | Path) -> nn.Module:
             trust_remote_code=False,  # by default it asks at a terminal
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # named below
+            return_dict=True,
             **_head(adapter, folder, task),
         )
     saved = [key for key in adapter_tensor_shapes(folder) if "lora_" not in key]
@@ -273,6 +283,18 @@ class _NoReport(logging.Filter):
         self.log.removeFilter(self)
 
 
+def _check_types(name: str | Path, model: Any, kinds: dict[str, str]) -> None:
+    """Refuse weights that are no floats: transformers would cast what nobody quantized."""
+    prefix = f"{model.base_model_prefix}."
+    weights = {f for key, _ in model.named_parameters() for f in (key, key.removeprefix(prefix))}
+    for key, kind in kinds.items():
+        if kind not in _FLOATS and (key in weights or key.endswith(".weight")):
+            raise AdapterError(
+                f"{name}: {key} is {kind}; expected F32, F16, BF16 or F64, as config.json has no "
+                "quantization_config"
+            )
+
+
 def _check_report(name: str | Path, model: Any, report: Any, brought: set[str]) -> None:
     """Refuse a base model with random weights, or with parts of its checkpoint left out.
 
@@ -290,7 +312,8 @@ def _check_report(name: str | Path, model: Any, report: Any, brought: set[str]) 
         raise AdapterError(
             f"{name}: the checkpoint lacks {len(lacking)} of {kind}'s tensors, which would be "
             f"random: {listed([key + shapes.get(key, '') for key in lacking])}; download it "
-            "again, or give the base model that the adapter was trained on"
+            "again, give the base model that the adapter was trained on, or save those modules "
+            "with the adapter (modules_to_save)"
         )
     if ignored := sorted({*_ignored(model, report["unexpected_keys"], brought)}):
         raise AdapterError(
@@ -303,17 +326,17 @@ def _ignored(model: Any, unknown: Iterable[str], brought: set[str]) -> Iterator[
     """Yield those keys of a checkpoint that lie in a block or a module that the model has.
 
     Elsewhere are heads of other tasks, poolers and towers. A bare model's keys lack the prefix.
-    Buffers, such as masks, are made anew; a head that the adapter brings is replaced.
+    Constants, such as masks, are made anew; a head that the adapter brings is replaced.
     """
     modules, buffers = dict(model.named_modules()), dict(model.named_buffers())
-    for key in unknown:
+    for key in (k for k in unknown if "." in k and not _CONSTANT.search(k)):
         for full in (key, f"{model.base_model_prefix}.{key}"):
-            *parents, owner = accumulate(full.split(".")[:-1] or [""], "{}.{}".format)
+            *parents, owner = accumulate(full.split(".")[:-1], "{}.{}".format)
             replaced = full in buffers or any(b.startswith(f"{owner}.") for b in brought)
             inside = owner in modules or any(
                 isinstance(modules.get(parent), nn.ModuleList) for parent in parents
             )
-            if owner and inside and not replaced:
+            if inside and not replaced:
                 yield key
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
+from safetensors import safe_open
 from transformers.utils import cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
@@ -31,21 +32,26 @@ _LORA = re.compile(
     "lora_alpha|lora_dropout|lora_bias|bias|fan_in_fan_out|use_rslora|use_dora|target_modules|"
     "exclude_modules|target_parameters|modules_to_save|layers_to_transform|layers_pattern|"
     "rank_pattern|alpha_pattern|init_lora_weights|eva_config|trainable_token_indices|"
-    "ensure_weight_tying"
+    "ensure_weight_tying|auto_mapping|qalora_group_size"  # two that AutoPeftModel, QALoRA act upon
 )
 # Others draw at random, quantize, or need data, each time that an adapter is loaded.
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal", "pissa", "olora")
-# Fields of which PEFT takes texts, keys or elements for regular expressions.
-_PATTERNS = ["target_modules", "exclude_modules", "layers_pattern", "modules_to_save"]
-_PATTERNS += ["rank_pattern", "alpha_pattern"]
-# PEFT's ways of matching.
-_MATCH = r"""
+# Fields that PEFT takes for regular expressions, and what it makes of them: the whole of a text,
+# else each key or element.
+_PATTERNS = {
+    "target_modules": "{}",
+    "exclude_modules": "{}",
+    "layers_pattern": r"(?:^|.*?\.){}\.(?P<idx>\d+)\.",
+    "modules_to_save": r"(^|.*\.){}($|\..*)",
+    "rank_pattern": r"(.*\.)?({})$",
+    "alpha_pattern": r"(.*\.)?({})$",
+}
+_MATCH = """
 import json, re, sys
-patterns, names = json.load(sys.stdin)
-forms = "{}", r"(.*\.)?({})$", r"(^|.*\.){}($|\..*)", r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
-for pattern in (form.replace("{}", p) for p in patterns for form in forms):
+form, patterns, names = json.load(sys.stdin)
+for pattern in (re.compile(form.replace("{}", p)) for p in patterns):
     for name in names:
-        re.match(pattern, name), re.fullmatch(pattern, name)
+        pattern.fullmatch(name) if form == "{}" else pattern.match(name)
 """
 PATIENCE = 10.0  # seconds for one field's patterns on all module names; usual ones take .1
 
@@ -60,7 +66,7 @@ _COUNT = re.compile(
     r"(layers?|blocks|block_sizes|block_repeats|depths?|labels|experts|groups|group_num|"
     r"attention_types)$"
 )
-_MOST = 10_000
+_MOST, _MOST_LABELS = 10_000, 1_000_000
 _SPARE = 2**28  # elements that need not be in a checkpoint: buffers, heads
 
 
@@ -101,7 +107,7 @@ def check_adapter(name: str | Path, config: Mapping[str, Any]) -> None:
         if not (off or _LORA.fullmatch(field)):
             raise AdapterError(
                 f"{name}: {CONFIG} has {field}={shown(value)}, which is not supported; "
-                "save the adapter as plain LoRA"
+                "save the adapter as plain LoRA, or remove the field if it changes nothing"
             )
     if (init := config.get("init_lora_weights")) not in _INITS:
         raise AdapterError(
@@ -115,8 +121,11 @@ def check_adapter(name: str | Path, config: Mapping[str, Any]) -> None:
 
 
 def check_ranks(name: str | Path, config: Mapping[str, Any], stored: Iterable[int]) -> None:
-    """Refuse ranks far above those of the stored weights: PEFT allocates before it compares."""
-    most = 16 * max(stored, default=1)
+    """Refuse ranks far above those of the stored weights: PEFT allocates before it compares.
+
+    An ``r`` that is larger has no effect where a rank_pattern names every module.
+    """
+    most = 16 * max(64, *stored)
     for keys, value in _values({f: config.get(f) for f in ("r", "rank_pattern")}):
         if isinstance(value, int) and value > most:
             raise AdapterError(f"{name}: {keys[0]}={shown(value)}, but the weights have less")
@@ -129,16 +138,17 @@ def check_patterns(name: str | Path, config: Mapping[str, Any], modules: Iterabl
     the usual case, are not.
     """
     names = list(modules)
-    for field in _PATTERNS:
+    for field, form in _PATTERNS.items():
         value: Any = config.get(field)
-        found = [value] if isinstance(value, str) else value if isinstance(value, Iterable) else ()
+        listed = value if isinstance(value, Iterable) and form != "{}" else ()
+        found = [value] if isinstance(value, str) else listed
         patterns = [p for p in found if isinstance(p, str) and set(p) & set("*+?{|(\\[")]
         if not patterns:
             continue
         try:
             done = subprocess.run(
                 [sys.executable, "-I", "-c", _MATCH],
-                input=json.dumps([patterns, names]),
+                input=json.dumps([form, patterns, names]),
                 capture_output=True,
                 text=True,
                 timeout=PATIENCE,
@@ -158,25 +168,52 @@ def check_patterns(name: str | Path, config: Mapping[str, Any], modules: Iterabl
 def check_base(name: str | Path) -> None:
     """Refuse a base model's config.json that leads to other files or to code.
 
-    A folder without one is left to transformers, which says so.
+    A folder without one is left to transformers, which says so. Classes may have any name.
     """
     path = _find(name, "config.json")
     for keys, value in _values(read_object(path, name)) if path else ():
         field = keys[-1] if keys else ""
+        most = _MOST_LABELS if field.endswith("labels") else _MOST
         if (
-            any(key in _REFUSED or (key[:2] == "__" and key != "__float__") for key in keys)
-            or (any("_implementation" in key for key in keys) and _named(value, _BUILT_IN))
-            or (field == "quant_method" and _named(value, _QUANTIZED))
-            or (isinstance(value, int) and value > _MOST and any(map(_COUNT.search, keys)))
-        ) and value is not None:
+            not {"id2label", "label2id"} & {*keys}
+            and (
+                any(key in _REFUSED or (key[:2] == "__" and key != "__float__") for key in keys)
+                or (any("_implementation" in key for key in keys) and _named(value, _BUILT_IN))
+                or (field == "quant_method" and _named(value, _QUANTIZED))
+                or (isinstance(value, int) and value > most and any(map(_COUNT.search, keys)))
+            )
+            and value is not None
+        ):
             raise AdapterError(
                 f"{name}: config.json has {'.'.join(keys)}={shown(value)}, which is not taken "
                 "from a file; remove it, or load the model and give that as the base"
             )
 
 
-def weight_bytes(name: str | Path) -> int:
-    """Return the size of a base model's weights on disk; refuse other files than safetensors.
+def stored_weights(name: str | Path) -> tuple[int, dict[str, str]]:
+    """Return the size in bytes of a base model's weights on disk, and the type of each tensor.
+
+    Raises:
+        AdapterError: other files than safetensors, or a tensor in another shard than the index
+            says, or in two, of which transformers takes one. One that is nowhere is its business:
+            indices of converted models name tied weights.
+    """
+    files, places = _weight_files(name)
+    kinds = {}
+    for path in files:
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                if places.setdefault(key, path.name) != path.name:
+                    raise AdapterError(
+                        f"{name}: {key} stands in {path.name}, but its place is {places[key]}; "
+                        "download the model again"
+                    )
+                kinds[key] = file.get_slice(key).get_dtype()
+    return sum(path.stat().st_size for path in files), kinds
+
+
+def _weight_files(name: str | Path) -> tuple[list[Path], dict[str, str]]:
+    """Return the files of a base model's weights, and the shard that an index gives each tensor.
 
     transformers looks for one file first, then for an index, whose shards may have any name: one
     of a pickle, or of a file elsewhere.
@@ -188,7 +225,7 @@ def weight_bytes(name: str | Path) -> int:
     if shard := next(folder.glob("shard-*-model-*.safetensors"), None):
         raise AdapterError(f"{name}: {shard.name}: a training checkpoint; save it as one model")
     if whole := _find(name, "model.safetensors"):
-        return whole.stat().st_size
+        return [whole], {}
     index = _find(name, "model.safetensors.index.json")
     if index is None:
         raise AdapterError(
@@ -196,8 +233,8 @@ def weight_bytes(name: str | Path) -> int:
             "Pickled weights are refused: convert them with save_pretrained"
         )
     shards = read_object(index, name).get("weight_map")
-    if not isinstance(shards, dict):
-        raise AdapterError(f"{name}: {index.name} has no weight_map")
+    if not (isinstance(shards, dict) and shards):
+        raise AdapterError(f"{name}: {index.name} names no shard (weight_map)")
     for shard in shards.values():
         if not (isinstance(shard, str) and _SHARD.fullmatch(shard)):
             raise AdapterError(
@@ -205,7 +242,7 @@ def weight_bytes(name: str | Path) -> int:
                 "folder"
             )
     found, _ = get_checkpoint_shard_files(str(name), str(index))
-    return sum(Path(path).stat().st_size for path in found)
+    return [Path(path) for path in found], shards
 
 
 def check_size(name: str | Path, elements: int, stored: int) -> None:
