@@ -204,9 +204,7 @@ def test_other_active_adapters(tmp_path: Path) -> None:
     model.base_model.set_adapter(["default", "other"])
     bayes.check_sampling()
     for door in (tfb.save, tfb.export):
-        with pytest.raises(
-            ValueError, match="adapter 'other' is active too, and would"
-        ):
+        with pytest.raises(ValueError, match="adapter 'other' is active too, and would"):
             door(bayes, tmp_path / "made")
 
 

@@ -21,10 +21,10 @@ STEP = 100 ** (1 / (COARSE - 1))  # of the first grid, default bounds
 # --- max_variance -------------------------------------------------------------------------------
 
 
-@given(crossing=st.floats(1.001e-7, 1e3), rise=st.floats(1e-3, 10.0))
+@given(crossing=st.floats(1.001e-7, 999.0), rise=st.floats(1e-3, 10.0))
 def test_the_crossing_of_a_quadratic_is_exact(crossing: float, rise: float) -> None:
     """The loss is linear in sigma^2, as interpolation has it: also far outside the first range.
-    The least sigma that is tried is 1e-7, to rounding; a crossing there is on neither side.
+    The sigmas that are tried go from 1e-7 to 1e3; a crossing at an end is on neither side of it.
     Rounding of l(0) + allowed moves sigma by eps l(0) / allowed."""
     fit, _ = find(power(crossing, rise=rise), tolerance=rise)
     assert fit.sigma == pytest.approx(crossing, rel=1e-15 / rise + 1e-12)
