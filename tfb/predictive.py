@@ -21,7 +21,7 @@ from tfb_kernels.reference import compute_dtype, unit_standard_error
 class Predictive:
     """Predictions for B rows over K classes from S draws. Entropies are in nats.
 
-    Where the model returned NaN, or its logits overflowed, all of a row is NaN.
+    Where the model returned NaN, or its logits overflowed, a row's probabilities are NaN.
 
     Attributes:
         probs: [B, K], the mean over draws, float32 (float64 for float64 logits).
@@ -146,6 +146,12 @@ class Predictive:
     def prediction(self) -> Tensor:
         """[B] int64, argmax of ``probs``; -1 where they are NaN."""
         return self.probs.argmax(-1).masked_fill(self.probs.isnan().any(-1), -1)
+
+    @cached_property
+    def predicted_error(self) -> Tensor:
+        """[B], the standard error of the predicted class's probability; NaN where that is."""
+        at = self.prediction.clamp_min(0)[:, None]
+        return self.standard_error.gather(-1, at)[:, 0].masked_fill(self.prediction < 0, torch.nan)
 
     @cached_property
     def confidence(self) -> Tensor:

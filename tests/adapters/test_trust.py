@@ -396,3 +396,10 @@ def test_the_table_starts_from_what_loads(tiny: Path) -> None:
     base = load_base(tiny / "base", tiny / "adapter")
     load_adapter(copy.deepcopy(base), tiny / "adapter")
     assert isinstance(load_tokenizer(tiny / "tokenizer"), transformers.PreTrainedTokenizerBase)
+
+
+def test_ranks_of_an_adapter_without_lora() -> None:
+    """That its keys do not fit is told later; here nothing is too large."""
+    trust.check_ranks("here", {"r": 4}, [])
+    with pytest.raises(AdapterError, match="r=1000000000, but the weights have less"):
+        trust.check_ranks("here", {"r": 10**9}, [])

@@ -42,7 +42,9 @@ def counts(found: Predictive) -> list[int]:
 
 def error_of(found: Predictive) -> Tensor:
     """[B] standard error of the predicted class's probability."""
-    return found.standard_error.gather(-1, found.prediction[:, None])[:, 0]
+    error = found.standard_error.gather(-1, found.prediction[:, None])[:, 0]
+    assert error.equal(found.predicted_error)
+    return error
 
 
 def same(found: Predictive, expected: Predictive) -> bool:

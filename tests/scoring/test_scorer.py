@@ -212,11 +212,11 @@ def test_nan_is_an_error_of_its_row(tokenizer: Any) -> None:
     with torch.no_grad():
         broken.base.model.embed_tokens.weight[poison] = float("nan")
     hit = ["e" in (r.prompt or "") for r in given]
-    found = score(broken, tokenizer, given)
     assert True in hit and False in hit
-    for row, bad in zip(found, hit, strict=True):
-        assert (row["error"] is not None) == bad and ("probs" in row) != bad
-        assert not bad or f"(id '{row['id']}'): the model returned NaN or Inf" in row["error"]
+    for draws in (4, "auto"):
+        for row, bad in zip(score(broken, tokenizer, given, draws=draws), hit, strict=True):
+            assert (row["error"] is not None) == bad and ("probs" in row) != bad
+            assert not bad or f"(id '{row['id']}'): the model returned NaN or Inf" in row["error"]
 
 
 def test_what_the_engine_refuses_is_an_error_of_its_row(

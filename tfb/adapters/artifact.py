@@ -43,7 +43,7 @@ from tfb.adapters.loading import (
 )
 from tfb.atomic import staged_folder, write, write_json
 from tfb.data.encoding import check_label_tokens
-from tfb.draws import check_even, stable_layer_id
+from tfb.draws import stable_layer_id
 from tfb.evaluation.decisions import Decisions
 from tfb.model import BayesianModel
 from tfb.plain import json_sha256, listed, parse_json, shown, typed
@@ -61,10 +61,10 @@ _TOKENIZER_FILES += ["special_tokens_map.json", "added_tokens.json"]
 _SAMPLES, _BLOCKS = 1024, 4  # of each tensor of the base, for its fingerprint
 _FINGERPRINT_RTOL = 5e-3  # one rounding to bfloat16 (2^-8) and one to float16
 _FINGERPRINT_ATOL = 1e-7  # of an element: float16 has none that are smaller
-# Of a base's configuration: names, how it is computed, and what a tokenizer's padding sets.
+# Of a base's configuration: names, how it is computed, and the special tokens, which Trainer sets.
 _HARMLESS = {"architectures", "dtype", "torch_dtype", "use_cache", "quantization_config"}
 _HARMLESS |= {"attn_implementation", "experts_implementation", "id2label", "label2id"}
-_HARMLESS |= {"pad_token_id", "problem_type"}
+_HARMLESS |= {"pad_token_id", "bos_token_id", "eos_token_id", "problem_type"}
 LONGEST = 200  # of a setting as text; what is longer, such as a thousand classes, is hashed
 _OLD_ELEMENTS, _OLD_RTOL = 4096, 1e-3  # of the fingerprints that 0.1.0 wrote
 
@@ -279,8 +279,6 @@ def _check(data: dict[str, Any]) -> None:
         raise ValueError("layers is empty")
     if found.task not in TASKS:
         raise ValueError(f"task={found.task!r}: expected one of {', '.join(TASKS)}")
-    if found.decisions is not None:
-        check_even(found.decisions.draws, "decisions.draws")
     if found.fit is not None:
         PredictiveFit.from_dict(found.fit)
     if "sha256" in data:
@@ -399,8 +397,14 @@ def base_settings(base: Any) -> dict[str, Any]:
 
 def settings(values: dict[str, Any], *places: str) -> dict[str, Any]:
     """Return values without those that say where something is; of long ones the hash."""
-    kept = {name: values[name] for name in sorted(values.keys() - set(places))}
-    return {k: v if len(json.dumps(v)) <= LONGEST else json_sha256(v) for k, v in kept.items()}
+    found = dict[str, Any]()
+    for name in sorted(values.keys() - set(places)):
+        value = values[name]
+        if isinstance(value, dict) and "model_type" in value:  # a tower's own configuration
+            found[name] = settings(value, *places)
+        else:
+            found[name] = value if len(json.dumps(value)) <= LONGEST else json_sha256(value)
+    return found
 
 
 def base_fingerprint(base: nn.Module) -> dict[str, Any]:
@@ -412,6 +416,8 @@ def base_fingerprint(base: nn.Module) -> dict[str, Any]:
     shapes = hashlib.sha256()
     tensors = dict(sorted(base_tensors(base.named_parameters())))
     for name, p in tensors.items():
+        if p.is_meta:
+            raise ArtifactError(f"{name}: weights are on the meta device (offloaded); load them")
         shapes.update(f"{name}:{list(p.shape)}\n".encode())
     buffers = dict(base_tensors(base.named_buffers()))
     for name, buffer in buffers.items():
@@ -486,7 +492,7 @@ def _differing(saved: _Base, found: dict[str, list[float]], base: nn.Module) -> 
         yield name
     parameters = dict(base_tensors(base.named_parameters()))
     for name, magnitude in (saved.mean_magnitudes or {}).items():
-        first = parameters[name].detach().flatten()[:_OLD_ELEMENTS]
+        first = parameters.get(name, torch.empty(0)).detach().flatten()[:_OLD_ELEMENTS]
         if not abs(float(first.double().abs().mean()) - magnitude) <= _OLD_RTOL * abs(magnitude):
             yield name
 

@@ -146,6 +146,18 @@ def _silent(dropout: nn.Module) -> bool:
     return idle and is_plain(dropout, nn.Identity, nn.Dropout)
 
 
+def _same(now: list[Tensor], seen: list[Tensor]) -> bool:
+    """Tell whether tensors have the same values; each device is waited for once."""
+    equal: dict[torch.device, list[Tensor]] = {}
+    if len(now) != len(seen):
+        return False
+    for a, b in zip(now, seen, strict=True):
+        if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
+            return False
+        equal.setdefault(a.device, []).append((a == b).all())
+    return all(bool(torch.stack(found).all()) for found in equal.values())
+
+
 class MergingLinear(LoraLinear):
     """PEFT's LoRA layer, which takes merged weights where these cost less.
 
@@ -177,7 +189,7 @@ class PeftAttachment:
         self._base = model.get_base_model()
         # LoRA's weights as last compared with the factors; each layer's dtype then, and what casts
         # explain of their distance.
-        self._seen: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._seen: list[Tensor] = []
         self._agreed: dict[str, tuple[torch.dtype, float]] = {}
         for name, sampler in samplers.items():
             layer: Any = self._base.get_submodule(name)
@@ -219,21 +231,15 @@ class PeftAttachment:
 
     def _check_weights(self, layers: Mapping[str, Any]) -> None:
         """Refuse factors that are not those of the weights now; a cast of these may round them."""
-        weights: dict[str, list[Tensor]] = {}
-        parts: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for name, layer in layers.items():
-            weights[name] = [p[self.adapter].weight.detach() for p in (layer.lora_A, layer.lora_B)]
-            for w in weights[name]:
-                parts.setdefault((w.device, w.dtype), []).append(w.flatten())
-        # Values, not version counters: ``.data`` and some optimizers write past these. Side by
-        # side, so that a GPU is waited for once.
-        now = {key: torch.cat(tensors) for key, tensors in parts.items()}
-        if now.keys() == self._seen.keys() and all(
-            torch.equal(t, self._seen[key]) for key, t in now.items()
-        ):
-            return
-        agreed = {name: self._compared(name, *pair) for name, pair in weights.items()}
-        self._seen, self._agreed = now, agreed
+        weights = {
+            name: [part[self.adapter].weight.detach() for part in (layer.lora_A, layer.lora_B)]
+            for name, layer in layers.items()
+        }
+        now = [weight for pair in weights.values() for weight in pair]
+        # Values, not version counters: ``.data`` and some optimizers write past these.
+        if not _same(now, self._seen):
+            self._agreed = {name: self._compared(name, *pair) for name, pair in weights.items()}
+            self._seen = [weight.clone() for weight in now]
 
     def _compared(self, name: str, A: Tensor, B: Tensor) -> tuple[torch.dtype, float]:
         """Compare weights with the factors; return their dtype, and what casts explain."""

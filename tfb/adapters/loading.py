@@ -42,7 +42,7 @@ TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS")
 WEIGHTS = "adapter_model.safetensors"
 # What is fetched of an adapter or artifact on the hub: never a pickled file.
 FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt", "README.md"]
-FILES += ["*.spm", "*.tiktoken", "*.bpe", "bpe.codes"]
+FILES += ["*.spm", "*.tiktoken", "*.bpe", "bpe.codes", "dict.txt"]
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Constants of a block that older versions of transformers saved: masks, positions and so on.
 _CONSTANT = re.compile(
@@ -149,12 +149,16 @@ def check_device(device: str | None, *, here: bool = True) -> None:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise ValueError(expected) from error
-    if chosen.type not in ("cpu", "cuda") or str(chosen) != device:  # "cuda:256" is torch's cuda:0
+    if chosen.type not in ("cpu", "cuda") or str(chosen) != str(
+        device
+    ):  # "cuda:256" is torch's cuda:0
         raise ValueError(expected)
     gpus = torch.cuda.device_count()
     if here and chosen.type == "cuda" and (chosen.index or 0) >= gpus:
-        seen = f"GPUs 0 to {gpus - 1}" if gpus else "no GPU"
-        raise ValueError(f"device={device}: torch sees {seen} here; use device=cpu")
+        last = (
+            f"the last GPU here is cuda:{gpus - 1}; use that one" if gpus else "torch sees no GPU"
+        )
+        raise ValueError(f"device={device}: {last}, or device=cpu")
 
 
 def to_device(model: nn.Module, device: str | None = None) -> None:
@@ -458,7 +462,7 @@ def _check_source(model: nn.Module, adapter: str, source: Path) -> None:
             weight, tensor = now.get(key), file.get_tensor(key)
             if weight is not None and not torch.equal(tensor.to(weight.dtype), weight.cpu()):
                 raise AdapterError(
-                    f"{key} is another one than in {source}, which would be copied: the model or "
-                    "the folder has changed since it was loaded; to save what the model has, set "
-                    "bayes.source = None"
+                    f"{key}: the model's weight is not the one in {source}, whose files would be "
+                    "copied; put the one or the other back, or set bayes.source = None to save "
+                    "what the model has"
                 )

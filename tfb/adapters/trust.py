@@ -125,7 +125,7 @@ def check_ranks(name: str | Path, config: Mapping[str, Any], stored: Iterable[in
 
     An ``r`` that is larger has no effect where a rank_pattern names every module.
     """
-    most = 16 * max(64, *stored)
+    most = 16 * max([64, *stored])
     for keys, value in _values({f: config.get(f) for f in ("r", "rank_pattern")}):
         if isinstance(value, int) and value > most:
             raise AdapterError(f"{name}: {keys[0]}={shown(value)}, but the weights have less")

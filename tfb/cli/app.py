@@ -81,7 +81,7 @@ def main() -> NoReturn:
 def _told(error: BaseException) -> str:
     """Return what to print of an error: of what others raise, which may go on for pages, a line."""
     if isinstance(error, ValueError | OSError | ImportError):
-        return str(error)
+        return "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
     if type(error).__name__ in ("MemoryError", "OutOfMemoryError"):
         return f"out of memory; take smaller batches ({told(error)})"
     return f"{told(error)} (TFB_TRACEBACK=1 shows where)"

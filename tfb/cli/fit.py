@@ -231,7 +231,7 @@ def fit(
         note(keep_sweeps(kept, model, sweeps))
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
     m.columns, m.extra = dict(given.form.columns), {"anchors": data.name}
     m.save_pretrained(output)
     kept.unlink(missing_ok=True)
@@ -262,15 +262,19 @@ def _interrupt(number: int, _: object) -> NoReturn:
 
 def identity(m: TfbModel) -> str:
     """Return a hash of what the outputs of a sweep depend on beside its key."""
-    from tfb.adapters.artifact import base_settings, file_sha256, library_versions
+    from tfb.adapters.artifact import (
+        base_fingerprint,
+        base_settings,
+        file_sha256,
+        library_versions,
+    )
     from tfb.adapters.loading import CONFIG, WEIGHTS
     from tfb.plain import json_sha256
-    from tfb.scoring.job import model_sha256
 
     bayes = m.bayes
     assert bayes.source is not None
     known: list[Any] = [file_sha256(bayes.source / name) for name in (CONFIG, WEIGHTS)]
-    known += [model_sha256(bayes.base), base_settings(bayes.base), library_versions()]
+    known += [base_fingerprint(bayes.base), base_settings(bayes.base), library_versions()]
     return json_sha256([*known, str(bayes.dtype), bayes.device.type])
 
 

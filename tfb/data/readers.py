@@ -202,9 +202,16 @@ def _table_rows(data: Any, form: RowFormat) -> Iterator[dict[str, Any] | RowErro
 
 
 def _fields(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | RowError]:
+    try:
+        batch.validate(full=True)  # no offset points out of its buffer, every text is UTF-8
+        whole = True
+    except pa.ArrowException:
+        whole = False
+
     def rows(start: int, stop: int) -> list[dict[str, Any]]:
         block = batch.slice(start, stop - start)
-        block.validate(full=True)  # no offset points out of its buffer, every text is UTF-8
+        if not whole:
+            block.validate(full=True)
         for number, column in enumerate(block.columns):
             if column.type == pa.time64("ns"):  # Python's would lose the nanoseconds unsaid
                 name, exact = block.schema.names[number], column.cast(pa.time64("us"))
@@ -363,15 +370,16 @@ def schema_of(source: Path) -> pa.Schema | None:
             return schema
 
 
-def count_records(source: Path) -> int:
-    """Return how many records :func:`read` yields.
+def count_records(source: Path, columns: Sequence[str] | None = None) -> int:
+    """Return how many records :func:`read` yields of these columns.
 
     Raises:
         RowError: a file that cannot be read to its end.
     """
     if _suffix(source) in JSON + CSV:
         return sum(1 for _ in read(source))
-    with _readable(source), _table(source) as (_, batches):  # whole: a page may be damaged
+    # Decoded, as a page may be damaged: that is to be known before a model is loaded.
+    with _readable(source), _table(source, columns) as (_, batches):
         return sum(batch.num_rows for batch in batches)
 
 

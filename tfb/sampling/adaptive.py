@@ -69,8 +69,8 @@ def predict_adaptively(
         kept.append(tempered(logits, temperature).softmax(-1).cpu())
         done += size
         found = Predictive.from_probs(torch.cat(kept), some_draws(done))
-        error = found.standard_error.gather(-1, found.prediction[:, None])[:, 0]
-        stop = (error <= settings.tolerance) | (done >= settings.most)
+        error = found.predicted_error
+        stop = (error <= settings.tolerance) | error.isnan() | (done >= settings.most)
         results.append((active[stop], found.rows(stop)))
         counts[active[stop]] = done
         kept = [p[:, ~stop] for p in kept]

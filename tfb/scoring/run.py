@@ -106,7 +106,10 @@ def run(
     if within := [s for s in sources if Path(os.path.realpath(s)).is_relative_to(output)]:
         raise OutputError(f"{job.output}: holds the input {within[0]}; choose a new folder")
     _compare(folder, earlier, job.declared() | columns)
-    files = input_files(sources, job.limit, () if earlier is None else earlier["files"])
+    read_columns = [*job.row_format.names.values(), *job.keep]
+    files = input_files(
+        sources, job.limit, () if earlier is None else earlier["files"], read_columns
+    )
     shards = plan([file["records"] for file in files], job)
     with folder:
         if folder.earlier(resume=True) != earlier:
@@ -244,9 +247,12 @@ def noted_signals() -> Iterator[list[int]]:
 
 
 def input_files(
-    sources: Sequence[Path], limit: int | None, earlier: Sequence[Mapping[str, Any]] = ()
+    sources: Sequence[Path],
+    limit: int | None,
+    earlier: Sequence[Mapping[str, Any]] = (),
+    columns: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Return what the manifest tells of the files of a run.
+    """Return what the manifest tells of the files of a run, of which ``columns`` are read.
 
     Those of an ``earlier`` manifest come first, unchanged. Files behind the limit are left out.
     """
@@ -266,7 +272,7 @@ def input_files(
     for source in left.values():
         if limit is not None and sum(file["records"] for file in found) >= limit:
             break
-        found.append({**_identity(source), "records": count_records(source)})
+        found.append({**_identity(source), "records": count_records(source, columns)})
     if not any(file["records"] for file in found):
         raise RowError(f"{', '.join(map(str, sources))}: the input holds no rows; add some")
     return found

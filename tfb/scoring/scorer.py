@@ -80,7 +80,7 @@ def result_columns(p: Predictive) -> dict[str, Tensor]:
         "prediction": p.prediction,
         "probs": p.probs,
         **{name: getattr(p, name) for name in UNCERTAINTIES},
-        "standard_error": p.standard_error.gather(-1, p.prediction[:, None].clamp_min(0))[:, 0],
+        "standard_error": p.predicted_error,
         "draws": torch.full_like(p.prediction, len(p.draws)) if counts is None else counts,
     }
     if p.draw_probs is not None:
