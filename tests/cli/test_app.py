@@ -435,7 +435,6 @@ def test_bad_options(
         ("score", ("--part-rows", 0)),
         ("score", ("--limit", 0)),
         ("score", ("--max-error-rate", 2)),
-        ("score", ("--max-error-rate", "nan")),
         ("score", ("--tail", -1)),
         ("evaluate", ("--limit", 10**30)),
     ],
