@@ -48,17 +48,18 @@ def promised(
 
 
 def table() -> str:
-    """Return the table as Markdown, by file and in the order of the tests."""
+    """Return the table as Markdown, in parts by file and in the order of the tests."""
     for path in sorted(Path(__file__).parent.glob("test_*.py")):
         importlib.import_module(f"faults.{path.stem}")
-    cases: dict[tuple[str, str, str], list[str]] = {}
+    cases: dict[str, dict[tuple[str, str], list[str]]] = {}
     for row in sorted(TABLE.values(), key=lambda row: row.file):
-        cases.setdefault((row.kind, row.promise, row.file), []).extend(row.cases)
-    lines = [
-        f"| {kind} | {'; '.join(tried)} | {promise} | `tests/faults/{file}` |"
-        for (kind, promise, file), tried in cases.items()
-    ]
-    return "\n".join(["| fault | tried | promised | test |", "|---|---|---|---|", *lines])
+        cases.setdefault(row.file, {}).setdefault((row.kind, row.promise), []).extend(row.cases)
+    lines = list[str]()
+    for file, rows in cases.items():
+        lines += [f"In `tests/faults/{file}`:", "", "| fault | tried | promised |", "|---|---|---|"]
+        lines += [f"| {kind} | {'; '.join(c)} | {told} |" for (kind, told), c in rows.items()]
+        lines += [""]
+    return "\n".join(lines[:-1])
 
 
 def filled(page: str) -> str:
