@@ -155,10 +155,8 @@ def check_device(device: str | None, *, here: bool = True) -> None:
         raise ValueError(expected)
     gpus = torch.cuda.device_count()
     if here and chosen.type == "cuda" and (chosen.index or 0) >= gpus:
-        last = (
-            f"the last GPU here is cuda:{gpus - 1}; use that one" if gpus else "torch sees no GPU"
-        )
-        raise ValueError(f"device={device}: {last}, or device=cpu")
+        seen = f"the last GPU here is cuda:{gpus - 1}" if gpus else "torch sees no GPU here"
+        raise ValueError(f"device={device}: {seen}; use {'that one or ' * (gpus > 0)}device=cpu")
 
 
 def to_device(model: nn.Module, device: str | None = None) -> None:
