@@ -10,7 +10,7 @@ import json
 import reprlib
 import sys
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -73,6 +73,19 @@ def json_sha256(value: Any) -> str:
     """
     text = json.dumps(value, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def differences(was: Mapping[str, Any], now: Mapping[str, Any], group: str = "") -> list[str]:
+    """Return the fields of ``now`` that were something else, as "field: was -> now"."""
+    found = []
+    for name, value in now.items():
+        before = was.get(name)
+        if isinstance(value, Mapping) and isinstance(before, Mapping):
+            both = {**dict.fromkeys(before), **value}
+            found += differences(before, both, f"{group}{name}.")
+        elif before != value:
+            found.append(f"{group}{name}: {before} -> {value}")
+    return found
 
 
 def typed(kind: Any, value: Any, name: str = "") -> Any:

@@ -605,6 +605,14 @@ def test_other_weights_are_another_base(artifact: Path) -> None:
             tfb.load(base(seed=9), folder)
 
 
+def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
+    bayes = bayesian()
+    bayes.configure(sigma=0.1)
+    with pytest.raises(ValueError, match=r"extra\.columns: expected an object"):
+        tfb.save(bayes, tmp_path / "made", columns=["a"])
+    assert not list(tmp_path.iterdir())
+
+
 def test_offloaded_weights_have_no_fingerprint() -> None:
     with pytest.raises(ArtifactError, match="weights are on the meta device"):
         base_fingerprint(base().to("meta"))

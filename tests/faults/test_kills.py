@@ -7,13 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 from faults.cases import promised
 from support.command import environment
-from support.scoring import DONE, files, manifest, write
+from support.scoring import DONE, files, manifest, scoring, write
 
 from tfb.scoring.job import Job
 from tfb.scoring.run import run
@@ -127,15 +126,7 @@ def test_the_command_is_asked_to_stop(
 ) -> None:
     words = f"{job.artifact} {job.inputs[0]} --output {job.output} --draws 2 --part-rows 1 "
     words += "--format jsonl --device cpu"
-    with subprocess.Popen(
-        [sys.executable, "-m", "tfb", "score", *words.split()],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-    ) as process:
-        while not files(job) and process.poll() is None:
-            time.sleep(0.001)
+    with scoring(job, words) as process:
         process.send_signal(fault)
         out, err = process.communicate()
     assert process.returncode == 128 + fault and out.startswith("stopped: "), (out, err)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +15,7 @@ from typing import Any
 import pytest
 from faults.cases import promised
 from faults.test_kills import KILLS
-from support.command import environment
-from support.scoring import DONE, files, needs_ray
+from support.scoring import DONE, files, needs_ray, scoring
 
 from tfb.data.rows import Row
 from tfb.scoring import ray as ray_engine
@@ -111,15 +108,7 @@ def test_killed_too_often(
 def test_killed_driver(job: Job, whole: dict[str, bytes], cluster: str) -> None:
     words = f"{job.artifact} {job.inputs[0]} --output {job.output} --draws 2 --part-rows 6 "
     words += f"--format jsonl --engine ray --workers 1 --ray-address {cluster}"
-    with subprocess.Popen(
-        [sys.executable, "-m", "tfb", "score", *words.split()],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-    ) as process:
-        while not files(job) and process.poll() is None:
-            time.sleep(0.01)
+    with scoring(job, words) as process:
         process.kill()
         assert process.stderr is not None
         assert files(job), process.stderr.read()

@@ -16,7 +16,8 @@ import tfb
 from tfb import ArtifactError
 from tfb.adapters.loading import load_tokenizer
 from tfb.demo import digits
-from tfb.scoring.job import base_settings, differences, tokenizer_settings
+from tfb.plain import differences
+from tfb.scoring.job import base_settings, tokenizer_settings
 from tfb.scoring.output import OutputError
 from tfb.scoring.run import run
 

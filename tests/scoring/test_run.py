@@ -41,8 +41,9 @@ from tfb.data.readers import find_sources
 from tfb.data.rows import RowError
 from tfb.demo import digits
 from tfb.evaluation.decisions import Decisions
+from tfb.plain import differences
 from tfb.scoring import run as offline
-from tfb.scoring.job import Job, differences, model_sha256
+from tfb.scoring.job import Job, model_sha256
 from tfb.scoring.output import Counts, OutputError, OutputFolder, locked
 from tfb.scoring.ray import Worker
 from tfb.scoring.run import (
@@ -69,8 +70,7 @@ LOAD = Job.load
 @given(st.lists(st.integers(0, 9), max_size=5), st.integers(1, 4), st.none() | st.integers(1, 30))
 def test_shards_hold_every_record_once(counts: list[int], size: int, limit: int | None) -> None:
     """In the input's order, which is that of the parts' names, and never of two files."""
-    job = Job("", (), "", part_rows=size, limit=limit)
-    shards = plan(counts, job)
+    shards = plan(counts, size, limit)
     everything = [(n, i) for n, count in enumerate(counts) for i in range(count)]
     found = [(s.file, i) for s in shards for i in range(s.start, s.stop)]
     assert found == everything[:limit]
@@ -85,7 +85,7 @@ def test_missing_shards_are_read_as_if_all_were(
 ) -> None:
     """Whichever are finished: the same items, numbers and places."""
     job, sources = replace(job_of_texts[0], part_rows=size), job_of_texts[1]
-    shards = plan([file["records"] for file in input_files(sources, None)], job)
+    shards = plan([file["records"] for file in input_files(sources, None)], size, None)
     stamps = {source: stamp(source) for source in sources}
     every = list(read_shards(stamps, shards, job))
     assert [w.shard for w in every] == shards

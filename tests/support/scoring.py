@@ -7,7 +7,11 @@ import json
 import logging
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +49,21 @@ def small_job(artifact: str, folder: Path) -> Job:
     inputs = (str(write(folder / "rows.jsonl", ROWS)),)
     output = str(folder / "out")
     return Job(artifact, inputs, output, draws=DRAWS, part_rows=6, format="jsonl")
+
+
+@contextmanager
+def scoring(job: Job, words: str) -> Iterator[subprocess.Popen[str]]:
+    """``tfb score`` with these arguments in a process of its own, once its first part is there."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "tfb", "score", *words.split()],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    ) as process:
+        while not files(job) and process.poll() is None:
+            time.sleep(0.001)
+        yield process
 
 
 def write(path: Path, rows: list[Any]) -> Path:

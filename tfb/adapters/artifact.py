@@ -46,7 +46,7 @@ from tfb.data.encoding import check_label_tokens
 from tfb.draws import stable_layer_id
 from tfb.evaluation.decisions import Decisions
 from tfb.model import BayesianModel
-from tfb.plain import json_sha256, listed, parse_json, shown, typed
+from tfb.plain import differences, json_sha256, listed, parse_json, shown, typed
 from tfb.posterior import AdapterError, LowRankPosterior
 from tfb.sampling.config import SamplingConfig
 from tfb.search.result import PredictiveFit
@@ -65,7 +65,7 @@ _FINGERPRINT_ATOL = 1e-7  # of an element: float16 has none that are smaller
 _HARMLESS = {"architectures", "dtype", "torch_dtype", "use_cache", "quantization_config"}
 _HARMLESS |= {"attn_implementation", "experts_implementation", "id2label", "label2id"}
 _HARMLESS |= {"pad_token_id", "bos_token_id", "eos_token_id", "problem_type"}
-LONGEST = 200  # of a setting as text; what is longer, such as a thousand classes, is hashed
+_LONGEST = 200  # of a setting as text; what is longer, such as a thousand classes, is hashed
 _OLD_ELEMENTS, _OLD_RTOL = 4096, 1e-3  # of the fingerprints that 0.1.0 wrote
 
 
@@ -160,6 +160,7 @@ def save(
         saved = sorted(p for p in staging.rglob("*") if p.is_file() and p.name != CARD)
         files = {p.relative_to(staging).as_posix(): file_sha256(p) for p in saved}
         sidecar = sidecar_of(bayes, fit, **extra) | {"files": files}
+        _check(sidecar)  # what could not be loaded is not saved
         write_json(staging / SIDECAR, sidecar | {"sha256": json_sha256(sidecar)})
         write(staging / CARD, card_text(sidecar, bayes.source).encode())
     return path
@@ -403,7 +404,7 @@ def settings(values: dict[str, Any], *places: str) -> dict[str, Any]:
         if isinstance(value, dict) and "model_type" in value:  # a tower's own configuration
             found[name] = settings(value, *places)
         else:
-            found[name] = value if len(json.dumps(value)) <= LONGEST else json_sha256(value)
+            found[name] = value if len(json.dumps(value)) <= _LONGEST else json_sha256(value)
     return found
 
 
@@ -455,7 +456,8 @@ def check_base(folder: Path, saved: Mapping[str, Any], base: nn.Module) -> None:
             f"{folder}: fitted on another base model ({saved['model_type']}; this one is "
             f"{found['model_type']} with other parameters); load the base it was fitted on"
         )
-    if others := sorted(_edited(saved.get("settings") or {}, base_settings(base))):
+    was, now = saved.get("settings") or {}, base_settings(base)
+    if others := differences(_comparable(was, now), _comparable(now, was)):
         raise ArtifactError(
             f"{folder}: fitted on a base model with another configuration ({listed(others)}); "
             "load the base it was fitted on"
@@ -467,14 +469,14 @@ def check_base(folder: Path, saved: Mapping[str, Any], base: nn.Module) -> None:
         )
 
 
-def _edited(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the fields that have another value, of those that either version has."""
-    for name in was.keys() & now.keys() - _HARMLESS:
-        before, after = was[name], now[name]
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            yield from (f"{name}.{inner}" for inner in _edited(before, after))
-        elif before != after:
-            yield f"{name}: {before} -> {after}"
+def _comparable(values: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that count, of those that another version's configuration has too."""
+    found = dict[str, Any]()
+    for name in sorted(values.keys() & others.keys() - _HARMLESS):
+        value, other = values[name], others[name]
+        nested = isinstance(value, Mapping) and isinstance(other, Mapping)
+        found[name] = _comparable(value, other) if nested else value
+    return found
 
 
 def _differing(saved: _Base, found: dict[str, list[float]], base: nn.Module) -> Iterator[str]:

@@ -11,7 +11,7 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -172,22 +172,25 @@ def check_base(name: str | Path) -> None:
     """
     path = _find(name, "config.json")
     for keys, value in _values(read_object(path, name)) if path else ():
-        field = keys[-1] if keys else ""
-        most = _MOST_LABELS if field.endswith("labels") else _MOST
-        if (
-            not {"id2label", "label2id"} & {*keys}
-            and (
-                any(key in _REFUSED or (key[:2] == "__" and key != "__float__") for key in keys)
-                or (any("_implementation" in key for key in keys) and _named(value, _BUILT_IN))
-                or (field == "quant_method" and _named(value, _QUANTIZED))
-                or (isinstance(value, int) and value > most and any(map(_COUNT.search, keys)))
-            )
-            and value is not None
-        ):
+        if _is_refused(keys, value):
             raise AdapterError(
                 f"{name}: config.json has {'.'.join(keys)}={shown(value)}, which is not taken "
                 "from a file; remove it, or load the model and give that as the base"
             )
+
+
+def _is_refused(keys: tuple[str, ...], value: Any) -> bool:
+    """Tell whether a value of a config.json leads elsewhere, to code, or to endless parts."""
+    if value is None or not keys or {"id2label", "label2id"} & {*keys}:
+        return False
+    if any(key in _REFUSED or (key[:2] == "__" and key != "__float__") for key in keys):
+        return True
+    if isinstance(value, str):
+        how = any("_implementation" in key for key in keys)
+        known = keys[-1] != "quant_method" or value in _QUANTIZED
+        return not known or (how and value not in _BUILT_IN)
+    most = _MOST_LABELS if keys[-1].endswith("labels") else _MOST
+    return isinstance(value, int) and value > most and any(map(_COUNT.search, keys))
 
 
 def stored_weights(name: str | Path) -> tuple[int, dict[str, str]]:
@@ -256,11 +259,6 @@ def check_size(name: str | Path, elements: int, stored: int) -> None:
             f"{name}: config.json describes {elements:.3g} weights, but the checkpoint has "
             f"{stored:.3g} bytes"
         )
-
-
-def _named(value: Any, known: Sequence[str]) -> bool:
-    """Return whether a value names something else than what is known."""
-    return isinstance(value, str) and value not in known
 
 
 def _find(name: str | Path, file: str) -> Path | None:

@@ -291,19 +291,6 @@ class Work:
     items: list[Item]
 
 
-def differences(was: Mapping[str, Any], now: Mapping[str, Any], group: str = "") -> list[str]:
-    """Return the fields of ``now`` that were something else, as "field: was -> now"."""
-    found = []
-    for name, value in now.items():
-        before = was.get(name)
-        if isinstance(value, Mapping) and isinstance(before, Mapping):
-            both = {**dict.fromkeys(before), **value}
-            found += differences(before, both, f"{group}{name}.")
-        elif before != value:
-            found.append(f"{group}{name}: {before} -> {value}")
-    return found
-
-
 def model_sha256(base: nn.Module) -> str:
     """Hash every parameter and buffer of the base model; the artifact has a hash of its own.
 

@@ -23,7 +23,8 @@ import torch
 
 from tfb.adapters.artifact import base_of
 from tfb.data.rows import Row
-from tfb.scoring.job import Job, Work, differences
+from tfb.plain import differences
+from tfb.scoring.job import Job, Work
 from tfb.scoring.scorer import Result, rows_of
 
 RETRIES = 3  # of a shard whose actor died

@@ -27,9 +27,9 @@ from tfb.adapters.artifact import file_sha256
 from tfb.adapters.loading import check_device
 from tfb.data.readers import count_records, find_sources, read
 from tfb.data.rows import RowError
-from tfb.plain import listed
+from tfb.plain import differences, listed
 from tfb.sampling.adaptive import Adaptive
-from tfb.scoring.job import Job, Shard, Work, differences
+from tfb.scoring.job import Job, Shard, Work
 from tfb.scoring.output import (
     FORMAT_VERSION,
     LOCK,
@@ -110,7 +110,7 @@ def run(
     files = input_files(
         sources, job.limit, () if earlier is None else earlier["files"], read_columns
     )
-    shards = plan([file["records"] for file in files], job)
+    shards = plan([file["records"] for file in files], job.part_rows, job.limit)
     with folder:
         if folder.earlier(resume=True) != earlier:
             raise OutputError(f"{folder.path}: another run has written to it meanwhile; run again")
@@ -168,8 +168,8 @@ def verify(output: Path) -> tuple[dict[str, Counts], list[str]]:
         manifest = read_manifest(output)
         told = manifest["configuration"]
         auto = Adaptive(told["tolerance"], told["most"]) if told["draws"] == "auto" else None
-        job = Job("", (), "", part_rows=told["part_rows"], limit=told["limit"])
-        shards = plan([file["records"] for file in manifest["files"]], job)
+        records = [file["records"] for file in manifest["files"]]
+        shards = plan(records, told["part_rows"], told["limit"])
         folder = OutputFolder(output, pa.schema([]), told["format"], auto)
         found, faults = folder.inspect({shard.name: len(shard) for shard in shards})
     there = {path.name for path in output.glob("part-*")}
@@ -292,13 +292,13 @@ def stamp(source: Path) -> tuple[int, ...] | None:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def plan(records: Iterable[int], job: Job) -> list[Shard]:
-    """Cut files with these numbers of records into shards, up to the job's limit."""
+def plan(records: Iterable[int], part_rows: int, limit: int | None) -> list[Shard]:
+    """Cut files with these numbers of records into shards, up to a limit of them all."""
     shards, before = list[Shard](), 0
     for number, count in enumerate(records):
-        end = count if job.limit is None else min(count, job.limit - before)
-        for start in range(0, end, job.part_rows):
-            shards.append(Shard(number, start, min(start + job.part_rows, end), before))
+        end = count if limit is None else min(count, limit - before)
+        for start in range(0, end, part_rows):
+            shards.append(Shard(number, start, min(start + part_rows, end), before))
         before += count
     return shards
 
