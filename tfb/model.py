@@ -261,6 +261,47 @@ class BayesianModel(Configured):
         Raises:
             ValueError: a batch, a mode or label_ids that do not fit the model or each other.
         """
+        bayes, mode, tail = self._in_mode(mode, tail)
+        inputs = bayes.inputs(batch, mode)
+        return scored_logits(bayes, inputs, draws, label_ids, tail, draws_per_pass)
+
+    @torch.no_grad()
+    def answer_log_probs(
+        self,
+        batch: Batch,
+        draws: Draws,
+        answer_ids: Tensor,
+        temperatures: Sequence[float] = (1.0,),
+        *,
+        mode: str | None = None,
+        tail: int | None = None,
+    ) -> Tensor:
+        """Compute the log-probabilities [S, B, L, G] of answers, token by token, in eval mode.
+
+        Each token is given the prompt and the answer's tokens before it. In tail mode noise acts
+        at the last ``tail`` tokens of the prompt and at the answer's.
+
+        Args:
+            batch: the prompts, a tokenizer's tensors [B, T], with either padding side.
+            draws: S draws.
+            answer_ids: [B, L] vocabulary ids, -1 after the end of shorter answers, where 0 is
+                returned.
+            temperatures: G values of T.
+            mode: see :meth:`predict`.
+            tail: see :meth:`predict`.
+
+        Raises:
+            ValueError: not a causal LM, or a batch, a mode or answer_ids that do not fit the model
+                or each other.
+        """
+        if self.task != "CAUSAL_LM":
+            raise ValueError(f"answers: they need a causal language model, not {self.task}")
+        bayes, mode, tail = self._in_mode(mode, tail)
+        inputs, ids = bayes.inputs(batch, mode), answer_ids[:, None]
+        return scored_logits(bayes, inputs, draws, ids, tail, None, temperatures)[:, :, 0]
+
+    def _in_mode(self, mode: str | None, tail: int | None) -> tuple[BayesianModel, str, int | None]:
+        """Return the model as it is now, and the mode and tail that are meant; refuse others."""
         bayes = self.frozen()
         config = bayes.config
         if mode is None:
@@ -268,8 +309,7 @@ class BayesianModel(Configured):
             tail = config.tail if tail is None else tail
         bayes.check_config(replace(config, mode=mode, tail=tail))
         bayes.check_sampling()
-        inputs = bayes.inputs(batch, mode)
-        return scored_logits(bayes, inputs, draws, label_ids, tail, draws_per_pass)
+        return bayes, mode, tail
 
     def predictive(self, logits: Tensor, draws: Draws, *, keep_draws: bool = False) -> Predictive:
         """Average the probabilities of logits [S, B, K] at the model's temperature."""
@@ -370,24 +410,21 @@ class BayesianModel(Configured):
     ) -> Generation:
         """Continue prompts with the posterior predictive; every token has the model's temperature.
 
+        In tail mode noise acts at the last ``tail`` tokens of a prompt and at every new one; the
+        prompt before them is read once for all draws.
+
         Args:
             batch: a tokenizer's tensors [B, T], with either padding side.
             draws: S coherent weight samples that decode side by side.
             per_draw: every draw writes its own continuation instead, [S, B, ...].
             options: those of transformers' ``generate`` (max_new_tokens, do_sample, temperature,
-                stopping criteria, streamer, ...).
+                stop_strings with tokenizer, stopping_criteria, ...).
 
         Raises:
-            ValueError: not a causal LM, sigma not set or searched for tails, token noise, or an
-                option that cannot work with several draws.
+            ValueError: not a causal LM, sigma not set, token noise, NaN, or an option that cannot
+                work with several draws.
         """
         bayes = self.frozen()
-        if bayes.config.mode == "tail" and not isinstance(draws, Draws):
-            raise ValueError(
-                f"generate: sigma was searched with mode='tail' (tail={bayes.config.tail}), and "
-                "generation has its noise at every token; fit with mode 'full', or accept this "
-                "sigma there: bayes.configure(mode='full')"
-            )
         return run_generation(bayes, batch, bayes.draws(draws), per_draw, options)
 
     @property

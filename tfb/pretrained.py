@@ -39,7 +39,7 @@ from tfb.adapters.loading import (
 from tfb.data.batching import EncodedRows
 from tfb.data.encoding import LABEL_TOKENS, check_label_tokens, check_truncate
 from tfb.data.readers import read_rows
-from tfb.data.rows import Row, check_labels
+from tfb.data.rows import ANSWERS, Row, check_labels, fitted_task, task_of
 from tfb.draws import Draws, check_even
 from tfb.evaluation.compare import Comparison
 from tfb.evaluation.decisions import check_targets
@@ -58,6 +58,7 @@ from tfb.search.loss import METRICS
 from tfb.search.result import PredictiveFit
 
 DRAWS = 10
+NO_TARGETS = "a target error or coverage needs rows with choices or classes, not answers"
 
 
 @dataclass
@@ -128,15 +129,15 @@ class TfbModel(nn.Module):
         self,
         data: Any,
         columns: Mapping[str, str] | None = None,
-        *,
-        labels: Sequence[str] | None = None,
-        optional: Sequence[str] = (),
+        **how: Any,
     ) -> list[Row]:
         names = self.columns | dict(columns or {})
-        return read_rows(data, row_format(self.bayes, names, labels=labels, optional=optional))
+        return read_rows(data, row_format(self.bayes, names, **how))
 
-    def _encoded(self, rows: Sequence[Row], truncate: str | None) -> EncodedRows:
-        return row_encoder(self.bayes, self.tokenizer, truncate)(rows)
+    def _encoded(
+        self, rows: Sequence[Row], truncate: str | None, task: str | None = None
+    ) -> EncodedRows:
+        return row_encoder(self.bayes, self.tokenizer, truncate, task=task)(rows)
 
     # --- fit --------------------------------------------------------------------------------------
 
@@ -149,6 +150,7 @@ class TfbModel(nn.Module):
         prompt: str | None = None,
         choices: str | None = None,
         messages: str | None = None,
+        answer: str | None = None,
         id: str | None = None,
         truncate: str | None = None,
         target_error: float | None = None,
@@ -167,6 +169,8 @@ class TfbModel(nn.Module):
             prompt: of the column that choices continue.
             choices: of the column with the choices.
             messages: of the column with a chat in place of a prompt.
+            answer: of the column with the text that is right behind a prompt, in place of choices.
+                Named in every call.
             id: of the column with the rows' ids.
             truncate: "left" or "right": the side on which rows that are too long are cut.
             target_error: the share of wrong answers to allow among rows that are not abstained
@@ -186,7 +190,7 @@ class TfbModel(nn.Module):
             SearchError: the objective has no answer on these rows.
         """
         named = {"text": text, "label": label, "prompt": prompt, "choices": choices}
-        named |= {"messages": messages, "id": id}
+        named |= {"messages": messages, "answer": answer, "id": id}
         check_truncate(truncate)
         decide = target_error is not None or coverage is not None
         if decide:
@@ -194,20 +198,25 @@ class TfbModel(nn.Module):
         elif calibration is not None:
             raise ValueError("calibration: give target_error or coverage, which are fitted to it")
         columns = self.columns | {o: theirs for o, theirs in named.items() if theirs is not None}
-        rows, held_out = self._rows(data, columns), []
+        task = fitted_task(self.bayes.task, columns)
+        rows, held_out = self._rows(data, columns, task=task), []
+        task = task_of(rows, task)
+        if task == ANSWERS and decide:
+            raise ValueError(NO_TARGETS)
         if calibration is not None:
             held_out = self._rows(calibration, columns)
             _check_apart(rows, held_out)
         elif decide:
             rows, held_out = _halves(rows, self.bayes.config.seed)
         metric = search.get("metric", "nll")
-        if isinstance(metric, str) and metric in METRICS and METRICS[metric].labelled:
-            check_labels(rows, *_LABELLED)
+        if task != ANSWERS and isinstance(metric, str) and metric in METRICS:
+            check_labels(rows if METRICS[metric].labelled else [], *_LABELLED)
         check_labels(held_out, *_LABELLED)
         notes = self._find_label_tokens(rows, truncate)
         apart = self._encoded(held_out, truncate) if decide else None  # refused before the search
-        found = fit_sigma(self.bayes, self._encoded(rows, truncate), **search)
+        found = fit_sigma(self.bayes, self._encoded(rows, truncate, task), **search)
         self.columns, self.fitted = columns, replace(found, notes=(*notes, *found.notes))
+        self.columns.pop("answer", None)  # no other call reads it
         self.extra = {"anchors": Path(data).name} if isinstance(data, str | Path) else {}
         if apart is not None:
             targets: dict[str, Any] = {"target_error": target_error, "coverage": coverage}
@@ -287,7 +296,8 @@ class TfbModel(nn.Module):
             draws: as for :meth:`BayesianModel.predict`, "auto" included; default: ``m.draws``.
             stream: return an iterator of dicts, for more rows than fit into memory.
             columns: for our names of columns the data's; default: those given to :meth:`fit`.
-            options: those of :func:`tfb.score` (batch_size, per_draw, truncate, errors).
+            options: those of :func:`tfb.score` (batch_size, per_draw, truncate, errors; generate,
+                max_new_tokens and stop to write text behind prompts).
 
         Raises:
             RowError: a row that cannot be scored, unless ``errors="rows"``.
@@ -373,6 +383,8 @@ class TfbModel(nn.Module):
     ) -> Tensor | Generation:
         """Continue prompts with the averaged predictive, called as transformers' ``generate``.
 
+        For text in and text out, chats included: :meth:`score` with ``generate=True``.
+
         Args:
             inputs: input ids [B, T] or a tokenizer's batch; or None, with input_ids among the
                 options.
@@ -381,7 +393,7 @@ class TfbModel(nn.Module):
 
         Returns:
             Token ids [B, T + L]; with ``return_dict_in_generate=True`` a :class:`Generation`, with
-            the uncertainty of every token.
+            the uncertainty of every token and of the whole text.
 
         Raises:
             ValueError: what :meth:`BayesianModel.generate` refuses.
@@ -393,13 +405,13 @@ class TfbModel(nn.Module):
         if not isinstance(batch.get("input_ids"), Tensor):
             raise TypeError(
                 "generate: needs token ids; write m.generate(**m.tokenizer(texts, "
-                "return_tensors='pt', padding=True))"
+                "return_tensors='pt', padding=True)), or m.score(texts, generate=True) to have text"
             )
         config = options.get("generation_config")
         whole = options.pop("return_dict_in_generate", None)
         whole = getattr(config, "return_dict_in_generate", False) if whole is None else whole
         chosen = self.bayes.distinct_draws(self.draws if draws is None else draws)
-        found = self.bayes.generate(batch, chosen, **options)
+        found = self.bayes.generate(batch, chosen, **{"tokenizer": self.tokenizer, **options})
         return found if whole else found.sequences
 
     @contextlib.contextmanager

@@ -49,6 +49,20 @@ def test_batches_of_one_kind() -> None:
     assert [MIXED.num_choices(i) for i in range(4)] == [2, 3, 2, 2]
 
 
+def test_prompts_have_room_for_what_is_written() -> None:
+    """They have no choices, share batches, and new tokens count in the budget."""
+    prompts = EncodedRows(list("abcd"), [[5] * 10] * 4, None, [None] * 4, None, new_tokens=5)
+    assert prompts.num_choices(0) == 0 and prompts.choice_tokens(0) is None
+    (batch,) = batches(prompts, batch_size=4, pad_token_id=0)
+    assert batch.label_ids is None and batch.labels.tolist() == [NO_LABEL] * 4
+    assert token_batches(prompts, 60) == [[0, 1, 2, 3]] and padded_tokens(prompts, [0, 1]) == 30
+    assert token_batches(prompts, 59) == [[0, 1, 2], [3]]
+    assert token_batches(prompts, 1) == [[0], [1], [2], [3]]
+    unequal = replace(prompts, input_ids=[[5] * n for n in (1, 4, 8, 10)], new_tokens=100)
+    (one,) = token_batches(unequal, 440)  # of which little is padding
+    assert sorted(one) == [0, 1, 2, 3]
+
+
 def test_batch_arguments() -> None:
     with pytest.raises(ValueError, match="batch_size"):
         batches(MIXED, batch_size=0, pad_token_id=0)

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from tfb.data.batching import NO_LABEL, EncodedRows, batches
 from tfb.data.encoding import LONGEST, RowEncoder
 from tfb.data.readers import read_rows
-from tfb.data.rows import Row, RowError
+from tfb.data.rows import ANSWERS, PROMPTS, Row, RowError
 
 LETTERS = tuple("ABCDEFGHIJ")
 
@@ -520,6 +520,121 @@ def test_texts() -> None:
     assert batch.model_inputs().keys() == {"input_ids", "attention_mask", "token_type_ids"}
     assert batch.labels.tolist() == [2, NO_LABEL]
     assert batch.label_ids is None
+
+
+# --- rows to be continued -------------------------------------------------------------------------
+
+
+def encode_prompts(rows: list[Row], tokenizer: Any, new: int = 3, **how: Any) -> EncodedRows:
+    return RowEncoder(tokenizer, PROMPTS, max_new_tokens=new, **how)(rows)
+
+
+def answered(prompt: str, answer: str) -> Row:
+    return Row("r", prompt, answer=answer, source="f.jsonl:12")
+
+
+@pytest.mark.parametrize("template", ["$A", "<s> $A", "$A </s>", "<s> $A </s>"])
+def test_prompts_are_read_as_they_stand(template: str) -> None:
+    """With one BOS and no EOS; a space at the end stays where it is, choices are not looked at."""
+    bos = ["<s>"] if template.startswith("<s>") else []
+    tokenizer = marked_bpe(template)
+    rows = [Row("1", "Topic "), row("<s>Topic" if bos else "Topic", "A", " A", label=9)]
+    encoded = encode_prompts(rows, tokenizer)
+    assert names(tokenizer, encoded.input_ids[0]) == [*bos, "▁T", *"opic", "▁"]
+    assert encoded.input_ids[1] == encoded.input_ids[0][:-1] and encoded.new_tokens == 3
+    assert (encoded.label_ids, encoded.choices, encoded.labels) == (None, None, [None, None])
+
+
+def test_prompts_of_chats() -> None:
+    tokenizer = chat(marked_bpe(), "'<s>x' + m.content", "' ' + m.content", "':'")
+    encoded = encode_prompts([Row("r", messages=asks("Topic").messages)], tokenizer)
+    assert names(tokenizer, encoded.input_ids[0]) == ["<s>", "▁", "x", *"Topic", ":"]
+
+
+def test_a_prompt_leaves_room_for_new_tokens() -> None:
+    tokenizer, rows = byte_bpe(), [Row("r", "abcdefgh", source="f:1")]
+    assert encode_prompts(rows, tokenizer, max_length=11).truncated == [0]
+    message = r"^f:1 \(id 'r'\): 8 tokens and 3 new ones, but the model takes 10; shorten the row, "
+    with pytest.raises(RowError, match=message + r"lower max_new_tokens, or let it be cut \(trunc"):
+        encode_prompts(rows, tokenizer, max_length=10)
+    for side, kept in (("left", [*"bcdefgh"]), ("right", [*"abcdefg"])):
+        encoded = encode_prompts(rows, tokenizer, max_length=10, truncate=side)
+        assert names(tokenizer, encoded.input_ids[0]) == kept and encoded.truncated == [1]
+        with pytest.raises(RowError, match=r"8 tokens and 10 new ones, .*nothing of the prompt"):
+            encode_prompts(rows, tokenizer, 10, max_length=10, truncate=side)
+    with pytest.raises(ValueError, match="max_new_tokens=0: expected at least 1"):
+        encode_prompts(rows, tokenizer, 0)
+
+
+def test_prompts_that_nothing_follows() -> None:
+    for tokenizer in (byte_bpe(), marked_bpe()):
+        tokenizer.backend_tokenizer.normalizer = normalizers.Replace("x", "")
+        with pytest.raises(RowError, match=r"f:1 \(id 'r'\): no tokens; write text that the token"):
+            encode_prompts([Row("r", "xx", source="f:1")], tokenizer)
+    with pytest.raises(RowError, match="this is a text row; use rows with 'prompt' here"):
+        encode_prompts([Row("r", text="x")], byte_bpe())
+    with pytest.raises(RowError, match="the prompt or a choice is empty"):
+        encode_prompts([Row("r", "")], byte_bpe())
+
+
+@pytest.mark.parametrize("template", ["$A", "<s> $A", "$A </s>", "<s> $A </s>"])
+def test_an_answer_is_the_only_choice(template: str) -> None:
+    """All of its tokens, as a choice of that prompt has them, and the end token."""
+    tokenizer = marked_bpe(template)
+    for prompt in ("Topic", "Topic "):  # the space moves: there is a token "▁B"
+        encoded = RowEncoder(tokenizer, ANSWERS, label_tokens="last")([answered(prompt, "B?A")])
+        assert names(tokenizer, encoded.input_ids[0])[-5:] == ["▁T", *"opic"]
+        (((ids,),),) = [encoded.choice_ids or []]
+        assert names(tokenizer, ids) == ["▁B", "?", "A", "</s>"]
+        assert (encoded.label_ids, encoded.labels, encoded.choices) == ([()], [0], [("B?A",)])
+    rows = [answered("Topic:", f"{c} {d}") for c in "ABC" for d in "xyz"]
+    found = RowEncoder(tokenizer, ANSWERS)(rows)
+    (batch,) = batches(found, batch_size=9, pad_token_id=0)
+    assert batch.label_ids is not None and batch.label_ids.shape == (9, 1, 5)
+    for i, one in enumerate(rows):
+        with_other = row("Topic:", one.answer or "", "zA")
+        wanted = encode_choices([with_other], tokenizer, length_normalization="tokens")
+        assert found.input_ids[i] == wanted.input_ids[0] and found.num_choices(i) == 1
+        assert found.choice_ids is not None and wanted.choice_ids is not None
+        assert found.choice_ids[i] == (((*(wanted.choice_ids[0] or ((),))[0], 2)),)
+
+
+def test_answers_of_one_token_and_a_byte_tokenizer() -> None:
+    tokenizer = byte_bpe()
+    tokenizer.eos_token = ":Ċ"
+    encoded = RowEncoder(tokenizer, ANSWERS)([answered("x:", "A"), answered("x:\n", "A")])
+    ends = [[names(tokenizer, ids) for ids in one or ()] for one in encoded.choice_ids or []]
+    assert ends == [[["ĠA", ":Ċ"]], [["A", ":Ċ"]]]
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (answered("Topic", "AQ"), "the tokenizer does not know the answer 'AQ'; use answers that"),
+        (answered("Topic", ""), "the prompt or the answer is empty"),
+        (row("Topic", "A", "B"), "the row has no answer; write the text that is right"),
+        (
+            Row("r", text="x", source="f.jsonl:12"),
+            "this is a text row; use rows with 'prompt' and 'answer'",
+        ),
+        (answered("x" * 9, "yyy"), "15 tokens, but the model takes 13; shorten the row, or let"),
+    ],
+)
+def test_answers_that_cannot_be_learnt_from(made: Row, message: str) -> None:
+    with pytest.raises(RowError, match=rf"^f\.jsonl:12 \(id 'r'\): {message}"):
+        RowEncoder(marked_bpe(), ANSWERS, max_length=13)([made])
+    with pytest.raises(RowError, match="the tokenizer has no end token, which follows an answer"):
+        RowEncoder(byte_bpe(), ANSWERS)([answered("x", "y")])
+    tokenizer = chat(marked_bpe(), "m.content", "m.content")
+    merged = Row("r", messages=asks("xyz").messages, answer="A")
+    with pytest.raises(RowError, match="merges with the first of the answer; end the prompt"):
+        RowEncoder(tokenizer, ANSWERS)([merged])
+
+
+def test_rows_without_choices_are_not_scored() -> None:
+    for made in (Row("r", "x"), answered("x", "A")):
+        with pytest.raises(RowError, match="the choices are None; give a tuple of two or more"):
+            encode_choices([made], byte_bpe())
 
 
 # --- the reference model --------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tfb.data.readers import read_rows
-from tfb.data.rows import DEEPEST, Row, RowError, RowFormat, decode_object
+from tfb.data.rows import ANSWERS, DEEPEST, PROMPTS, Row, RowError, RowFormat, decode_object
 
 CHOICE: dict[str, Any] = {"id": "q1", "prompt": "2+2?", "choices": ["A", "B"], "label": 1}
 TEXT: dict[str, Any] = {"id": "t1", "text": "book a table", "label": 3}
@@ -334,10 +334,44 @@ def test_messages_in_place_of_a_prompt() -> None:
         assert row.choices == ("A", "B|C") and row.label == 1
 
 
+PROMPT: dict[str, Any] = {"id": "g1", "prompt": "2+2?", "choices": 3, "label": [], "answer": 4}
+
+
+def test_rows_to_be_continued() -> None:
+    """By their prompts alone, whatever else is there, or with the text that is right."""
+    free, told = RowFormat({"answer": "gold"}, task=ANSWERS), RowFormat(task=PROMPTS)
+    assert told.row(PROMPT) == Row("g1", "2+2?")
+    assert free.row({**PROMPT, "gold": " four"}) == Row("g1", "2+2?", answer=" four")
+    said = [{"role": "user", "content": "2+2?"}]
+    assert told.row({"messages": said}, number=7) == Row("7", messages=tuple(said))
+    assert read_rows(["2+2?"], told) == [Row("0", "2+2?", source="row 0")]
+
+
+@pytest.mark.parametrize(
+    ("task", "fields", "fault"),
+    [
+        (PROMPTS, {"text": "x"}, "no column 'prompt'; there are 'text'; name yours by columns"),
+        (PROMPTS, {"prompt": " "}, "'prompt' is empty; write some text"),
+        (PROMPTS, {"prompt": 3}, "'prompt' is 3; make it a string"),
+        (PROMPTS, {"prompt": "x", "messages": "[]"}, "'prompt' together with 'messages'"),
+        (PROMPTS, {"messages": []}, "'messages' is no list of messages"),
+        (ANSWERS, {"prompt": "x"}, "no column 'answer'; .* such as answer=YOURS"),
+        (ANSWERS, {"prompt": "x", "answer": ""}, "nothing in column 'answer'; write it, or"),
+        (ANSWERS, {"prompt": "x", "answer": "\n"}, "'answer' is empty; write some text"),
+        (ANSWERS, {"prompt": "x", "answer": 4}, "'answer' is 4; make it a string"),
+        (ANSWERS, {"prompt": None, "answer": "4"}, "nothing in column 'prompt'|no column"),
+    ],
+)
+def test_rows_that_cannot_be_continued(task: str, fields: dict[str, Any], fault: str) -> None:
+    with pytest.raises(RowError, match=f"^f:3: .*{fault}"):
+        RowFormat(task=task).row(fields, "f:3")
+
+
 def test_settings_that_cannot_be() -> None:
     for how, message in (
         ({"columns": {"question": "prompt"}}, "'question' is none of id, prompt, messages"),
         ({"columns": {"prompt": "x"}, "task": "SEQ_CLS"}, "'prompt' is none of id, text, label;"),
+        ({"columns": {"label": "x"}, "task": PROMPTS}, "'label' is none of id, prompt, messages;"),
         ({"columns": {"id": "a", "text": "a"}}, "'a' is named twice"),
         ({"labels": ["a"]}, "two or more names"),
         ({"labels": ["a", "b", "a"]}, r"given twice, got \['a', 'b', 'a'\]"),
@@ -352,8 +386,10 @@ def test_settings_that_cannot_be() -> None:
 def test_a_row_by_hand_says_what_to_write() -> None:
     for wrong in (
         {"id": "good"},
-        {"id": "1", "prompt": "x"},
+        {"id": "1", "choices": ("A", "B")},
         {"id": "1", "text": "x", "prompt": "y"},
+        {"id": "1", "text": "x", "answer": "y"},
+        {"id": "1", "prompt": "x", "choices": ("A", "B"), "answer": "A"},
     ):
         with pytest.raises(
             RowError, match=r"write Row\(id='1', text='...'\) or Row\(id='1', prompt"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from faults.cases import promised
 from support.command import environment
@@ -100,10 +101,24 @@ print(stopped, finished, len(whole))
 )
 def test_killed_at_random_moments(artifact: str, tmp_path: Path, fault: list[str]) -> None:
     """A signal at a random call inside tfb, in any thread, again and again, then resumed."""
+    killed(artifact, tmp_path, fault)
+
+
+@promised(
+    "the process is killed while it writes text (`--generate`)",
+    "as above: every part whole or absent; resumed, all texts and figures byte for byte",
+    {"SIGKILL at random moments (10)": ["SIGKILL"] * 10},
+)
+def test_killed_while_generating(artifact: str, tmp_path: Path, fault: list[str]) -> None:
+    killed(artifact, tmp_path, fault, generate=True, max_new_tokens=4)
+
+
+def killed(artifact: str, tmp_path: Path, fault: list[str], **how: Any) -> None:
+    """Run a job of seven rows in five parts as ``KILLED`` says."""
     rows = [{"prompt": f"{c} {c}\n=", "choices": ["0", "1"]} for c in "abcdef"]
     inputs = [str(write(tmp_path / "a.jsonl", [*rows[:2], "{broken"]))]
     inputs += [str(write(tmp_path / "b.jsonl", [*rows[2:], {"id": "x"}]))]
-    job = {"artifact": artifact, "inputs": inputs, "draws": 2, "part_rows": 2}
+    job = {"artifact": artifact, "inputs": inputs, "draws": 2, "part_rows": 2, **how}
     job["output"] = str(tmp_path / "out")
     done = subprocess.run(
         [sys.executable, "-c", KILLED, json.dumps(job), *fault],

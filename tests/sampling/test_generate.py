@@ -11,8 +11,15 @@ import pytest
 import torch
 from support.architectures import CAUSAL, DRAWS, KINDS
 from support.models import make_batch, relative
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+)
 
 import tfb
 from tfb import Draws
@@ -45,12 +52,75 @@ def test_greedy_is_the_average_of_full_passes(kind: str) -> None:
             for name in ("total", "aleatoric", "epistemic"):
                 mine, theirs = getattr(found, name)[:, step], getattr(p, name)
                 assert float((mine - theirs).abs().max()) < EXACT
+            log_p = p.confidence.log()
+            assert float((found.log_probs[:, step] - log_p).abs().max()) < EXACT
             one = torch.ones(3, 1, dtype=torch.int64)
             batch = {
                 "input_ids": torch.cat([batch["input_ids"], p.prediction[:, None]], 1),
                 "attention_mask": torch.cat([batch["attention_mask"], one], 1),
             }
         assert found.sequences.equal(batch["input_ids"])
+
+
+# --- tail mode ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("per_draw", [False, True])
+@pytest.mark.parametrize("layers", [None, 1])
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_tail_mode_is_the_average_of_growing_tails(
+    kind: str, layers: int | None, per_draw: bool
+) -> None:
+    """Noise at the prompt's last k tokens and at every new one is predict's tail of k + t tokens,
+    whose draws lie side by side under a mask; rows of 4, 6 and 7 tokens, so k = 5 is all of one."""
+    bayes = endless(kind, layers=None if layers is None else tfb.last_layers(layers))
+    for k in (5, 1):
+        bayes.configure(mode="tail", tail=k)
+        found = bayes.generate(prompts(), DRAWS, per_draw=per_draw, **OPTIONS)
+        for s in range(len(DRAWS) if per_draw else 1):
+            draws = DRAWS[s : s + 1] if per_draw else DRAWS
+            sequences = found.sequences[s] if per_draw else found.sequences
+            for step in range(NEW):
+                seen, width = sequences[:, : 7 + step], 7 + step
+                mask = torch.cat([prompts()["attention_mask"], torch.ones(3, step)], 1).long()
+                batch = {"input_ids": seen, "attention_mask": mask}
+                p = bayes.predict(batch, draws, mode="tail", tail=k + step)
+                assert p.prediction.equal(sequences[:, width])
+                for name in ("total", "aleatoric"):
+                    value = getattr(found, name)[s] if per_draw else getattr(found, name)
+                    assert float((value[:, step] - getattr(p, name)).abs().max()) < EXACT
+    full = bayes.configure(mode="full").generate(prompts(), DRAWS, per_draw=per_draw, **OPTIONS)
+    assert float((full.total - found.total).abs().max()) > 1e-4
+    for beyond in (7, 99):  # every token is in the tail
+        bayes.configure(mode="tail", tail=beyond)
+        same = bayes.generate(prompts(), DRAWS, per_draw=per_draw, **OPTIONS)
+        assert same.sequences.equal(full.sequences) and same.total.equal(full.total)
+
+
+def test_tail_mode_reads_a_prompt_once() -> None:
+    """The first block sees B rows of T - k tokens, then S B rows (B below the noise) of k and 1."""
+    for layers, rows in ((None, 3 * len(DRAWS)), (tfb.last_layers(1), 3)):
+        bayes = endless("llama", layers=layers).configure(mode="tail", tail=2)
+        found: list[tuple[int, ...]] = []
+        bayes.base.model.layers[0].self_attn.register_forward_pre_hook(
+            lambda m, a, k, found=found: found.append(tuple(k["hidden_states"].shape[:2])),
+            with_kwargs=True,
+        )
+        bayes.generate(prompts(), DRAWS, **OPTIONS)
+        assert found == [(3, 5), (rows, 2), *[(rows, 1)] * (NEW - 1)]
+
+
+def test_tail_mode_without_noise_is_the_models_own_generate() -> None:
+    """Also several sequences a prompt, in transformers' order."""
+    bayes = endless("llama").configure(mode="tail", tail=2)
+    options = OPTIONS | {"do_sample": True, "num_return_sequences": 2}
+    torch.manual_seed(0)
+    expected = bayes.model.generate(**prompts(), **options)
+    torch.manual_seed(0)
+    assert bayes.generate(prompts(), Draws.iid(3, 0.0), **options).sequences.equal(expected)
+
+
+# --- no noise -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -201,10 +271,12 @@ def test_continuations_of_each_draw() -> None:
     """per_draw: S B continuations, each that of generating with this draw alone."""
     bayes = endless("llama", layers=tfb.last_layers(2))
     found = bayes.generate(prompts(), DRAWS, per_draw=True, **OPTIONS)
-    assert found.sequences.shape == (len(DRAWS), 3, 7 + NEW) and found.total is None
+    assert found.sequences.shape == (len(DRAWS), 3, 7 + NEW)
     for s in range(len(DRAWS)):
         alone = bayes.generate(prompts(), DRAWS[s : s + 1], **OPTIONS)
-        assert found.sequences[s].equal(alone.sequences)
+        assert found.sequences[s].equal(alone.sequences) and alone.epistemic.eq(0).all()
+        for name in ("log_probs", "total", "aleatoric"):
+            assert relative(getattr(found, name)[s], getattr(alone, name)) < EXACT
     assert len({tuple(x.flatten().tolist()) for x in found.sequences}) > 1
 
 
@@ -232,6 +304,51 @@ def test_ended_rows_are_padded_and_certain() -> None:
         assert bool((found.total[row, stop:] == 0).all())
         assert bool((found.total[row, :stop] > 0).all())
     assert int((new[1] != 0).sum()) <= 2
+    known = (new != 0).sum(1)
+    assert found.lengths.equal(known) and found.ended.equal((new == end).any(1))
+    assert found.new_tokens.equal(new)
+    assert relative(-found.sequence_uncertainty, found.log_probs.sum(1)) < EXACT
+
+
+def word_tokenizer() -> Any:
+    """A token for every id of the tiny models, as a word of three characters."""
+    words = {"abcdef": 0} | {f"t{i:02}": i for i in range(1, 64)}  # the first is transformers' own
+    made = Tokenizer(models.WordLevel(words, unk_token="abcdef"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="abcdef")
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_stop_strings_and_criteria_end_rows(ends: bool) -> None:
+    """The row that wrote one is padded and certain from there on, with and without end tokens."""
+    bayes = endless("llama")
+    free = bayes.generate(prompts(), DRAWS, **OPTIONS)
+    named, watched = int(free.new_tokens[1, 2]), int(free.new_tokens[0, 1])
+    options = OPTIONS | ({"eos_token_id": 62} if ends else {})
+    assert not free.new_tokens.eq(62).any()
+
+    class Stop(StoppingCriteria):
+        def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+            return input_ids[:, -1] == watched
+
+    found = bayes.generate(
+        prompts(),
+        DRAWS,
+        stop_strings=[f"t{named:02}"],
+        tokenizer=word_tokenizer(),
+        stopping_criteria=[Stop()],
+        **options,
+    )
+    for row in range(3):
+        new = free.new_tokens[row].tolist()
+        stops = [i for i, token in enumerate(new) if token in (named, watched)]
+        length = stops[0] + 1 if stops else NEW
+        assert found.lengths[row] == length and bool(found.ended[row]) == bool(stops)
+        after = found.new_tokens.shape[1] - length  # all rows may have ended
+        assert found.new_tokens[row].tolist() == new[:length] + [0] * after
+        assert relative(found.total[row, :length], free.total[row, :length]) < EXACT
+        assert found.log_probs[row, length:].eq(0).all()
+    assert found.lengths.unique().numel() > 1
 
 
 def test_blocks_below_the_noise_keep_one_cache() -> None:
@@ -289,6 +406,8 @@ def test_generate_options_pass_through() -> None:
         ({"dola_layers": "low"}, "dola_layers"),
         ({"assistant_early_exit": 1}, "assistant_early_exit"),
         ({"guidance_scale": 1.5}, r"guidance_scale=\.\.\.\): guidance runs a second prompt"),
+        ({"streamer": object()}, r"streamer=\.\.\.\): how sure a continuation is"),
+        ({"stop_strings": ["a"]}, r"stop_strings=\.\.\.\): needs the tokenizer"),
     ],
 )
 def test_what_cannot_work_is_refused(options: dict[str, Any], message: str) -> None:
@@ -303,11 +422,9 @@ def test_other_refusals() -> None:
         bayes.generate(prompts(), Draws.iid(2, 0.1, noise="token"), **OPTIONS)
     with pytest.raises(ValueError, match="sigma is not set"):
         bayes.generate(prompts(), 4, **OPTIONS)
-    bayes.configure(sigma=0.1)
-    bayes.configure(mode="tail", tail=1)  # its sigma is not one of noise at every token
-    with pytest.raises(ValueError, match=r"mode='tail' .*bayes.configure"):
-        bayes.generate(prompts(), 4, **OPTIONS)
-    assert bayes.generate(prompts(), DRAWS, **OPTIONS).sequences.shape[0] > 0  # meant explicitly
+    bayes.configure(mode="tail", tail=1)
+    with pytest.raises(ValueError, match=r"cache_implementation='static'\): in tail mode"):
+        bayes.generate(prompts(), DRAWS, cache_implementation="static", **OPTIONS)
     classifier = tfb.bayesianize(KINDS["llama-classifier"].build())
     with pytest.raises(ValueError, match="causal language model"):
         classifier.generate(prompts(), DRAWS)
@@ -328,6 +445,10 @@ def test_a_generation_config_is_looked_into(settings: dict[str, Any], message: s
     config = GenerationConfig(max_new_tokens=NEW, pad_token_id=0, **settings)
     with pytest.raises(ValueError, match=message):
         bayes.generate(prompts(), DRAWS, generation_config=config)
+    bayes.base.generation_config.guidance_scale = 1.5
+    with pytest.raises(ValueError, match="guidance_scale"):
+        bayes.generate(prompts(), DRAWS, **OPTIONS)
+    bayes.base.generation_config.guidance_scale = None
     bayes.base.generation_config.num_beams = 3
     with pytest.raises(ValueError, match=r"num_beams=3\): beam search"):
         bayes.generate(prompts(), DRAWS, **OPTIONS)

@@ -27,6 +27,7 @@ class FakeLoss:
     times +-1. ``wrong`` says how many of the anchors are wrong at a sigma, the first ones."""
 
     log_probs: Tensor | None = None
+    answer_losses: Tensor | None = None
 
     def __init__(
         self,

@@ -19,6 +19,7 @@ from tokenizers import (
     AddedToken,
     Regex,
     Tokenizer,
+    decoders,
     models,
     normalizers,
     pre_tokenizers,
@@ -36,6 +37,7 @@ MARKS |= {"<|b|>": (True, True)}
 TEMPLATES = ("$A", "<s> $A", "$A </s>", "<s> $A </s>")
 GPT = r"'s|'t| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
+ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 LETTERS = [*"ABCDEF"]
 NUMBERS = ["1", "10", "100", "12", "2", "21"]
 WORDS = ["yes", "yesterday", "no", "not", "bank", "banking", "small talk", "A B", "é", "AB", "a"]
@@ -45,6 +47,17 @@ ENDS = ["", "", "", ":", "?", "'", " ", "\n", ":\n", "  ", "\t", ": \n ", "▁",
 
 
 # --- tokenizers -----------------------------------------------------------------------------------
+
+
+def letters_and_pairs() -> PreTrainedTokenizerFast:
+    """64 tokens: letters, some pairs of them, a space, a line break; other characters have none."""
+    pairs = [ALPHABET[i] + ALPHABET[(7 * i + 3) % 26] for i in range(26)]
+    pieces = ["<pad>", "</s>", "Ġ", "Ċ", *ALPHABET, *pairs, *"ABCDEFGH"]
+    merges = [(pair[0], pair[1]) for pair in pairs]
+    backend = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>")
 
 
 @dataclass(frozen=True)

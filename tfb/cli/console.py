@@ -292,6 +292,7 @@ class Input:
             tokenizer_of,
         )
         from tfb.data.encoding import LABEL_TOKENS, RowEncoder
+        from tfb.data.rows import fitted_task
         from tfb.scoring.job import saved_format
 
         if length_normalization is None:
@@ -301,6 +302,8 @@ class Input:
         given, named = parse_columns(columns), parse_labels(labels)
         base = base_of(folder, base)
         task, config = str(adapter_config(folder).get("task_type")), base_config(base, folder)
+        if length_normalization is not None:
+            task = fitted_task(task, given)
         sidecar |= {"task": task}
         encoder = RowEncoder.of(
             tokenizer_of(folder, base),

@@ -33,8 +33,11 @@ from tfb.cli.console import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
+    from tfb.data.rows import Row
     from tfb.pretrained import TfbModel
 
 
@@ -46,7 +49,9 @@ def fit(
     data: Annotated[
         Path,
         typer.Argument(
-            metavar="DATA", help=f"labelled rows that the adapter was not trained on: {ROWS_HELP}"
+            metavar="DATA",
+            help="labelled rows, or prompts with answers, that the adapter was not trained on: "
+            f"{ROWS_HELP}",
         ),
     ],
     base: Base = None,
@@ -151,6 +156,7 @@ def fit(
     tfb fit my-adapter dev.csv --columns text=sentence,label=intent
     tfb fit me/adapter dev.jsonl --base meta-llama/Llama-3.2-1B -o fitted
     tfb fit my-adapter dev.jsonl --target-error 0.05 --coverage 0.9
+    tfb fit my-adapter pairs.jsonl --columns prompt=question,answer=target
 
     Ctrl-C or SIGTERM keeps what was measured; the same command then goes on.
     """
@@ -159,7 +165,7 @@ def fit(
     from tfb.evaluation.decisions import check_targets
     from tfb.sampling.config import SamplingConfig
     from tfb.search.fit import check_arguments, default_objective
-    from tfb.search.loss import METRICS, AnchorSet
+    from tfb.search.loss import AnchorSet
 
     quiet()
     check_device(device)
@@ -190,9 +196,7 @@ def fit(
         length_normalization=length_normalization,
     )
     rows = given.read(data, limit)
-    if METRICS[metric].labelled:
-        needed = f"metric {metric} needs one on every row of DATA (embedding_norm needs none)"
-        check_labels(rows, needed)
+    check_rows(rows, metric, decide=target_error is not None or coverage is not None)
     encoded = given.encode(rows)
     AnchorSet.of(encoded).check(metric)
     held_out = None if calibration is None else given.read(calibration, None)
@@ -233,6 +237,7 @@ def fit(
     finally:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
     m.columns, m.extra = dict(given.form.columns), {"anchors": data.name}
+    m.columns.pop("answer", None)
     m.save_pretrained(output)
     kept.unlink(missing_ok=True)
     print_fit(found)
@@ -241,6 +246,20 @@ def fit(
     if curve:
         print_curve(found)
     say(f"artifact: {output}")
+
+
+def check_rows(rows: Sequence[Row], metric: str, *, decide: bool) -> None:
+    """Refuse rows that lack what a fit needs of them, before the model is loaded."""
+    from tfb.data.rows import ANSWERS, task_of
+    from tfb.pretrained import NO_TARGETS
+    from tfb.search.loss import METRICS
+
+    if task_of(rows, "") == ANSWERS:
+        if decide:
+            raise ValueError(NO_TARGETS)
+    elif METRICS[metric].labelled:
+        needed = f"metric {metric} needs one on every row of DATA (embedding_norm needs none)"
+        check_labels(rows, needed)
 
 
 def default_output(adapter: str) -> Path:

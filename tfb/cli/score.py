@@ -64,6 +64,27 @@ def score(
             "each row needs",
         ),
     ] = "10",
+    generate: Annotated[
+        bool,
+        typer.Option(
+            "--generate",
+            help="rows are prompts: write what follows, and how sure the model is of it",
+        ),
+    ] = False,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="with --generate: most tokens of a text; default 128", min=1
+        ),
+    ] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT",
+            help="with --generate: a text ends before this one; \\n is a line break, \\t a tab; "
+            "may be given several times",
+        ),
+    ] = None,
     format: Annotated[str, typer.Option(metavar="NAME", help="parquet or jsonl")] = "parquet",
     resume: Annotated[bool, typer.Option("--resume", help="go on with what is there")] = False,
     retry_errors: Annotated[
@@ -118,9 +139,9 @@ def score(
     [bold]Examples[/]
 
     tfb score my-adapter-tfb rows.csv -o scored
-    tfb score my-adapter-tfb 'rows/*.parquet' -o scored --keep user,date
-    tfb score my-adapter-tfb rows.jsonl -o scored --draws auto
+    tfb score my-adapter-tfb 'rows/*.parquet' -o scored --draws auto --keep user
     tfb score my-adapter-tfb rows.csv -o scored --resume
+    tfb score my-adapter-tfb prompts.jsonl -o written --generate --stop '.'
 
     Exit status: 0 all rows are done; 1 refused or broken off (a full disk);
     3 too many errors; 130 or 143 stopped by SIGINT or SIGTERM after the part in
@@ -149,6 +170,9 @@ def score(
         truncate=truncate,
         keep=tuple(name for option in keep or [] for name in option.split(",")),
         per_draw=per_draw,
+        generate=generate,
+        max_new_tokens=max_new_tokens,
+        stop=tuple(text.replace("\\n", "\n").replace("\\t", "\t") for text in stop or []),
         limit=limit,
         device=device,
         workers=workers,

@@ -34,14 +34,15 @@ class EncodedRows:
         ids: the rows' own.
         input_ids: what the model reads.
         label_ids: vocabulary ids of the choices, length K_i; () for rows that are in `choice_ids`;
-            None for text rows.
+            None for text rows and prompts.
         labels: index of the right choice or class; None where a row is unlabelled.
-        choices: as text; None for text rows.
-        num_labels: classes of text rows; None for choice rows.
+        choices: as text, an answer as the only one; None for text rows and prompts.
+        num_labels: classes of text rows; None for any other.
         token_type_ids: segment ids, from tokenizers that yield them (BERT).
         choice_ids: tokens of each of the K_i choices, for rows with a choice of several tokens;
             None for any other row, or for all of them.
         truncated: how many tokens were left out; None: none of any row.
+        new_tokens: how many the model may write behind each row.
     """
 
     ids: list[str]
@@ -53,6 +54,7 @@ class EncodedRows:
     token_type_ids: list[list[int]] | None = None
     choice_ids: list[tuple[tuple[int, ...], ...] | None] | None = None
     truncated: list[int] | None = None
+    new_tokens: int = 0
 
     def __repr__(self) -> str:
         return f"EncodedRows({len(self)} rows, {sum(map(len, self.input_ids))} tokens)"
@@ -66,13 +68,12 @@ class EncodedRows:
         return sum(cut > 0 for cut in self.truncated or ())
 
     def num_choices(self, index: int) -> int:
-        """Return the number of choices or classes of the row at `index`."""
+        """Return the number of choices or classes of the row at `index`; 0 for a prompt."""
         if (choices := self.choice_tokens(index)) is not None:
             return len(choices)
         if self.label_ids is not None:
             return len(self.label_ids[index])
-        assert self.num_labels is not None  # one of the two is always there
-        return self.num_labels
+        return self.num_labels or 0
 
     def choice_tokens(self, index: int) -> tuple[tuple[int, ...], ...] | None:
         """Return the entry of `choice_ids` of the row at `index`."""
@@ -109,7 +110,7 @@ class Batch:
         indices: [B], positions of the rows in the `EncodedRows`; restores their order.
         labels: [B], NO_LABEL where a row is unlabelled.
         label_ids: [B, K], head columns of the choices; [B, K, L] for choices of several tokens
-            (NO_TOKEN after the end of shorter ones); None for text rows.
+            (NO_TOKEN after the end of shorter ones); None for text rows and prompts.
         token_type_ids: [B, T], only from tokenizers that yield them.
     """
 
@@ -200,10 +201,11 @@ def pad_choices(rows: Sequence[Sequence[Sequence[int]]]) -> Tensor:
 def token_batches(
     encoded: EncodedRows, budget: int, rows: Iterable[int] | None = None
 ) -> list[list[int]]:
-    """Part rows into batches of at most ``budget`` padded tokens; those of longest rows first.
+    """Part rows into batches of at most ``budget`` tokens, padding and new ones included.
 
-    Rows of a batch have the same number of choices and similar lengths. Among rows of similar
-    length, those that begin alike meet in a batch: the engine computes their prefix once.
+    Batches of the longest rows come first. Rows of a batch have the same number of choices and
+    similar lengths. Among rows of similar length, those that begin alike meet in a batch: the
+    engine computes their prefix once.
 
     Args:
         encoded: the rows.
@@ -212,14 +214,17 @@ def token_batches(
     """
     ids, num_choices = encoded.input_ids, encoded.num_choices
 
+    def length(i: int) -> int:
+        return len(ids[i]) + encoded.new_tokens
+
     def order(i: int) -> tuple[int, int, list[int], int]:
-        bucket = int(log(len(ids[i]), 1 / (1 - PADDING)))  # its lengths differ by less than PADDING
+        bucket = int(log(length(i), 1 / (1 - PADDING)))  # its lengths differ by less than PADDING
         return num_choices(i), -bucket, ids[i], i
 
     found: list[list[int]] = []
     longest = tokens = 0
     for i in sorted(range(len(encoded)) if rows is None else rows, key=order):
-        batch, n = found[-1] if found else [], len(ids[i])
+        batch, n = found[-1] if found else [], length(i)
         longest, tokens = max(longest, n), tokens + n
         padded = longest * (len(batch) + 1)
         joins = padded <= budget and tokens >= (1 - PADDING) * padded
@@ -228,9 +233,9 @@ def token_batches(
         else:
             found.append([i])
             longest = tokens = n
-    return sorted(found, key=lambda batch: -max(len(ids[i]) for i in batch))
+    return sorted(found, key=lambda batch: -max(map(length, batch)))
 
 
 def padded_tokens(encoded: EncodedRows, batch: list[int]) -> int:
-    """Return the tokens of a batch with its padding: rows x longest row."""
-    return len(batch) * max(len(encoded.input_ids[i]) for i in batch)
+    """Return the tokens of a batch, with padding and new ones: rows x longest row."""
+    return len(batch) * (max(len(encoded.input_ids[i]) for i in batch) + encoded.new_tokens)

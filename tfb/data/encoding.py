@@ -9,7 +9,7 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from tfb.data.batching import EncodedRows
-from tfb.data.rows import Row, RowError
+from tfb.data.rows import ANSWERS, PROMPTS, Row, RowError
 from tfb.data.splicing import Splicer, Tokens, Written
 from tfb.plain import shown
 
@@ -31,7 +31,8 @@ Found = tuple[list[int], int, Any]
 def characters(row: Row) -> int:
     """Count the characters of a row."""
     said = [str(message.get("content")) for message in row.messages or ()]
-    return sum(map(len, (row.text or row.prompt or "", *said, *(row.choices or ()))))
+    behind = row.choices or (row.answer or "",)
+    return sum(map(len, (row.text or row.prompt or "", *said, *behind)))
 
 
 def chunks(items: Iterable[T], size: Callable[[T], int], most: int = CHUNK) -> Iterator[list[T]]:
@@ -77,11 +78,15 @@ class RowEncoder:
     3. The tokens that follow are the choice's. First tokens that all choices share move into the
        prompt: their probability cancels. Not where scores are divided by the number of tokens.
 
-    One set of special tokens stays in front; those at the end of choice rows are removed.
+    An answer is tokenized as a choice is, and the tokenizer's end token follows. A prompt that the
+    model is to continue is tokenized as it stands.
+
+    One set of special tokens stays in front; those at the end are removed, but of text rows.
 
     Args:
         tokenizer: of transformers.
-        task: "CAUSAL_LM" and "SEQ_2_SEQ_LM" take choice rows, "SEQ_CLS" text rows.
+        task: "CAUSAL_LM" and "SEQ_2_SEQ_LM" take choice rows, "SEQ_CLS" text rows, and of a causal
+            language model ``ANSWERS`` rows with an answer, ``PROMPTS`` any with a prompt.
         num_labels: classes of a SEQ_CLS head.
         max_length: most tokens that the model takes; None: the tokenizer's `model_max_length`.
         label_tokens: "all" tokens of a choice, or, as in the authors' scripts, the "last" one right
@@ -89,9 +94,10 @@ class RowEncoder:
         length_normalization: how a choice's tokens are scored, see :mod:`tfb.sampling.choices`.
         truncate: side on which a prompt or text that is too long loses tokens, "left" or "right";
             None: it is an error.
+        max_new_tokens: how many tokens the model may write behind each of ``PROMPTS``.
 
     Raises:
-        ValueError: an unknown setting, or fewer than two labels.
+        ValueError: an unknown setting, fewer than two labels, or no new tokens.
     """
 
     def __init__(
@@ -104,13 +110,17 @@ class RowEncoder:
         label_tokens: str = "all",
         length_normalization: str = "none",
         truncate: str | None = None,
+        max_new_tokens: int = 0,
     ) -> None:
         check_label_tokens(label_tokens)
         check_truncate(truncate)
+        if task == PROMPTS and max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens}: expected at least 1")
         if task == "SEQ_CLS" and (num_labels is None or num_labels < 2):
             raise ValueError(f"num_labels must be at least 2, got {num_labels}")
         self.tokenizer, self.task, self.num_labels = tokenizer, task, num_labels
         self.label_tokens, self.truncate = label_tokens, truncate
+        self.max_new_tokens = max_new_tokens
         # A tokenizer that knows no limit reports a huge number, which no row exceeds.
         self.limit = int(tokenizer.model_max_length if max_length is None else max_length)
         self._unknown = tokenizer.unk_token_id  # a property that is slow to ask for
@@ -125,7 +135,7 @@ class RowEncoder:
     ) -> RowEncoder:
         """Make an encoder for a model's task and configuration; its weights need not be there."""
         limit = getattr(config, "max_position_embeddings", None)
-        if limit is not None and task != "CAUSAL_LM":
+        if limit is not None and task in ("SEQ_CLS", "SEQ_2_SEQ_LM"):
             # RoBERTa has 514 positions and takes 512 tokens, which its tokenizer knows.
             limit = min(limit, tokenizer.model_max_length)
         labels = config.num_labels if task == "SEQ_CLS" else None
@@ -155,16 +165,18 @@ class RowEncoder:
 
     def _chunk(self, rows: Sequence[Row]) -> list[Found | str]:
         """Encode rows whose texts are tokenized together; where that fails, each by itself."""
-        tokenize: Callable[[Sequence[Row]], Sequence[Any]] = self._continuations
-        if self.task != "CAUSAL_LM":
-            tokenize = self._texts if self.task == "SEQ_CLS" else self._answers
+        kinds: dict[str, tuple[Callable[[Sequence[Row]], Sequence[Any]], Callable[..., Found]]] = {
+            "SEQ_CLS": (self._texts, self._text_row),
+            "SEQ_2_SEQ_LM": (self._answers, self._choice_row),
+            PROMPTS: (self._prompts, self._prompt_row),
+        }
+        tokenize, finish = kinds.get(self.task, (self._continuations, self._choice_row))
         try:
             for row in rows:
                 self._check_row(row)
             tokens = tokenize(rows)
         except RowError as error:
             return [str(error)] if len(rows) == 1 else [self._chunk([row])[0] for row in rows]
-        finish = self._text_row if self.task == "SEQ_CLS" else self._choice_row
         found = list[Found | str]()
         for row, one in zip(rows, tokens, strict=True):
             try:
@@ -179,19 +191,22 @@ class RowEncoder:
         if self.task == "SEQ_CLS":
             encoded = EncodedRows(ids, input_ids, None, labels, None, self.num_labels)
             return replace(encoded, token_type_ids=more if all(more) else None, truncated=cut)
+        if self.task == PROMPTS:
+            encoded = EncodedRows(ids, input_ids, None, [None] * len(ids), None, truncated=cut)
+            return replace(encoded, new_tokens=self.max_new_tokens)
         single = [all(len(ids) == 1 for ids in choices) for choices in more]
         kinds = list(zip(more, single, strict=True))
         return EncodedRows(
             ids=ids,
             input_ids=input_ids,
             label_ids=[tuple(ids for (ids,) in c) if one else () for c, one in kinds],
-            labels=labels,
-            choices=[row.choices or () for row in rows],
+            labels=[0] * len(ids) if self.task == ANSWERS else labels,
+            choices=[self._ends(row) for row in rows],
             choice_ids=None if all(single) else [None if one else c for c, one in kinds],
             truncated=cut,
         )
 
-    # --- the two kinds of rows --------------------------------------------------------------------
+    # --- the three kinds of rows ------------------------------------------------------------------
 
     def _text_row(self, row: Row, tokens: tuple[list[int], list[int]]) -> Found:
         """Return what the model reads, how many tokens were left out, and segment ids."""
@@ -199,20 +214,27 @@ class RowEncoder:
         # One text is one segment: where its types are cut is the same.
         return _some(row, ids), left_out, tokens[1][: len(ids)]
 
+    def _prompt_row(self, row: Row, ids: list[int]) -> Found:
+        """Return what the model is to continue, and how many tokens were left out."""
+        some = _some(row, [] if ids == self._front else ids)
+        return *self._fit(row, some, self.limit - self.max_new_tokens, 0), None
+
     def _choice_row(self, row: Row, tokens: Tokens | None) -> Found:
         """Return what the model reads, how many tokens were left out, and those of each choice."""
         if tokens is None:
-            fault = "the last token of the prompt merges with the first of a choice"
+            fault = f"the last token of the prompt merges with the first of {self._end}"
             _fail(row, fault, "end the prompt differently, for instance with a colon")
         prompt, choices = tokens
-        if self.label_tokens == "last":
+        if self.label_tokens == "last" and self.task != ANSWERS:
             choices = [ids[-1:] for ids in choices]
         self._check_choices(row, choices)
+        if self.task == ANSWERS:
+            choices = [[*choices[0], self._end_token(row)]]
         # A choice's last token is scored but never read.
         room = self.limit + 1 - max(map(len, choices))
         back = self._back if self.task == "SEQ_2_SEQ_LM" else 0
         prompt, left_out = self._fit(row, prompt, room, back)
-        shared = _shared(choices) if self._shares else 0
+        shared = _shared(choices) if self._shares and len(choices) > 1 else 0
         rest = [tuple(ids[shared:]) for ids in choices]
         return _some(row, prompt + choices[0][:shared]), left_out, tuple(rest)
 
@@ -226,7 +248,21 @@ class RowEncoder:
             self._check_length(row, prompt)
         if prompt[-1:].isspace():
             between = ""
-        return prompt, [between * (not c[0].isspace()) + c for c in row.choices or ()]
+        return prompt, [between * (not end[0].isspace()) + end for end in self._ends(row)]
+
+    def _ends(self, row: Row) -> tuple[str, ...]:
+        """Return what may stand behind the prompt."""
+        answer = () if row.answer is None else (row.answer,)
+        return {PROMPTS: (), ANSWERS: answer}.get(self.task, row.choices or ())
+
+    @property
+    def _end(self) -> str:
+        return "the answer" if self.task == ANSWERS else "a choice"
+
+    def _end_token(self, row: Row) -> int:
+        if self.tokenizer.eos_token_id is None:
+            _fail(row, "the tokenizer has no end token, which follows an answer", "set eos_token")
+        return int(self.tokenizer.eos_token_id)
 
     def _rendered(self, row: Row) -> str:
         """Render messages by the tokenizer's chat template, with its generation prompt."""
@@ -266,6 +302,10 @@ class RowEncoder:
             (self._one_front(ids), list(t))
             for ids, t in zip(batch["input_ids"], types, strict=True)
         ]
+
+    def _prompts(self, rows: Sequence[Row]) -> list[list[int]]:
+        """Tokenize prompts as they stand."""
+        return list(self._ids([self._written(row)[0] for row in rows], ended=False))
 
     def _answers(self, rows: Sequence[Row]) -> list[Tokens]:
         """Tokenize prompts for an encoder, and choices as a decoder begins to write them."""
@@ -357,21 +397,29 @@ class RowEncoder:
                 _fail(row, "this is a choice row", "use rows with 'text' for a classification head")
             K, classes = self.num_labels or 0, f"model's {self.num_labels} classes"
         else:
-            if row.choices is None:
-                _fail(row, "this is a text row", "use rows with 'prompt' and 'choices' here")
-            if row.prompt == "" or not all(row.choices):
-                _fail(row, "the prompt or a choice is empty", "write some text into it")
-            K, classes = len(row.choices), f"{len(row.choices)} choices"
-            if K < 2:
-                _fail(row, f"the choices are {row.choices!r}", "give a tuple of two or more")
-        if row.label is not None and not 0 <= row.label < K:
+            self._check_ends(row)
+            K, classes = len(self._ends(row)), f"{len(self._ends(row))} choices"
+        if K and row.label is not None and not 0 <= row.label < K:
             fault = f"the label {row.label} is outside the {classes}"
             _fail(row, fault, f"use an index from 0 to {K - 1}")
         self._check_length(row, row.text or row.prompt or "")
 
+    def _check_ends(self, row: Row) -> None:
+        """Refuse a row without a prompt, or without what is to stand behind it."""
+        ends, behind = self._ends(row), {PROMPTS: "", ANSWERS: "answer"}.get(self.task, "choices")
+        if row.text is not None:
+            needed = " and ".join(f"'{name}'" for name in ("prompt", behind) if name)
+            _fail(row, "this is a text row", f"use rows with {needed} here")
+        if row.prompt == "" or not all(ends):
+            _fail(row, f"the prompt or {self._end} is empty", "write some text into it")
+        if behind == "choices" and len(ends) < 2:
+            _fail(row, f"the choices are {row.choices!r}", "give a tuple of two or more")
+        if behind == "answer" and not ends:
+            _fail(row, "the row has no answer", "write the text that is right into 'answer'")
+
     def _check_length(self, row: Row, text: str) -> None:
         """Refuse what would fill the memory as tokens, whatever the model's limit is."""
-        choices = row.choices or ("",)
+        choices = self._ends(row) or ("",)
         longest = len(text) + max(map(len, choices))
         if longest > LONGEST or longest * len(choices) > TOGETHER:
             fault = f"{longest:,} characters, {longest * len(choices):,} with every choice"
@@ -381,10 +429,11 @@ class RowEncoder:
     def _check_choices(self, row: Row, found: list[list[int]]) -> None:
         """Refuse choices that have no tokens, unknown tokens, or those of another choice."""
         seen: dict[tuple[int, ...], str] = {}
-        for choice, ids in zip(row.choices or (), found, strict=True):
+        for choice, ids in zip(self._ends(row), found, strict=True):
             if not ids or self._unknown in ids:
-                fault = f"the tokenizer does not know the choice {choice!r}"
-                _fail(row, fault, "use choices that the tokenizer has tokens for")
+                what = self._end.split()[1]
+                fault = f"the tokenizer does not know the {what} {choice!r}"
+                _fail(row, fault, f"use {what}s that the tokenizer has tokens for")
             if len(ids) > 1 and self.task == "SEQ_2_SEQ_LM":
                 _fail(
                     row,
@@ -406,10 +455,12 @@ class RowEncoder:
         over = len(ids) - room
         if over <= 0:
             return ids, 0
-        tokens = len(ids) + self.limit - room
-        fault = f"{tokens} tokens, but the model takes {self.limit}"
+        tokens, fewer = f"{len(ids) + self.limit - room} tokens", ""
+        if new := self.max_new_tokens:
+            tokens, fewer = f"{len(ids)} tokens and {new} new ones", "lower max_new_tokens, "
+        fault = f"{tokens}, but the model takes {self.limit}"
         if self.truncate is None:
-            _fail(row, fault, "shorten the row, or let it be cut (truncate: left or right)")
+            _fail(row, fault, f"shorten the row, {fewer}or let it be cut (truncate: left or right)")
         front = len(self._front)
         if not front and ids[:1] == [self.tokenizer.bos_token_id]:  # a chat template's own
             front = 1

@@ -2,9 +2,10 @@
 
     {"id": "q1", "prompt": "... Answer:", "choices": ["A", "B"], "label": 1}     choice row
     {"id": "t1", "text": "book me a table", "label": 3}                          text row
+    {"id": "g1", "prompt": "... Answer:", "answer": "B"}                         answer row
 
-A chat row has ``messages`` in place of ``prompt``. ``label``, an index or the text of a choice or
-class, and ``id`` may be left out. Every fault names the place, the fault and the remedy.
+A chat has ``messages`` in place of ``prompt``. ``label`` (index, or text of a choice or class) and
+``id`` may be left out. Every fault names the place, the fault and the remedy.
 """
 
 from __future__ import annotations
@@ -18,7 +19,13 @@ from tfb.plain import listed, parse_json, repeated, shown
 
 CHOICE_COLUMNS = ("id", "prompt", "messages", "choices", "label")
 DEEPEST = 100  # levels of a message or kept value; JSON gives up a little below a thousand
-COLUMNS = {"SEQ_CLS": ("id", "text", "label"), None: (*CHOICE_COLUMNS, "text")}
+PROMPTS, ANSWERS = "prompts", "answers"  # tasks of rows to be continued: freely, by a given text
+COLUMNS = {
+    "SEQ_CLS": ("id", "text", "label"),
+    PROMPTS: ("id", "prompt", "messages"),
+    ANSWERS: ("id", "prompt", "messages", "answer"),
+    None: (*CHOICE_COLUMNS, "text"),
+}
 
 
 class RowError(ValueError):
@@ -27,16 +34,19 @@ class RowError(ValueError):
 
 @dataclass(frozen=True)
 class Row:
-    """One task row: a choice row has `choices` and `prompt` or `messages`, a text row has `text`.
+    """One task row: a text row has `text`, any other `prompt` or `messages`.
+
+    Behind these a choice row has `choices`, and a row to write text for may have an `answer`.
 
     Attributes:
         id: its name in results.
-        prompt: what the choices continue.
+        prompt: what choices or an answer continue.
         choices: two or more answers.
         text: what a classification head reads.
         label: position of the right choice or class, from 0; None where it is not known.
         source: where the row was read, "file.jsonl:12"; used in error messages only.
         messages: of a chat: role, content and what else the template reads of each.
+        answer: the text that is right.
 
     Raises:
         RowError: another combination, or a label that is no index.
@@ -49,6 +59,7 @@ class Row:
     label: int | None = None
     source: str = "row"
     messages: tuple[Mapping[str, Any], ...] | None = None
+    answer: str | None = None
 
     @property
     def question(self) -> str:
@@ -56,16 +67,41 @@ class Row:
         return repr((self.text, self.prompt, self.messages, self.choices))
 
     def __post_init__(self) -> None:
-        asked = (self.prompt is not None) + (self.messages is not None)
-        given = self.text is not None, asked, self.choices is not None
-        if given not in ((True, 0, False), (False, 1, True)):
+        asked = [self.text, self.prompt, self.messages].count(None) == 2
+        behind = (self.choices is not None) + (self.answer is not None)
+        if not asked or behind > (self.text is None):
             raise RowError(
-                f"Row({self.id!r}): a row has a text, or a prompt or messages with choices; write "
-                "Row(id='1', text='...') or Row(id='1', prompt='...', choices=('A', 'B'), label=0)"
+                f"Row({self.id!r}): a row has a text, or a prompt or messages, and these choices "
+                "or an answer; write Row(id='1', text='...') or Row(id='1', prompt='...', "
+                "choices=('A', 'B'), label=0)"
             )
         if self.label is not None and type(self.label) is not int:
             fault = f"the label {self.label!r} is no index"
             _fail(f"Row({self.id!r})", fault, "write its position, counted from 0")
+
+
+def fitted_task(task: str, columns: Mapping[str, str]) -> str:
+    """Return what rows of a fit are: ``ANSWERS`` where a column is the answer, else the model's.
+
+    Raises:
+        ValueError: an answer, and the model is no causal language model.
+    """
+    if "answer" not in columns:
+        return task
+    if task != "CAUSAL_LM":
+        raise ValueError(f"columns: 'answer' needs a causal language model, not {task}")
+    return ANSWERS
+
+
+def task_of(rows: Sequence[Row], task: str) -> str:
+    """Return ``ANSWERS`` for rows that have one, else the model's task."""
+    return ANSWERS if any(row.answer is not None for row in rows) else task
+
+
+def prompt_columns(columns: Mapping[str, str]) -> dict[str, str]:
+    """Return the names of columns without those of what a fit reads behind its prompts."""
+    behind = ("choices", "label", "answer")
+    return {ours: theirs for ours, theirs in columns.items() if ours not in behind}
 
 
 def check_labels(rows: Sequence[Row], needed: str, remedy: str) -> None:
@@ -91,8 +127,9 @@ class RowFormat:
         columns: the data's name for each of ours that it calls otherwise: {"text": "sentence"}.
         labels: names of the classes, in the order of the head's outputs; the choices of choice
             rows that bring none.
-        task: "SEQ_CLS" reads text rows, "CAUSAL_LM" and "SEQ_2_SEQ_LM" choice rows; None: each row
-            as what it is.
+        task: "SEQ_CLS" reads text rows, "CAUSAL_LM" and "SEQ_2_SEQ_LM" choice rows, ``PROMPTS``
+            rows with nothing behind the prompt, ``ANSWERS`` those with an answer; None: text rows
+            and choice rows, each as what it is.
         optional: our names of columns that are in ``columns`` and may be missing all the same.
 
     Raises:
@@ -171,14 +208,17 @@ class RowFormat:
             return Row(name, text=text, label=index, source=source)
         if "prompt" in given and "messages" in given:
             _fail(source, "the row has 'prompt' together with 'messages'", "keep one of them")
-        choices = tuple(self.labels or ())
-        if "choices" in given:
-            choices = _choices(given["choices"], source)
         messages = prompt = None
         if "messages" in given:
             messages = _messages(given["messages"], source)
         else:
             prompt = _string(given["prompt"], "'prompt'", source)
+        if self.task in (PROMPTS, ANSWERS):
+            answer = _string(given["answer"], "'answer'", source) if self.task == ANSWERS else None
+            return Row(name, prompt, source=source, messages=messages, answer=answer)
+        choices = tuple(self.labels or ())
+        if "choices" in given:
+            choices = _choices(given["choices"], source)
         index = _label(label, choices, "choices", source)
         return Row(name, prompt, choices, label=index, source=source, messages=messages)
 
@@ -203,7 +243,8 @@ class RowFormat:
         if self._is_text(there):
             needed = ["text"]
         elif there & {"prompt", "messages"}:
-            needed = ["choices"] if self.labels is None else []
+            choices = ["choices"] if self.labels is None else []
+            needed = {PROMPTS: [], ANSWERS: ["answer"]}.get(self.task or "", choices)
         else:
             needed = ["prompt" if self.task or "choices" in there else "text"]
         for name in needed:
@@ -212,6 +253,8 @@ class RowFormat:
 
     def _missing(self, ours: str, present: Sequence[str], source: str) -> NoReturn:
         more = ", or give all rows the same by labels" if ours == "choices" else ""
+        if more and "answer" in present:
+            more += ", or say answer=answer to fit to answers"
         if ours == "text" and self.task is None:
             more = ", or prompt=YOURS and choices=YOURS of a choice row"
         theirs = self.columns.get(ours, ours)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tfb.data.batching import NO_TOKEN
+from tfb.predictive import tempered
 from tfb.sampling.kv_cache import Inputs, indivisible
 from tfb_kernels.reference import compute_dtype
 
@@ -33,6 +34,7 @@ class ChoiceTokens:
     lengths: Tensor  # [N], their number
     owner: Tensor  # [N], the row of each continuation
     length_normalization: str
+    temperatures: Sequence[float] | None  # score each token at these; None: whole choices at T = 1
 
     @classmethod
     def of(
@@ -41,6 +43,7 @@ class ChoiceTokens:
         choice_ids: Tensor,
         rows: int,
         length_normalization: str = "none",
+        temperatures: Sequence[float] | None = None,
     ) -> ChoiceTokens:
         """Find the continuations of choice_ids [B, K, L]; ``NO_TOKEN`` fills shorter choices up."""
         head: Any = base.get_output_embeddings()
@@ -69,6 +72,7 @@ class ChoiceTokens:
             lengths=torch.tensor([len(c) for c in read], device=device),
             owner=torch.tensor(owner, device=device),
             length_normalization=length_normalization,
+            temperatures=temperatures,
         )
 
     @property
@@ -108,15 +112,24 @@ class ChoiceTokens:
         return out
 
     def reduce(self, logits: Tensor) -> Tensor:
-        """Return the scores [S, M] of logits [S, N, L, V], in float32 at least."""
+        """Return the scores [S, M] of logits [S, N, L, V], in float32 at least.
+
+        With G temperatures: the log-probability of each token, [S, M, L, G]; 0 after the last.
+        """
+        if self.temperatures is not None:
+            return torch.stack([self._log_probs(logits, T) for T in self.temperatures], -1)
+        score = self._log_probs(logits, 1.0).sum(-1)
+        return score if self.length_normalization == "none" else score / self.present.sum(-1)
+
+    def _log_probs(self, logits: Tensor, T: float) -> Tensor:
         dtype = compute_dtype(logits.dtype)
-        # Draw by draw: in another dtype each is a copy of the largest tensor there is.
-        total = torch.stack([x.to(dtype).logsumexp(-1) for x in logits])
+        # Draw by draw: in another dtype, or at another T, each is a copy of the largest tensor.
+        scaled = (x.to(dtype) if T == 1.0 else tempered(x, T) for x in logits)
+        total = torch.stack([x.logsumexp(-1) for x in scaled])
         position = torch.arange(self.length, device=logits.device)
         source = self.source[..., None]
-        each = logits[:, source, position, self.tokens].to(dtype) - total[:, source, position]
-        score = torch.where(self.present, each, 0.0).sum(-1)
-        return score if self.length_normalization == "none" else score / self.present.sum(-1)
+        own = logits[:, source, position, self.tokens].to(dtype) / T
+        return torch.where(self.present, own - total[:, source, position], 0.0)
 
 
 def check_continuable(inputs: Inputs, task: str) -> None:

@@ -149,10 +149,14 @@ def scored_logits(
     label_ids: Tensor | None,
     tail: int | None,
     draws_per_pass: int | None,
+    temperatures: Sequence[float] | None = None,
 ) -> Tensor:
-    """Compute logits [S, B, K] of an aligned batch; see ``BayesianModel.logits``."""
+    """Compute logits [S, B, K] of an aligned batch; see ``BayesianModel.logits``.
+
+    With G temperatures, [S, B, K, L, G] of choices: see ``BayesianModel.answer_log_probs``.
+    """
     B, T = inputs["input_ids"].shape
-    labels, base = _labels(bayes, inputs, label_ids), bayes.base
+    labels, base = _labels(bayes, inputs, label_ids, temperatures), bayes.base
     columns = labels if isinstance(labels, LabelColumns) else LabelColumns()
     if tail is not None and (tail >= T or bayes.head_alone):
         tail = None  # full mode gives the same: all tokens are tail, or the noise is above
@@ -175,7 +179,10 @@ def scored_logits(
 
 
 def _labels(
-    bayes: SampledModel, inputs: Inputs, label_ids: Tensor | None
+    bayes: SampledModel,
+    inputs: Inputs,
+    label_ids: Tensor | None,
+    temperatures: Sequence[float] | None,
 ) -> LabelColumns | ChoiceTokens:
     if label_ids is None:
         return LabelColumns()
@@ -185,7 +192,8 @@ def _labels(
     if ids.dim() != 3:
         return LabelColumns.of(bayes.base, ids, rows)
     check_continuable(inputs, bayes.task)
-    return ChoiceTokens.of(bayes.base, ids, rows, bayes.config.length_normalization)
+    how = bayes.config.length_normalization, temperatures
+    return ChoiceTokens.of(bayes.base, ids, rows, *how)
 
 
 @dataclass
@@ -216,7 +224,7 @@ class Passes:
         self._layers: list[Any] = [None] * len(blocks)  # of the prompts' cache
 
     def run(self, parts: Sequence[Draws]) -> Tensor:
-        """Return scores [S, B, K] of the draws, part by part."""
+        """Return scores [S, B, K, ...] of the draws, part by part."""
         if self.tail is not None:
             return self._tail(parts, self.tail)
         return _cat([self._full(replace(self.state, draws=draws)) for draws in parts])
@@ -256,10 +264,10 @@ class Passes:
         return logits.unflatten(0, (len(state.draws), -1))
 
     def _whole(self, found: Sequence[Tensor]) -> Tensor:
-        """Return the scores [S, B, K] of all parts of the choices."""
+        """Return the scores [S, B, K, ...] of all parts of the choices."""
         order = torch.cat([part.place for part in self.choices]).argsort()
         B = len(self.inputs["input_ids"])
-        return torch.cat(list(found), -1)[:, order].unflatten(1, (B, -1))
+        return torch.cat(list(found), 1)[:, order].unflatten(1, (B, -1))
 
     def _complete(self, cache: DynamicCache) -> None:
         """Fill in the layers of the prompts' cache that replayed blocks have left empty."""

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import Cache, StoppingCriteria, StopStringCriteria
+from transformers.cache_utils import DynamicLayer
 
 from tfb.draws import Draws
 from tfb.predictive import tempered
-from tfb.sampling.forward import align
+from tfb.sampling.forward import align, mean_state
+from tfb.sampling.kv_cache import Inputs, check_angles, prefix_inputs
 from tfb.sampling.state import Batch, SampledModel, SamplingState, evaluating
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ REFUSED = {
     "dola_layers": "DoLa reads scores below the posterior",
     "guidance_scale": "guidance runs a second prompt, whose scores would count as a step's",
     "past_key_values": "a cache from elsewhere does not hold the draws' keys and values",
+    "streamer": "how sure a continuation is, is known at its end only; read what is returned",
 }
 # Of these a layer takes its rows from the first keys it is given: S * B, or B below the noise.
 CACHES = ("dynamic", "static")
@@ -35,67 +38,130 @@ CACHES = ("dynamic", "static")
 
 @dataclass(frozen=True, repr=False)
 class Generation:
-    """B continuations and the uncertainty of every token's distribution, in nats.
+    """B continuations, the probability of every token, and its distribution's uncertainty, in nats.
 
-    Uncertainties [B, L] are those of the averaged distribution that each new token was taken from,
-    before the processors of ``generate`` (its own temperature, top-k, ...). They are 0 after a
-    row's end token, and None for continuations by draw.
+    What is [B, L] is of the averaged distribution that each new token was taken from, before the
+    processors of ``generate`` (its own temperature, top-k, ...), and 0 after a row's end. With
+    ``per_draw`` everything has S in front and is of each draw's own distribution.
 
     Attributes:
-        sequences: [B, T + L] token ids, prompts first ([S, B, T + L] for continuations by draw).
-        total: entropy of the averaged distribution.
-        aleatoric: mean entropy of the draws' distributions.
-        epistemic: their difference.
+        sequences: [B, T + L] token ids, prompts first, padded after a row's end.
+        lengths: [B] int64, each row's new tokens, the one that ended it included.
+        ended: [B] bool, whether an end token, a stop string or a stopping criterion ended the row;
+            else the limit of tokens or of time did.
+        log_probs: [B, L], of the new tokens.
+        total: [B, L], entropy of the averaged distribution.
+        aleatoric: [B, L], mean entropy of the draws' distributions.
+        epistemic: [B, L], their difference.
     """
 
     sequences: Tensor
-    total: Tensor | None = None
-    aleatoric: Tensor | None = None
-    epistemic: Tensor | None = None
+    lengths: Tensor
+    ended: Tensor
+    log_probs: Tensor
+    total: Tensor
+    aleatoric: Tensor
+    epistemic: Tensor
 
     def __repr__(self) -> str:
-        known = "" if self.total is None else ", with uncertainties"
-        return f"Generation(sequences {list(self.sequences.shape)}{known})"
+        return f"Generation(sequences {list(self.sequences.shape)}, with uncertainties)"
+
+    @property
+    def new_tokens(self) -> Tensor:
+        """[B, L] token ids, the sequences without their prompts."""
+        return self.sequences[..., -self.log_probs.shape[-1] :]
+
+    @property
+    def sequence_uncertainty(self) -> Tensor:
+        """[B], in nats: minus the log-probability of the whole continuation."""
+        return -self.log_probs.sum(-1)
 
 
-@dataclass
-class Averager:
-    """Reduces a step's logits [S * B, L, V] to scores [B, L, V] and keeps the uncertainties.
+class Recorder(StoppingCriteria):
+    """Averages the draws at every step, and keeps what is known of the token that was taken.
 
-    With l_s the logits over the model's temperature, score = log mean_s softmax(l_s) + mean_s
-    logsumexp(l_s). The second term changes no probability. With it, scores at sigma = 0 are l
-    itself, whose sign some processors look at.
+    Args:
+        draws: S; 1 where each draw writes by itself.
+        temperature: the model's T.
+        ends: end tokens.
+        stops: stopping criteria, of stop strings and the caller's own.
     """
 
-    draws: int
-    temperature: float
-    kept: list[Tensor] = field(default_factory=list)  # total and aleatoric [2, B] of each step
+    def __init__(
+        self, draws: int, temperature: float, ends: Sequence[int], stops: Sequence[Any]
+    ) -> None:
+        self.draws, self.temperature, self.ends, self.stops = draws, temperature, ends, stops
+        self._step: tuple[Tensor, Tensor] | None = None  # log p of the draws and their mean
+        self._kept: list[Tensor] = []  # [3, B] of each token: log-probability, total, aleatoric
+        self._done: list[Tensor] = []  # [B] after each token
 
-    def __call__(self, logits: Tensor) -> Tensor:
-        """Return the scores."""
+    def average(self, logits: Tensor) -> Tensor:
+        """Reduce logits [S * B, L, V] to scores [B, L, V].
+
+        With l_s the logits over T, score = log mean_s softmax(l_s) + mean_s logsumexp(l_s). The
+        second term changes no probability. With it, scores at sigma = 0 are l itself, whose sign
+        some processors look at.
+        """
         apart = tempered(logits, self.temperature).unflatten(0, (self.draws, -1))  # [S, B, L, V]
         normalizer = apart.logsumexp(-1, keepdim=True)
         log_p = apart - normalizer
         mean = torch.logsumexp(log_p, 0) - math.log(self.draws)
-        total = torch.special.entr(mean[:, -1].exp()).sum(-1)
-        aleatoric = torch.special.entr(log_p[:, :, -1].exp()).sum(-1).mean(0)
-        self.kept.append(torch.stack([total, aleatoric]))
-        return mean + normalizer.mean(0)
-
-    def generation(self, sequences: Tensor, prompt: int, ends: Sequence[int]) -> Generation:
-        """Return sequences [B, prompt + L] and what was kept, 0 after the first of ``ends``."""
-        new = sequences[:, prompt:]
         # A prompt that is read in chunks comes by several times; only its last part gives a token.
-        kept = torch.stack(self.kept[-new.shape[1] :], -1)
-        ended = torch.isin(new, torch.tensor(ends, dtype=new.dtype, device=new.device))
-        running = ended.cumsum(1) - ended.long() == 0  # the end itself was drawn
-        total, aleatoric = torch.where(running, kept, 0.0)
-        if not bool((total + aleatoric).isfinite().all()):
+        self._step = log_p[:, :, -1], mean[:, -1]
+        return apart[0] if self.draws == 1 else mean + normalizer.mean(0)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Tensor:
+        """Keep what is known of the last token [B]; return which rows are done."""
+        assert self._step is not None  # a token comes after its scores
+        token, (log_p, mean) = input_ids[:, -1:], self._step
+        taken = mean.gather(-1, token)[:, 0]
+        total = torch.special.entr(mean.exp()).sum(-1)
+        aleatoric = torch.special.entr(log_p.exp()).sum(-1).mean(0)
+        self._kept.append(torch.stack([taken, total, aleatoric]))
+        done = torch.isin(token[:, 0], torch.tensor(self.ends, device=token.device))
+        for stop in self.stops:
+            done = done | torch.as_tensor(stop(input_ids, scores, **options), device=done.device)
+        self._done.append(done if not self._done else done | self._done[-1])
+        return self._done[-1]
+
+    def generation(self, sequences: Tensor, padding: int) -> Generation:
+        """Return sequences [B, T + L] and what was kept."""
+        done = torch.stack(self._done, -1)
+        running = torch.cat([torch.zeros_like(done[:, :1]), done[:, :-1]], -1).logical_not()
+        kept = torch.where(running, torch.stack(self._kept, -1), 0.0)
+        if not bool(kept.isfinite().all()):
             raise ValueError(
                 "generate: the model returned NaN or Inf, so no token is the most probable; check "
                 "the adapter, sigma and the dtype"
             )
-        return Generation(sequences, total, aleatoric, (total - aleatoric).clamp_min(0.0))
+        # transformers pads rows only where there are end tokens.
+        prompt = sequences.shape[1] - running.shape[1]
+        new = sequences[:, prompt:].masked_fill(~running, padding)
+        log_probs, total, aleatoric = kept
+        return Generation(
+            sequences=torch.cat([sequences[:, :prompt], new], 1),
+            lengths=running.sum(-1),
+            ended=done[:, -1],
+            log_probs=log_probs,
+            total=total,
+            aleatoric=aleatoric,
+            epistemic=(total - aleatoric).clamp_min(0.0),
+        )
+
+
+class PrefixLayer(DynamicLayer):
+    """Keys and values of B prompts' beginnings, repeated where S draws of them go on."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append keys and values [S * B, ...]."""
+        keys, values = self.keys, self.values
+        if keys is not None and values is not None and len(keys) < len(key_states):
+            draws = len(key_states) // len(keys)
+            self.keys, self.values = (t.repeat(draws, 1, 1, 1) for t in (keys, values))
+        found: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
+        return found
 
 
 def _setting(options: dict[str, Any], name: str, default: Any = None) -> Any:
@@ -106,16 +172,21 @@ def _setting(options: dict[str, Any], name: str, default: Any = None) -> Any:
     return default if given is None else given
 
 
-def _check_arguments(options: dict[str, Any], config: GenerationConfig) -> None:
+def _check_arguments(options: dict[str, Any], config: GenerationConfig, tail: bool) -> None:
     """Refuse, by name, what cannot work with several draws."""
     for name, reason in REFUSED.items():
-        if _setting(options, name) is not None:
+        if _setting(options, name, getattr(config, name, None)) is not None:
             raise ValueError(f"generate({name}=...): {reason}; not possible while sampling")
     cache = _setting(options, "cache_implementation")
     if cache is not None and cache not in CACHES:
         raise ValueError(
             f"generate(cache_implementation={cache!r}): expected one of {', '.join(CACHES)} while "
             "sampling"
+        )
+    if cache == "static" and tail:
+        raise ValueError(
+            "generate(cache_implementation='static'): in tail mode prompts are read once for all "
+            "draws, into a cache that grows; leave it out"
         )
     if cache == "static" and _setting(options, "prefill_chunk_size") is not None:
         raise ValueError(
@@ -141,27 +212,62 @@ def run_generation(
         raise ValueError("generate: needs weight noise, one weight sample for all steps")
     model: Any = bayes.model
     defaults: Any = bayes.base.generation_config
-    _check_arguments(options, defaults)
-    inputs = align(batch, "left", bayes.base.device)
-    T, S = inputs["input_ids"].shape[1], len(draws)
-    temperature = bayes.config.temperature
-    averager = None if per_draw else Averager(S, temperature)
-    plain = None if temperature == 1.0 else partial(tempered, temperature=temperature)
-    reduce = averager or plain
-    state = SamplingState(bayes.base, draws, cached=True, diverged=per_draw, reduce=reduce)
-    if per_draw:
-        inputs = {
-            k: v.repeat(S, *([1] * (v.dim() - 1))) if isinstance(v, Tensor) else v
-            for k, v in inputs.items()
-        }
+    _check_arguments(options, defaults, bayes.config.mode == "tail")
+    inputs, S, k = align(batch, "left", bayes.base.device), len(draws), bayes.config.tail
+    ends = _ids(_setting(options, "eos_token_id", defaults.eos_token_id))
+    padding = _ids(_setting(options, "pad_token_id", defaults.pad_token_id)) or ends or [0]
+    stops = [*_stop_strings(options, defaults), *(options.pop("stopping_criteria", None) or ())]
+    recorder = Recorder(1 if per_draw else S, bayes.config.temperature, ends, stops)
+    state = SamplingState(
+        bayes.base, draws, cached=True, diverged=per_draw, reduce=recorder.average
+    )
     # transformers compiles the model by itself where a cache is static.
     options.setdefault("disable_compile", True)
     bayes.check_sampling()
-    with evaluating(model), bayes.sampling_as(state):
-        found = model.generate(**inputs, **options)
+    with evaluating(model):
+        # Full mode gives the same where all tokens are tail, or the noise is above.
+        if k is not None and k < inputs["input_ids"].shape[1] and not bayes.head_alone:
+            cache = options["past_key_values"] = _read_prefix(bayes, inputs, state, k)
+            cache.batch_repeat_interleave(
+                _setting(options, "num_return_sequences", defaults.num_return_sequences) or 1
+            )
+        if per_draw:
+            inputs = {
+                k: v.repeat(S, *([1] * (v.dim() - 1))) if isinstance(v, Tensor) else v
+                for k, v in inputs.items()
+            }
+        with bayes.sampling_as(state):
+            found = model.generate(**inputs, stopping_criteria=[recorder], **options)
     sequences = getattr(found, "sequences", found)
-    if averager is None:
-        return Generation(sequences.unflatten(0, (S, -1)))
-    end = _setting(options, "eos_token_id", defaults.eos_token_id)
-    ends = [] if end is None else [end] if isinstance(end, int) else [int(e) for e in end]
-    return averager.generation(sequences, T, ends)
+    generation = recorder.generation(sequences, padding[0])
+    if not per_draw:
+        return generation
+    apart = {f.name: getattr(generation, f.name).unflatten(0, (S, -1)) for f in fields(generation)}
+    return Generation(**apart)
+
+
+def _read_prefix(bayes: SampledModel, inputs: Inputs, state: SamplingState, k: int) -> Cache:
+    """Read all but the last k tokens of the prompts, once for all draws, with the mean adapter."""
+    position = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)
+    inputs = {"position_ids": position, **inputs}
+    prefix, cache = prefix_inputs(inputs, k), Cache(layer_class_to_replicate=PrefixLayer)
+    check_angles(bayes.base.config, prefix["position_ids"], inputs["position_ids"])
+    backbone: nn.Module = bayes.base.base_model
+    with bayes.sampling_as(mean_state(state, len(position))):
+        backbone(**prefix, past_key_values=cache, use_cache=True)
+    return cache
+
+
+def _ids(value: int | Sequence[int] | None) -> list[int]:
+    """Return token ids as a list."""
+    return [] if value is None else [value] if isinstance(value, int) else [int(v) for v in value]
+
+
+def _stop_strings(options: dict[str, Any], defaults: GenerationConfig) -> list[StoppingCriteria]:
+    """Return what finds the stop strings, as transformers does."""
+    strings = _setting(options, "stop_strings", defaults.stop_strings)
+    if not strings:
+        return []
+    if options.get("tokenizer") is None:
+        raise ValueError("generate(stop_strings=...): needs the tokenizer too; add tokenizer=...")
+    return [StopStringCriteria(options["tokenizer"], strings)]

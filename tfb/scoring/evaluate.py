@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from tfb.data.batching import EncodedRows, batches
 from tfb.data.encoding import LABEL_TOKENS
 from tfb.data.readers import read_rows
-from tfb.data.rows import Row, RowError
+from tfb.data.rows import Row, RowError, fitted_task, task_of
 from tfb.draws import Draws, check_even
 from tfb.evaluation.decisions import Decisions, check_targets
 from tfb.evaluation.metrics import Evaluation, nll_of_rows
@@ -40,15 +40,17 @@ def encode(
         bayes: the model.
         data: anything that holds rows, see :func:`tfb.data.readers.read_rows`.
         tokenizer: the model's.
-        columns: for our names of columns those of the data, where they differ.
+        columns: for our names of columns those of the data, where they differ; with "answer",
+            rows are prompts with an answer, for a fit.
         truncate: "left" or "right": the side on which rows that are too long are cut.
 
     Raises:
         RowError: a row that the task, the tokenizer or the model cannot take.
         ValueError: another number of labels than the model has classes.
     """
-    rows = read_rows(data, row_format(bayes, columns))
-    return row_encoder(bayes, tokenizer, truncate)(rows)
+    task = fitted_task(bayes.task, columns or {})
+    rows = read_rows(data, row_format(bayes, columns, task=task))
+    return row_encoder(bayes, tokenizer, truncate, task=task_of(rows, task))(rows)
 
 
 def predict_rows(

@@ -42,14 +42,25 @@ from tfb.adapters.loading import (
 )
 from tfb.data.encoding import check_truncate
 from tfb.data.readers import schema_of
-from tfb.data.rows import RowError, RowFormat
+from tfb.data.rows import PROMPTS, RowError, RowFormat, prompt_columns
 from tfb.evaluation.decisions import Decisions
 from tfb.model import BayesianModel
 from tfb.plain import typed
 from tfb.sampling.adaptive import Adaptive
 from tfb.sampling.config import check_mode
 from tfb.scoring.output import FORMATS, can_hold
-from tfb.scoring.scorer import BATCH_TOKENS, UNCERTAINTIES, Item, Scorer, check_draws
+from tfb.scoring.scorer import (
+    BATCH_TOKENS,
+    ENTROPIES,
+    NEW_TOKENS,
+    UNCERTAINTIES,
+    Item,
+    Scorer,
+    TextScorer,
+    check_draws,
+    check_generate,
+    check_writes,
+)
 
 _TOKENIZER = ["model_max_length", "padding_side", "truncation_side", "chat_template"]
 _TOKENIZER += ["add_bos_token", "add_eos_token", "clean_up_tokenization_spaces"]
@@ -77,6 +88,9 @@ class Job:
         truncate: the side on which rows that are too long are cut; None: they are errors.
         keep: columns that pass through.
         per_draw: keep each draw's probabilities.
+        generate: write text behind prompts, in place of scoring choices or classes.
+        max_new_tokens: most tokens of a row that is written; None: ``NEW_TOKENS``.
+        stop: texts before which a row ends that is written.
         limit: records to read, the first ones; None: all.
         device: None: a GPU if there is one.
         workers: models of the engine "ray"; None: as many as fit.
@@ -100,6 +114,9 @@ class Job:
     truncate: str | None = None
     keep: tuple[str, ...] = ()
     per_draw: bool = False
+    generate: bool = False
+    max_new_tokens: int | None = None
+    stop: tuple[str, ...] = ()
     limit: int | None = None
     device: str | None = None
     workers: int | None = None
@@ -111,6 +128,9 @@ class Job:
             raise ValueError(f"format={self.format}: expected one of {', '.join(FORMATS)}")
         check_mode(self.mode or "full", self.tail)
         check_truncate(self.truncate)
+        check_generate(self.generate, self.draws, self.per_draw, self.max_new_tokens, self.stop)
+        if self.generate and self.labels is not None:
+            raise ValueError("generate=True: rows have no choices and no classes; leave out labels")
         check_draws(self.draws, kept=self.per_draw)
         if self.adaptive is None and (self.tolerance, self.most) != (None, None):
             raise ValueError(f"draws={self.draws}: tolerance and most are those of draws=auto")
@@ -142,6 +162,9 @@ class Job:
     def row_format(self) -> RowFormat:
         """How records become rows, by the job's or the artifact's labels and the task."""
         sidecar, base = self.sidecar, base_of(self.folder, self.base)
+        if self.generate:
+            check_writes(sidecar["task"])
+            sidecar = {**sidecar, "task": PROMPTS}
         config = base_config(base, self.folder) if sidecar["task"] == "SEQ_CLS" else None
         return saved_format(sidecar, config, self.columns, self.labels)
 
@@ -163,6 +186,10 @@ class Job:
             kept[name] = text if kind is None or not can_hold(kind) else kind
         ours = {"prediction": number, "choice": text, "probs": pa.list_(real)}
         ours |= {**dict.fromkeys(UNCERTAINTIES, real), "draws": number, "label": number}
+        if self.generate:
+            reals = ("sequence_uncertainty", "log_prob", *ENTROPIES)
+            ours = {"text": text, "tokens": number, "finish_reason": text}
+            ours |= {**dict.fromkeys(reals, real), "draws": number}
         if self.truncate is not None:
             ours["truncated"] = number
         if self.per_draw:
@@ -177,7 +204,11 @@ class Job:
         """Return the columns of the artifact's decisions, which hold in its own mode alone."""
         decisions = typed(Decisions | None, self.sidecar.get("decisions"))
         own = (self.sidecar["mode"], self.sidecar.get("tail"))
-        if decisions is None or (self.mode is not None and (self.mode, self.tail) != own):
+        if (
+            self.generate
+            or decisions is None
+            or (self.mode is not None and (self.mode, self.tail) != own)
+        ):
             return ()
         return tuple(decisions.names)
 
@@ -200,23 +231,24 @@ class Job:
 
     def scorer(self, bayes: BayesianModel, tokenizer: PreTrainedTokenizerBase) -> Scorer:
         """Return what scores this job's rows."""
-        return Scorer(
-            bayes,
-            tokenizer,
-            draws=self.adaptive or self.draws,
-            batch_tokens=self.batch_tokens,
-            per_draw=self.per_draw,
-            truncate=self.truncate,
-            labels=self.row_format.labels,
-        )
+        how: dict[str, Any] = {"batch_tokens": self.batch_tokens, "truncate": self.truncate}
+        how["draws"] = self.adaptive or self.draws
+        if self.generate:
+            most, stop = self.max_new_tokens, self.stop
+            return TextScorer(bayes, tokenizer, max_new_tokens=most, stop=stop, **how)
+        labels = self.row_format.labels
+        return Scorer(bayes, tokenizer, per_draw=self.per_draw, labels=labels, **how)
 
     def declared(self) -> dict[str, Any]:
         """Return the part of the configuration that is known before a model is loaded."""
         names = ("draws", "batch_tokens", "part_rows", "format", "per_draw", "truncate", "limit")
         form, adaptive = self.row_format, self.adaptive
+        most = NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
+        writes = {"generate": True, "max_new_tokens": most, "stop": list(self.stop)}
         return {
             **{name: getattr(self, name) for name in names},
             **({} if adaptive is None else asdict(adaptive)),
+            **(writes if self.generate else {}),
             "columns": dict(form.columns),
             "labels": None if form.labels is None else list(form.labels),
             "keep": list(self.keep),
@@ -230,9 +262,14 @@ class Job:
         self, bayes: BayesianModel, tokenizer: PreTrainedTokenizerBase
     ) -> dict[str, Any]:
         """Return all that a row's result depends on, beside the rows, as plain data."""
+        found = {}
+        if self.generate:
+            told = json.loads(bayes.base.generation_config.to_json_string())
+            found["generation"] = settings(told, "transformers_version")
         return {
             **self.declared(),
             **asdict(bayes.config),
+            **found,
             "device": bayes.device.type,
             "dtype": str(bayes.dtype).removeprefix("torch."),
             "model_sha256": model_sha256(bayes.base),
@@ -258,6 +295,7 @@ def saved_format(
     task = str(sidecar["task"])
     names = class_names(task, config, labels, sidecar.get("labels"))
     known = {} if columns else (sidecar.get("extra") or {}).get("columns") or {}
+    known = prompt_columns(known) if task == PROMPTS else known
     # What has the columns of the fit's rows need not have ids and labels.
     return RowFormat(columns or known, names, task, ["id", "label"] if known else ())
 

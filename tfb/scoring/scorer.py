@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, StopStringCriteria
 
 from tfb.adapters.loading import class_names
-from tfb.data.batching import EncodedRows, batches, padded_tokens, token_batches
+from tfb.data.batching import Batch, EncodedRows, batches, padded_tokens, token_batches
 from tfb.data.encoding import RowEncoder, characters, chunks
 from tfb.data.readers import Record, iter_records
-from tfb.data.rows import DEEPEST, Row, RowError, RowFormat, is_deep
+from tfb.data.rows import DEEPEST, PROMPTS, Row, RowError, RowFormat, is_deep, prompt_columns
 from tfb.draws import Draws, check_even
 from tfb.model import BayesianModel
 from tfb.predictive import Predictive, as_float32
@@ -34,8 +34,10 @@ Result = dict[str, Any]
 Item = tuple[Row | None, Result]
 """A record of the input: the row to score, if it is one, and what its result begins with."""
 
-UNCERTAINTIES = ("total", "aleatoric", "epistemic", "agreement", "standard_error")
+ENTROPIES = ("total", "aleatoric", "epistemic")
+UNCERTAINTIES = (*ENTROPIES, "agreement", "standard_error")
 BATCH_TOKENS = 4096
+NEW_TOKENS = 128  # most of a row that is written
 WINDOW = 1024  # rows that are encoded together while streaming
 LONGEST_ERROR = 2000  # characters
 NOT_FINITE = "the model returned NaN or Inf; check the adapter and the dtype"
@@ -47,10 +49,12 @@ def row_format(
     *,
     labels: Sequence[str] | None = None,
     optional: Sequence[str] = (),
+    task: str | None = None,
 ) -> RowFormat:
-    """Return how data become rows for a model, by its task and, unless given, its ``labels``."""
+    """Return how data become rows for a model, by its own task and ``labels`` unless given."""
     names = class_names(bayes.task, bayes.base.config, labels or bayes.labels)
-    return RowFormat(columns or {}, names, bayes.task, optional)
+    given = prompt_columns(columns or {}) if task == PROMPTS else columns or {}
+    return RowFormat(given, names, task or bayes.task, optional)
 
 
 def row_encoder(
@@ -58,15 +62,18 @@ def row_encoder(
     tokenizer: PreTrainedTokenizerBase,
     truncate: str | None = None,
     label_tokens: str | None = None,
+    task: str | None = None,
+    max_new_tokens: int = 0,
 ) -> RowEncoder:
-    """Return what encodes rows for a model, by its own ``label_tokens`` unless they are given."""
+    """Return what encodes rows for a model, by its own ``label_tokens`` and task unless given."""
     return RowEncoder.of(
         tokenizer,
-        bayes.task,
+        task or bayes.task,
         bayes.base.config,
         label_tokens=label_tokens or bayes.label_tokens,
         length_normalization=bayes.config.length_normalization,
         truncate=truncate,
+        max_new_tokens=max_new_tokens,
     )
 
 
@@ -155,6 +162,7 @@ class Scorer:
         per_draw: keep each draw's probabilities.
         truncate: the side on which rows that are too long are cut; None: they are errors.
         labels: names of the classes of text rows.
+        encoder: of rows that are not scored by their choices or classes.
 
     Raises:
         ValueError: draws that the model cannot sample, or adaptive ones that are to be kept.
@@ -171,9 +179,10 @@ class Scorer:
         per_draw: bool = False,
         truncate: str | None = None,
         labels: Sequence[str] | None = None,
+        encoder: RowEncoder | None = None,
     ) -> None:
         self.bayes, self.labels, self.per_draw = bayes, labels, per_draw
-        self.encoder = row_encoder(bayes, tokenizer, truncate)
+        self.encoder = encoder or row_encoder(bayes, tokenizer, truncate)
         self.batch_tokens, self.batch_size = batch_tokens, batch_size
         check_draws(draws, kept=per_draw)
         self._draws: Draws | Adaptive
@@ -184,7 +193,8 @@ class Scorer:
         else:
             self._draws = bayes.distinct_draws(draws, kept=per_draw)
             most = len(self._draws)
-        _check_calibrated(bayes, draws)
+        if encoder is None:
+            _check_calibrated(bayes, draws)
         # On a GPU the model would go by the memory that happens to be free, and a pass of another
         # shape rounds differently.
         self._draws_per_pass = None if bayes.device.type == "cpu" else most
@@ -252,18 +262,9 @@ class Scorer:
         results: dict[int, Result] = {}
         try:
             for batch in batches(chosen, batch_size=len(at), pad_token_id=pad):
-                p = self.bayes.predict(
-                    batch.model_inputs(),
-                    self._draws,
-                    label_ids=batch.label_ids,
-                    keep_draws=self.per_draw,
-                    draws_per_pass=draws_per_pass,
-                )
-                columns = {name: found.tolist() for name, found in result_columns(p).items()}
+                columns = self._columns(batch, draws_per_pass)
                 if self.encoder.truncate is not None:
                     columns["truncated"] = torch.tensor(chosen.truncated)[batch.indices].tolist()
-                if self.bayes.decisions is not None:
-                    columns |= self.bayes.decisions.apply(p.probs)
                 table = zip(*columns.values(), strict=True)
                 for i, values in zip(batch.indices.tolist(), table, strict=True):
                     found = dict(zip(columns, values, strict=True))
@@ -279,6 +280,18 @@ class Scorer:
             torch.cuda.empty_cache()
         return None
 
+    def _columns(self, batch: Batch, draws_per_pass: int | None) -> dict[str, list[Any]]:
+        """Return what is computed for the rows of a batch."""
+        p = self.bayes.predict(
+            batch.model_inputs(),
+            self._draws,
+            label_ids=batch.label_ids,
+            keep_draws=self.per_draw,
+            draws_per_pass=draws_per_pass,
+        )
+        columns = {name: found.tolist() for name, found in result_columns(p).items()}
+        return columns | (self.bayes.decisions.apply(p.probs) if self.bayes.decisions else {})
+
     def _result(self, row: Row, values: Result) -> Result:
         if not all(map(math.isfinite, values["probs"])):
             return _fault(row, NOT_FINITE)
@@ -290,6 +303,79 @@ class Scorer:
             values["prediction_set"] = [str(i) if names is None else names[i] for i in chosen]
         first = {"id": row.id, "prediction": best, "choice": choice}
         return {**first, **values, "label": row.label, "error": None}
+
+
+class TextScorer(Scorer):
+    """Writes text behind prompts with one model, by greedy decoding of the averaged distribution.
+
+    Of the model's generation_config hold the end tokens, beside the tokenizer's, and what changes
+    scores (repetition_penalty, suppress_tokens, ...); nothing is sampled.
+
+    Args:
+        bayes: a causal language model.
+        tokenizer: its tokenizer.
+        truncate: the side on which rows that are too long are cut; None: they are errors.
+        max_new_tokens: most tokens of a row; None: ``NEW_TOKENS``.
+        stop: texts before which a row ends.
+        how: of :class:`Scorer`.
+
+    Raises:
+        ValueError: another task, or settings that cannot work.
+    """
+
+    def __init__(
+        self,
+        bayes: BayesianModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        truncate: str | None = None,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        **how: Any,
+    ) -> None:
+        check_writes(bayes.task)
+        most = NEW_TOKENS if max_new_tokens is None else max_new_tokens
+        encoder = row_encoder(bayes, tokenizer, truncate, task=PROMPTS, max_new_tokens=most)
+        super().__init__(bayes, tokenizer, encoder=encoder, **how)
+        if stop:
+            _check_stop(tokenizer, stop)
+        own = bayes.base.generation_config.eos_token_id
+        ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
+        self._stop = tuple(stop)
+        self._options: dict[str, Any] = {
+            "max_new_tokens": most,
+            "eos_token_id": sorted(ends) or None,
+            "pad_token_id": bayes.pad_token_id,
+            "stop_strings": list(stop) or None,
+            "tokenizer": tokenizer,
+            # A model's own would make other text of the same row, or another number of texts.
+            **{"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "max_time": None},
+        }
+
+    def _columns(self, batch: Batch, draws_per_pass: int | None) -> dict[str, list[Any]]:
+        assert isinstance(self._draws, Draws)  # others were refused
+        found = self.bayes.generate(batch.model_inputs(), self._draws, **self._options)
+        lengths = found.lengths.tolist()
+        new = zip(found.new_tokens.tolist(), lengths, strict=True)
+        real = {name: getattr(found, name).sum(-1) / found.lengths for name in ENTROPIES}
+        real = {"log_prob": found.log_probs.sum(-1), **real}
+        real = {"sequence_uncertainty": found.sequence_uncertainty, **real}
+        return {
+            "text": [self._text(ids[:n]) for ids, n in new],
+            "tokens": lengths,
+            "finish_reason": ["stop" if ended else "length" for ended in found.ended.tolist()],
+            **{name: as_float32(values).tolist() for name, values in real.items()},
+            "draws": [len(self._draws)] * len(lengths),
+        }
+
+    def _text(self, ids: list[int]) -> str:
+        """Return new tokens as text, up to the first stop string; the last token may go beyond."""
+        decode, plain = self.encoder.tokenizer.decode, {"clean_up_tokenization_spaces": False}
+        text = str(decode(ids, skip_special_tokens=True, **plain))
+        return text[: min((at for s in self._stop if (at := text.find(s)) >= 0), default=None)]
+
+    def _result(self, row: Row, values: Result) -> Result:
+        return {"id": row.id, **values, "error": None}
 
 
 def _fault(row: Row, text: str) -> Result:
@@ -305,6 +391,49 @@ def check_draws(draws: int | Draws | Adaptive | str, *, kept: bool) -> None:
         raise ValueError("draws=auto: rows have different numbers of draws; keep none of them")
     if isinstance(draws, int):
         check_even(draws)
+
+
+def check_generate(
+    generate: bool,
+    draws: int | Draws | Adaptive | str,
+    per_draw: bool,
+    max_new_tokens: int | None,
+    stop: Sequence[str],
+) -> None:
+    """Refuse settings that do not go with ``generate``, or not without it."""
+    if not generate:
+        given = {"max_new_tokens": max_new_tokens, "stop": stop[0] if stop else None}
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"{name}={value!r}: is a setting of generate=True; add that")
+        return
+    if isinstance(draws, str | Adaptive):
+        raise ValueError(
+            "draws=auto: not with generate=True, where draws write side by side; give a number"
+        )
+    if per_draw:
+        raise ValueError("per_draw=True: not with generate=True, where all draws write one text")
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens}: expected at least 1")
+    if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
+        raise ValueError(f"stop={stop!r}: expected a list of texts, none of them empty")
+
+
+def _check_stop(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> None:
+    """Refuse a tokenizer in whose tokens transformers finds no stop strings."""
+    try:
+        StopStringCriteria(tokenizer, list(stop))
+    except Exception as error:  # it tries the tokenizer on a text of its own
+        raise ValueError(
+            f"stop={stop[0]!r}: transformers finds no text in this tokenizer's tokens ({error}); "
+            "leave it out"
+        ) from error
+
+
+def check_writes(task: str) -> None:
+    """Refuse a model that writes no text."""
+    if task != "CAUSAL_LM":
+        raise ValueError(f"generate=True: needs a causal language model, and this one is {task}")
 
 
 def _check_calibrated(bayes: BayesianModel, draws: int | Draws | Adaptive | str) -> None:
@@ -331,6 +460,9 @@ def score(
     columns: Mapping[str, str] | None = None,
     truncate: str | None = None,
     errors: str = "raise",
+    generate: bool = False,
+    max_new_tokens: int | None = None,
+    stop: Sequence[str] = (),
 ) -> Iterator[Result]:
     """Stream one result for each row, in order, reading at most ``WINDOW`` rows ahead.
 
@@ -338,6 +470,10 @@ def score(
     total, aleatoric and epistemic (nats), agreement, standard_error, draws, label (None where there
     is none); with ``truncate`` truncated (tokens left out), with ``per_draw`` draw_probs; where
     the model has decisions for them abstain and prediction_set (of choices, by their text or name).
+
+    With ``generate`` rows are prompts that the model continues, and a result has id, text, tokens
+    (how many), finish_reason ("stop" or "length"), sequence_uncertainty, log_prob (of the whole
+    text), total, aleatoric and epistemic (means over tokens; all in nats), and draws.
 
     Args:
         data: anything that holds rows, see :func:`tfb.data.readers.read_rows`.
@@ -349,6 +485,9 @@ def score(
         columns: for our names of columns those of the data, where they differ.
         truncate: "left" or "right": the side on which rows that are too long are cut.
         errors: "raise", or "rows": a bad row is a result with its reason in ``error``.
+        generate: write text behind prompts, by greedy decoding (:class:`TextScorer`).
+        max_new_tokens: most tokens of a row that is written. Default: 128.
+        stop: texts before which a row ends that is written.
 
     Raises:
         RowError: a row that cannot be scored, with ``errors="raise"``; a file that cannot be read.
@@ -357,16 +496,14 @@ def score(
     """
     if errors not in ("raise", "rows"):
         raise ValueError(f"errors={errors!r}: expected 'raise' or 'rows'")
-    form = row_format(bayes, columns, optional=["label"])
-    scorer = Scorer(
-        bayes,
-        tokenizer,
-        draws=draws,
-        batch_tokens=sys.maxsize,
-        batch_size=batch_size,
-        per_draw=per_draw,
-        truncate=truncate,
-        labels=form.labels,
+    check_generate(generate, draws, per_draw, max_new_tokens, stop)
+    form = row_format(bayes, columns, optional=["label"], task=PROMPTS if generate else None)
+    how: dict[str, Any] = {"draws": draws, "batch_size": batch_size, "truncate": truncate}
+    how["batch_tokens"] = sys.maxsize
+    scorer = (
+        TextScorer(bayes, tokenizer, max_new_tokens=max_new_tokens, stop=stop, **how)
+        if generate
+        else Scorer(bayes, tokenizer, per_draw=per_draw, labels=form.labels, **how)
     )
     return _stream(data, form, scorer, raises=errors == "raise")
 

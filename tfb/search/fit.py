@@ -21,6 +21,7 @@ from tfb.module import BayesianModule
 from tfb.posterior import LowRankPosterior, default_prior_sigma
 from tfb.sampling.config import SamplingConfig
 from tfb.sampling.state import Batch
+from tfb.search.answers import losses_at, surprise
 from tfb.search.loss import (
     METRICS,
     AnchorLoss,
@@ -49,8 +50,13 @@ OBJECTIVES = ("min_nll", "max_variance", "gvi")
 SEARCHES = ("grid", "bisection")
 DEFAULT_BOUNDS = (1e-3, 0.1)
 SEARCH_DRAWS = 8
-NEARLY_ALL, NEAR_ZERO = 0.95, 0.1  # right, and NLL over that of a guess, on training rows
+# On training rows: right, or an answer's loss near 0; and NLL over that of a guess, or in nats.
+NEARLY_ALL, NEAR_ZERO = 0.95, 0.1
 FEW = 50  # anchors: at 10 and 20 of them, noise and T that they asked for made new rows worse
+TRAINED_ON = (
+    "the anchors look like rows that the adapter was trained on: it knows nearly every {}, and is "
+    "as sure as it is right; use held-out rows"
+)
 NLL_FLOOR = 0.01  # nats: below this a relative tolerance on the NLL is ill-conditioned
 
 Anchors = AnchorSet | EncodedRows | Iterable[Batch | Sequence[torch.Tensor]]
@@ -83,7 +89,8 @@ def fit_sigma(
 
     The default minimises the NLL of mean_s softmax(z_s / T) over both. Without ``temperature`` it
     is TFB at the sigma of least NLL, with ``objective="max_variance"`` TFB by the paper's rule
-    (section 3.3), and at ``sigma=0`` temperature scaling (Guo et al. 2017).
+    (section 3.3), and at ``sigma=0`` temperature scaling (Guo et al. 2017). Of a row with an answer
+    the NLL is the mean over the answer's tokens, each given those before it.
 
     Args:
         bayes: the model.
@@ -395,6 +402,8 @@ def _doubtful_rows(loss: AnchorLoss) -> tuple[list[str], bool]:
         Notes, and whether the anchors look like the adapter's training rows.
     """
     log_probs, labels = loss.log_probs, loss.anchors.labels
+    if loss.answer_losses is not None:
+        return _doubtful_answers(loss.answer_losses)
     if log_probs is None or labels is None or loss.metric == "pseudo_nll":
         return [], False
     probs = log_probs.exp()
@@ -419,11 +428,16 @@ def _doubtful_rows(loss: AnchorLoss) -> tuple[list[str], bool]:
     surprise = nll - torch.special.entr(probs).sum(-1)
     known = right >= NEARLY_ALL * N and float(nll.mean()) < NEAR_ZERO * math.log(K)
     if suspicious := known and float(surprise.mean()) < 2 * standard_error(surprise):
-        found.append(
-            "the anchors look like rows that the adapter was trained on: it knows nearly every "
-            "label, and is as sure as it is right; use held-out rows"
-        )
+        found.append(TRAINED_ON.format("label"))
     return found, suspicious
+
+
+def _doubtful_answers(losses: torch.Tensor) -> tuple[list[str], bool]:
+    """Judge answers by the adapter's losses [n, G]; see :func:`_doubtful_rows`."""
+    known = int((losses_at(losses, 1.0) < NEAR_ZERO).sum()) >= NEARLY_ALL * len(losses)
+    more = surprise(losses)
+    suspicious = known and float(more.mean()) < 2 * standard_error(more)
+    return [TRAINED_ON.format("answer")] if suspicious else [], suspicious
 
 
 # --- the record -----------------------------------------------------------------------------------

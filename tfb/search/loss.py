@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tfb.data.batching import NO_LABEL, EncodedRows, batches
+from tfb.data.batching import NO_LABEL, NO_TOKEN, EncodedRows, batches
 from tfb.draws import Draws
 from tfb.evaluation.metrics import PROBABILITY_FLOOR, fit_temperature
 from tfb.model import BayesianModel
 from tfb.module import BayesianModule
 from tfb.sampling.config import SamplingConfig
 from tfb.sampling.state import Batch
+from tfb.search.answers import TEMPERATURES, best_temperature, losses_at, token_nll
 from tfb.search.result import SearchError
 from tfb_kernels.reference import compute_dtype
 
@@ -65,9 +66,10 @@ class AnchorSet:
 
     Attributes:
         batches: dicts of tokenizer tensors [B, T], "labels" [B] (class indices) and, for causal
-            LMs, "label_ids" [K], [B, K] or [B, K, L] (the tokens of the classes). Of a model
-            without PEFT: its arguments, rows in dim 0, by name, or by place ("0", "1", ...) where
-            they came as a tuple; "labels" are not given to the model.
+            LMs, "label_ids" [K], [B, K] or [B, K, L] (the tokens of the classes); [B, 1, L] are
+            answers, which need no labels. Of a model without PEFT: its arguments, rows in dim 0,
+            by name, or by place ("0", "1", ...) where they came as a tuple; "labels" are not given
+            to the model.
         content_hash: SHA-256 of the content.
     """
 
@@ -124,8 +126,19 @@ class AnchorSet:
         labels = torch.cat([torch.as_tensor(y).cpu().long() for y in found])
         return None if bool((labels == NO_LABEL).any()) else labels
 
+    @cached_property
+    def answers(self) -> bool:
+        """Whether any row has an answer of its own to write, in place of choices."""
+        return any(_answers_of(batch) is not None for batch in self.batches)
+
     def check(self, metric: MetricLike) -> None:
         """Refuse what cannot be searched on by a metric: missing labels, one class only."""
+        if self.answers:
+            if any(_answers_of(batch) is None for batch in self.batches):
+                raise ValueError("anchors: some rows have an answer, others have none; part them")
+            if metric != "nll":
+                raise ValueError(f"metric={name_of(metric)!r}: rows with an answer need 'nll'")
+            return
         if not metric_of(metric).labelled:
             return
         if self.labels is None:
@@ -173,6 +186,12 @@ def _rows_of(batch: Batch) -> int:
     return shapes.get("input_ids", next(iter(shapes.values())))[0]
 
 
+def _answers_of(batch: Batch) -> Tensor | None:
+    """Return the answers [B, L] of a batch that has such."""
+    ids = batch.get("label_ids")
+    return ids[:, 0] if isinstance(ids, Tensor) and ids.shape[1:-1] == (1,) else None
+
+
 def _as_given(batch: Batch) -> Any:
     """Return arguments by place as a tuple again."""
     return tuple(batch.values()) if "0" in batch else batch
@@ -198,10 +217,10 @@ class PassCounter:
     """
 
     def __init__(self, batches: Sequence[Batch], tail: int | None) -> None:
-        tokens = torch.cat([_tokens_of(b) for b in batches])  # [N]
-        self._drawn = tokens if tail is None else tokens.clamp_max(tail)
-        self._common = tokens - self._drawn
-        self._total = int(tokens.sum())
+        prompts, answers = (torch.cat(n) for n in zip(*map(_tokens_of, batches), strict=True))
+        drawn = prompts if tail is None else prompts.clamp_max(tail)
+        self._drawn, self._common = drawn + answers, prompts - drawn  # [N]
+        self._total = int((prompts + answers).sum())
         self._spent = 0
 
     @property
@@ -214,12 +233,14 @@ class PassCounter:
         self._spent += int((self._common[rows] + draws * self._drawn[rows]).sum())
 
 
-def _tokens_of(batch: Batch) -> Tensor:
-    """Return the number of tokens of each row, [B]; 1 where a model has none."""
+def _tokens_of(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Count the tokens of each row, [B], 1 where a model has none, and those of its answer."""
     real: Tensor | None = batch.get("attention_mask")
     if real is None:
         real = torch.ones_like(batch.get("input_ids", torch.ones(_rows_of(batch), 1)))
-    return real.sum(1).long().cpu()
+    prompts, ids = real.sum(1).long().cpu(), _answers_of(batch)
+    # An answer's last token is never read.
+    return prompts, prompts * 0 if ids is None else (ids != NO_TOKEN).sum(1).cpu() - 1
 
 
 def passes_per_row(lengths: Sequence[int], draws: int, tail: int | None = None) -> float:
@@ -337,9 +358,12 @@ class AnchorLoss:
         self.bayes, self.anchors, self.metric = bayes, anchors, metric
         self.draws, self.config, self.progress = draws, config, progress
         self.temperature, self.sweeps = temperature, sweeps
+        self._answers = anchors.answers and not isinstance(bayes, BayesianModule)
         self.cost = PassCounter(anchors.batches, config.tail)
         self._adapter: dict[int, Tensor] = {}  # outputs at sigma = 0 of each batch, full mode
-        self.log_probs: Tensor | None = None  # [n, K] of the adapter on the rows measured last
+        # Of the adapter on the rows measured last: [n, K], or of answers the losses [n, G].
+        self.log_probs: Tensor | None = None
+        self.answer_losses: Tensor | None = None
 
     @property
     def passes(self) -> float:
@@ -355,8 +379,10 @@ class AnchorLoss:
             zero, out = self._sweep(number, at, whole, wanted)
             plain.append(zero)
             drawn.append(out)
-        adapter = _together(plain)  # [1, n, K], or [1, n] of norms or losses
-        if adapter.dim() == 3:
+        adapter = _together(plain)  # [1, n, K], [1, n] of norms or losses, [1, n, G] of answers
+        if self._answers:
+            self.answer_losses = adapter[0]
+        elif adapter.dim() == 3:
             self.log_probs = adapter[0].log_softmax(-1)
         targets = self._targets(rows, adapter)
         found: list[Point] = []
@@ -428,7 +454,10 @@ class AnchorLoss:
         return torch.cat(found)
 
     def _outputs(self, batch: Batch, draws: Draws) -> Tensor:
-        """Return each draw's logits [S, b, K], norms [S, b] or other outputs, float32 at least."""
+        """Return each draw's logits [S, b, K], norms [S, b] or other outputs, float32 at least.
+
+        Of answers, the log-probabilities [S, b, L, G].
+        """
         inputs = {k: v for k, v in batch.items() if k not in ("labels", "label_ids")}
         form: Any = {"mode": self.config.mode, "tail": self.config.tail}
         if isinstance(self.bayes, BayesianModule):
@@ -440,15 +469,24 @@ class AnchorLoss:
                 )
         elif self.metric == "embedding_norm":
             out = self.bayes.hidden_norms(inputs, draws)
+        elif self._answers:
+            ids = batch["label_ids"][:, 0]
+            out = self.bayes.answer_log_probs(inputs, draws, ids, TEMPERATURES, **form)
         else:
             out = self.bayes.logits(inputs, draws, batch.get("label_ids"), **form)
         return out.to(compute_dtype(out.dtype))
 
     @torch.no_grad()
     def _reduced(self, out: Tensor, batch: Batch, sigmas: Sequence[float]) -> Tensor:
-        """Return outputs [G, S, b, ...], checked; a loss function makes that losses [G, 1, b]."""
+        """Return outputs [G, S, b, ...], checked; a loss function makes that losses [G, 1, b].
+
+        Answers have their losses too, [G, 1, b, temperatures].
+        """
         who = "the model"
-        if callable(self.metric):
+        if self._answers:
+            present = batch["label_ids"][:, 0].to(out.device) != NO_TOKEN
+            out = torch.stack([token_nll(o, present) for o in out])[:, None]
+        elif callable(self.metric):
             who = f"the loss function {name_of(self.metric)}"
             own = {k: v.to(out.device) for k, v in batch.items() if isinstance(v, Tensor)}
             given = _as_given({**batch, **own})
@@ -469,7 +507,7 @@ class AnchorLoss:
 
     def _targets(self, rows: Tensor, adapter: Tensor) -> Tensor | None:
         """Return what is to be predicted, [n]: labels, or the adapter's own predictions."""
-        if callable(self.metric) or self.metric == "embedding_norm":
+        if callable(self.metric) or self.metric == "embedding_norm" or self._answers:
             return None
         if self.metric == "pseudo_nll":
             return adapter[0].argmax(-1)
@@ -480,7 +518,9 @@ class AnchorLoss:
         return targets
 
     def _temperature(self, logits: Tensor, targets: Tensor | None) -> float:
-        """Return the T of least mean NLL of logits [S, n, K]."""
+        """Return the T of least mean NLL of logits [S, n, K], or of answers' losses [1, n, G]."""
+        if self._answers:
+            return best_temperature(logits[0])
         assert targets is not None
         if bool((logits.softmax(-1).mean(0).argmax(-1) == targets).all()):
             return 1.0  # without a wrong row the likelihood grows for ever as T falls
@@ -490,6 +530,8 @@ class AnchorLoss:
         self, out: Tensor, T: float, targets: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Return losses [n] of outputs [S, n, ...] at T, and whether each row is right."""
+        if self._answers:
+            return losses_at(out[0], T), None
         if targets is None:
             return out.mean(0), None
         p = (out / T).softmax(-1)
