@@ -20,6 +20,7 @@ from benchmarks.calibration.quality_tables import plot_quality, quality_table
 from benchmarks.calibration.tables import calibration_table, evidence_table, methods_table
 from benchmarks.environment import REPOSITORY, RESULTS
 from benchmarks.front import plot_front
+from benchmarks.generation.tables import decoding_table, generation_table
 from benchmarks.inference.tables import model_table, passes_table, predict_table
 from benchmarks.kernels.tables import layer_table, linear_table, predictive_table
 from benchmarks.markdown import Row
@@ -38,6 +39,8 @@ TABLES: dict[str, tuple[Table, str, Path]] = {  # how it is made, of which suite
     "quality": (quality_table, "quality", DOCS / "performance.md"),
     "passes": (passes_table, "passes", DOCS / "performance.md"),
     "predict": (predict_table, "predict", DOCS / "performance.md"),
+    "generation": (generation_table, "generation", DOCS / "generation.md"),
+    "decoding": (decoding_table, "decoding", DOCS / "generation.md"),
     "score": (score_table, "score", DOCS / "scoring.md"),
     "layer": (layer_table, "layer", DOCS / "kernels.md"),
     "linear": (linear_table, "linear", DOCS / "kernels.md"),

@@ -13,8 +13,6 @@ import json
 import math
 import os
 import random
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -29,6 +27,7 @@ from torch.nn import functional as F
 
 from benchmarks.calibration.tasks import GIVEN, LABEL_TOKENS, TASKS, Task, load_task
 from benchmarks.environment import MINILM, environment, shared_folder
+from tfb.atomic import staged_folder
 from tfb.data.batching import Batch, EncodedRows, batches
 from tfb.data.encoding import RowEncoder
 from tfb.data.rows import Row
@@ -96,11 +95,11 @@ def train(task: Task, recipe: Recipe, folder: Path) -> dict[str, Any]:
         raise FileExistsError(f"{folder} is there already; remove it to train again")
     started = time.perf_counter()
     torch.manual_seed(task.seed)  # of the head, of LoRA's A and of dropout
-    model, tokenizer = _model(task, recipe)
+    model, tokenizer = lora_model(task.base, recipe, task.task_type, task.classes)
     rows = encoder(task, tokenizer, model.config)(task.train)
     pad = int(model.config.pad_token_id)
     losses = []
-    steps = _schedule(model, recipe, math.ceil(len(rows) / recipe.batch_size))
+    steps = optimization(model, recipe, math.ceil(len(rows) / recipe.batch_size))
     model.train()
     for epoch in range(recipe.epochs):
         total = 0.0
@@ -125,7 +124,7 @@ def train(task: Task, recipe: Recipe, folder: Path) -> dict[str, Any]:
         "seconds": time.perf_counter() - started,
         "environment": environment(),
     }
-    _save(model, record, folder)
+    save(model, record, folder)
     return record
 
 
@@ -154,21 +153,23 @@ def evaluate_rows(
     }
 
 
-def _model(task: Task, recipe: Recipe) -> tuple[Any, Any]:
+def lora_model(
+    folder: Path, recipe: Recipe, task_type: str = "CAUSAL_LM", classes: int = 0
+) -> tuple[Any, Any]:
     """Return the base model with fresh LoRA factors (and head), and its tokenizer."""
     import transformers
     from peft import LoraConfig, get_peft_model
 
-    base = str(task.base)
-    causal = task.task_type == "CAUSAL_LM"
+    base = str(folder)
+    causal = task_type == "CAUSAL_LM"
     if causal:
         model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     else:
         model = transformers.AutoModelForSequenceClassification.from_pretrained(
-            base, num_labels=task.classes, dtype=torch.float32
+            base, num_labels=classes, dtype=torch.float32
         )
     config = LoraConfig(
-        task_type=task.task_type,
+        task_type=task_type,
         r=recipe.r,
         lora_alpha=recipe.alpha,
         lora_dropout=recipe.dropout,
@@ -177,7 +178,7 @@ def _model(task: Task, recipe: Recipe) -> tuple[Any, Any]:
     )
     wrapped = get_peft_model(model, config)
     # A name, not a folder of the machine that it was trained on.
-    name = MINILM if task.base.name == "model" else task.base.name
+    name = MINILM if folder.name == "model" else folder.name
     wrapped.peft_config["default"].base_model_name_or_path = name
     return wrapped, transformers.AutoTokenizer.from_pretrained(base)
 
@@ -191,7 +192,7 @@ def _logits(model: Any, batch: Batch, task: Task) -> Tensor:
     return logits.gather(-1, batch.label_ids)
 
 
-def _schedule(model: Any, recipe: Recipe, steps_per_epoch: int) -> Iterator[None]:
+def optimization(model: Any, recipe: Recipe, steps_per_epoch: int) -> Iterator[None]:
     """Each ``next`` is one step of AdamW, with warm-up and linear decay to 0."""
     from transformers import get_linear_schedule_with_warmup
 
@@ -208,14 +209,18 @@ def _schedule(model: Any, recipe: Recipe, steps_per_epoch: int) -> Iterator[None
         yield
 
 
-def _epoch(rows: EncodedRows, batch_size: int, pad: int, key: str) -> Iterator[Batch]:
-    """Batches of rows of about one length, in random order; every row once."""
+def groups(lengths: Sequence[int], batch_size: int, key: str) -> list[list[int]]:
+    """Batches of rows of about one length, as their indices, in random order; every row once."""
     rng = random.Random(key)
-    lengths = [len(ids) * rng.uniform(0.8, 1.2) for ids in rows.input_ids]
-    order = sorted(range(len(rows)), key=lengths.__getitem__)
-    groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    rng.shuffle(groups)
-    for group in groups:
+    noisy = [length * rng.uniform(0.8, 1.2) for length in lengths]
+    order = sorted(range(len(noisy)), key=noisy.__getitem__)
+    found = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    rng.shuffle(found)
+    return found
+
+
+def _epoch(rows: EncodedRows, batch_size: int, pad: int, key: str) -> Iterator[Batch]:
+    for group in groups([len(ids) for ids in rows.input_ids], batch_size, key):
         yield from batches(
             rows.subset(group), batch_size=batch_size, pad_token_id=pad, padding_side=_side(rows)
         )
@@ -226,19 +231,12 @@ def _side(rows: EncodedRows) -> str:
     return "left" if rows.label_ids is not None else "right"
 
 
-def _save(model: Any, record: dict[str, Any], folder: Path) -> None:
+def save(model: Any, record: dict[str, Any], folder: Path) -> None:
     """All files, then the folder's name."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with staged_folder(folder) as made:
         model.save_pretrained(str(made), save_embedding_layers=False)
         (made / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
         (made / "train.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        made.chmod(0o755)
-        made.rename(folder)
-    except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
-        raise
 
 
 def main() -> None:

@@ -89,8 +89,6 @@ def passes_table(rows: Sequence[Row]) -> str:
     """Return the cost of every way to draw, in deterministic passes, and the targets missed."""
     if not rows:
         return NO_ROWS
-    decoding = [r for r in rows if r["measure"] == "decode"]
-    rows = [r for r in rows if r["measure"] != "decode"]
     columns: dict[str, Row] = {}
     for row in rows:
         units = dict(row["in_units_of"]["ratios"])
@@ -103,7 +101,6 @@ def passes_table(rows: Sequence[Row]) -> str:
     ]
     return blocks(
         table(["in passes of the deterministic adapter", *columns], body),
-        *map(_decoding, decoding),
         missed(rows, _passes_name),
         taken_on(rows),
     )
@@ -112,16 +109,6 @@ def passes_table(rows: Sequence[Row]) -> str:
 def _passes_name(row: Row) -> str:
     name = "{model}, {adapter}, {rows} x {tokens}".format_map(row["point"])
     return f"{name} ({row['device']})"
-
-
-def _decoding(row: Row) -> str:
-    u, p = row["in_units_of"]["ratios"], row["point"]
-    return (
-        f"Decoding {p['new_tokens']} tokens after {p['rows']} prompts of {p['tokens']} with 10 "
-        f"draws ({p['model']}, {row['device']}) takes {spread(u['ours'])} times one plain "
-        "generation; ten generations with materialised noise, which average nothing, "
-        f"{spread(u['naive'])}."
-    )
 
 
 # --- 8B parameters on a GPU -----------------------------------------------------------------------

@@ -1,14 +1,13 @@
 """What S draws cost in passes on a CPU; 8B parameters on a GPU: ``test_model.py``.
 
-A random Llama of 8 layers, MiniLM (which has neither tails nor an adapted head), and a decoded
-token. "ours" is full mode with 10 draws; in rows of cheaper ways ("ways") it is the tail. On the
-Llama ten full draws take seconds, and a round has five contenders that do: they have a row of their
-own, of the adapter on all linears alone.
+A random Llama of 8 layers, and MiniLM, which has neither tails nor an adapted head. "ours" is full
+mode with 10 draws; in rows of cheaper ways ("ways") it is the tail. On the Llama ten full draws
+take seconds, and a round has five contenders that do: they have a row of their own, of the adapter
+on all linears alone.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,12 @@ import pytest
 
 import tfb
 from benchmarks.fixtures import ADAPTERS, CASES, CPU, TOY, Shape, copy_of, description, random_case
-from benchmarks.inference.baselines import flipout_loop, forward, naive_draws, naive_loop
+from benchmarks.inference.baselines import flipout_loop, forward, naive_loop
 from benchmarks.timing import Bench, Row, Step, compare, target
 from tfb.draws import Draws
 
 SIGMA = 0.01
 ROUNDS = (15, 20)
-PROMPT, NEW_TOKENS = 32, 16  # of what is decoded
 
 
 def full(shape: Shape, adapter: str, bench: Bench) -> dict[str, Step]:
@@ -129,29 +127,3 @@ def test_passes_of_an_encoder(benchmark: Any, bench: Bench, shared: Path) -> Non
     point, parts = case.description(10) | {"adapter": "r8-q,v"}, ("full_2", "full_4", "quarter_10")
     how: dict[str, Any] = {"unit": "mean", "rounds": ROUNDS}
     compare(benchmark, bench, "passes", "predict", point, made, parts=parts, **how)
-
-
-def test_decoding(benchmark: Any, bench: Bench) -> None:
-    """Prompts continued by ``NEW_TOKENS`` tokens, ours with 10 draws; a plain one is the unit.
-
-    Ten plain generations with materialised noise average nothing.
-    """
-    shape = shape_of(bench)
-    shape = replace(shape, tokens=min(shape.tokens, PROMPT))
-    case, _ = random_case(shape, "r8-q,v,head", bench)
-    options: dict[str, Any] = {
-        "max_new_tokens": NEW_TOKENS,
-        "min_new_tokens": NEW_TOKENS,
-        "do_sample": False,
-    }
-    draws = Draws.antithetic(10, SIGMA)
-    adapted: Any = case.bayes.model
-    made: dict[str, Step] = {
-        "ours": lambda i: case.bayes.generate(case.batch, draws, **options),
-        "mean": lambda i: adapted.generate(**case.batch, **options),
-        "naive": lambda i: list(
-            naive_draws(case, 10, SIGMA, lambda _, model: model.generate(**case.batch, **options))
-        ),
-    }
-    point = description(shape, "r8-q,v,head", bench) | {"new_tokens": NEW_TOKENS, "draws": 10}
-    compare(benchmark, bench, "passes", "decode", point, made, unit="mean", rounds=ROUNDS)

@@ -1,0 +1,1 @@
+"""Generation: does Bayesian decoding know when it is wrong?"""

@@ -1,0 +1,361 @@
+"""Whether the uncertainty of a written text tells right from wrong.
+
+    python -m benchmarks.generation.study --record
+
+Of every task and seed sigma and T are fitted to held-out answers. Each method then writes its own
+answers to the same prompts, greedily, and its scores are judged by whether these are right, and by
+whether the prompt was in scope. Texts that end too late are cut and so wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor
+
+import tfb
+from benchmarks.environment import environment, results_folder, shared_folder
+from benchmarks.generation.tasks import (
+    ADAPTERS,
+    TASKS,
+    Example,
+    Task,
+    adapter_folder,
+    exact,
+    load_task,
+)
+from benchmarks.generation.tasks import tokens as tokens_of
+from benchmarks.timing import Bench, heading, record
+from tfb.draws import Draws
+from tfb.evaluation.metrics import BELOW_ONE, BINS, auroc, confidence_bins, risk_coverage
+from tfb.model import BayesianModel
+from tfb.sampling.config import SamplingConfig
+from tfb.sampling.generate import Generation
+
+SUITE = "generation"
+SEEDS = (0, 1, 2)
+BATCH, NEW_TOKENS, TAIL = 100, 32, 1
+RESAMPLES, ROUNDS = 1000, 5
+PLAIN = ("adapter", "log_prob")  # the strongest that everyone has without us
+
+Config = tuple[str, int]  # of a method: its key in ``fitted`` and S
+METHODS: dict[str, Config] = {
+    "adapter": ("adapter", 1),
+    "temperature": ("temperature", 1),
+    "full, S=4": ("full", 4),
+    "full, S=10": ("full", 10),
+    "tail k=1, S=4": ("tail", 4),
+    "tail k=1, S=10": ("tail", 10),
+    "the paper's σ, S=10": ("paper", 10),
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An adapter of one task and seed, with its sampling configurations by name."""
+
+    task: Task
+    bayes: BayesianModel
+    tokenizer: Any
+    configs: dict[str, SamplingConfig]
+
+    @classmethod
+    def of(cls, task: Task, folder: Path) -> Subject:
+        base = AutoModelForCausalLM.from_pretrained(str(task.base), dtype=torch.float32)
+        bayes = tfb.bayesianize(PeftModel.from_pretrained(base, str(folder)))
+        tokenizer = AutoTokenizer.from_pretrained(str(task.base))
+        anchors = list(_anchors(task.anchors, tokenizer))
+        configs = {"adapter": SamplingConfig(sigma=0.0)}
+        options: dict[str, dict[str, Any]] = {
+            "temperature": {"mode": "full", "sigma": 0.0},
+            "full": {"mode": "full"},
+            "tail": {"mode": "tail", "tail": TAIL},
+            "paper": {"mode": "full", "objective": "max_variance"},
+        }
+        for name, how in options.items():
+            configs[name] = tfb.fit_sigma(bayes, anchors, **how).config
+        return cls(task, bayes, tokenizer, configs)
+
+    def draws(self, method: str) -> Draws:
+        """Configure the model for a method and return its draws."""
+        name, S = METHODS[method]
+        self.bayes.configure(**vars(self.configs[name]))
+        return Draws.mean() if S == 1 else self.bayes.draws(S)
+
+
+def _anchors(examples: Sequence[Example], tokenizer: Any) -> Iterator[dict[str, Tensor]]:
+    for start in range(0, len(examples), 50):
+        both = [tokens_of(e, tokenizer) for e in examples[start : start + 50]]
+        answers = pad_sequence([torch.tensor(a) for _, a in both], True, -1)
+        yield _batch([p for p, _ in both]) | {"label_ids": answers[:, None]}
+
+
+def _batch(prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    ids = [torch.tensor(p) for p in prompts]
+    return {
+        "input_ids": pad_sequence(ids, True, 0, padding_side="left"),
+        "attention_mask": pad_sequence(
+            [torch.ones_like(i) for i in ids], True, 0, padding_side="left"
+        ),
+    }
+
+
+# --- what a method writes, and how sure it is -----------------------------------------------------
+
+
+def written(subject: Subject, prompts: Sequence[str], method: str) -> tuple[list[str], Scores]:
+    """Return the texts that a method writes, and its scores [N] by name; larger is less sure."""
+    draws = subject.draws(method)
+    ids = [subject.tokenizer(p)["input_ids"] for p in prompts]
+    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+    texts, found = [], []
+    for start in range(0, len(order), BATCH):
+        batch = _batch([ids[i] for i in order[start : start + BATCH]])
+        out = subject.bayes.generate(batch, draws, **GREEDY)
+        texts += subject.tokenizer.batch_decode(out.new_tokens, skip_special_tokens=True)
+        found.append(scores_of(subject.bayes, batch, draws, out))
+    back = np.argsort(order)
+    scores = {name: np.concatenate([f[name] for f in found])[back] for name in found[0]}
+    return [texts[i] for i in back], scores
+
+
+Scores = dict[str, np.ndarray]
+GREEDY: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+
+
+def scores_of(
+    bayes: BayesianModel, batch: dict[str, Tensor], draws: Draws, out: Generation
+) -> Scores:
+    n = out.lengths
+    found = {
+        "log_prob": -out.log_probs.sum(1),
+        "mean_log_prob": -out.log_probs.sum(1) / n,
+        "least_log_prob": (-out.log_probs).amax(1),
+        "total": out.total.sum(1) / n,
+        "total_max": out.total.amax(1),
+    }
+    if len(draws) > 1:
+        # Without noise draws agree; what rounding makes of them tells nothing.
+        noise = float(any(draws.sigmas))
+        found |= {
+            "epistemic": noise * out.epistemic.sum(1) / n,
+            "epistemic_sum": noise * out.epistemic.sum(1),
+            "epistemic_max": noise * out.epistemic.amax(1),
+            "information": noise * information(bayes, batch, draws, out),
+            "disagreement": 1 - agreement(bayes, batch, draws, out),
+        }
+    return {name: value.double().numpy() for name, value in found.items()}
+
+
+def information(
+    bayes: BayesianModel, batch: dict[str, Tensor], draws: Draws, out: Generation
+) -> Tensor:
+    """Return log p(y) - mean_s log p_s(y) of the text y that was written, [B].
+
+    Its mean over texts is the reverse mutual information (Malinin and Gales 2021).
+    """
+    position = torch.arange(out.new_tokens.shape[1])
+    answer = out.new_tokens.masked_fill(position >= out.lengths[:, None], -1)
+    each = bayes.answer_log_probs(batch, draws, answer, (bayes.config.temperature,))[..., 0]
+    return out.log_probs.sum(1) - each.sum(-1).mean(0)
+
+
+def agreement(
+    bayes: BayesianModel, batch: dict[str, Tensor], draws: Draws, out: Generation
+) -> Tensor:
+    """Return the share of draws [B] that write the same text by themselves."""
+    own = bayes.generate(batch, draws, per_draw=True, **GREEDY).new_tokens
+    L = max(own.shape[-1], out.new_tokens.shape[-1])
+    ours, theirs = (torch.nn.functional.pad(t, (0, L - t.shape[-1])) for t in (out.new_tokens, own))
+    return (theirs == ours).all(-1).double().mean(0)
+
+
+class Forced(LogitsProcessor):
+    """Writes the right answers [B, L]; keeps how sure the model was, and whether it would have."""
+
+    def __init__(self, answers: Tensor) -> None:
+        self.answers, self.kept = answers, list[Tensor]()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        right = self.answers[:, len(self.kept) : len(self.kept) + 1]
+        p = scores.double().softmax(-1)
+        own = p.gather(-1, right.clamp_min(0))[:, 0]
+        confidence, choice = p.max(-1)
+        self.kept.append(torch.stack([own, confidence, (choice == right[:, 0]).double()], -1))
+        return torch.full_like(scores, -torch.inf).scatter(-1, right.clamp_min(0), 0.0)
+
+
+def forced(subject: Subject, method: str) -> dict[str, float]:
+    """Return NLL and ECE of the tokens of the right answers, each given the right ones before."""
+    draws, found = subject.draws(method), []
+    for start in range(0, len(subject.task.test), BATCH):
+        both = [tokens_of(e, subject.tokenizer) for e in subject.task.test[start : start + BATCH]]
+        answers = pad_sequence([torch.tensor(a) for _, a in both], True, -1)
+        force = Forced(answers)
+        how: dict[str, Any] = GREEDY | {"max_new_tokens": answers.shape[1], "eos_token_id": None}
+        batch = _batch([p for p, _ in both])
+        subject.bayes.generate(batch, draws, logits_processor=[force], **how)
+        found.append(torch.stack(force.kept, 1)[answers >= 0])
+    own, confidence, right = torch.cat(found).unbind(-1)
+    bins = confidence_bins(confidence.clamp_max(BELOW_ONE))
+    gaps = bins.bincount(right - confidence, minlength=BINS).abs().sum() / len(bins)
+    return {"nll": float(-own.log().mean()), "ece": float(gaps), "tokens": len(bins)}
+
+
+def costs(subject: Subject) -> dict[str, list[float]]:
+    """Return the time of each method, and of the draws' own texts, in plain generations."""
+    batch = _batch([subject.tokenizer(e.prompt)["input_ids"] for e in subject.task.test[:BATCH]])
+    bayes, found = subject.bayes, dict[str, list[float]]()
+    adapted: Any = bayes.model
+
+    def plain() -> object:
+        return adapted.generate(**batch, **GREEDY)
+
+    for _ in range(ROUNDS):
+        unit = _seconds(plain)
+        for method in METHODS:
+            draws = subject.draws(method)
+            calls = {method: lambda d=draws: bayes.generate(batch, d, **GREEDY)}
+            if len(draws) > 1:
+                calls[f"{method}, each"] = lambda d=draws: bayes.generate(
+                    batch, d, per_draw=True, **GREEDY
+                )
+            for name, call in calls.items():
+                found.setdefault(name, []).append(_seconds(call) / unit)
+    return found
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+# --- judging --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One method at one seed: which texts are right [N], and scores of prompts in and out of scope.
+
+    Those in scope have N of each score, the others M.
+    """
+
+    right: np.ndarray
+    scores: Scores
+    shift: Scores
+
+
+def judge(judged: Judged, name: str, rows: Any = slice(None), out: Any = slice(None)) -> Tensor:
+    """Return [AUROC of wrong texts, AURC, AUROC of prompts out of scope] of a score."""
+    score, right = torch.from_numpy(judged.scores[name][rows]), torch.from_numpy(judged.right[rows])
+    shift = torch.from_numpy(judged.shift[name][out])
+    wrong = auroc(score[~right], score[right])
+    return torch.tensor([wrong, risk_coverage(score, right).aurc, auroc(shift, score)])
+
+
+FIGURES = ("errors", "aurc", "shift")
+
+
+def summary(
+    by_seed: Sequence[dict[str, Judged]], method: str, name: str, seed: int = 0
+) -> dict[str, dict[str, float]]:
+    """Return each figure's mean over seeds, and its change from ``PLAIN`` with 95 % limits.
+
+    Limits are of a paired percentile bootstrap over rows, of these adapters.
+    """
+    generator = np.random.default_rng(seed)
+    pairs = [(one[method], one[PLAIN[0]]) for one in by_seed]
+    value = torch.stack([judge(own, name) for own, _ in pairs]).mean(0)
+    plain = torch.stack([judge(base, PLAIN[1]) for _, base in pairs]).mean(0)
+    changes = []
+    for _ in range(RESAMPLES):
+        change = torch.zeros(3)
+        for own, base in pairs:
+            N, M = len(own.right), len(next(iter(own.shift.values())))
+            at = generator.integers(N, size=N), generator.integers(M, size=M)
+            change += judge(own, name, *at) - judge(base, PLAIN[1], *at)
+        changes.append(change / len(pairs))
+    low, high = np.percentile(torch.stack(changes).numpy(), (2.5, 97.5), axis=0)
+    return {
+        figure: {
+            "value": float(value[i]),
+            "change": float(value[i] - plain[i]),
+            "low": float(low[i]),
+            "high": float(high[i]),
+        }
+        for i, figure in enumerate(FIGURES)
+    }
+
+
+def measure(task_name: str, adapters: Path, shared: Path, bench: Bench) -> None:
+    """Record every method at every seed, and what scores tell over all seeds."""
+    by_seed: list[dict[str, Judged]] = []
+    for seed in SEEDS:
+        task = load_task(task_name, shared, seed)
+        subject = Subject.of(task, adapter_folder(adapters, task_name, seed))
+        timed, found = costs(subject), dict[str, Judged]()
+        for method in METHODS:
+            texts, scores = written(subject, [e.prompt for e in task.test], method)
+            right = np.array([exact(t, e.answer) for t, e in zip(texts, task.test, strict=True)])
+            found[method] = Judged(right, scores, written(subject, task.shift, method)[1])
+            config = subject.configs[METHODS[method][0]]
+            point = {
+                "task": task_name,
+                "seed": seed,
+                "method": method,
+                "rows": len(task.test),
+                "shift": len(task.shift),
+                "anchors": len(task.anchors),
+                "new_tokens": NEW_TOKENS,
+            }
+            values = {
+                "exact": float(right.mean()),
+                **forced(subject, method),
+                "sigma": config.sigma,
+                "temperature": config.temperature,
+                "cost": median(timed[method]),
+                "cost_with_each": median(timed[method]) + median(timed.get(f"{method}, each", [0])),
+            }
+            record(bench, heading(bench, SUITE, "texts", point) | values)
+            print(point, values, flush=True)
+        by_seed.append(found)
+    for method in METHODS:
+        for name in by_seed[0][method].scores:
+            point = {"task": task_name, "method": method, "score": name, "seeds": len(SEEDS)}
+            point |= {"rows": len(by_seed[0][method].right), "resamples": RESAMPLES}
+            found_all = summary(by_seed, method, name)
+            record(bench, heading(bench, SUITE, "scores", point) | found_all)
+            print(point, found_all, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.generation.study", description=__doc__
+    )
+    parser.add_argument("--record", action="store_true", help="append to benchmarks/results")
+    parser.add_argument("--adapters", type=Path, default=ADAPTERS, help="folder of all adapters")
+    parser.add_argument("--task", nargs="+", choices=TASKS, default=TASKS)
+    options = parser.parse_args()
+    environment()  # of the sources that are loaded now; they may change while this runs
+    bench = Bench(results=results_folder() if options.record else None)
+    for task in options.task:
+        measure(task, options.adapters, shared_folder(), bench)
+
+
+if __name__ == "__main__":
+    main()

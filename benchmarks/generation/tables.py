@@ -1,0 +1,145 @@
+"""Tables of written text: how good it is, what scores tell of it, and what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import mean
+
+from benchmarks.markdown import Row, blocks, spread, table, taken_on
+
+NO_ROWS = "*Not run yet: `python -m benchmarks.generation.study --record` (forty minutes).*"
+NO_DECODING = "*Not run yet: `python -m pytest benchmarks/generation --record`.*"
+TASKS = {"intent": "intent of an utterance", "sums": "sum of two numbers"}
+METHODS = {
+    "adapter": "the adapter",
+    "temperature": "its temperature",
+    "full, S=4": "full, S = 4",
+    "full, S=10": "full, S = 10",
+    "tail k=1, S=4": "tail k = 1, S = 4",
+    "tail k=1, S=10": "tail k = 1, S = 10",
+    "the paper's σ, S=10": "the paper's σ (T = 1), S = 10",
+}
+SCORES = {
+    "log_prob": "log-probability of the text",
+    "mean_log_prob": "the same, a token",
+    "least_log_prob": "the same, of the least probable token",
+    "total": "entropy, mean over tokens",
+    "total_max": "entropy, largest",
+    "epistemic": "epistemic, mean over tokens",
+    "epistemic_sum": "epistemic, sum",
+    "epistemic_max": "epistemic, largest",
+    "information": "log p(text) - mean of the draws' log p(text)",
+    "disagreement": "share of draws that write another text",
+}
+SHOWN = {  # of which methods which scores
+    "adapter": ("log_prob", "mean_log_prob", "total"),
+    "temperature": ("log_prob", "mean_log_prob", "total"),
+    "full, S=10": tuple(SCORES),
+    "full, S=4": ("log_prob", "epistemic_sum", "disagreement"),
+    "tail k=1, S=10": ("log_prob", "epistemic_sum", "disagreement"),
+    "the paper's σ, S=10": ("log_prob", "epistemic_sum", "disagreement"),
+}
+DECODED = {
+    "ours": "full, S = 10",
+    "tail": "tail k = 1, S = 10",
+    "last": "last layer, S = 10",
+    "naive": "ten plain generations, noise materialised; they average nothing",
+}
+
+
+def generation_table(rows: Sequence[Row]) -> str:
+    """Return what is written by each method, and what each score tells, means over seeds."""
+    if not rows:
+        return NO_ROWS
+    texts = [r for r in rows if r["measure"] == "texts"]
+    found = {
+        (r["point"]["task"], r["point"]["method"], r["point"]["score"]): r
+        for r in rows
+        if r["measure"] == "scores"
+    }
+    return blocks(_texts(texts), _scores(found), LEGEND, taken_on(rows))
+
+
+def _texts(rows: Sequence[Row]) -> str:
+    body = []
+    for task, title in TASKS.items():
+        for method, name in METHODS.items():
+            own = [r for r in rows if (r["point"]["task"], r["point"]["method"]) == (task, method)]
+            if own:
+                each = ("cost_with_each" if method not in ("adapter", "temperature") else "",)
+                cost = [f"{mean(r[k] for r in own):.1f}" if k else "" for k in ("cost", *each)]
+                figures = (100, "exact", ".1f"), (1, "nll", ".3f"), (100, "ece", ".2f")
+                cells = [f"{k * mean(r[key] for r in own):{form}}" for k, key, form in figures]
+                body.append([title, name, *cells, *cost])
+    headings = (
+        "task",
+        "written by",
+        "right %",
+        "NLL a token",
+        "ECE of tokens %",
+        "cost, in plain generations",
+        "with each draw's own text",
+    )
+    return table(headings, body)
+
+
+def _scores(rows: dict[tuple[str, str, str], Row]) -> str:
+    body = []
+    for method, scores in SHOWN.items():
+        for score in scores:
+            own = [rows[task, method, score] for task in TASKS if (task, method, score) in rows]
+            if own:
+                cells = [_change(r[figure]) for figure in ("errors", "shift") for r in own]
+                body.append([METHODS[method], SCORES[score], *cells])
+    tasks = [title for task, title in TASKS.items() if any(key[0] == task for key in rows)]
+    wrong, out = ([f"{what}: {task}" for task in tasks] for what in ("wrong text", "out of scope"))
+    return table(("written by", "score", *wrong, *out), body)
+
+
+def _change(found: dict[str, float]) -> str:
+    """Return an AUROC, and the limits of its change where that is not none by definition."""
+    value = f"{found['value']:.3f}"
+    if found["low"] == found["high"] == 0:
+        return value
+    sure = "*" if found["low"] > 0 or found["high"] < 0 else ""
+    return f"{value} [{found['low']:+.3f}, {found['high']:+.3f}]{sure}"
+
+
+LEGEND = (
+    "AUROC of telling wrong texts from right ones, and prompts out of scope from those in scope; "
+    "in brackets 95 % limits of its change from the adapter's own log-probability of its text "
+    "(paired bootstrap over prompts; * excludes none). Means over three adapters."
+)
+
+
+def decoding_table(rows: Sequence[Row]) -> str:
+    """Return the cost of text in plain generations, by length, and where the time goes."""
+    timed = sorted(
+        (r for r in rows if r["measure"] == "decode"), key=lambda r: r["point"]["new_tokens"]
+    )
+    if not timed:
+        return NO_DECODING
+    ratios = [r["in_units_of"]["ratios"] for r in timed]
+    body = [[name, *(spread(u[key]) for u in ratios)] for key, name in DECODED.items()]
+    p = timed[0]["point"]
+    headings = [f"in plain generations, {r['point']['new_tokens']} new tokens" for r in timed]
+    about = f"{p['rows']} prompts of {p['tokens']} tokens, {p['model']}, {timed[0]['device']}."
+    return blocks(table(["", *headings], body), about, _operators(rows), taken_on(rows))
+
+
+def _operators(rows: Sequence[Row]) -> str:
+    """Return the shares of the longest operators in ten draws and in a plain generation."""
+    times = {r["point"]["step"]: r["kernels"] for r in rows if r["measure"] == "kernels"}
+    if set(times) != {"ours", "mean"}:
+        return ""
+    ours, plain = times["ours"], times["mean"]
+    unit = sum(plain.values())
+    body = [
+        [f"`{name}`", f"{seconds / unit:.2f}", f"{plain[name] / unit:.2f}" if name in plain else ""]
+        for name, seconds in ours.items()
+    ]
+    headings = ("operator", "ten full draws", "one plain generation")
+    about = (
+        "In the longest operators of one plain generation of 64 tokens, as torch.profiler counts:"
+    )
+    return blocks(about, table(headings, body))
