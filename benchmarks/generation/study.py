@@ -49,7 +49,7 @@ from tfb.sampling.generate import Generation
 SUITE = "generation"
 SEEDS = (0, 1, 2)
 BATCH, NEW_TOKENS, TAIL = 100, 32, 1
-RESAMPLES, ROUNDS = 1000, 5
+RESAMPLES, ROUNDS = 500, 5
 PLAIN = ("adapter", "log_prob")  # the strongest that everyone has without us
 
 Config = tuple[str, int]  # of a method: its key in ``fitted`` and S
@@ -94,7 +94,7 @@ class Subject:
         """Configure the model for a method and return its draws."""
         name, S = METHODS[method]
         self.bayes.configure(**vars(self.configs[name]))
-        return Draws.mean() if S == 1 else self.bayes.draws(S)
+        return Draws.mean() if S == 1 else self.bayes.distinct_draws(S)
 
 
 def _anchors(examples: Sequence[Example], tokenizer: Any) -> Iterator[dict[str, Tensor]]:
@@ -133,6 +133,7 @@ def written(subject: Subject, prompts: Sequence[str], method: str) -> tuple[list
     return [texts[i] for i in back], scores
 
 
+OF_DRAWS = ("epistemic", "epistemic_sum", "epistemic_max", "information", "disagreement")
 Scores = dict[str, np.ndarray]
 GREEDY: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
 
@@ -149,15 +150,15 @@ def scores_of(
         "total_max": out.total.amax(1),
     }
     if len(draws) > 1:
-        # Without noise draws agree; what rounding makes of them tells nothing.
-        noise = float(any(draws.sigmas))
         found |= {
-            "epistemic": noise * out.epistemic.sum(1) / n,
-            "epistemic_sum": noise * out.epistemic.sum(1),
-            "epistemic_max": noise * out.epistemic.amax(1),
-            "information": noise * information(bayes, batch, draws, out),
+            "epistemic": out.epistemic.sum(1) / n,
+            "epistemic_sum": out.epistemic.sum(1),
+            "epistemic_max": out.epistemic.amax(1),
+            "information": information(bayes, batch, draws, out),
             "disagreement": 1 - agreement(bayes, batch, draws, out),
         }
+    else:  # without noise there is one draw, which agrees with itself
+        found |= dict.fromkeys(OF_DRAWS, torch.zeros(len(n)))
     return {name: value.double().numpy() for name, value in found.items()}
 
 
@@ -271,30 +272,35 @@ def judge(judged: Judged, name: str, rows: Any = slice(None), out: Any = slice(N
 FIGURES = ("errors", "aurc", "shift")
 
 
-def summary(
-    by_seed: Sequence[dict[str, Judged]], method: str, name: str, seed: int = 0
-) -> dict[str, dict[str, float]]:
-    """Return each figure's mean over seeds, and its change from ``PLAIN`` with 95 % limits.
+def resampled(by_seed: Sequence[dict[str, Judged]], method: str, name: str) -> np.ndarray:
+    """Return the figures of a score, means over seeds: of all rows, then of each resample.
+
+    Resamples are the same rows for every score, so that figures can be compared in pairs.
+    """
+    generator, found = np.random.default_rng(0), []
+    for number in range(1 + RESAMPLES):
+        each = []
+        for own in (one[method] for one in by_seed):
+            N, M = len(own.right), len(own.shift[name])
+            at: Any = slice(None), slice(None)
+            if number:
+                at = generator.integers(N, size=N), generator.integers(M, size=M)
+            each.append(judge(own, name, *at))
+        found.append(torch.stack(each).mean(0).numpy())
+    return np.stack(found)  # [1 + RESAMPLES, 3]
+
+
+def summary(found: np.ndarray, plain: np.ndarray) -> dict[str, dict[str, float]]:
+    """Return each figure, and its change from ``PLAIN`` with 95 % limits.
 
     Limits are of a paired percentile bootstrap over rows, of these adapters.
     """
-    generator = np.random.default_rng(seed)
-    pairs = [(one[method], one[PLAIN[0]]) for one in by_seed]
-    value = torch.stack([judge(own, name) for own, _ in pairs]).mean(0)
-    plain = torch.stack([judge(base, PLAIN[1]) for _, base in pairs]).mean(0)
-    changes = []
-    for _ in range(RESAMPLES):
-        change = torch.zeros(3)
-        for own, base in pairs:
-            N, M = len(own.right), len(next(iter(own.shift.values())))
-            at = generator.integers(N, size=N), generator.integers(M, size=M)
-            change += judge(own, name, *at) - judge(base, PLAIN[1], *at)
-        changes.append(change / len(pairs))
-    low, high = np.percentile(torch.stack(changes).numpy(), (2.5, 97.5), axis=0)
+    change = found - plain
+    low, high = np.percentile(change[1:], (2.5, 97.5), axis=0)
     return {
         figure: {
-            "value": float(value[i]),
-            "change": float(value[i] - plain[i]),
+            "value": float(found[0, i]),
+            "change": float(change[0, i]),
             "low": float(low[i]),
             "high": float(high[i]),
         }
@@ -334,11 +340,12 @@ def measure(task_name: str, adapters: Path, shared: Path, bench: Bench) -> None:
             record(bench, heading(bench, SUITE, "texts", point) | values)
             print(point, values, flush=True)
         by_seed.append(found)
+    plain = resampled(by_seed, *PLAIN)
     for method in METHODS:
         for name in by_seed[0][method].scores:
             point = {"task": task_name, "method": method, "score": name, "seeds": len(SEEDS)}
             point |= {"rows": len(by_seed[0][method].right), "resamples": RESAMPLES}
-            found_all = summary(by_seed, method, name)
+            found_all = summary(resampled(by_seed, method, name), plain)
             record(bench, heading(bench, SUITE, "scores", point) | found_all)
             print(point, found_all, flush=True)
 

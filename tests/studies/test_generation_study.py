@@ -55,8 +55,8 @@ def test_scores_of_a_text() -> None:
     found = study.information(bayes, prompts(), draws, out)
     assert relative(found, out.log_probs.sum(1) - each.sum(-1).mean(0)) < EXACT
     quiet = bayes.generate(prompts(), study.Draws.mean(), **study.GREEDY)
-    scores = study.scores_of(bayes, prompts(), study.Draws.iid(2, 0.0), quiet)
-    for name in ("epistemic", "epistemic_max", "information", "disagreement"):
+    scores = study.scores_of(bayes, prompts(), study.Draws.mean(), quiet)
+    for name in study.OF_DRAWS:
         assert scores[name].tolist() == [0.0] * 3
     assert np.allclose(scores["mean_log_prob"] * 32, scores["log_prob"])
 
@@ -72,7 +72,8 @@ def test_what_a_score_is_worth(monkeypatch: pytest.MonkeyPatch) -> None:
     blind = replace(perfect, scores={"log_prob": 0 * score}, shift={"log_prob": 0 * out})
     assert study.judge(blind, "log_prob").tolist()[0] == 0.5
     by_seed = [{"adapter": blind, "ours": perfect}] * 2
-    same = study.summary(by_seed, "adapter", "log_prob")["errors"]
+    plain, ours = (study.resampled(by_seed, m, "log_prob") for m in ("adapter", "ours"))
+    same = study.summary(plain, plain)["errors"]
     assert (same["change"], same["low"], same["high"]) == (0.0, 0.0, 0.0)
-    better = study.summary(by_seed, "ours", "log_prob")["errors"]
+    better = study.summary(ours, plain)["errors"]
     assert better == {"value": 1.0, "change": 0.5, "low": 0.5, "high": 0.5}
