@@ -25,6 +25,5 @@ test = list(chats("test"))[:100]
 df = m.score(test)
 print(df[["choice", "total", "epistemic"]].head())
 
-batch = tokenizer.apply_chat_template(test[0]["messages"], return_tensors="pt", return_dict=True)
-found = m.generate(**batch, max_new_tokens=1, return_dict_in_generate=True)
-print(tokenizer.decode(found.sequences[0, -1:]), found)
+written = m.score(test[:5], generate=True, max_new_tokens=1)
+print(written[["text", "finish_reason", "sequence_uncertainty"]])

@@ -39,7 +39,7 @@ from tfb.adapters.loading import (
 from tfb.data.batching import EncodedRows
 from tfb.data.encoding import LABEL_TOKENS, check_label_tokens, check_truncate
 from tfb.data.readers import read_rows
-from tfb.data.rows import ANSWERS, Row, check_labels, fitted_task, task_of
+from tfb.data.rows import ANSWERS, Row, check_labels, fitted_task, prompt_columns, task_of
 from tfb.draws import Draws, check_even
 from tfb.evaluation.compare import Comparison
 from tfb.evaluation.decisions import check_targets
@@ -129,10 +129,15 @@ class TfbModel(nn.Module):
         self,
         data: Any,
         columns: Mapping[str, str] | None = None,
-        **how: Any,
+        *,
+        labels: Sequence[str] | None = None,
+        optional: Sequence[str] = (),
+        task: str | None = None,
     ) -> list[Row]:
-        names = self.columns | dict(columns or {})
-        return read_rows(data, row_format(self.bayes, names, **how))
+        known = prompt_columns(self.columns) if task == ANSWERS else self.columns
+        names = known | dict(columns or {})
+        form = row_format(self.bayes, names, labels=labels, optional=optional, task=task)
+        return read_rows(data, form)
 
     def _encoded(
         self, rows: Sequence[Row], truncate: str | None, task: str | None = None
@@ -169,8 +174,8 @@ class TfbModel(nn.Module):
             prompt: of the column that choices continue.
             choices: of the column with the choices.
             messages: of the column with a chat in place of a prompt.
-            answer: of the column with the text that is right behind a prompt, in place of choices.
-                Named in every call.
+            answer: of the column with the correct text after a prompt, in place of choices. Name it
+                in every call.
             id: of the column with the rows' ids.
             truncate: "left" or "right": the side on which rows that are too long are cut.
             target_error: the share of wrong answers to allow among rows that are not abstained
@@ -197,7 +202,8 @@ class TfbModel(nn.Module):
             check_targets(target_error, coverage)
         elif calibration is not None:
             raise ValueError("calibration: give target_error or coverage, which are fitted to it")
-        columns = self.columns | {o: theirs for o, theirs in named.items() if theirs is not None}
+        known = self.columns if answer is None else prompt_columns(self.columns)
+        columns = known | {o: theirs for o, theirs in named.items() if theirs is not None}
         task = fitted_task(self.bayes.task, columns)
         rows, held_out = self._rows(data, columns, task=task), []
         task = task_of(rows, task)

@@ -9,7 +9,11 @@ from benchmarks.markdown import Row, blocks, spread, table, taken_on
 
 NO_ROWS = "*Not run yet: `python -m benchmarks.generation.study --record` (forty minutes).*"
 NO_DECODING = "*Not run yet: `python -m pytest benchmarks/generation --record`.*"
-TASKS = {"intent": "intent of an utterance", "sums": "sum of two numbers"}
+TASKS = {
+    "intent": "intent of an utterance",
+    "intent-few": "the same, trained long on a fifth of the rows",
+    "sums": "sum of two numbers in words",
+}
 METHODS = {
     "adapter": "the adapter",
     "temperature": "its temperature",
@@ -84,31 +88,41 @@ def _texts(rows: Sequence[Row]) -> str:
 
 
 def _scores(rows: dict[tuple[str, str, str], Row]) -> str:
-    body = []
-    for method, scores in SHOWN.items():
-        for score in scores:
-            own = [rows[task, method, score] for task in TASKS if (task, method, score) in rows]
-            if own:
-                cells = [_change(r[figure]) for figure in ("errors", "shift") for r in own]
-                body.append([METHODS[method], SCORES[score], *cells])
-    tasks = [title for task, title in TASKS.items() if any(key[0] == task for key in rows)]
-    wrong, out = ([f"{what}: {task}" for task in tasks] for what in ("wrong text", "out of scope"))
-    return table(("written by", "score", *wrong, *out), body)
+    """Return a table for each task."""
+    headings = ("written by", "score", "AUROC, wrong text", "AURC %", "AUROC, out of scope")
+    parts = []
+    for task, title in TASKS.items():
+        body = [
+            [METHODS[method], SCORES[score], *map(_change, _figures(row))]
+            for method, scores in SHOWN.items()
+            for score in scores
+            if (row := rows.get((task, method, score))) is not None
+        ]
+        parts.append(f"**{title}**\n\n{table(headings, body)}" if body else "")
+    return blocks(*parts)
 
 
-def _change(found: dict[str, float]) -> str:
-    """Return an AUROC, and the limits of its change where that is not none by definition."""
-    value = f"{found['value']:.3f}"
-    if found["low"] == found["high"] == 0:
-        return value
-    sure = "*" if found["low"] > 0 or found["high"] < 0 else ""
-    return f"{value} [{found['low']:+.3f}, {found['high']:+.3f}]{sure}"
+def _figures(row: Row) -> list[tuple[dict[str, float], float, int]]:
+    """Return figures, by what each is multiplied and its places."""
+    return [(row["errors"], 1, 3), (row["aurc"], 100, 1), (row["shift"], 1, 3)]
+
+
+def _change(figure: tuple[dict[str, float], float, int]) -> str:
+    """Return a figure, and the limits of its change where that is not none by definition."""
+    found, factor, places = figure
+    value, low, high = (factor * found[k] for k in ("value", "low", "high"))
+    text = f"{value:.{places}f}"
+    if low == high == 0:
+        return text
+    sure = "*" if low > 0 or high < 0 else ""
+    return f"{text} [{low:+.{places}f}, {high:+.{places}f}]{sure}"
 
 
 LEGEND = (
     "AUROC of telling wrong texts from right ones, and prompts out of scope from those in scope; "
-    "in brackets 95 % limits of its change from the adapter's own log-probability of its text "
-    "(paired bootstrap over prompts; * excludes none). Means over three adapters."
+    "AURC of answering the surest texts first (lower is better); in brackets 95 % limits of the "
+    "change from the adapter's own log-probability of its text (paired bootstrap over prompts; *: "
+    "they exclude 0). Means over three adapters."
 )
 
 

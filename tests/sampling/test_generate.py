@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.architectures import CAUSAL, DRAWS, KINDS
+from support.architectures import CAUSAL, DRAWS, KINDS, varying_angles
 from support.models import make_batch, relative
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
@@ -65,9 +65,14 @@ def test_greedy_is_the_average_of_full_passes(kind: str) -> None:
 # --- tail mode ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("per_draw", [False, True])
-@pytest.mark.parametrize("layers", [None, 1])
-@pytest.mark.parametrize("kind", CAUSAL)
+OTHERS = [
+    (kind, *how) for kind in ("llama", "mistral") for how in ((1, False), (None, True), (1, True))
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers", "per_draw"), [*((kind, None, False) for kind in CAUSAL), *OTHERS]
+)
 def test_tail_mode_is_the_average_of_growing_tails(
     kind: str, layers: int | None, per_draw: bool
 ) -> None:
@@ -89,12 +94,14 @@ def test_tail_mode_is_the_average_of_growing_tails(
                 for name in ("total", "aleatoric"):
                     value = getattr(found, name)[s] if per_draw else getattr(found, name)
                     assert float((value[:, step] - getattr(p, name)).abs().max()) < EXACT
-    full = bayes.configure(mode="full").generate(prompts(), DRAWS, per_draw=per_draw, **OPTIONS)
-    assert float((full.total - found.total).abs().max()) > 1e-4
-    for beyond in (7, 99):  # every token is in the tail
-        bayes.configure(mode="tail", tail=beyond)
-        same = bayes.generate(prompts(), DRAWS, per_draw=per_draw, **OPTIONS)
-        assert same.sequences.equal(full.sequences) and same.total.equal(full.total)
+
+
+def test_a_tail_of_all_tokens_is_full_mode() -> None:
+    bayes = endless("llama")
+    full = bayes.generate(prompts(), DRAWS, **OPTIONS)
+    for k, same in ((1, False), (7, True), (99, True)):
+        tail = bayes.configure(mode="tail", tail=k).generate(prompts(), DRAWS, **OPTIONS)
+        assert tail.total.equal(full.total) == same
 
 
 def test_tail_mode_reads_a_prompt_once() -> None:
@@ -108,6 +115,15 @@ def test_tail_mode_reads_a_prompt_once() -> None:
         )
         bayes.generate(prompts(), DRAWS, **OPTIONS)
         assert found == [(3, 5), (rows, 2), *[(rows, 1)] * (NEW - 1)]
+
+
+def test_tail_mode_refuses_angles_that_change_while_it_writes() -> None:
+    """Beyond its limit of 8 tokens longrope turns by others, and transformers reads all again."""
+    bayes = tfb.bayesianize(varying_angles("longrope").build()).configure(mode="tail", tail=1)
+    bayes.generate(prompts(), DRAWS, **OPTIONS | {"max_new_tokens": 1})
+    for options in ({"max_new_tokens": 2}, {"max_new_tokens": None, "max_length": 9}):
+        with pytest.raises(ValueError, match="mode='tail': rotary angles of this model"):
+            bayes.generate(prompts(), DRAWS, **OPTIONS | options)
 
 
 def test_tail_mode_without_noise_is_the_models_own_generate() -> None:
@@ -349,6 +365,18 @@ def test_stop_strings_and_criteria_end_rows(ends: bool) -> None:
         assert relative(found.total[row, :length], free.total[row, :length]) < EXACT
         assert found.log_probs[row, length:].eq(0).all()
     assert found.lengths.unique().numel() > 1
+
+
+def test_a_stop_string_is_part_of_the_text() -> None:
+    """What the prompt begins of it does not count."""
+    bayes, tokenizer = endless("llama"), word_tokenizer()
+    free = bayes.generate(prompts(), DRAWS, **OPTIONS)
+    last, first, second = free.sequences[1, 6:9].tolist()
+    for stop, length in ((f"t{last:02} t{first:02}", NEW), (f"t{first:02} t{second:02}", 2)):
+        found = bayes.generate(
+            prompts(), DRAWS, stop_strings=[stop], tokenizer=tokenizer, **OPTIONS
+        )
+        assert int(found.lengths[1]) == length
 
 
 def test_blocks_below_the_noise_keep_one_cache() -> None:

@@ -24,7 +24,7 @@ from tfb.scoring.scorer import Result, TextScorer
 
 SINGLE = 2.0**-24
 NEW, END = 6, 1
-REAL = ("sequence_uncertainty", "log_prob", "total", "aleatoric", "epistemic")
+REAL = ("sequence_uncertainty", "total", "aleatoric", "epistemic")
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +74,7 @@ def by_hand(bayes: Any, tokenizer: Any, row: Row, stop: str | None = None) -> Re
         "text": text.partition(stop)[0] if stop else text,
         "tokens": len(new),
         "finish_reason": "stop" if ends or (stop or "\0") in text else "length",
-        "sequence_uncertainty": float(found.sequence_uncertainty),
-        "log_prob": float(found.log_probs[0, :n].sum()),
+        "sequence_uncertainty": -float(found.log_probs[0, :n].sum()),
         **{k: float(getattr(found, k)[0, :n].mean()) for k in ("total", "aleatoric", "epistemic")},
         "draws": 4,
         "error": None,
@@ -98,6 +97,20 @@ def test_rows_are_those_of_generate_one_by_one(
     same(written(bayes, tokenizer, given, stop=[stop], batch_size=3), stopped)
     assert {row["finish_reason"] for row in stopped} == {"stop", "length"}
     assert not any(stop in row["text"] for row in stopped)
+
+
+def test_chats_are_written_behind_their_template(bayes: tfb.BayesianModel, tokenizer: Any) -> None:
+    """As the same text in a prompt; through ``tfb.score`` too, whose rows may be plain texts."""
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content + '\n' }}{% endfor %}"
+    prompts = [str(row.prompt) for row in rows()]
+    chats = [{"messages": [{"role": "user", "content": text[:-1]}]} for text in prompts]
+    how: dict[str, Any] = {"draws": 4, "generate": True, "max_new_tokens": NEW}
+    found, plain = (list(tfb.score(data, bayes, tokenizer, **how)) for data in (chats, prompts))
+    assert found == plain and len(found) == len(prompts)
+    same(
+        [row | {"id": f"r{i}", "error": None} for i, row in enumerate(found)],
+        written(bayes, tokenizer, rows()),
+    )
 
 
 def test_end_tokens_are_the_models_and_the_tokenizers(
@@ -131,6 +144,20 @@ def test_nothing_is_sampled(bayes: tfb.BayesianModel, tokenizer: Any) -> None:
     penalized = written(bayes, tokenizer, rows())
     assert [row["text"] for row in penalized] != [row["text"] for row in plain]
     same(penalized, [by_hand(bayes, tokenizer, row) for row in rows()])
+
+
+def test_what_no_draws_allow_is_refused_at_once(bayes: tfb.BayesianModel, tokenizer: Any) -> None:
+    """Not as the fault of every row: a model's own settings, in either mode."""
+    config = bayes.base.generation_config
+    for name, value in (("guidance_scale", 1.5), ("cache_implementation", "offloaded")):
+        setattr(config, name, value)
+        with pytest.raises(ValueError, match=rf"generate\({name}="):
+            TextScorer(bayes, tokenizer)
+        setattr(config, name, None)
+    config.cache_implementation = "static"
+    assert written(bayes, tokenizer, rows(1))[0]["error"] is None
+    with pytest.raises(ValueError, match="in tail mode"):
+        TextScorer(bayes.configure(mode="tail", tail=1), tokenizer)
 
 
 def test_without_noise_it_is_the_adapters_own_text(tokenizer: Any) -> None:
@@ -250,7 +277,7 @@ def test_a_run_is_resumed_to_the_same_bytes(
     for one, other, row in zip(found[:13], scored, ROWS, strict=False):
         assert one["tag"] == row["tag"] and one["text"] == other["text"] != ""
         assert one["tokens"] == other["tokens"] and one["finish_reason"] == "length"
-        assert one["log_prob"] == pytest.approx(other["log_prob"], abs=1e-5)
+        assert one["total"] == pytest.approx(other["total"], abs=1e-5)
     assert "no column 'prompt'; there are 'id'" in found[13]["error"]
     told = manifest(writing)["configuration"]
     assert (told["generate"], told["max_new_tokens"], told["stop"]) == (True, 3, [])

@@ -70,7 +70,7 @@ def mixture(scale: float) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("scale", [1.0, 3.0, 10.0])
 def test_the_temperature_of_least_loss(scale: float) -> None:
     """Against the formula, minimised directly. The spline's error is of order h^4 l''''/ 384 with
-    h = log 4 / 8: some 1e-5 nats where l'''' is 4, and at its ends some times that."""
+    h = log 4 / 6: some 3e-5 nats where l'''' is 4, for single rows some times that."""
     logits, y = mixture(scale)
 
     def loss(T: float) -> Tensor:
@@ -91,8 +91,8 @@ def test_the_temperature_of_least_loss(scale: float) -> None:
     T = best_temperature(grid)
     assert abs(math.log(T) - best.x) < 1e-3
     assert float(loss(T).mean()) - best.fun < 1e-6
-    torch.testing.assert_close(losses_at(grid, T), loss(T), rtol=0, atol=2e-3)
-    assert abs(float(losses_at(grid, T).mean() - loss(T).mean())) < 1e-4
+    torch.testing.assert_close(losses_at(grid, T), loss(T), rtol=0, atol=3e-4)
+    assert abs(float(losses_at(grid, T).mean() - loss(T).mean())) < 3e-5
 
 
 def test_without_a_wrong_token_there_is_no_temperature() -> None:
@@ -312,6 +312,9 @@ def test_what_the_rows_do_not_allow_is_said(base: Path, tfb_command: Run, tmp_pa
         m.fit(pairs(9), answer="target", coverage=0.9)
     with pytest.raises(ValueError, match="metric='accuracy': rows with an answer need 'nll'"):
         m.fit(pairs(9), answer="target", metric="accuracy")
+    m.columns = {"choices": "options", "label": "gold"}  # of a fit before, which reads no answers
+    m.fit(pairs(24), answer="target", sigma=0.05, draws=2)
+    assert m.columns == {}
     with pytest.raises(ValueError, match="or say answer=answer to fit to answers"):
         m.fit([{"prompt": "a", "answer": "b"}])
     with pytest.raises(ValueError, match="choices"):

@@ -196,7 +196,8 @@ def fit(
         length_normalization=length_normalization,
     )
     rows = given.read(data, limit)
-    check_rows(rows, metric, decide=target_error is not None or coverage is not None)
+    decide = target_error is not None or coverage is not None
+    check_rows(rows, given.form.task, metric, decide=decide)
     encoded = given.encode(rows)
     AnchorSet.of(encoded).check(metric)
     held_out = None if calibration is None else given.read(calibration, None)
@@ -248,13 +249,13 @@ def fit(
     say(f"artifact: {output}")
 
 
-def check_rows(rows: Sequence[Row], metric: str, *, decide: bool) -> None:
+def check_rows(rows: Sequence[Row], task: str | None, metric: str, *, decide: bool) -> None:
     """Refuse rows that lack what a fit needs of them, before the model is loaded."""
-    from tfb.data.rows import ANSWERS, task_of
+    from tfb.data.rows import ANSWERS
     from tfb.pretrained import NO_TARGETS
     from tfb.search.loss import METRICS
 
-    if task_of(rows, "") == ANSWERS:
+    if task == ANSWERS:
         if decide:
             raise ValueError(NO_TARGETS)
     elif METRICS[metric].labelled:

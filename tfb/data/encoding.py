@@ -81,12 +81,13 @@ class RowEncoder:
     An answer is tokenized as a choice is, and the tokenizer's end token follows. A prompt that the
     model is to continue is tokenized as it stands.
 
-    One set of special tokens stays in front; those at the end are removed, but of text rows.
+    One set of special tokens stays in front; those at the end are removed, except in text rows and
+    an encoder-decoder's prompts.
 
     Args:
         tokenizer: of transformers.
-        task: "CAUSAL_LM" and "SEQ_2_SEQ_LM" take choice rows, "SEQ_CLS" text rows, and of a causal
-            language model ``ANSWERS`` rows with an answer, ``PROMPTS`` any with a prompt.
+        task: "CAUSAL_LM" and "SEQ_2_SEQ_LM" take choice rows, "SEQ_CLS" text rows. ``ANSWERS``
+            (rows with an answer) and ``PROMPTS`` (any with a prompt) need a causal language model.
         num_labels: classes of a SEQ_CLS head.
         max_length: most tokens that the model takes; None: the tokenizer's `model_max_length`.
         label_tokens: "all" tokens of a choice, or, as in the authors' scripts, the "last" one right
@@ -167,7 +168,7 @@ class RowEncoder:
         """Encode rows whose texts are tokenized together; where that fails, each by itself."""
         kinds: dict[str, tuple[Callable[[Sequence[Row]], Sequence[Any]], Callable[..., Found]]] = {
             "SEQ_CLS": (self._texts, self._text_row),
-            "SEQ_2_SEQ_LM": (self._answers, self._choice_row),
+            "SEQ_2_SEQ_LM": (self._decoded, self._choice_row),
             PROMPTS: (self._prompts, self._prompt_row),
         }
         tokenize, finish = kinds.get(self.task, (self._continuations, self._choice_row))
@@ -200,7 +201,7 @@ class RowEncoder:
             ids=ids,
             input_ids=input_ids,
             label_ids=[tuple(ids for (ids,) in c) if one else () for c, one in kinds],
-            labels=[0] * len(ids) if self.task == ANSWERS else labels,
+            labels=labels,
             choices=[self._ends(row) for row in rows],
             choice_ids=None if all(single) else [None if one else c for c, one in kinds],
             truncated=cut,
@@ -257,6 +258,7 @@ class RowEncoder:
 
     @property
     def _end(self) -> str:
+        """What messages call the text behind a prompt."""
         return "the answer" if self.task == ANSWERS else "a choice"
 
     def _end_token(self, row: Row) -> int:
@@ -307,7 +309,7 @@ class RowEncoder:
         """Tokenize prompts as they stand."""
         return list(self._ids([self._written(row)[0] for row in rows], ended=False))
 
-    def _answers(self, rows: Sequence[Row]) -> list[Tokens]:
+    def _decoded(self, rows: Sequence[Row]) -> list[Tokens]:
         """Tokenize prompts for an encoder, and choices as a decoder begins to write them."""
         texts = list(dict.fromkeys(choice for row in rows for choice in row.choices or ()))
         answers = self._tokenized(texts, "text_target", add_special_tokens=False)
@@ -431,9 +433,8 @@ class RowEncoder:
         seen: dict[tuple[int, ...], str] = {}
         for choice, ids in zip(self._ends(row), found, strict=True):
             if not ids or self._unknown in ids:
-                what = self._end.split()[1]
-                fault = f"the tokenizer does not know the {what} {choice!r}"
-                _fail(row, fault, f"use {what}s that the tokenizer has tokens for")
+                fault = f"the tokenizer does not know {choice!r}"
+                _fail(row, fault, "write text that the tokenizer has tokens for")
             if len(ids) > 1 and self.task == "SEQ_2_SEQ_LM":
                 _fail(
                     row,

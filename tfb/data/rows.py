@@ -19,7 +19,8 @@ from tfb.plain import listed, parse_json, repeated, shown
 
 CHOICE_COLUMNS = ("id", "prompt", "messages", "choices", "label")
 DEEPEST = 100  # levels of a message or kept value; JSON gives up a little below a thousand
-PROMPTS, ANSWERS = "prompts", "answers"  # tasks of rows to be continued: freely, by a given text
+# What rows are where it is not the model's task that tells: prompts to continue, with an answer.
+PROMPTS, ANSWERS = "prompts", "answers"
 COLUMNS = {
     "SEQ_CLS": ("id", "text", "label"),
     PROMPTS: ("id", "prompt", "messages"),
@@ -71,9 +72,9 @@ class Row:
         behind = (self.choices is not None) + (self.answer is not None)
         if not asked or behind > (self.text is None):
             raise RowError(
-                f"Row({self.id!r}): a row has a text, or a prompt or messages, and these choices "
-                "or an answer; write Row(id='1', text='...') or Row(id='1', prompt='...', "
-                "choices=('A', 'B'), label=0)"
+                f"Row({self.id!r}): a row has one of text, prompt and messages, and behind the "
+                "last two may have choices or an answer; write Row(id='1', text='...') or "
+                "Row(id='1', prompt='...', choices=('A', 'B'), label=0)"
             )
         if self.label is not None and type(self.label) is not int:
             fault = f"the label {self.label!r} is no index"
@@ -252,7 +253,9 @@ class RowFormat:
                 self._missing(name, present, source)
 
     def _missing(self, ours: str, present: Sequence[str], source: str) -> NoReturn:
-        more = ", or give all rows the same by labels" if ours == "choices" else ""
+        more = ""
+        if ours == "choices":
+            more = ", or give all rows the same by labels, or write text with generate=True"
         if more and "answer" in present:
             more += ", or say answer=answer to fit to answers"
         if ours == "text" and self.task is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -119,8 +119,11 @@ class Recorder(StoppingCriteria):
         aleatoric = torch.special.entr(log_p.exp()).sum(-1).mean(0)
         self._kept.append(torch.stack([taken, total, aleatoric]))
         done = torch.isin(token[:, 0], torch.tensor(self.ends, device=token.device))
+        # A stop string that the prompt began is none of the text.
+        new = input_ids[:, -len(self._kept) :]
         for stop in self.stops:
-            done = done | torch.as_tensor(stop(input_ids, scores, **options), device=done.device)
+            seen = new if isinstance(stop, StopStringCriteria) else input_ids
+            done = done | torch.as_tensor(stop(seen, scores, **options), device=done.device)
         self._done.append(done if not self._done else done | self._done[-1])
         return self._done[-1]
 
@@ -164,7 +167,7 @@ class PrefixLayer(DynamicLayer):
         return found
 
 
-def _setting(options: dict[str, Any], name: str, default: Any = None) -> Any:
+def _setting(options: Mapping[str, Any], name: str, default: Any = None) -> Any:
     """Return what ``generate`` goes by: the argument, else its generation_config's."""
     if name in options:
         return options[name]
@@ -172,13 +175,22 @@ def _setting(options: dict[str, Any], name: str, default: Any = None) -> Any:
     return default if given is None else given
 
 
-def _check_arguments(options: dict[str, Any], config: GenerationConfig, tail: bool) -> None:
-    """Refuse, by name, what cannot work with several draws."""
+def check_options(options: Mapping[str, Any], config: GenerationConfig, tail: bool) -> None:
+    """Refuse, by name, what cannot work with several draws.
+
+    Args:
+        options: of transformers' ``generate``.
+        config: the model's own generation configuration.
+        tail: whether the model samples in tail mode.
+
+    Raises:
+        ValueError: there is such an option.
+    """
     for name, reason in REFUSED.items():
         if _setting(options, name, getattr(config, name, None)) is not None:
             raise ValueError(f"generate({name}=...): {reason}; not possible while sampling")
-    cache = _setting(options, "cache_implementation")
-    if cache is not None and cache not in CACHES:
+    cache = _setting(options, "cache_implementation", config.cache_implementation)
+    if cache not in (None, "hybrid", *CACHES):  # a model's own "hybrid" is dynamic to transformers
         raise ValueError(
             f"generate(cache_implementation={cache!r}): expected one of {', '.join(CACHES)} while "
             "sampling"
@@ -212,7 +224,7 @@ def run_generation(
         raise ValueError("generate: needs weight noise, one weight sample for all steps")
     model: Any = bayes.model
     defaults: Any = bayes.base.generation_config
-    _check_arguments(options, defaults, bayes.config.mode == "tail")
+    check_options(options, defaults, bayes.config.mode == "tail")
     inputs, S, k = align(batch, "left", bayes.base.device), len(draws), bayes.config.tail
     ends = _ids(_setting(options, "eos_token_id", defaults.eos_token_id))
     padding = _ids(_setting(options, "pad_token_id", defaults.pad_token_id)) or ends or [0]
@@ -226,8 +238,12 @@ def run_generation(
     bayes.check_sampling()
     with evaluating(model):
         # Full mode gives the same where all tokens are tail, or the noise is above.
-        if k is not None and k < inputs["input_ids"].shape[1] and not bayes.head_alone:
-            cache = options["past_key_values"] = _read_prefix(bayes, inputs, state, k)
+        T = inputs["input_ids"].shape[1]
+        if k is not None and k < T and not bayes.head_alone:
+            most = _setting(options, "max_new_tokens", defaults.max_new_tokens)
+            if most is None:
+                most = (_setting(options, "max_length", defaults.max_length) or T) - T
+            cache = options["past_key_values"] = _read_prefix(bayes, inputs, state, k, most)
             cache.batch_repeat_interleave(
                 _setting(options, "num_return_sequences", defaults.num_return_sequences) or 1
             )
@@ -246,12 +262,17 @@ def run_generation(
     return Generation(**apart)
 
 
-def _read_prefix(bayes: SampledModel, inputs: Inputs, state: SamplingState, k: int) -> Cache:
-    """Read all but the last k tokens of the prompts, once for all draws, with the mean adapter."""
+def _read_prefix(
+    bayes: SampledModel, inputs: Inputs, state: SamplingState, k: int, most: int
+) -> Cache:
+    """Read all but the last k tokens of the prompts, once for all draws, with the mean adapter.
+
+    At ``most`` new tokens will follow.
+    """
     position = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)
     inputs = {"position_ids": position, **inputs}
     prefix, cache = prefix_inputs(inputs, k), Cache(layer_class_to_replicate=PrefixLayer)
-    check_angles(bayes.base.config, prefix["position_ids"], inputs["position_ids"])
+    check_angles(bayes.base.config, prefix["position_ids"], inputs["position_ids"] + most)
     backbone: nn.Module = bayes.base.base_model
     with bayes.sampling_as(mean_state(state, len(position))):
         backbone(**prefix, past_key_values=cache, use_cache=True)
@@ -264,10 +285,11 @@ def _ids(value: int | Sequence[int] | None) -> list[int]:
 
 
 def _stop_strings(options: dict[str, Any], defaults: GenerationConfig) -> list[StoppingCriteria]:
-    """Return what finds the stop strings, as transformers does."""
+    """Return what finds the stop strings, and take them from the options."""
     strings = _setting(options, "stop_strings", defaults.stop_strings)
     if not strings:
         return []
+    options["stop_strings"] = None  # else transformers would make a second one
     if options.get("tokenizer") is None:
         raise ValueError("generate(stop_strings=...): needs the tokenizer too; add tokenizer=...")
     return [StopStringCriteria(options["tokenizer"], strings)]

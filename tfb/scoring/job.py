@@ -187,9 +187,8 @@ class Job:
         ours = {"prediction": number, "choice": text, "probs": pa.list_(real)}
         ours |= {**dict.fromkeys(UNCERTAINTIES, real), "draws": number, "label": number}
         if self.generate:
-            reals = ("sequence_uncertainty", "log_prob", *ENTROPIES)
             ours = {"text": text, "tokens": number, "finish_reason": text}
-            ours |= {**dict.fromkeys(reals, real), "draws": number}
+            ours |= dict.fromkeys(("sequence_uncertainty", *ENTROPIES), real) | {"draws": number}
         if self.truncate is not None:
             ours["truncated"] = number
         if self.per_draw:

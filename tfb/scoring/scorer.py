@@ -1,7 +1,8 @@
 """Rows to result rows: encoded, batched by tokens, predicted. What cannot be scored is an error.
 
 Results depend on the rows that are given together, the model and the settings alone. Only where
-memory ran out are batches other ones; results are then the same to rounding.
+memory ran out are batches other ones; results are then the same to rounding, and texts unless two
+tokens are nearly as probable.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from tfb.draws import Draws, check_even
 from tfb.model import BayesianModel
 from tfb.predictive import Predictive, as_float32
 from tfb.sampling.adaptive import Adaptive
+from tfb.sampling.generate import check_options
 
 Result = dict[str, Any]
 """A row of the output by column; one with an error has ``id`` and ``error`` alone."""
@@ -337,29 +339,29 @@ class TextScorer(Scorer):
         most = NEW_TOKENS if max_new_tokens is None else max_new_tokens
         encoder = row_encoder(bayes, tokenizer, truncate, task=PROMPTS, max_new_tokens=most)
         super().__init__(bayes, tokenizer, encoder=encoder, **how)
-        if stop:
-            _check_stop(tokenizer, stop)
         own = bayes.base.generation_config.eos_token_id
         ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
-        self._stop = tuple(stop)
+        self._stop = tuple(stop or ())
         self._options: dict[str, Any] = {
             "max_new_tokens": most,
             "eos_token_id": sorted(ends) or None,
             "pad_token_id": bayes.pad_token_id,
-            "stop_strings": list(stop) or None,
-            "tokenizer": tokenizer,
+            "stopping_criteria": _stop_criteria(tokenizer, stop),
             # A model's own would make other text of the same row, or another number of texts.
             **{"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "max_time": None},
+            "stop_strings": None,
         }
+        # Else they would be the fault of every row.
+        tail = bayes.config.mode == "tail"
+        check_options(self._options, bayes.base.generation_config, tail)
 
     def _columns(self, batch: Batch, draws_per_pass: int | None) -> dict[str, list[Any]]:
         assert isinstance(self._draws, Draws)  # others were refused
         found = self.bayes.generate(batch.model_inputs(), self._draws, **self._options)
         lengths = found.lengths.tolist()
         new = zip(found.new_tokens.tolist(), lengths, strict=True)
-        real = {name: getattr(found, name).sum(-1) / found.lengths for name in ENTROPIES}
-        real = {"log_prob": found.log_probs.sum(-1), **real}
-        real = {"sequence_uncertainty": found.sequence_uncertainty, **real}
+        real = {"sequence_uncertainty": found.sequence_uncertainty}
+        real |= {name: getattr(found, name).sum(-1) / found.lengths for name in ENTROPIES}
         return {
             "text": [self._text(ids[:n]) for ids, n in new],
             "tokens": lengths,
@@ -402,7 +404,8 @@ def check_generate(
 ) -> None:
     """Refuse settings that do not go with ``generate``, or not without it."""
     if not generate:
-        given = {"max_new_tokens": max_new_tokens, "stop": stop[0] if stop else None}
+        first = stop if isinstance(stop, str) or not stop else stop[0]
+        given = {"max_new_tokens": max_new_tokens, "stop": first or None}
         for name, value in given.items():
             if value is not None:
                 raise ValueError(f"{name}={value!r}: is a setting of generate=True; add that")
@@ -415,14 +418,16 @@ def check_generate(
         raise ValueError("per_draw=True: not with generate=True, where all draws write one text")
     if max_new_tokens is not None and max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}: expected at least 1")
-    if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
+    if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop or ()):
         raise ValueError(f"stop={stop!r}: expected a list of texts, none of them empty")
 
 
-def _check_stop(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> None:
-    """Refuse a tokenizer in whose tokens transformers finds no stop strings."""
+def _stop_criteria(
+    tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]
+) -> list[StopStringCriteria]:
+    """Return what finds stop strings; refuse a tokenizer with which transformers cannot."""
     try:
-        StopStringCriteria(tokenizer, list(stop))
+        return [StopStringCriteria(tokenizer, list(stop))] if stop else []
     except Exception as error:  # it tries the tokenizer on a text of its own
         raise ValueError(
             f"stop={stop[0]!r}: transformers finds no text in this tokenizer's tokens ({error}); "
@@ -472,8 +477,8 @@ def score(
     the model has decisions for them abstain and prediction_set (of choices, by their text or name).
 
     With ``generate`` rows are prompts that the model continues, and a result has id, text, tokens
-    (how many), finish_reason ("stop" or "length"), sequence_uncertainty, log_prob (of the whole
-    text), total, aleatoric and epistemic (means over tokens; all in nats), and draws.
+    (how many), finish_reason ("stop" or "length"), sequence_uncertainty, total, aleatoric and
+    epistemic (means over tokens; all in nats), and draws.
 
     Args:
         data: anything that holds rows, see :func:`tfb.data.readers.read_rows`.

@@ -13,7 +13,7 @@ import torch
 from scipy.interpolate import CubicSpline
 from torch import Tensor
 
-TEMPERATURES = tuple(4.0 ** (i / 8) for i in range(-8, 9))
+TEMPERATURES = tuple(4.0 ** (i / 6) for i in range(-6, 13))  # 1/4 to 16
 _LOG_T = np.log(TEMPERATURES)
 
 
@@ -31,8 +31,8 @@ def token_nll(log_probs: Tensor, present: Tensor) -> Tensor:
 def best_temperature(losses: Tensor) -> float:
     """Return the T of least mean loss, of losses [n, G] at ``TEMPERATURES``.
 
-    Where the loss falls down to the least of them, no token is wrong, and T is 1: it would fall
-    for ever.
+    Where the loss falls down to the least of them, T is 1: without a wrong token it would fall for
+    ever.
     """
     mean = CubicSpline(_LOG_T, losses.mean(0).numpy())
     places = np.append(mean.derivative().roots(extrapolate=False), _LOG_T[[0, -1]])
