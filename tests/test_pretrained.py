@@ -285,6 +285,14 @@ def test_generates_as_transformers_does() -> None:
     options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
     expected = m.bayes.generate(batch, 4, **options)
     assert torch.equal(m.generate(**batch, **options), expected.sequences)
+    pad = m.tokenizer.pad_token_id
+    ids = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, pad)
+    assert (
+        bool((ids == pad).any())
+        and torch.equal(  # without a mask, as transformers finds it
+            m.generate(ids, **options)[:, -3:], expected.sequences[:, -3:]
+        )
+    )
     whole = m.generate(**batch, **options, return_dict_in_generate=True)
     assert isinstance(whole, tfb.Generation)
     assert torch.equal(whole.epistemic, expected.epistemic)

@@ -413,6 +413,9 @@ class TfbModel(nn.Module):
                 "generate: needs token ids; write m.generate(**m.tokenizer(texts, "
                 "return_tensors='pt', padding=True)), or m.score(texts, generate=True) to have text"
             )
+        ids, pad = batch["input_ids"], self.tokenizer.pad_token_id
+        if "attention_mask" not in batch and pad not in (None, self.tokenizer.eos_token_id):
+            batch["attention_mask"] = ids.ne(pad)  # as transformers does
         config = options.get("generation_config")
         whole = options.pop("return_dict_in_generate", None)
         whole = getattr(config, "return_dict_in_generate", False) if whole is None else whole

@@ -74,10 +74,12 @@ def _texts(rows: Sequence[Row]) -> str:
                 cost = [f"{mean(r[k] for r in own):.1f}" if k else "" for k in ("cost", *each)]
                 figures = (100, "exact", ".1f"), (1, "nll", ".3f"), (100, "ece", ".2f")
                 cells = [f"{k * mean(r[key] for r in own):{form}}" for k, key, form in figures]
-                body.append([title, name, *cells, *cost])
+                sigmas = ", ".join(f"{r['sigma']:.2g}" for r in own)
+                body.append([title, name, sigmas, *cells, *cost])
     headings = (
         "task",
         "written by",
+        "σ of each adapter",
         "right %",
         "NLL a token",
         "ECE of tokens %",
@@ -96,10 +98,15 @@ def _scores(rows: dict[tuple[str, str, str], Row]) -> str:
             [METHODS[method], SCORES[score], *map(_change, _figures(row))]
             for method, scores in SHOWN.items()
             for score in scores
-            if (row := rows.get((task, method, score))) is not None
+            if (row := rows.get((task, method, score))) is not None and _tells(row)
         ]
         parts.append(f"**{title}**\n\n{table(headings, body)}" if body else "")
     return blocks(*parts)
+
+
+def _tells(row: Row) -> bool:
+    """Return whether a score tells texts apart: those of draws are all 0 where no sigma is not."""
+    return bool(row["errors"]["value"] != 0.5)
 
 
 def _figures(row: Row) -> list[tuple[dict[str, float], float, int]]:
@@ -122,7 +129,7 @@ LEGEND = (
     "AUROC of telling wrong texts from right ones, and prompts out of scope from those in scope; "
     "AURC of answering the surest texts first (lower is better); in brackets 95 % limits of the "
     "change from the adapter's own log-probability of its text (paired bootstrap over prompts; *: "
-    "they exclude 0). Means over three adapters."
+    "they exclude 0). Means over three adapters. Scores of draws are left out where every σ is 0."
 )
 
 

@@ -62,7 +62,6 @@ def test_prompts_in_text_out(
         ("--generate --draws auto", "--draws auto: not with --generate, where draws write side"),
         ("--generate --per-draw", "--per-draw: not with --generate, where all draws write"),
         ("--generate --labels a,b", "--generate: rows have no choices and no classes; leave out"),
-        ("--generate --columns label=gold", "'label' is none of id, prompt, messages; write"),
     ],
 )
 def test_options_that_do_not_go_together(

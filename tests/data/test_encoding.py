@@ -545,6 +545,29 @@ def test_prompts_are_read_as_they_stand(template: str) -> None:
     assert (encoded.label_ids, encoded.choices, encoded.labels) == (None, None, [None, None])
 
 
+def test_a_space_at_the_end_is_read_as_a_fit_reads_it(shared: Path) -> None:
+    """A real tokenizer makes it part of the next word, and so leaves it out; not a line break."""
+    tokenizer = AutoTokenizer.from_pretrained(str(shared / "models/stories260K"))
+    for prompt in ("Topic:", "Topic: ", "Topic:  ", "Topic:\n"):
+        fitted = RowEncoder(tokenizer, ANSWERS)([answered(prompt, "a cat")])
+        assert encode_prompts([Row("r", prompt)], tokenizer).input_ids == fitted.input_ids
+
+
+def test_an_answer_ends_as_the_template_ends_it() -> None:
+    """With its special token, if that is what comes next; else with the tokenizer's end token."""
+    tokenizer = marked_bpe()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    row = Row("r", messages=asks("Topic").messages, answer="B")
+    for after, expected in (("'<|end|>'", end), ("'x<|end|>'", 2), ("''", 2)):
+        made = chat(tokenizer, "'x' + m.content", f"':' + m.content + {after}", "':'")
+        encoded = RowEncoder(made, ANSWERS)([row])
+        (((ids,),),) = [encoded.choice_ids or []]
+        assert ids[-1] == expected
+    (((ids,),),) = [RowEncoder(made, ANSWERS)([answered("Topic:", "B")]).choice_ids or []]
+    assert ids[-1] == 2
+
+
 def test_prompts_of_chats() -> None:
     tokenizer = chat(marked_bpe(), "'<s>x' + m.content", "' ' + m.content", "':'")
     encoded = encode_prompts([Row("r", messages=asks("Topic").messages)], tokenizer)
@@ -560,10 +583,11 @@ def test_a_prompt_leaves_room_for_new_tokens() -> None:
     for side, kept in (("left", [*"bcdefgh"]), ("right", [*"abcdefg"])):
         encoded = encode_prompts(rows, tokenizer, max_length=10, truncate=side)
         assert names(tokenizer, encoded.input_ids[0]) == kept and encoded.truncated == [1]
-        with pytest.raises(RowError, match=r"8 tokens and 10 new ones, .*nothing of the prompt"):
-            encode_prompts(rows, tokenizer, 10, max_length=10, truncate=side)
-    with pytest.raises(ValueError, match="max_new_tokens=0: expected at least 1"):
-        encode_prompts(rows, tokenizer, 0)
+    for new in (0, 11):
+        with pytest.raises(
+            ValueError, match=f"max_new_tokens={new}: expected at least 1, and fewer"
+        ):
+            encode_prompts(rows, tokenizer, new, max_length=11)
 
 
 def test_prompts_that_nothing_follows() -> None:

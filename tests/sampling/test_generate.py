@@ -113,7 +113,7 @@ def test_tail_mode_reads_a_prompt_once() -> None:
             lambda m, a, k, found=found: found.append(tuple(k["hidden_states"].shape[:2])),
             with_kwargs=True,
         )
-        bayes.generate(prompts(), DRAWS, **OPTIONS)
+        bayes.generate(prompts(), DRAWS, use_cache=False, **OPTIONS)  # trainers save that
         assert found == [(3, 5), (rows, 2), *[(rows, 1)] * (NEW - 1)]
 
 

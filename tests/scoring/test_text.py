@@ -146,18 +146,16 @@ def test_nothing_is_sampled(bayes: tfb.BayesianModel, tokenizer: Any) -> None:
     same(penalized, [by_hand(bayes, tokenizer, row) for row in rows()])
 
 
-def test_what_no_draws_allow_is_refused_at_once(bayes: tfb.BayesianModel, tokenizer: Any) -> None:
-    """Not as the fault of every row: a model's own settings, in either mode."""
-    config = bayes.base.generation_config
-    for name, value in (("guidance_scale", 1.5), ("cache_implementation", "offloaded")):
-        setattr(config, name, value)
-        with pytest.raises(ValueError, match=rf"generate\({name}="):
-            TextScorer(bayes, tokenizer)
-        setattr(config, name, None)
-    config.cache_implementation = "static"
-    assert written(bayes, tokenizer, rows(1))[0]["error"] is None
-    with pytest.raises(ValueError, match="in tail mode"):
-        TextScorer(bayes.configure(mode="tail", tail=1), tokenizer)
+@pytest.mark.parametrize("tail", [None, 2])
+def test_other_ways_to_decode_are_not_taken(
+    bayes: tfb.BayesianModel, tokenizer: Any, tail: int | None
+) -> None:
+    """A model's own settings that no draws allow, or that would read a prompt another way."""
+    bayes.configure(mode="full" if tail is None else "tail", tail=tail)
+    plain, config = written(bayes, tokenizer, rows(3)), bayes.base.generation_config
+    config.guidance_scale, config.penalty_alpha, config.token_healing = 1.5, 0.6, True
+    config.cache_implementation, config.use_cache, config.min_length = "offloaded", False, 40
+    assert written(bayes, tokenizer, rows(3)) == plain
 
 
 def test_without_noise_it_is_the_adapters_own_text(tokenizer: Any) -> None:
@@ -227,7 +225,9 @@ def test_a_batch_too_large_for_memory_is_split(bayes: tfb.BayesianModel, tokeniz
         ({"draws": "auto"}, "draws=auto: not with generate=True, where draws write side by side"),
         ({"draws": tfb.Adaptive()}, "draws=auto: not with generate=True"),
         ({"per_draw": True}, "per_draw=True: not with generate=True"),
-        ({"max_new_tokens": 0}, "max_new_tokens=0: expected at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0: expected a whole number, at least 1"),
+        ({"max_new_tokens": 2.5}, r"max_new_tokens=2\.5: expected a whole number"),
+        ({"max_new_tokens": 64}, "max_new_tokens=64: expected .* fewer than the 64 tokens that"),
         ({"stop": "."}, r"stop='\.': expected a list of texts, none of them empty"),
         ({"stop": ["", "a"]}, r"stop=\['', 'a'\]: expected a list"),
         ({"draws": 3}, "draws=3"),
@@ -240,7 +240,8 @@ def test_settings_that_cannot_work(
     bayes: tfb.BayesianModel, tokenizer: Any, how: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        tfb.score([], bayes, tokenizer, **({"generate": True} | how))
+        small = {} if how.get("generate") is False else {"generate": True, "max_new_tokens": NEW}
+        tfb.score([], bayes, tokenizer, **(small | how))
 
 
 def test_models_and_tokenizers_that_cannot_work(bayes: tfb.BayesianModel, tokenizer: Any) -> None:
@@ -252,7 +253,7 @@ def test_models_and_tokenizers_that_cannot_work(bayes: tfb.BayesianModel, tokeni
         tfb.score([], head, tokenizer, generate=True)
     words = PreTrainedTokenizerFast.from_pretrained(str(digits.BASE))  # that knows no "abcdef"
     with pytest.raises(ValueError, match="stop='a': transformers finds no text in this tokenizer"):
-        tfb.score([], bayes, words, generate=True, stop=["a"])
+        tfb.score([], bayes, words, generate=True, max_new_tokens=NEW, stop=["a"])
 
 
 # --- runs over files ------------------------------------------------------------------------------
@@ -316,7 +317,6 @@ def test_job_settings_that_cannot_work(writing: Job, artifact: str) -> None:
         ({"per_draw": True}, "per_draw=True: not with"),
         ({"labels": ("a", "b")}, "generate=True: rows have no choices and no classes"),
         ({"generate": False}, "max_new_tokens=3: is a setting of generate=True"),
-        ({"columns": {"label": "gold"}}, "columns: 'label' is none of id, prompt, messages"),
         ({"keep": ("text",)}, "keep=text: the output has a column of that name"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -96,10 +96,15 @@ def test_the_temperature_of_least_loss(scale: float) -> None:
 
 
 def test_without_a_wrong_token_there_is_no_temperature() -> None:
-    """The loss would fall for ever with T; one that is 0 at every T has no least."""
+    """The loss would fall for ever with T; one that is 0 at every T has no least. With wrong tokens
+    the least T that is tried is the best of them."""
     T = torch.tensor(TEMPERATURES, dtype=torch.float64)
     sure = torch.log1p(torch.exp(-torch.tensor([3.0, 8.0])[:, None] / T))  # of two tokens
     assert best_temperature(sure) == best_temperature(torch.zeros(3, len(T)).double()) == 1.0
+    logits, y = mixture(3.0)
+    log_p = [(logits[0] / 20 / T).log_softmax(-1) for T in TEMPERATURES]  # the best T is about 1/10
+    every = torch.stack([-p.gather(-1, y[..., None])[..., 0].mean(1) for p in log_p], -1)
+    assert best_temperature(every) == pytest.approx(TEMPERATURES[0])
 
 
 def test_the_slope_is_the_loss_beyond_the_entropy() -> None:
@@ -315,7 +320,7 @@ def test_what_the_rows_do_not_allow_is_said(base: Path, tfb_command: Run, tmp_pa
     m.columns = {"choices": "options", "label": "gold"}  # of a fit before, which reads no answers
     m.fit(pairs(24), answer="target", sigma=0.05, draws=2)
     assert m.columns == {}
-    with pytest.raises(ValueError, match="or say answer=answer to fit to answers"):
+    with pytest.raises(ValueError, match="prompts with answers can be fitted to"):
         m.fit([{"prompt": "a", "answer": "b"}])
     with pytest.raises(ValueError, match="choices"):
         m.predict([Row("1", prompt="a", answer="b")])  # there is nothing to choose from

@@ -78,8 +78,9 @@ class RowEncoder:
     3. The tokens that follow are the choice's. First tokens that all choices share move into the
        prompt: their probability cancels. Not where scores are divided by the number of tokens.
 
-    An answer is tokenized as a choice is, and the tokenizer's end token follows. A prompt that the
-    model is to continue is tokenized as it stands.
+    An answer is tokenized as a choice is, and an end token follows: for chats their template's, if
+    it has one, else the tokenizer's. Of a prompt that the model is to continue, whitespace at the
+    end is left out by rule 2.
 
     One set of special tokens stays in front; those at the end are removed, except in text rows and
     an encoder-decoder's prompts.
@@ -115,8 +116,6 @@ class RowEncoder:
     ) -> None:
         check_label_tokens(label_tokens)
         check_truncate(truncate)
-        if task == PROMPTS and max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens}: expected at least 1")
         if task == "SEQ_CLS" and (num_labels is None or num_labels < 2):
             raise ValueError(f"num_labels must be at least 2, got {num_labels}")
         self.tokenizer, self.task, self.num_labels = tokenizer, task, num_labels
@@ -124,6 +123,11 @@ class RowEncoder:
         self.max_new_tokens = max_new_tokens
         # A tokenizer that knows no limit reports a huge number, which no row exceeds.
         self.limit = int(tokenizer.model_max_length if max_length is None else max_length)
+        if task == PROMPTS and not 1 <= max_new_tokens < self.limit:
+            raise ValueError(
+                f"max_new_tokens={max_new_tokens}: expected at least 1, and fewer than the "
+                f"{self.limit} tokens that the model takes, prompt included"
+            )
         self._unknown = tokenizer.unk_token_id  # a property that is slow to ask for
         self._shares = length_normalization == "none"
         self._front: list[int] = []
@@ -245,7 +249,7 @@ class RowEncoder:
         """Return the prompt, and the text of each choice behind it."""
         prompt, between = row.prompt or "", " "
         if row.messages is not None:
-            prompt, between = self._rendered(row), self._before_answers
+            prompt, between = self._rendered(row), self._around_answers[0]
             self._check_length(row, prompt)
         if prompt[-1:].isspace():
             between = ""
@@ -262,6 +266,13 @@ class RowEncoder:
         return "the answer" if self.task == ANSWERS else "a choice"
 
     def _end_token(self, row: Row) -> int:
+        """Return the token that ends an answer."""
+        if row.messages is not None and self._around_answers[1]:
+            first = self.tokenizer(self._around_answers[1], add_special_tokens=False)["input_ids"][
+                0
+            ]
+            if first in self.tokenizer.all_special_ids:
+                return int(first)
         if self.tokenizer.eos_token_id is None:
             _fail(row, "the tokenizer has no end token, which follows an answer", "set eos_token")
         return int(self.tokenizer.eos_token_id)
@@ -278,17 +289,19 @@ class RowEncoder:
             _fail(row, fault, "order and name the roles as it expects them")
 
     @cached_property
-    def _before_answers(self) -> str:
-        """The whitespace between the chat template's generation prompt and an answer."""
+    def _around_answers(self) -> tuple[str, str]:
+        """The whitespace that a chat template puts before an answer, and what it puts after it."""
         question = {"role": "user", "content": "a"}
         answer = {"role": "assistant", "content": "Answer"}
         try:
             prompt = self._render([question], prompt=True)
             whole = self._render([question, answer], prompt=False)
         except Exception:  # a template for other conversations
-            return ""
-        between = whole[len(prompt) :].partition("Answer")[0]
-        return between if whole.startswith(prompt) and between.isspace() else ""
+            return "", ""
+        if not whole.startswith(prompt):
+            return "", ""
+        between, _, end = whole[len(prompt) :].partition("Answer")
+        return between if between.isspace() else "", end
 
     def _render(self, messages: list[dict[str, Any]], *, prompt: bool) -> str:
         render = self.tokenizer.apply_chat_template
@@ -306,8 +319,18 @@ class RowEncoder:
         ]
 
     def _prompts(self, rows: Sequence[Row]) -> list[list[int]]:
-        """Tokenize prompts as they stand."""
-        return list(self._ids([self._written(row)[0] for row in rows], ended=False))
+        """Tokenize prompts, without whitespace at the end that belongs to what will follow.
+
+        That is where a fit has it too: see rule 2.
+        """
+        texts = [self._written(row)[0] for row in rows]
+        found = list(self._ids(texts, ended=False))
+        for i, text in enumerate(texts):
+            if text[-1:].isspace():
+                bare, probe = self._ids([text.rstrip(), f"{text}a"], ended=False)
+                if probe[: len(found[i])] != found[i] and probe[: len(bare)] == bare:
+                    found[i] = bare
+        return found
 
     def _decoded(self, rows: Sequence[Row]) -> list[Tokens]:
         """Tokenize prompts for an encoder, and choices as a decoder begins to write them."""

@@ -89,6 +89,8 @@ def fitted_task(task: str, columns: Mapping[str, str]) -> str:
     """
     if "answer" not in columns:
         return task
+    if both := sorted({"choices", "label"} & columns.keys()):
+        raise ValueError(f"columns: 'answer' stands in place of {both[0]!r}; leave one of them out")
     if task != "CAUSAL_LM":
         raise ValueError(f"columns: 'answer' needs a causal language model, not {task}")
     return ANSWERS
@@ -255,9 +257,10 @@ class RowFormat:
     def _missing(self, ours: str, present: Sequence[str], source: str) -> NoReturn:
         more = ""
         if ours == "choices":
-            more = ", or give all rows the same by labels, or write text with generate=True"
-        if more and "answer" in present:
-            more += ", or say answer=answer to fit to answers"
+            more = (
+                ", or give all rows the same by labels; prompts with answers can be fitted to, and "
+                "prompts alone be continued by score"
+            )
         if ours == "text" and self.task is None:
             more = ", or prompt=YOURS and choices=YOURS of a choice row"
         theirs = self.columns.get(ours, ours)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -167,7 +167,7 @@ class PrefixLayer(DynamicLayer):
         return found
 
 
-def _setting(options: Mapping[str, Any], name: str, default: Any = None) -> Any:
+def _setting(options: dict[str, Any], name: str, default: Any = None) -> Any:
     """Return what ``generate`` goes by: the argument, else its generation_config's."""
     if name in options:
         return options[name]
@@ -175,17 +175,8 @@ def _setting(options: Mapping[str, Any], name: str, default: Any = None) -> Any:
     return default if given is None else given
 
 
-def check_options(options: Mapping[str, Any], config: GenerationConfig, tail: bool) -> None:
-    """Refuse, by name, what cannot work with several draws.
-
-    Args:
-        options: of transformers' ``generate``.
-        config: the model's own generation configuration.
-        tail: whether the model samples in tail mode.
-
-    Raises:
-        ValueError: there is such an option.
-    """
+def _check_arguments(options: dict[str, Any], config: GenerationConfig, tail: bool) -> None:
+    """Refuse, by name, what cannot work with several draws."""
     for name, reason in REFUSED.items():
         if _setting(options, name, getattr(config, name, None)) is not None:
             raise ValueError(f"generate({name}=...): {reason}; not possible while sampling")
@@ -224,7 +215,7 @@ def run_generation(
         raise ValueError("generate: needs weight noise, one weight sample for all steps")
     model: Any = bayes.model
     defaults: Any = bayes.base.generation_config
-    check_options(options, defaults, bayes.config.mode == "tail")
+    _check_arguments(options, defaults, bayes.config.mode == "tail")
     inputs, S, k = align(batch, "left", bayes.base.device), len(draws), bayes.config.tail
     ends = _ids(_setting(options, "eos_token_id", defaults.eos_token_id))
     padding = _ids(_setting(options, "pad_token_id", defaults.pad_token_id)) or ends or [0]
@@ -243,6 +234,7 @@ def run_generation(
             most = _setting(options, "max_new_tokens", defaults.max_new_tokens)
             if most is None:
                 most = (_setting(options, "max_length", defaults.max_length) or T) - T
+            options["use_cache"] = True  # whatever the configuration says: the prefix is in it
             cache = options["past_key_values"] = _read_prefix(bayes, inputs, state, k, most)
             cache.batch_repeat_interleave(
                 _setting(options, "num_return_sequences", defaults.num_return_sequences) or 1

@@ -163,7 +163,8 @@ def why_no_tail(base: PreTrainedModel, task: str) -> str | None:
             f"attn_implementation={kind!r} takes no mask of draws; load the model with "
             f"attn_implementation={ATTENTION[0]!r}"
         )
-    if {"linear_attention", "chunked_attention"} & set(getattr(config, "layer_types", None) or ()):
+    stateful = {"linear_attention", "chunked_attention", "conv"}
+    if stateful & set(getattr(config, "layer_types", None) or ()):
         return "layers without ordinary attention carry a state from which draws cannot branch"
     return None
 

@@ -294,7 +294,8 @@ def saved_format(
     task = str(sidecar["task"])
     names = class_names(task, config, labels, sidecar.get("labels"))
     known = {} if columns else (sidecar.get("extra") or {}).get("columns") or {}
-    known = prompt_columns(known) if task == PROMPTS else known
+    if task == PROMPTS:
+        columns, known = prompt_columns(columns), prompt_columns(known)
     # What has the columns of the fit's rows need not have ids and labels.
     return RowFormat(columns or known, names, task, ["id", "label"] if known else ())
 

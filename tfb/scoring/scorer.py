@@ -28,7 +28,7 @@ from tfb.draws import Draws, check_even
 from tfb.model import BayesianModel
 from tfb.predictive import Predictive, as_float32
 from tfb.sampling.adaptive import Adaptive
-from tfb.sampling.generate import check_options
+from tfb.sampling.generate import REFUSED
 
 Result = dict[str, Any]
 """A row of the output by column; one with an error has ``id`` and ``error`` alone."""
@@ -347,34 +347,38 @@ class TextScorer(Scorer):
             "eos_token_id": sorted(ends) or None,
             "pad_token_id": bayes.pad_token_id,
             "stopping_criteria": _stop_criteria(tokenizer, stop),
-            # A model's own would make other text of the same row, or another number of texts.
-            **{"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "max_time": None},
-            "stop_strings": None,
+            # A model's own would make other text of the same row, or another number of texts, or
+            # be refused; a least length counts the padding.
+            **{"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "min_length": 0},
+            **{"token_healing": False, "use_cache": True},
+            **dict.fromkeys(["stop_strings", "max_time", "cache_implementation", *REFUSED]),
         }
-        # Else they would be the fault of every row.
-        tail = bayes.config.mode == "tail"
-        check_options(self._options, bayes.base.generation_config, tail)
 
     def _columns(self, batch: Batch, draws_per_pass: int | None) -> dict[str, list[Any]]:
         assert isinstance(self._draws, Draws)  # others were refused
         found = self.bayes.generate(batch.model_inputs(), self._draws, **self._options)
-        lengths = found.lengths.tolist()
-        new = zip(found.new_tokens.tolist(), lengths, strict=True)
+        lengths, ended = found.lengths.tolist(), found.ended.tolist()
+        new = [ids[:n] for ids, n in zip(found.new_tokens.tolist(), lengths, strict=True)]
         real = {"sequence_uncertainty": found.sequence_uncertainty}
         real |= {name: getattr(found, name).sum(-1) / found.lengths for name in ENTROPIES}
         return {
-            "text": [self._text(ids[:n]) for ids, n in new],
+            "text": [self._text(*row) for row in zip(new, ended, strict=True)],
             "tokens": lengths,
-            "finish_reason": ["stop" if ended else "length" for ended in found.ended.tolist()],
+            "finish_reason": ["stop" if done else "length" for done in ended],
             **{name: as_float32(values).tolist() for name, values in real.items()},
             "draws": [len(self._draws)] * len(lengths),
         }
 
-    def _text(self, ids: list[int]) -> str:
+    def _text(self, ids: list[int], ended: bool) -> str:
         """Return new tokens as text, up to the first stop string; the last token may go beyond."""
         decode, plain = self.encoder.tokenizer.decode, {"clean_up_tokenization_spaces": False}
         text = str(decode(ids, skip_special_tokens=True, **plain))
-        return text[: min((at for s in self._stop if (at := text.find(s)) >= 0), default=None)]
+        if not ended:
+            return text.rstrip("\ufffd")  # the first bytes of a character
+        # Some tokenizers leave the space out that the first token begins with.
+        begun = [0 for stop in self._stop if f" {text}".startswith(stop)]
+        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        return text[: min([*begun, *found], default=None)]
 
     def _result(self, row: Row, values: Result) -> Result:
         return {"id": row.id, **values, "error": None}
@@ -416,8 +420,8 @@ def check_generate(
         )
     if per_draw:
         raise ValueError("per_draw=True: not with generate=True, where all draws write one text")
-    if max_new_tokens is not None and max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens}: expected at least 1")
+    if max_new_tokens is not None and (type(max_new_tokens) is not int or max_new_tokens < 1):
+        raise ValueError(f"max_new_tokens={max_new_tokens!r}: expected a whole number, at least 1")
     if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop or ()):
         raise ValueError(f"stop={stop!r}: expected a list of texts, none of them empty")
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 TEMPERATURES = tuple(4.0 ** (i / 6) for i in range(-6, 13))  # 1/4 to 16
 _LOG_T = np.log(TEMPERATURES)
+NEAR_ZERO = 0.1  # nats a token, or of choices the NLL over that of a guess
 
 
 def token_nll(log_probs: Tensor, present: Tensor) -> Tensor:
@@ -31,13 +32,14 @@ def token_nll(log_probs: Tensor, present: Tensor) -> Tensor:
 def best_temperature(losses: Tensor) -> float:
     """Return the T of least mean loss, of losses [n, G] at ``TEMPERATURES``.
 
-    Where the loss falls down to the least of them, T is 1: without a wrong token it would fall for
-    ever.
+    Without a wrong token the loss would fall for ever: where it is near 0 at the least of them, T
+    is 1.
     """
     mean = CubicSpline(_LOG_T, losses.mean(0).numpy())
     places = np.append(mean.derivative().roots(extrapolate=False), _LOG_T[[0, -1]])
     log_T = places[np.nanargmin(mean(places))]  # a loss of 0 everywhere has no single root
-    return 1.0 if log_T == _LOG_T[0] else math.exp(log_T)
+    endless = log_T == _LOG_T[0] and mean(log_T) < NEAR_ZERO
+    return 1.0 if endless else math.exp(log_T)
 
 
 def losses_at(losses: Tensor, T: float) -> Tensor:

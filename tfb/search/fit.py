@@ -21,7 +21,7 @@ from tfb.module import BayesianModule
 from tfb.posterior import LowRankPosterior, default_prior_sigma
 from tfb.sampling.config import SamplingConfig
 from tfb.sampling.state import Batch
-from tfb.search.answers import losses_at, surprise
+from tfb.search.answers import NEAR_ZERO, losses_at, surprise
 from tfb.search.loss import (
     METRICS,
     AnchorLoss,
@@ -50,8 +50,7 @@ OBJECTIVES = ("min_nll", "max_variance", "gvi")
 SEARCHES = ("grid", "bisection")
 DEFAULT_BOUNDS = (1e-3, 0.1)
 SEARCH_DRAWS = 8
-# On training rows: right, or an answer's loss near 0; and NLL over that of a guess, or in nats.
-NEARLY_ALL, NEAR_ZERO = 0.95, 0.1
+NEARLY_ALL = 0.95  # on training rows: right, or an answer's loss near 0
 FEW = 50  # anchors: at 10 and 20 of them, noise and T that they asked for made new rows worse
 TRAINED_ON = (
     "the anchors look like rows that the adapter was trained on: it knows nearly every {}, and is "
