@@ -20,9 +20,12 @@ from transformers import (
     PreTrainedTokenizerFast,
     StoppingCriteria,
 )
+from transformers.cache_utils import DynamicLayer
 
 import tfb
 from tfb import Draws
+from tfb.sampling import generate
+from tfb.sampling.generate import DrawsLayer
 
 NEW = 6
 EXACT = 1e-10
@@ -571,6 +574,32 @@ def test_prompts_read_in_chunks() -> None:
     assert parts.sequences.equal(whole.sequences)
     assert relative(parts.total, whole.total) < EXACT
     assert relative(parts.aleatoric, whole.aleatoric) < EXACT
+
+
+def test_the_cache_grows_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers' layer does, however little room there is, and after others changed it."""
+    monkeypatch.setattr(generate, "ROOM", 2)
+    generator, ours, theirs = torch.Generator().manual_seed(0), DrawsLayer(), DynamicLayer()
+
+    def append(rows: int, tokens: int) -> None:
+        keys, values = torch.randn(2, rows, 2, tokens, 4, generator=generator)
+        for found, expected in zip(
+            ours.update(keys, values), theirs.update(keys, values), strict=True
+        ):
+            assert found.equal(expected)
+
+    for tokens in (3, 1, 1, 1, 5, 1, 1):
+        append(2, tokens)
+    for change in ("crop", "batch_repeat_interleave"):
+        for layer in (ours, theirs):
+            getattr(layer, change)(-2 if change == "crop" else 2)
+        append(2 if change == "crop" else 4, 1)
+    theirs.keys, theirs.values = (t.repeat(3, 1, 1, 1) for t in (theirs.keys, theirs.values))
+    append(12, 1)  # draw-major copies of what was common so far
+    bayes = endless("llama")
+    small = bayes.generate(prompts(), DRAWS, **OPTIONS)
+    monkeypatch.setattr(generate, "ROOM", 64)
+    assert bayes.generate(prompts(), DRAWS, **OPTIONS).total.equal(small.total)
 
 
 def test_without_a_cache_the_same_tokens() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, StoppingCriteria, StopStringCriteria
+from transformers import Cache, DynamicCache, StoppingCriteria, StopStringCriteria
 from transformers.cache_utils import DynamicLayer
 
 from tfb.draws import Draws
@@ -19,7 +19,7 @@ from tfb.sampling.kv_cache import Inputs, check_angles, prefix_inputs
 from tfb.sampling.state import Batch, SampledModel, SamplingState, evaluating
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, PreTrainedModel
 
 # Arguments of ``generate`` that move rows between draws or need a second model.
 REFUSED = {
@@ -32,6 +32,7 @@ REFUSED = {
     "past_key_values": "a cache from elsewhere does not hold the draws' keys and values",
     "streamer": "how sure a continuation is, is known at its end only; read what is returned",
 }
+ROOM = 64  # tokens that a layer of the cache grows by, at least
 # Of these a layer takes its rows from the first keys it is given: S * B, or B below the noise.
 CACHES = ("dynamic", "static")
 
@@ -152,19 +153,55 @@ class Recorder(StoppingCriteria):
         )
 
 
-class PrefixLayer(DynamicLayer):
-    """Keys and values of B prompts' beginnings, repeated where S draws of them go on."""
+class DrawsLayer(DynamicLayer):
+    """Keys and values that grow in place, and are repeated where S draws of B prompts go on.
+
+    transformers' own layer copies them all at every token: with ten draws a tenth of the time on a
+    CPU (docs/design/choices.md).
+    """
+
+    _rooms: tuple[Tensor | None, Tensor | None] = (None, None)  # keys and values begin them
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append keys and values [S * B, ...]."""
-        keys, values = self.keys, self.values
-        if keys is not None and values is not None and len(keys) < len(key_states):
-            draws = len(key_states) // len(keys)
-            self.keys, self.values = (t.repeat(draws, 1, 1, 1) for t in (keys, values))
-        found: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
-        return found
+        """Append keys and values [S * B, heads, tokens, size]; return them all."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.get_seq_length()
+        keys = _appended(self.keys, self._rooms[0], key_states, start)
+        values = _appended(self.values, self._rooms[1], value_states, start)
+        self._rooms, stop = (keys, values), start + key_states.shape[-2]
+        self.keys, self.values = keys[:, :, :stop], values[:, :, :stop]
+        return self.keys, self.values
+
+
+def _appended(known: Any, room: Tensor | None, new: Tensor, start: int) -> Tensor:
+    """Put new keys or values behind the first ``start``; return the room that holds all of them.
+
+    One that is too small, of fewer rows, or no longer that of the known ones is replaced.
+    """
+    rows, heads, tokens, size = new.shape
+    stop = start + tokens
+    own = room is not None and room.data_ptr() == known.data_ptr() and len(room) == rows
+    if room is None or not own or stop > room.shape[2]:
+        room = new.new_empty(rows, heads, stop + max(ROOM, stop // 4), size)
+        if start:
+            room[:, :, :start] = known.repeat(rows // len(known), 1, 1, 1)
+    room[:, :, start:stop] = new
+    return room
+
+
+def _growing_cache(base: PreTrainedModel, options: dict[str, Any]) -> Cache | None:
+    """Return transformers' dynamic cache with layers of ours; None where another kind is used."""
+    own: Any = base.generation_config
+    static = _setting(options, "cache_implementation", own.cache_implementation) == "static"
+    if static or _setting(options, "use_cache", own.use_cache) is False or base._is_stateful:
+        return None
+    cache = DynamicCache(config=base.config)
+    # Others forget what lies outside a window, or hold a state.
+    cache.layers = [DrawsLayer() if type(one) is DynamicLayer else one for one in cache.layers]
+    return cache
 
 
 def _setting(options: dict[str, Any], name: str, default: Any = None) -> Any:
@@ -228,8 +265,10 @@ def run_generation(
     options.setdefault("disable_compile", True)
     bayes.check_sampling()
     with evaluating(model):
-        # Full mode gives the same where all tokens are tail, or the noise is above.
         T = inputs["input_ids"].shape[1]
+        if (cache := _growing_cache(bayes.base, options)) is not None:
+            options["past_key_values"] = cache
+        # Full mode gives the same where all tokens are tail, or the noise is above.
         if k is not None and k < T and not bayes.head_alone:
             most = _setting(options, "max_new_tokens", defaults.max_new_tokens)
             if most is None:
@@ -263,7 +302,7 @@ def _read_prefix(
     """
     position = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)
     inputs = {"position_ids": position, **inputs}
-    prefix, cache = prefix_inputs(inputs, k), Cache(layer_class_to_replicate=PrefixLayer)
+    prefix, cache = prefix_inputs(inputs, k), Cache(layer_class_to_replicate=DrawsLayer)
     check_angles(bayes.base.config, prefix["position_ids"], inputs["position_ids"] + most)
     backbone: nn.Module = bayes.base.base_model
     with bayes.sampling_as(mean_state(state, len(position))):
