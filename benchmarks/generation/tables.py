@@ -129,7 +129,8 @@ LEGEND = (
     "AUROC of telling wrong texts from right ones, and prompts out of scope from those in scope; "
     "AURC of answering the surest texts first (lower is better); in brackets 95 % limits of the "
     "change from the adapter's own log-probability of its text (paired bootstrap over prompts; *: "
-    "they exclude 0). Means over three adapters. Scores of draws are left out where every σ is 0."
+    "they exclude 0). Means over three adapters. Scores of draws are left out where every σ is 0; "
+    "for an adapter whose σ is 0 they count as a random order. Cost: of 100 prompts in one batch."
 )
 
 
@@ -161,6 +162,6 @@ def _operators(rows: Sequence[Row]) -> str:
     ]
     headings = ("operator", "ten full draws", "one plain generation")
     about = (
-        "In the longest operators of one plain generation of 64 tokens, as torch.profiler counts:"
+        "The longest operators, over all of those of a plain generation (64 new tokens; profiler):"
     )
     return blocks(about, table(headings, body))
