@@ -7,7 +7,7 @@ from statistics import mean
 
 from benchmarks.markdown import Row, blocks, spread, table, taken_on
 
-NO_ROWS = "*Not run yet: `python -m benchmarks.generation.study --record` (forty minutes).*"
+NO_ROWS = "*Not run yet: `python -m benchmarks.generation.study --record` (an hour).*"
 NO_DECODING = "*Not run yet: `python -m pytest benchmarks/generation --record`.*"
 TASKS = {
     "intent": "intent of an utterance",
@@ -52,34 +52,47 @@ DECODED = {
 
 
 def generation_table(rows: Sequence[Row]) -> str:
-    """Return what is written by each method, and what each score tells, means over seeds."""
+    """Return what each method writes and what each score tells, task by task, means over seeds."""
     if not rows:
         return NO_ROWS
-    texts = [r for r in rows if r["measure"] == "texts"]
-    found = {
-        (r["point"]["task"], r["point"]["method"], r["point"]["score"]): r
-        for r in rows
-        if r["measure"] == "scores"
-    }
-    return blocks(_texts(texts), _scores(found), LEGEND, taken_on(rows))
-
-
-def _texts(rows: Sequence[Row]) -> str:
-    body = []
+    parts = []
     for task, title in TASKS.items():
-        for method, name in METHODS.items():
-            own = [r for r in rows if (r["point"]["task"], r["point"]["method"]) == (task, method)]
-            if own:
-                each = ("cost_with_each" if method not in ("adapter", "temperature") else "",)
-                cost = [f"{mean(r[k] for r in own):.1f}" if k else "" for k in ("cost", *each)]
-                figures = (100, "exact", ".1f"), (1, "nll", ".3f"), (100, "ece", ".2f")
-                cells = [f"{k * mean(r[key] for r in own):{form}}" for k, key, form in figures]
-                sigmas = ", ".join(f"{r['sigma']:.2g}" for r in own)
-                body.append([title, name, sigmas, *cells, *cost])
+        own = [r for r in rows if r["point"]["task"] == task]
+        texts = {
+            method: found
+            for method in METHODS
+            if (found := [r for r in own if _is(r, "texts", method)]) and _apart(method, found)
+        }
+        scores = {
+            (r["point"]["method"], r["point"]["score"]): r for r in own if r["measure"] == "scores"
+        }
+        if texts:
+            parts += [f"**{title}**", _texts(texts), _scores(scores, texts)]
+    return blocks(*parts, LEGEND, taken_on(rows))
+
+
+def _is(row: Row, measure: str, method: str) -> bool:
+    return bool(row["measure"] == measure and row["point"]["method"] == method)
+
+
+def _apart(method: str, rows: Sequence[Row]) -> bool:
+    """Return whether a method is another one than the temperature: with a sigma of 0 it is not."""
+    return method in ("adapter", "temperature") or any(r["sigma"] > 0 for r in rows)
+
+
+def _texts(methods: dict[str, list[Row]]) -> str:
+    body = []
+    for method, own in methods.items():
+        each = "cost_with_each" if any(r["sigma"] > 0 for r in own) else ""
+        cost = [f"{mean(r[k] for r in own):.1f}" if k else "" for k in ("cost", each)]
+        figures = (100, "exact", ".1f"), (1, "nll", ".3f"), (100, "ece", ".2f")
+        cells = [f"{k * mean(r[key] for r in own):{form}}" for k, key, form in figures]
+        fitted = [", ".join(f"{r[k]:.2g}" for r in own) for k in ("sigma", "temperature")]
+        body.append([METHODS[method], *fitted, *cells, *cost])
     headings = (
-        "task",
         "written by",
         "σ of each adapter",
+        "T",
         "right %",
         "NLL a token",
         "ECE of tokens %",
@@ -89,24 +102,15 @@ def _texts(rows: Sequence[Row]) -> str:
     return table(headings, body)
 
 
-def _scores(rows: dict[tuple[str, str, str], Row]) -> str:
-    """Return a table for each task."""
+def _scores(rows: dict[tuple[str, str], Row], methods: dict[str, list[Row]]) -> str:
     headings = ("written by", "score", "AUROC, wrong text", "AURC %", "AUROC, out of scope")
-    parts = []
-    for task, title in TASKS.items():
-        body = [
-            [METHODS[method], SCORES[score], *map(_change, _figures(row))]
-            for method, scores in SHOWN.items()
-            for score in scores
-            if (row := rows.get((task, method, score))) is not None and _tells(row)
-        ]
-        parts.append(f"**{title}**\n\n{table(headings, body)}" if body else "")
-    return blocks(*parts)
-
-
-def _tells(row: Row) -> bool:
-    """Return whether a score tells texts apart: those of draws are all 0 where no sigma is not."""
-    return bool(row["errors"]["value"] != 0.5)
+    body = [
+        [METHODS[method], SCORES[score], *map(_change, _figures(row))]
+        for method, scores in SHOWN.items()
+        for score in scores
+        if method in methods and (row := rows.get((method, score))) is not None
+    ]
+    return table(headings, body)
 
 
 def _figures(row: Row) -> list[tuple[dict[str, float], float, int]]:
@@ -129,8 +133,9 @@ LEGEND = (
     "AUROC of telling wrong texts from right ones, and prompts out of scope from those in scope; "
     "AURC of answering the surest texts first (lower is better); in brackets 95 % limits of the "
     "change from the adapter's own log-probability of its text (paired bootstrap over prompts; *: "
-    "they exclude 0). Means over three adapters. Scores of draws are left out where every σ is 0; "
-    "for an adapter whose σ is 0 they count as a random order. Cost: of 100 prompts in one batch."
+    "they exclude 0). Means over three adapters. A method whose every σ is 0 writes what the "
+    "temperature does and is left out; for an adapter whose σ is 0 the scores of draws count as a "
+    "random order. Cost: of 100 prompts in one batch."
 )
 
 
