@@ -134,10 +134,14 @@ class TfbModel(nn.Module):
         optional: Sequence[str] = (),
         task: str | None = None,
     ) -> list[Row]:
-        known = prompt_columns(self.columns) if task == ANSWERS else self.columns
-        names = known | dict(columns or {})
+        names = self._named(columns, task)
         form = row_format(self.bayes, names, labels=labels, optional=optional, task=task)
         return read_rows(data, form)
+
+    def _named(self, columns: Mapping[str, str] | None, task: str | None = None) -> dict[str, str]:
+        """Return the given names of columns, and remembered ones that rows of a task have."""
+        known = prompt_columns(self.columns) if task == ANSWERS else self.columns
+        return known | dict(columns or {})
 
     def _encoded(
         self, rows: Sequence[Row], truncate: str | None, task: str | None = None
@@ -202,9 +206,9 @@ class TfbModel(nn.Module):
             check_targets(target_error, coverage)
         elif calibration is not None:
             raise ValueError("calibration: give target_error or coverage, which are fitted to it")
-        known = self.columns if answer is None else prompt_columns(self.columns)
-        columns = known | {o: theirs for o, theirs in named.items() if theirs is not None}
-        task = fitted_task(self.bayes.task, columns)
+        given = {ours: theirs for ours, theirs in named.items() if theirs is not None}
+        task = fitted_task(self.bayes.task, given)
+        columns = self._named(given, task)
         rows, held_out = self._rows(data, columns, task=task), []
         task = task_of(rows, task)
         if task == ANSWERS and decide:
@@ -314,7 +318,7 @@ class TfbModel(nn.Module):
             self.bayes,
             self.tokenizer,
             draws=self.draws if draws is None else draws,
-            columns=self.columns | dict(columns or {}),
+            columns=self._named(columns),
             **options,
         )
         if stream:

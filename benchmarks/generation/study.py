@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -25,6 +24,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torchmetrics.functional.classification import binary_calibration_error
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor
 
 import tfb
@@ -39,9 +39,9 @@ from benchmarks.generation.tasks import (
     load_task,
 )
 from benchmarks.generation.tasks import tokens as tokens_of
-from benchmarks.timing import Bench, heading, record
+from benchmarks.timing import CPU, Bench, elapsed, heading, record
 from tfb.draws import Draws
-from tfb.evaluation.metrics import BELOW_ONE, BINS, auroc, confidence_bins, risk_coverage
+from tfb.evaluation.metrics import BELOW_ONE, BINS, auroc, risk_coverage
 from tfb.model import BayesianModel
 from tfb.sampling.config import SamplingConfig
 from tfb.sampling.generate import Generation
@@ -52,8 +52,7 @@ BATCH, NEW_TOKENS, TAIL = 100, 32, 1
 RESAMPLES, ROUNDS = 500, 5
 PLAIN = ("adapter", "log_prob")  # the strongest that everyone has without us
 
-Config = tuple[str, int]  # of a method: its key in ``fitted`` and S
-METHODS: dict[str, Config] = {
+METHODS = {  # the key of each in ``Subject.configs``, and S
     "adapter": ("adapter", 1),
     "temperature": ("temperature", 1),
     "full, S=4": ("full", 4),
@@ -78,7 +77,10 @@ class Subject:
         base = AutoModelForCausalLM.from_pretrained(str(task.base), dtype=torch.float32)
         bayes = tfb.bayesianize(PeftModel.from_pretrained(base, str(folder)))
         tokenizer = AutoTokenizer.from_pretrained(str(task.base))
-        anchors = list(_anchors(task.anchors, tokenizer))
+        anchors = [
+            prompts | {"label_ids": answers[:, None]}
+            for prompts, answers in teacher_batches(task.anchors, tokenizer)
+        ]
         configs = {"adapter": SamplingConfig(sigma=0.0)}
         options: dict[str, dict[str, Any]] = {
             "temperature": {"mode": "full", "sigma": 0.0},
@@ -97,21 +99,18 @@ class Subject:
         return Draws.mean() if S == 1 else self.bayes.distinct_draws(S)
 
 
-def _anchors(examples: Sequence[Example], tokenizer: Any) -> Iterator[dict[str, Tensor]]:
-    for start in range(0, len(examples), 50):
-        both = [tokens_of(e, tokenizer) for e in examples[start : start + 50]]
-        answers = pad_sequence([torch.tensor(a) for _, a in both], True, -1)
-        yield _batch([p for p, _ in both]) | {"label_ids": answers[:, None]}
+def batch_of(prompts: Sequence[str], tokenizer: Any) -> dict[str, Tensor]:
+    return dict(tokenizer(list(prompts), padding=True, return_tensors="pt"))
 
 
-def _batch(prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    ids = [torch.tensor(p) for p in prompts]
-    return {
-        "input_ids": pad_sequence(ids, True, 0, padding_side="left"),
-        "attention_mask": pad_sequence(
-            [torch.ones_like(i) for i in ids], True, 0, padding_side="left"
-        ),
-    }
+def teacher_batches(
+    examples: Sequence[Example], tokenizer: Any
+) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Yield batches of prompts, and the tokens [B, L] of their answers, -1 after the end."""
+    for start in range(0, len(examples), BATCH):
+        part = examples[start : start + BATCH]
+        answers = [torch.tensor(tokens_of(e, tokenizer)[1]) for e in part]
+        yield batch_of([e.prompt for e in part], tokenizer), pad_sequence(answers, True, -1)
 
 
 # --- what a method writes, and how sure it is -----------------------------------------------------
@@ -120,11 +119,10 @@ def _batch(prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
 def written(subject: Subject, prompts: Sequence[str], method: str) -> tuple[list[str], Scores]:
     """Return the texts that a method writes, and its scores [N] by name; larger is less sure."""
     draws = subject.draws(method)
-    ids = [subject.tokenizer(p)["input_ids"] for p in prompts]
-    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     texts, found = [], []
     for start in range(0, len(order), BATCH):
-        batch = _batch([ids[i] for i in order[start : start + BATCH]])
+        batch = batch_of([prompts[i] for i in order[start : start + BATCH]], subject.tokenizer)
         out = subject.bayes.generate(batch, draws, **GREEDY)
         texts += subject.tokenizer.batch_decode(out.new_tokens, skip_special_tokens=True)
         found.append(scores_of(subject.bayes, batch, draws, out))
@@ -203,23 +201,19 @@ class Forced(LogitsProcessor):
 def forced(subject: Subject, method: str) -> dict[str, float]:
     """Return NLL and ECE of the tokens of the right answers, each given the right ones before."""
     draws, found = subject.draws(method), []
-    for start in range(0, len(subject.task.test), BATCH):
-        both = [tokens_of(e, subject.tokenizer) for e in subject.task.test[start : start + BATCH]]
-        answers = pad_sequence([torch.tensor(a) for _, a in both], True, -1)
+    for batch, answers in teacher_batches(subject.task.test, subject.tokenizer):
         force = Forced(answers)
         how: dict[str, Any] = GREEDY | {"max_new_tokens": answers.shape[1], "eos_token_id": None}
-        batch = _batch([p for p, _ in both])
         subject.bayes.generate(batch, draws, logits_processor=[force], **how)
         found.append(torch.stack(force.kept, 1)[answers >= 0])
     own, confidence, right = torch.cat(found).unbind(-1)
-    bins = confidence_bins(confidence.clamp_max(BELOW_ONE))
-    gaps = bins.bincount(right - confidence, minlength=BINS).abs().sum() / len(bins)
-    return {"nll": float(-own.log().mean()), "ece": float(gaps), "tokens": len(bins)}
+    ece = binary_calibration_error(confidence.clamp_max(BELOW_ONE), right.int(), n_bins=BINS)
+    return {"nll": float(-own.log().mean()), "ece": float(ece), "tokens": len(own)}
 
 
 def costs(subject: Subject) -> dict[str, list[float]]:
     """Return the time of each method, and of the draws' own texts, in plain generations."""
-    batch = _batch([subject.tokenizer(e.prompt)["input_ids"] for e in subject.task.test[:BATCH]])
+    batch = batch_of([e.prompt for e in subject.task.test[:BATCH]], subject.tokenizer)
     bayes, found = subject.bayes, dict[str, list[float]]()
     adapted: Any = bayes.model
 
@@ -227,7 +221,7 @@ def costs(subject: Subject) -> dict[str, list[float]]:
         return adapted.generate(**batch, **GREEDY)
 
     for _ in range(ROUNDS):
-        unit = _seconds(plain)
+        unit = elapsed(plain, CPU)
         for method in METHODS:
             draws = subject.draws(method)
             calls = {method: lambda d=draws: bayes.generate(batch, d, **GREEDY)}
@@ -236,14 +230,8 @@ def costs(subject: Subject) -> dict[str, list[float]]:
                     batch, d, per_draw=True, **GREEDY
                 )
             for name, call in calls.items():
-                found.setdefault(name, []).append(_seconds(call) / unit)
+                found.setdefault(name, []).append(elapsed(call, CPU) / unit)
     return found
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 # --- judging --------------------------------------------------------------------------------------

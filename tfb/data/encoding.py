@@ -267,12 +267,8 @@ class RowEncoder:
 
     def _end_token(self, row: Row) -> int:
         """Return the token that ends an answer."""
-        if row.messages is not None and self._around_answers[1]:
-            first = self.tokenizer(self._around_answers[1], add_special_tokens=False)["input_ids"][
-                0
-            ]
-            if first in self.tokenizer.all_special_ids:
-                return int(first)
+        if row.messages is not None and self._template_end is not None:
+            return self._template_end
         if self.tokenizer.eos_token_id is None:
             _fail(row, "the tokenizer has no end token, which follows an answer", "set eos_token")
         return int(self.tokenizer.eos_token_id)
@@ -287,6 +283,12 @@ class RowEncoder:
         except Exception as error:  # a program that came with the tokenizer
             fault = f"the chat template refuses the messages ({error})"
             _fail(row, fault, "order and name the roles as it expects them")
+
+    @cached_property
+    def _template_end(self) -> int | None:
+        """The special token that a chat template puts right after an answer, if it does."""
+        after = self._tokenized([self._around_answers[1]], add_special_tokens=False)["input_ids"][0]
+        return after[0] if after and after[0] in self.tokenizer.all_special_ids else None
 
     @cached_property
     def _around_answers(self) -> tuple[str, str]:

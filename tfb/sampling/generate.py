@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -106,7 +107,7 @@ class Recorder(StoppingCriteria):
         apart = tempered(logits, self.temperature).unflatten(0, (self.draws, -1))  # [S, B, L, V]
         normalizer = apart.logsumexp(-1, keepdim=True)
         log_p = apart - normalizer
-        mean = torch.logsumexp(log_p, 0) - math.log(self.draws)
+        mean = log_p[0] if self.draws == 1 else log_p.logsumexp(0) - math.log(self.draws)
         # A prompt that is read in chunks comes by several times; only its last part gives a token.
         self._step = log_p[:, :, -1], mean[:, -1]
         return apart[0] if self.draws == 1 else mean + normalizer.mean(0)
@@ -192,11 +193,10 @@ def _appended(known: Any, room: Tensor | None, new: Tensor, start: int) -> Tenso
     return room
 
 
-def _growing_cache(base: PreTrainedModel, options: dict[str, Any]) -> Cache | None:
+def _growing_cache(base: PreTrainedModel, setting: Setting) -> Cache | None:
     """Return transformers' dynamic cache with layers of ours; None where another kind is used."""
-    own: Any = base.generation_config
-    static = _setting(options, "cache_implementation", own.cache_implementation) == "static"
-    if static or _setting(options, "use_cache", own.use_cache) is False or base._is_stateful:
+    static = setting("cache_implementation") == "static"
+    if static or setting("use_cache") is False or base._is_stateful:
         return None
     cache = DynamicCache(config=base.config)
     # Others forget what lies outside a window, or hold a state.
@@ -204,20 +204,23 @@ def _growing_cache(base: PreTrainedModel, options: dict[str, Any]) -> Cache | No
     return cache
 
 
-def _setting(options: dict[str, Any], name: str, default: Any = None) -> Any:
-    """Return what ``generate`` goes by: the argument, else its generation_config's."""
+Setting = Callable[[str], Any]
+
+
+def _setting(options: dict[str, Any], own: GenerationConfig, name: str) -> Any:
+    """Return what ``generate`` goes by: an argument, its generation_config, or the model's own."""
     if name in options:
         return options[name]
     given = getattr(options.get("generation_config"), name, None)
-    return default if given is None else given
+    return getattr(own, name, None) if given is None else given
 
 
-def _check_arguments(options: dict[str, Any], config: GenerationConfig, tail: bool) -> None:
+def _check_arguments(setting: Setting, tail: bool) -> None:
     """Refuse, by name, what cannot work with several draws."""
     for name, reason in REFUSED.items():
-        if _setting(options, name, getattr(config, name, None)) is not None:
+        if setting(name) is not None:
             raise ValueError(f"generate({name}=...): {reason}; not possible while sampling")
-    cache = _setting(options, "cache_implementation", config.cache_implementation)
+    cache = setting("cache_implementation")
     if cache not in (None, "hybrid", *CACHES):  # a model's own "hybrid" is dynamic to transformers
         raise ValueError(
             f"generate(cache_implementation={cache!r}): expected one of {', '.join(CACHES)} while "
@@ -228,12 +231,12 @@ def _check_arguments(options: dict[str, Any], config: GenerationConfig, tail: bo
             "generate(cache_implementation='static'): in tail mode prompts are read once for all "
             "draws, into a cache that grows; leave it out"
         )
-    if cache == "static" and _setting(options, "prefill_chunk_size") is not None:
+    if cache == "static" and setting("prefill_chunk_size") is not None:
         raise ValueError(
             "generate(prefill_chunk_size=...): makes a static cache of one row a prompt, where "
             "draws need S; leave one of the two out"
         )
-    beams = _setting(options, "num_beams", config.num_beams) or 1
+    beams = setting("num_beams") or 1
     if beams > 1:
         raise ValueError(
             f"generate(num_beams={beams}): beam search reorders the cache between rows, which "
@@ -251,12 +254,13 @@ def run_generation(
     if draws.noise != "weight":
         raise ValueError("generate: needs weight noise, one weight sample for all steps")
     model: Any = bayes.model
-    defaults: Any = bayes.base.generation_config
-    _check_arguments(options, defaults, bayes.config.mode == "tail")
-    inputs, S, k = align(batch, "left", bayes.base.device), len(draws), bayes.config.tail
-    ends = _ids(_setting(options, "eos_token_id", defaults.eos_token_id))
-    padding = _ids(_setting(options, "pad_token_id", defaults.pad_token_id)) or ends or [0]
-    stops = [*_stop_strings(options, defaults), *(options.pop("stopping_criteria", None) or ())]
+    setting = partial(_setting, options, bayes.base.generation_config)
+    _check_arguments(setting, bayes.config.mode == "tail")
+    inputs, S = align(batch, "left", bayes.base.device), len(draws)
+    ends = token_ids(setting("eos_token_id"))
+    padding = token_ids(setting("pad_token_id")) or ends or [0]
+    stops = _stop_strings(options, setting("stop_strings"))
+    stops += options.pop("stopping_criteria", None) or ()
     recorder = Recorder(1 if per_draw else S, bayes.config.temperature, ends, stops)
     state = SamplingState(
         bayes.base, draws, cached=True, diverged=per_draw, reduce=recorder.average
@@ -265,23 +269,17 @@ def run_generation(
     options.setdefault("disable_compile", True)
     bayes.check_sampling()
     with evaluating(model):
-        T = inputs["input_ids"].shape[1]
-        if (cache := _growing_cache(bayes.base, options)) is not None:
-            options["past_key_values"] = cache
+        k = bayes.config.tail
         # Full mode gives the same where all tokens are tail, or the noise is above.
-        if k is not None and k < T and not bayes.head_alone:
-            most = _setting(options, "max_new_tokens", defaults.max_new_tokens)
-            if most is None:
-                most = (_setting(options, "max_length", defaults.max_length) or T) - T
+        if k is not None and k < inputs["input_ids"].shape[1] and not bayes.head_alone:
             options["use_cache"] = True  # whatever the configuration says: the prefix is in it
-            cache = options["past_key_values"] = _read_prefix(bayes, inputs, state, k, most)
-            cache.batch_repeat_interleave(
-                _setting(options, "num_return_sequences", defaults.num_return_sequences) or 1
-            )
+            options["past_key_values"] = _prefix_cache(bayes, inputs, state, k, setting)
+        elif (cache := _growing_cache(bayes.base, setting)) is not None:
+            options["past_key_values"] = cache
         if per_draw:
             inputs = {
-                k: v.repeat(S, *([1] * (v.dim() - 1))) if isinstance(v, Tensor) else v
-                for k, v in inputs.items()
+                name: v.repeat(S, *([1] * (v.dim() - 1))) if isinstance(v, Tensor) else v
+                for name, v in inputs.items()
             }
         with bayes.sampling_as(state):
             found = model.generate(**inputs, stopping_criteria=[recorder], **options)
@@ -293,31 +291,31 @@ def run_generation(
     return Generation(**apart)
 
 
-def _read_prefix(
-    bayes: SampledModel, inputs: Inputs, state: SamplingState, k: int, most: int
+def _prefix_cache(
+    bayes: SampledModel, inputs: Inputs, state: SamplingState, k: int, setting: Setting
 ) -> Cache:
-    """Read all but the last k tokens of the prompts, once for all draws, with the mean adapter.
-
-    At ``most`` new tokens will follow.
-    """
+    """Read all but the last k tokens of the prompts, once for all draws, with the mean adapter."""
     position = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)
     inputs = {"position_ids": position, **inputs}
     prefix, cache = prefix_inputs(inputs, k), Cache(layer_class_to_replicate=DrawsLayer)
+    rows, T = position.shape
+    most = setting("max_new_tokens")  # that will follow
+    most = (setting("max_length") or T) - T if most is None else most
     check_angles(bayes.base.config, prefix["position_ids"], inputs["position_ids"] + most)
     backbone: nn.Module = bayes.base.base_model
-    with bayes.sampling_as(mean_state(state, len(position))):
+    with bayes.sampling_as(mean_state(state, rows)):
         backbone(**prefix, past_key_values=cache, use_cache=True)
+    cache.batch_repeat_interleave(setting("num_return_sequences") or 1)
     return cache
 
 
-def _ids(value: int | Sequence[int] | None) -> list[int]:
+def token_ids(value: int | Sequence[int] | None) -> list[int]:
     """Return token ids as a list."""
     return [] if value is None else [value] if isinstance(value, int) else [int(v) for v in value]
 
 
-def _stop_strings(options: dict[str, Any], defaults: GenerationConfig) -> list[StoppingCriteria]:
+def _stop_strings(options: dict[str, Any], strings: list[str] | None) -> list[StoppingCriteria]:
     """Return what finds the stop strings, and take them from the options."""
-    strings = _setting(options, "stop_strings", defaults.stop_strings)
     if not strings:
         return []
     options["stop_strings"] = None  # else transformers would make a second one

@@ -28,7 +28,7 @@ from tfb.draws import Draws, check_even
 from tfb.model import BayesianModel
 from tfb.predictive import Predictive, as_float32
 from tfb.sampling.adaptive import Adaptive
-from tfb.sampling.generate import REFUSED
+from tfb.sampling.generate import REFUSED, token_ids
 
 Result = dict[str, Any]
 """A row of the output by column; one with an error has ``id`` and ``error`` alone."""
@@ -339,8 +339,8 @@ class TextScorer(Scorer):
         most = NEW_TOKENS if max_new_tokens is None else max_new_tokens
         encoder = row_encoder(bayes, tokenizer, truncate, task=PROMPTS, max_new_tokens=most)
         super().__init__(bayes, tokenizer, encoder=encoder, **how)
-        own = bayes.base.generation_config.eos_token_id
-        ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
+        own = token_ids(bayes.base.generation_config.eos_token_id)
+        ends = {*own, *token_ids(tokenizer.eos_token_id)}
         self._stop = tuple(stop or ())
         self._options: dict[str, Any] = {
             "max_new_tokens": most,
