@@ -13,6 +13,7 @@ import torch
 from support.models import CASES, Case, causal, exact, llama, relative
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import CompileConfig
 
 import tfb
 from tfb import BayesLoRALinear, Draws
@@ -175,6 +176,38 @@ def test_parts_of_the_draws_are_not_replayed_from_graphs() -> None:
     expected = bayes.logits(batch, DRAWS)
     bayes.model.compile(fullgraph=True, backend="eager")
     assert relative(bayes.logits(batch, DRAWS, draws_per_pass=2), expected) < EXACT
+
+
+@pytest.mark.parametrize("layers", [None, tfb.last_layers(1), tfb.last_layers(0)], ids=str)
+def test_decoding_that_transformers_compiles(layers: Any) -> None:
+    """What a static cache turns on there: every step and other draws run the same graphs, one for
+    the model and one each for the hooks around it."""
+    bayes, batch = tfb.bayesianize(exact(CASES["lm_head"].build()), layers=layers), SMALL.batch()
+    batch = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward  # type: ignore[no-any-return]
+
+    how = CompileConfig(fullgraph=True, mode=None, backend=backend)
+    how._compile_all_devices = True  # else only on GPUs
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    for draws in (DRAWS, OTHERS[0]):
+        eager = bayes.generate(batch, draws, **options)
+        found = bayes.generate(
+            batch,
+            draws,
+            cache_implementation="static",
+            disable_compile=False,
+            compile_config=how,
+            **options,
+        )
+        assert found.sequences.equal(eager.sequences)
+        for name in ("log_probs", "total", "aleatoric"):
+            assert relative(getattr(found, name), getattr(eager, name)) < EXACT
+        assert len(graphs) == 3
+    assert float(eager.epistemic.max()) > 1e-3
 
 
 def test_adapters_change_after_compilation() -> None:

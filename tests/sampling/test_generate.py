@@ -25,7 +25,7 @@ from transformers.cache_utils import DynamicLayer
 import tfb
 from tfb import Draws
 from tfb.sampling import generate
-from tfb.sampling.generate import DrawsLayer
+from tfb.sampling.generate import DrawsLayer, Recorder
 
 NEW = 6
 EXACT = 1e-10
@@ -307,6 +307,26 @@ def test_a_row_does_not_see_its_neighbours() -> None:
         alone = bayes.generate(own, DRAWS, **OPTIONS)
         assert alone.sequences[0, length:].equal(whole.sequences[row, 7:])
         assert relative(alone.total[0], whole.total[row]) < EXACT
+
+
+def test_a_token_that_transformers_takes_back_is_not_kept() -> None:
+    """Where it asks a step late whether all rows are done, as on an Apple GPU (5.23)."""
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 4 * 2, 1, 9, generator=g)  # 3 steps, S = 4, B = 2
+    ids = torch.tensor([[7, 7, 1, 2, 0], [7, 7, 3, 2, 0]])  # T = 2, both rows end with 2
+
+    def steps(count: int) -> Recorder:
+        recorder = Recorder(4, 1.0, [2], [])
+        for step in range(count):
+            recorder.average(logits[step])
+            done = recorder(ids[:, : 3 + step], None)
+        assert done.all()
+        return recorder
+
+    on_time, late = (steps(count).generation(ids[:, :4], 0) for count in (2, 3))
+    for name in ("sequences", "lengths", "ended", "log_probs", "total", "aleatoric"):
+        assert getattr(late, name).equal(getattr(on_time, name))
+    assert late.new_tokens.tolist() == [[1, 2], [3, 2]] and late.lengths.tolist() == [2, 2]
 
 
 def test_ended_rows_are_padded_and_certain() -> None:

@@ -96,6 +96,7 @@ class Recorder(StoppingCriteria):
         self._step: tuple[Tensor, Tensor] | None = None  # log p of the draws and their mean
         self._kept: list[Tensor] = []  # [3, B] of each token: log-probability, total, aleatoric
         self._done: list[Tensor] = []  # [B] after each token
+        self._prompt = 0  # T
 
     def average(self, logits: Tensor) -> Tensor:
         """Reduce logits [S * B, L, V] to scores [B, L, V].
@@ -116,13 +117,16 @@ class Recorder(StoppingCriteria):
         """Keep what is known of the last token [B]; return which rows are done."""
         assert self._step is not None  # a token comes after its scores
         token, (log_p, mean) = input_ids[:, -1:], self._step
+        self._step = None  # a compiled model's memory, which its next run writes over
         taken = mean.gather(-1, token)[:, 0]
         total = torch.special.entr(mean.exp()).sum(-1)
         aleatoric = torch.special.entr(log_p.exp()).sum(-1).mean(0)
+        if not self._kept:
+            self._prompt = input_ids.shape[1] - 1
         self._kept.append(torch.stack([taken, total, aleatoric]))
         done = torch.isin(token[:, 0], torch.tensor(self.ends, device=token.device))
         # A stop string that the prompt began is none of the text.
-        new = input_ids[:, -len(self._kept) :]
+        new = input_ids[:, self._prompt :]
         for stop in self.stops:
             seen = new if isinstance(stop, StopStringCriteria) else input_ids
             done = done | torch.as_tensor(stop(seen, scores, **options), device=done.device)
@@ -131,20 +135,22 @@ class Recorder(StoppingCriteria):
 
     def generation(self, sequences: Tensor, padding: int) -> Generation:
         """Return sequences [B, T + L] and what was kept."""
-        done = torch.stack(self._done, -1)
+        # Where transformers asks late whether all rows are done, it takes the last token back.
+        length = sequences.shape[1] - self._prompt
+        done = torch.stack(self._done[:length], -1)
         running = torch.cat([torch.zeros_like(done[:, :1]), done[:, :-1]], -1).logical_not()
-        kept = torch.where(running, torch.stack(self._kept, -1), 0.0)
+        kept = torch.where(running, torch.stack(self._kept[:length], -1), 0.0)
         if not bool(kept.isfinite().all()):
             raise ValueError(
                 "generate: the model returned NaN or Inf, so no token is the most probable; check "
                 "the adapter, sigma and the dtype"
             )
         # transformers pads rows only where there are end tokens.
-        prompt = sequences.shape[1] - running.shape[1]
-        new = sequences[:, prompt:].masked_fill(~running, padding)
+        prompt, new = sequences.split([self._prompt, length], 1)
+        new = new.masked_fill(~running, padding)
         log_probs, total, aleatoric = kept
         return Generation(
-            sequences=torch.cat([sequences[:, :prompt], new], 1),
+            sequences=torch.cat([prompt, new], 1),
             lengths=running.sum(-1),
             ended=done[:, -1],
             log_probs=log_probs,
