@@ -21,11 +21,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 plan() { # name, seconds, what it does
   cat << 'END'
-smoke     90   every path against float64; one layer at 12 points, and their kernels
+smoke     120  every path against float64; one layer at 12 points, with 2 to 100 draws; kernels
 sweep     300  tile configurations and the threshold between paths, into launch.json
 model     240  8B parameters: full, tail, last layer, naive loop, and their kernels
-score     180  hours and energy of a million prompts
-predict   180  predictive_reduction against torch; real models, small ones, against PEFT loops
+decode    200  the same model writes: ten draws in CUDA graphs, and their kernels
+score     150  hours and energy of a million prompts
+predict   120  predictive_reduction against torch; real models, small ones, against PEFT loops
 tests     180  tests/kernels, in parallel where pytest-xdist is there
 memcheck  90   compute-sanitizer's memcheck of the kernels at ragged sizes
 racecheck 90   its racecheck
@@ -110,6 +111,7 @@ stage() { # name
       "${run[@]}" "$PYTHON" -m benchmarks.kernels.sweep ${toy:+--toy}
       ;;
     model) "${run[@]}" "${bench[@]}" benchmarks/inference/test_model.py ;;
+    decode) "${run[@]}" "${bench[@]}" benchmarks/generation/test_decoding.py ;;
     predict)
       "${run[@]}" "${bench[@]}" benchmarks/kernels/test_predictive.py \
         benchmarks/inference/test_predict.py

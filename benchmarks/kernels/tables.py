@@ -95,7 +95,7 @@ def linear_table(rows: Sequence[Row]) -> str:
 
 def _name(row: Row) -> str:
     p = row["point"]
-    return f"{p['layer']}, {p['T']} rows, {'shared' if p['shared'] else 'per draw'}"
+    return f"{p['layer']}, S = {p['S']}, {p['T']} rows, {'shared' if p['shared'] else 'per draw'}"
 
 
 def _microseconds(row: Row, name: str) -> str:
@@ -108,7 +108,7 @@ def _layer_rows(rows: Sequence[Row]) -> str:
     for r in rows:
         unit = spread(r["in_units_of"]["ratios"]["ours"])
         body.append([_name(r), _microseconds(r, "ours"), unit, *spreads(r["ratios"], names)])
-    headings = ("whole layer, S = 10", "ours, µs", "ours / base product")
+    headings = ("whole layer", "ours, µs", "ours / base product")
     return table((*headings, *(f"{k} / ours" for k in names)), body)
 
 

@@ -21,11 +21,12 @@ from benchmarks.kernels.tables import linear_table
 SCRIPT = REPOSITORY / "benchmarks" / "gpu.sh"
 # In order of worth; seconds at most.
 PLAN = {
-    "smoke": 90,
+    "smoke": 120,
     "sweep": 300,
     "model": 240,
-    "score": 180,
-    "predict": 180,
+    "decode": 200,
+    "score": 150,
+    "predict": 120,
     "tests": 180,
     "memcheck": 90,
     "racecheck": 90,
@@ -164,9 +165,10 @@ def test_a_dry_run_of_one_stage_keeps_its_rows_where_it_is_told(tmp_path: Path) 
     )
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(x) for x in (tmp_path / "linear.jsonl").read_text().splitlines()]
-    assert [r["measure"] for r in rows] == 6 * ["layer"] + 6 * ["update"] + 6 * ["kernels"]
+    assert [r["measure"] for r in rows] == 8 * ["layer"] + 6 * ["update"] + 6 * ["kernels"]
     assert all(r["toy"] and r["environment"]["commit"] for r in rows)
-    assert all(min(r["kernels"].values()) > 0 for r in rows[12:])
+    assert all(min(r["kernels"].values()) > 0 for r in rows[14:])
     table = linear_table(rows)
-    assert table.count("| down, 16 rows, per draw |") == 2  # whole and the update alone
+    assert table.count("| down, S = 10, 16 rows, per draw |") == 2  # whole and the update alone
+    assert table.count("| down, S = 2, 16 rows, per draw |") == 1
     assert "passed" in (tmp_path / "smoke.log").read_text()
