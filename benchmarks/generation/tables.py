@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import mean
 
-from benchmarks.markdown import Row, blocks, spread, table, taken_on
+from benchmarks.markdown import Row, blocks, spread, table, taken_on, targets
 
 NO_ROWS = "*Not run yet: `python -m benchmarks.generation.study --record` (an hour).*"
 NO_DECODING = "*Not run yet: `python -m pytest benchmarks/generation --record`.*"
@@ -48,6 +48,15 @@ DECODED = {
     "tail": "tail k = 1, S = 10",
     "last": "last layer, S = 10",
     "naive": "ten plain generations, noise materialised; they average nothing",
+}
+GRAPHS = {
+    "mean": "a plain generation, CUDA graphs",
+    "ours": "full, S = 10, CUDA graphs",
+    "naive": "ten plain generations with CUDA graphs, noise materialised",
+    "mean_eager": "a plain generation",
+    "eager": "full, S = 10",
+    "tail": "tail k = 1, S = 10",
+    "last": "last layer, S = 10",
 }
 
 
@@ -141,6 +150,8 @@ LEGEND = (
 
 def decoding_table(rows: Sequence[Row]) -> str:
     """Return the cost of text in plain generations, by length, and where the time goes."""
+    on_gpu = [r for r in rows if r["device"] == "cuda"]
+    rows = [r for r in rows if r["device"] == "cpu"]
     timed = sorted(
         (r for r in rows if r["measure"] == "decode"), key=lambda r: r["point"]["new_tokens"]
     )
@@ -151,7 +162,30 @@ def decoding_table(rows: Sequence[Row]) -> str:
     p = timed[0]["point"]
     headings = [f"in plain generations, {r['point']['new_tokens']} new tokens" for r in timed]
     about = f"{p['rows']} prompts of {p['tokens']} tokens, {p['model']}, {timed[0]['device']}."
-    return blocks(table(["", *headings], body), about, _operators(rows), taken_on(rows))
+    parts = (table(["", *headings], body), about, _operators(rows), taken_on(rows))
+    return blocks(*parts, _decoded_on_gpu(on_gpu))
+
+
+def _decoded_on_gpu(rows: Sequence[Row]) -> str:
+    """Return plain generations and milliseconds a token, of 8B parameters; "" without rows."""
+    timed = [r for r in rows if r["measure"] == "decode"]
+    parts = []
+    for row in timed:
+        units, p = row["in_units_of"]["ratios"], row["point"]
+        body = [
+            [
+                GRAPHS[key],
+                spread(units[key]) if key in units else "1",
+                f"{1e3 * row['contenders'][key]['median'] / p['new_tokens']:.2f}",
+            ]
+            for key in GRAPHS
+            if key in row["contenders"]
+        ]
+        about = f"{p['rows']} prompts of {p['tokens']} tokens, {p['new_tokens']} new, {p['model']}"
+        headings = (about, "in plain generations", "ms a token")
+        parts.append(table(headings, body))
+    named = targets(timed, lambda row: row["point"]["model"])
+    return blocks(*parts, named, _operators(rows), taken_on(rows)) if timed else ""
 
 
 def _operators(rows: Sequence[Row]) -> str:

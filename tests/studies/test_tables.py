@@ -12,6 +12,7 @@ from benchmarks import tables
 from benchmarks.calibration.tables import methods_table
 from benchmarks.environment import RESULTS
 from benchmarks.front import curve, speedups
+from benchmarks.generation.tables import decoding_table
 from benchmarks.inference.tables import model_table, passes_table, predict_table
 from benchmarks.kernels.tables import layer_table, linear_table
 from benchmarks.scoring.tables import score_table
@@ -113,6 +114,27 @@ def test_model_table_has_a_line_for_every_way() -> None:
     assert "| tail k = 1, S = 10 | 1.30 [1.30, 1.30] | 650 | 76.9 | 3.0 |" in text
     assert text.count("the adapter, one pass") == text.count("no adapter, one pass") == 1
     assert text.count("is 1.3, the target 1.15") == 1
+
+
+def test_decoding_has_milliseconds_a_token_from_a_gpu_alone() -> None:
+    """The rows of a CPU, in plain generations; those of a GPU below them, with what is missed."""
+    point = {"model": "m", "rows": 8, "tokens": 32, "new_tokens": 64}
+    units = {"ours": 1.5, "tail": 1.4, "last": 1.1, "naive": 10.0, "eager": 4.0, "mean_eager": 3.0}
+    row: dict[str, Any] = COMMON | {
+        "measure": "decode",
+        "point": point,
+        "in_units_of": {"ratios": ratios(units)},
+        "contenders": {k: {"median": 0.64 * u} for k, u in ({"mean": 1.0} | units).items()},
+    }
+    text = decoding_table([row])
+    assert "| tail k = 1, S = 10 | 1.40 [1.40, 1.40] |" in text
+    assert "ms a token" not in text and "CUDA" not in text
+    lost = missed("full S=10, in plain generations", 1.7, 1.6)
+    text = decoding_table([row, row | {"device": "cuda", "targets": [lost]}])
+    assert "| a plain generation, CUDA graphs | 1 | 10.00 |" in text
+    assert "| full, S = 10, CUDA graphs | 1.50 [1.50, 1.50] | 15.00 |" in text
+    assert "| a plain generation | 3.00 [3.00, 3.00] | 30.00 |" in text
+    assert "is 1.7, the target 1.6" in text
 
 
 def test_predict_table_says_how_each_contender_ran() -> None:
