@@ -37,6 +37,9 @@ def bench(request: pytest.FixtureRequest) -> Bench:
     if option("--threads"):
         torch.set_num_threads(option("--threads"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # cuDNN's attention makes a plan for every new shape, once, which would count as if every
+    # batch of a short job and every length of a text had to pay for it.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     made = Bench(
         device=device,

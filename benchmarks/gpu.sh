@@ -2,7 +2,7 @@
 # What only a GPU can tell: stages that stand alone, the most valuable first, each with a limit.
 #
 #     benchmarks/gpu.sh --plan               the stages in order, with their limits
-#     benchmarks/gpu.sh --stage smoke        one of them
+#     benchmarks/gpu.sh --stage smoke        one of them; --stage may be given several times
 #     benchmarks/gpu.sh                      all of them, one after another, whatever fails
 #     benchmarks/gpu.sh --toy [--stage S]    a dry run at toy sizes, which needs no GPU
 #
@@ -24,17 +24,17 @@ plan() { # name, seconds, what it does
 smoke     120  every path against float64; one layer at 12 points, with 2 to 100 draws; kernels
 sweep     300  tile configurations and the threshold between paths, into launch.json
 model     240  8B parameters: full, tail, last layer, naive loop, and their kernels
-decode    200  the same model writes: ten draws in CUDA graphs, and their kernels
+decode    240  the same model writes: ten draws in CUDA graphs, and their kernels
 score     150  hours and energy of a million prompts
 predict   120  predictive_reduction against torch; real models, small ones, against PEFT loops
-tests     180  tests/kernels, in parallel where pytest-xdist is there
+tests     150  tests/kernels, in parallel where pytest-xdist is there
 memcheck  90   compute-sanitizer's memcheck of the kernels at ragged sizes
 racecheck 90   its racecheck
 END
 }
 
 usage() {
-  echo "$1; try: benchmarks/gpu.sh [--plan] [--toy] [--stage NAME]" >&2
+  echo "$1; try: benchmarks/gpu.sh [--plan] [--toy] [--stage NAME]..." >&2
   exit 2
 }
 
@@ -49,8 +49,8 @@ while [ $# -gt 0 ]; do
     --stage)
       [ $# -gt 1 ] || usage "--stage needs a name"
       shift
-      only=$1
-      plan | grep -q "^$only " || usage "no stage '$only': $(plan | cut -d' ' -f1 | xargs)"
+      only="$only $1 "
+      plan | grep -q "^$1 " || usage "no stage '$1': $(plan | cut -d' ' -f1 | xargs)"
       ;;
     *) usage "unknown argument '$1'" ;;
   esac
@@ -130,7 +130,7 @@ stage() { # name
 "$PYTHON" -c 'from benchmarks.environment import environment; import json; print(json.dumps(environment(), indent=1))'
 bad=()
 while read -r name limit what; do
-  [ -n "$only" ] && [ "$only" != "$name" ] && continue
+  [[ -n "$only" && "$only" != *" $name "* ]] && continue
   echo "=== $name, at most $limit s: $what"
   started=$SECONDS
   run=(timeout --kill-after=10 "$limit")

@@ -248,8 +248,13 @@ def compare(
         for k, r in row["ratios"].items()
         if r["median"] < 1 / LOSS and k not in {"ours_again", unit, *parts}
     ]
-    row["targets"] = judge(row) if judge else []
-    return record(bench, row)
+    row["targets"] = []
+    try:
+        if judge:
+            row["targets"] = judge(row)
+    finally:  # what was measured is kept, whatever is wrong with its targets
+        record(bench, row)
+    return row
 
 
 def _start(

@@ -49,15 +49,6 @@ DECODED = {
     "last": "last layer, S = 10",
     "naive": "ten plain generations, noise materialised; they average nothing",
 }
-GRAPHS = {
-    "mean": "a plain generation, CUDA graphs",
-    "ours": "full, S = 10, CUDA graphs",
-    "naive": "ten plain generations with CUDA graphs, noise materialised",
-    "mean_eager": "a plain generation",
-    "eager": "full, S = 10",
-    "tail": "tail k = 1, S = 10",
-    "last": "last layer, S = 10",
-}
 
 
 def generation_table(rows: Sequence[Row]) -> str:
@@ -151,7 +142,7 @@ LEGEND = (
 def decoding_table(rows: Sequence[Row]) -> str:
     """Return the cost of text in plain generations, by length, and where the time goes."""
     on_gpu = [r for r in rows if r["device"] == "cuda"]
-    rows = [r for r in rows if r["device"] == "cpu"]
+    rows = [r for r in rows if r["device"] == "cpu" and not r["point"].get("graphs")]
     timed = sorted(
         (r for r in rows if r["measure"] == "decode"), key=lambda r: r["point"]["new_tokens"]
     )
@@ -174,16 +165,16 @@ def _decoded_on_gpu(rows: Sequence[Row]) -> str:
         units, p = row["in_units_of"]["ratios"], row["point"]
         body = [
             [
-                GRAPHS[key],
+                name,
                 spread(units[key]) if key in units else "1",
                 f"{1e3 * row['contenders'][key]['median'] / p['new_tokens']:.2f}",
             ]
-            for key in GRAPHS
+            for key, name in ({"mean": "a plain generation"} | DECODED).items()
             if key in row["contenders"]
         ]
-        about = f"{p['rows']} prompts of {p['tokens']} tokens, {p['new_tokens']} new, {p['model']}"
-        headings = (about, "in plain generations", "ms a token")
-        parts.append(table(headings, body))
+        how = "CUDA graphs" if p.get("graphs") else "no graphs"
+        about = f"{p['model']}, {p['rows']} x {p['tokens']} tokens, {p['new_tokens']} new, {how}"
+        parts.append(table((about, "in plain generations", "ms a token"), body))
     named = targets(timed, lambda row: row["point"]["model"])
     return blocks(*parts, named, _operators(rows), taken_on(rows)) if timed else ""
 

@@ -626,7 +626,9 @@ def test_streams_in_a_tensor_are_checked_too(bad: int) -> None:
 @pytest.mark.parametrize("size", [(0, 3), (2, 0)])
 def test_an_adapter_without_rank_or_features_is_refused(size: tuple[int, int], impl: str) -> None:
     (r, n), m = size, 4
-    tensors = [torch.zeros(size) for size in ((5, n), (5, m), (r, n), (m, r), (r,), (2,))]
+    shapes = ((5, n), (5, m), (r, n), (m, r), (r,), (2,))
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # else triton has no use for them
+    tensors = [torch.zeros(shape, device=device) for shape in shapes]
     with pytest.raises(ValueError, match="r and n at least 1"):
         bayes_lora_linear(*tensors, [0, 0], seed=0, layer_id=0, scaling=1.0, impl=impl)
 

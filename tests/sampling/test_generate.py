@@ -316,7 +316,7 @@ def test_a_token_that_transformers_takes_back_is_not_kept() -> None:
     ids = torch.tensor([[7, 7, 1, 2, 0], [7, 7, 3, 2, 0]])  # T = 2, both rows end with 2
 
     def steps(count: int) -> Recorder:
-        recorder = Recorder(4, 1.0, [2], [])
+        recorder = Recorder(4, 1.0, torch.tensor([2]), [])
         for step in range(count):
             recorder.average(logits[step])
             done = recorder(ids[:, : 3 + step], None)

@@ -214,8 +214,9 @@ class Passes:
         self._backbone: nn.Module = base.base_model
         may = bayes.task == "CAUSAL_LM" and may_share(inputs, base.config)
         if may and _noisy_once(self.state, self.tail):
-            mask = inputs["attention_mask"].bool()
-            rows = [ids[m].tolist() for ids, m in zip(inputs["input_ids"], mask, strict=True)]
+            # One wait for the device, not one a row.
+            ids, mask = inputs["input_ids"].cpu(), inputs["attention_mask"].bool().cpu()
+            rows = [row[m].tolist() for row, m in zip(ids, mask, strict=True)]
             self.shared = find_shared_prefix(rows, keep=self.tail or 1)
         # Not with prefixes: every part fills a cache of its own, and that from the first block on.
         blocks = bayes.blocks_below if self.shared is None else []

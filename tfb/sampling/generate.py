@@ -85,13 +85,11 @@ class Recorder(StoppingCriteria):
     Args:
         draws: S; 1 where each draw writes by itself.
         temperature: the model's T.
-        ends: end tokens.
+        ends: end tokens [E], on the device of the sequences.
         stops: stopping criteria, of stop strings and the caller's own.
     """
 
-    def __init__(
-        self, draws: int, temperature: float, ends: Sequence[int], stops: Sequence[Any]
-    ) -> None:
+    def __init__(self, draws: int, temperature: float, ends: Tensor, stops: Sequence[Any]) -> None:
         self.draws, self.temperature, self.ends, self.stops = draws, temperature, ends, stops
         self._step: tuple[Tensor, Tensor] | None = None  # log p of the draws and their mean
         self._kept: list[Tensor] = []  # [3, B] of each token: log-probability, total, aleatoric
@@ -124,7 +122,7 @@ class Recorder(StoppingCriteria):
         if not self._kept:
             self._prompt = input_ids.shape[1] - 1
         self._kept.append(torch.stack([taken, total, aleatoric]))
-        done = torch.isin(token[:, 0], torch.tensor(self.ends, device=token.device))
+        done = torch.isin(token[:, 0], self.ends)
         # A stop string that the prompt began is none of the text.
         new = input_ids[:, self._prompt :]
         for stop in self.stops:
@@ -267,7 +265,8 @@ def run_generation(
     padding = token_ids(setting("pad_token_id")) or ends or [0]
     stops = _stop_strings(options, setting("stop_strings"))
     stops += options.pop("stopping_criteria", None) or ()
-    recorder = Recorder(1 if per_draw else S, bayes.config.temperature, ends, stops)
+    stop_at = torch.tensor(ends, dtype=torch.int64, device=bayes.base.device)
+    recorder = Recorder(1 if per_draw else S, bayes.config.temperature, stop_at, stops)
     state = SamplingState(
         bayes.base, draws, cached=True, diverged=per_draw, reduce=recorder.average
     )
