@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.calls import functions_entered
 from torch import Tensor, nn
 
 import tfb.linear
@@ -412,20 +413,9 @@ def test_untrained_adapter_is_refused() -> None:
 
 def python_calls(call: Callable[[], object]) -> int:
     """Python functions entered in a call, itself left out, once everything is cached."""
-    count = 0
-
-    def tally(frame: object, event: str, argument: object) -> None:
-        nonlocal count
-        count += event == "call"
-
     for _ in range(2):
         call()
-    sys.setprofile(tally)
-    try:
-        call()
-    finally:
-        sys.setprofile(None)
-    return count - 1
+    return functions_entered(call)["call"] - 1
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.calls import functions_entered
 
 from tfb_kernels import launch, triton_expand, triton_linear, triton_merge, triton_shrink, tuning
 from tfb_kernels.samples import Samples
@@ -180,11 +180,6 @@ def test_a_call_costs_few_calls_of_python(shared: bool, monkeypatch: pytest.Monk
 
     call()
     assert kernels.count == 3
-    calls = Counter[str]()
-    sys.setprofile(lambda frame, event, _: calls.update([event]))
-    try:
-        call()
-    finally:
-        sys.setprofile(None)
+    calls = functions_entered(call)
     assert kernels.count == 6
     assert calls["call"] + calls["c_call"] <= 60, calls
