@@ -172,7 +172,7 @@ def test_a_model_on_the_gpu_gives_the_draws_of_the_cpu(merging: str) -> None:
 @pytest.mark.parametrize("layers", [None, 1])
 def test_decoding_in_cuda_graphs(layers: int | None) -> None:
     """What a static cache turns on in transformers: the tokens and log-probabilities of decoding
-    without it, for other draws of the same graphs too.
+    without it; the second call replays the graphs, the third with other draws.
 
     Budget: as above; the two most probable tokens are never nearer than .04 in log-probability.
     """
@@ -193,5 +193,5 @@ def test_decoding_in_cuda_graphs(layers: int | None) -> None:
         found.append(bayes.generate(batch, draws, **options | graphs))
         assert found[-1].sequences.equal(eager.sequences)
         assert float((found[-1].log_probs - eager.log_probs).abs().max()) <= 1e-3
-    assert found[0].log_probs.equal(found[1].log_probs)
-    assert not found[0].log_probs.equal(found[2].log_probs)
+    again, other = (float((found[0].log_probs - f.log_probs).abs().max()) for f in found[1:])
+    assert again <= 1e-3 and other > 0.1

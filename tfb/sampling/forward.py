@@ -214,7 +214,7 @@ class Passes:
         self._backbone: nn.Module = base.base_model
         may = bayes.task == "CAUSAL_LM" and may_share(inputs, base.config)
         if may and _noisy_once(self.state, self.tail):
-            # One wait for the device, not one a row.
+            # Two waits for the device, not two a row.
             ids, mask = inputs["input_ids"].cpu(), inputs["attention_mask"].bool().cpu()
             rows = [row[m].tolist() for row, m in zip(ids, mask, strict=True)]
             self.shared = find_shared_prefix(rows, keep=self.tail or 1)
