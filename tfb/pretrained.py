@@ -54,11 +54,10 @@ from tfb.sampling.state import sampling_state
 from tfb.scoring.evaluate import compare_label_tokens, evaluations, fit_decisions, predict_rows
 from tfb.scoring.scorer import Result, row_encoder, row_format, score
 from tfb.search.fit import fit_sigma
-from tfb.search.loss import METRICS
+from tfb.search.loss import METRICS, MetricLike
 from tfb.search.result import PredictiveFit
 
 DRAWS = 10
-NO_TARGETS = "a target error or coverage needs rows with choices or classes, not answers"
 
 
 @dataclass
@@ -211,16 +210,12 @@ class TfbModel(nn.Module):
         columns = self._named(given, task)
         rows, held_out = self._rows(data, columns, task=task), []
         task = task_of(rows, task)
-        if task == ANSWERS and decide:
-            raise ValueError(NO_TARGETS)
+        check_fit_rows(rows, task, search.get("metric", "nll"), *_LABELLED, decide=decide)
         if calibration is not None:
             held_out = self._rows(calibration, columns)
             _check_apart(rows, held_out)
         elif decide:
             rows, held_out = _halves(rows, self.bayes.config.seed)
-        metric = search.get("metric", "nll")
-        if task != ANSWERS and isinstance(metric, str) and metric in METRICS:
-            check_labels(rows if METRICS[metric].labelled else [], *_LABELLED)
         check_labels(held_out, *_LABELLED)
         notes = self._find_label_tokens(rows, truncate)
         apart = self._encoded(held_out, truncate) if decide else None  # refused before the search
@@ -609,6 +604,38 @@ _NOT_AVERAGED = {"inputs_embeds", "past_key_values", "logits_to_keep"}
 _NOT_AVERAGED |= {"output_attentions", "output_hidden_states"}
 _LABELLED = "every row needs one here", "say label=NAME"
 _PROMPT = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
+
+
+def check_fit_rows(
+    rows: Sequence[Row],
+    task: str | None,
+    metric: MetricLike,
+    needed: str,
+    remedy: str,
+    *,
+    decide: bool,
+) -> None:
+    """Refuse rows that lack what a fit needs of them.
+
+    Args:
+        rows: the rows.
+        task: what they are, see :class:`RowFormat`.
+        metric: of the search.
+        needed: see :func:`check_labels`.
+        remedy: see :func:`check_labels`.
+        decide: whether a target error or coverage is fitted too.
+
+    Raises:
+        RowError: a row without a label that the metric needs.
+        ValueError: answers, of which no decision can be fitted.
+    """
+    if task == ANSWERS:
+        if decide:
+            raise ValueError(
+                "a target error or coverage needs rows with choices or classes, not answers"
+            )
+    elif isinstance(metric, str) and metric in METRICS and METRICS[metric].labelled:
+        check_labels(rows, needed, remedy)
 
 
 def _check_apart(rows: Sequence[Row], held_out: Sequence[Row]) -> None:

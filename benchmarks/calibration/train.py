@@ -14,10 +14,10 @@ import math
 import os
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -91,40 +91,85 @@ def is_given(task: str, seed: int) -> bool:
 
 def train(task: Task, recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Train one adapter and put it at ``folder``, which must not be there. Returns train.json."""
-    if folder.exists():
-        raise FileExistsError(f"{folder} is there already; remove it to train again")
-    started = time.perf_counter()
     torch.manual_seed(task.seed)  # of the head, of LoRA's A and of dropout
     model, tokenizer = lora_model(task.base, recipe, task.task_type, task.classes)
     rows = encoder(task, tokenizer, model.config)(task.train)
-    pad = int(model.config.pad_token_id)
+    how: dict[str, Any] = {"pad_token_id": int(model.config.pad_token_id)}
+    how["padding_side"] = _side(rows)
+
+    def nll(group: list[int]) -> tuple[Tensor, int]:
+        (batch,) = batches(rows.subset(group), batch_size=len(group), **how)
+        return F.cross_entropy(_logits(model, batch, task), batch.labels), len(batch)
+
+    def figures() -> dict[str, Any]:
+        parts = (("train", task.train_anchors), ("held_out", task.anchors))
+        return {name: evaluate_rows(model, part, task, tokenizer) for name, part in parts}
+
+    lengths = [len(ids) for ids in rows.input_ids]
+    return run(task, recipe, folder, model, lengths, nll, figures)
+
+
+class Named(Protocol):
+    """A task of one seed."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+
+
+def run(
+    task: Named,
+    recipe: Recipe,
+    folder: Path,
+    model: Any,
+    lengths: Sequence[int],
+    nll: Callable[[list[int]], tuple[Tensor, int]],
+    figures: Callable[[], dict[str, Any]],
+) -> dict[str, Any]:
+    """Train fresh LoRA factors and put them at ``folder``; return train.json.
+
+    Args:
+        task: What train.json names; its seed is that of the rows' order.
+        recipe: How to train.
+        folder: Must not be there.
+        model: A PEFT model.
+        lengths: Tokens of each row.
+        nll: Of rows, by their numbers: the mean NLL, and of how many parts that is.
+        figures: What train.json tells of the model once it is trained.
+
+    Raises:
+        FileExistsError: The folder is there.
+    """
+    if folder.exists():
+        raise FileExistsError(f"{folder} is there already; remove it to train again")
+    started = time.perf_counter()
     losses = []
-    steps = optimization(model, recipe, math.ceil(len(rows) / recipe.batch_size))
+    steps = optimization(model, recipe, math.ceil(len(lengths) / recipe.batch_size))
     model.train()
     for epoch in range(recipe.epochs):
-        total = 0.0
-        for batch in _epoch(rows, recipe.batch_size, pad, f"{task.name} {task.seed} {epoch}"):
-            nll = F.cross_entropy(_logits(model, batch, task), batch.labels)
-            nll.backward()
+        total, count = 0.0, 0
+        for group in groups(lengths, recipe.batch_size, f"{task.name} {task.seed} {epoch}"):
+            mean, parts = nll(group)
+            mean.backward()
             next(steps)
-            total += float(nll.detach()) * len(batch)
-        losses.append(total / len(rows))
+            total, count = total + float(mean.detach()) * parts, count + parts
+        losses.append(total / count)
         print(f"{folder.name} epoch {epoch + 1}: {losses[-1]:.4f}", flush=True)
-    measured = {
-        name: evaluate_rows(model, part, task, tokenizer)
-        for name, part in (("train", task.train_anchors), ("held_out", task.anchors))
-    }
     record = {
         "task": task.name,
         "seed": task.seed,
-        "rows": len(rows),
+        "rows": len(lengths),
         "recipe": asdict(recipe),
         "train_loss": losses,
-        "figures": measured,
+        "figures": figures(),
         "seconds": time.perf_counter() - started,
         "environment": environment(),
     }
-    save(model, record, folder)
+    with staged_folder(folder) as made:
+        model.save_pretrained(str(made), save_embedding_layers=False)
+        (made / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+        (made / "train.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record
 
 
@@ -219,24 +264,9 @@ def groups(lengths: Sequence[int], batch_size: int, key: str) -> list[list[int]]
     return found
 
 
-def _epoch(rows: EncodedRows, batch_size: int, pad: int, key: str) -> Iterator[Batch]:
-    for group in groups([len(ids) for ids in rows.input_ids], batch_size, key):
-        yield from batches(
-            rows.subset(group), batch_size=batch_size, pad_token_id=pad, padding_side=_side(rows)
-        )
-
-
 def _side(rows: EncodedRows) -> str:
     """Return the padding's side: decoders' prompts end together, encoders' begin together."""
     return "left" if rows.label_ids is not None else "right"
-
-
-def save(model: Any, record: dict[str, Any], folder: Path) -> None:
-    """All files, then the folder's name."""
-    with staged_folder(folder) as made:
-        model.save_pretrained(str(made), save_embedding_layers=False)
-        (made / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-        (made / "train.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:

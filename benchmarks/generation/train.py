@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shutil
-import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from benchmarks.calibration.train import (
-    LLAMA,
-    SEEDS,
-    Recipe,
-    groups,
-    lora_model,
-    optimization,
-    save,
-)
-from benchmarks.environment import environment, shared_folder
+from benchmarks.calibration.train import LLAMA, SEEDS, Recipe, lora_model, run
+from benchmarks.environment import shared_folder
 from benchmarks.generation.tasks import (
     ADAPTERS,
     BASE,
@@ -57,43 +46,21 @@ JUDGED = 300  # rows of a part, of which train.json tells the figures
 
 
 def train(task: Task, recipe: Recipe, folder: Path) -> dict[str, Any]:
-    """Train one adapter and put it at ``folder``; return train.json.
-
-    Raises:
-        FileExistsError: The folder is there.
-    """
-    if folder.exists():
-        raise FileExistsError(f"{folder} is there already; remove it to train again")
-    started = time.perf_counter()
+    """Train one adapter and put it at ``folder``, which must not be there. Returns train.json."""
     torch.manual_seed(task.seed)  # of LoRA's A and of dropout
     model, tokenizer = lora_model(task.base, recipe)
     rows = [tokens(example, tokenizer) for example in task.train]
+
+    def nll(group: list[int]) -> tuple[Tensor, int]:
+        found = answer_nll(model, [rows[i] for i in group])
+        return found.mean(), len(found)
+
+    def figures() -> dict[str, Any]:
+        parts = (("train", task.train), ("held_out", task.anchors))
+        return {name: evaluate(model, part[:JUDGED], tokenizer) for name, part in parts}
+
     lengths = [len(prompt) + len(answer) for prompt, answer in rows]
-    losses = []
-    steps = optimization(model, recipe, math.ceil(len(rows) / recipe.batch_size))
-    model.train()
-    for epoch in range(recipe.epochs):
-        total, count = 0.0, 0
-        for group in groups(lengths, recipe.batch_size, f"{task.name} {task.seed} {epoch}"):
-            nll = answer_nll(model, [rows[i] for i in group])
-            nll.mean().backward()
-            next(steps)
-            total, count = total + float(nll.detach().sum()), count + len(nll)
-        losses.append(total / count)
-        print(f"{folder.name} epoch {epoch + 1}: {losses[-1]:.4f}", flush=True)
-    parts = (("train", task.train), ("held_out", task.anchors))
-    record = {
-        "task": task.name,
-        "seed": task.seed,
-        "rows": len(rows),
-        "recipe": asdict(recipe),
-        "train_loss": losses,
-        "figures": {name: evaluate(model, part[:JUDGED], tokenizer) for name, part in parts},
-        "seconds": time.perf_counter() - started,
-        "environment": environment(),
-    }
-    save(model, record, folder)
-    return record
+    return run(task, recipe, folder, model, lengths, nll, figures)
 
 
 def make_base(source: Path, folder: Path) -> None:

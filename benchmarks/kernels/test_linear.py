@@ -199,9 +199,11 @@ def judge_layer(point: Point, row: Row) -> list[Row]:
     known = [k for k in ratios if k in contenders.RIVALS | contenders.OURS]
     best = min(known, key=ratios.__getitem__)
     found = [target(f"ours / best ({best})", 1 / ratios[best], LOSS, at_least=False)]
-    if point.shared and point.S == S and point.T < 256:
+    if not point.shared or point.S != S:
+        return found
+    if point.T < 256:
         found.append(target("ours / base product", 1 / ratios["base"], 1.5, at_least=False))
-    if point.shared and point.S == S and point.T >= 256 and "naive" in ratios:
+    elif "naive" in ratios:
         found.append(target("naive / ours", ratios["naive"], 8.0, at_least=True))
     return found
 

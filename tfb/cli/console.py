@@ -94,6 +94,7 @@ class Command(TyperCommand):
 
 
 ROWS_HELP = "JSONL, JSON, CSV, Parquet or Arrow"
+LABEL_REMEDY = "--columns label=NAME"
 Base = Annotated[
     str | None,
     typer.Option(
@@ -226,7 +227,7 @@ def check_labels(rows: Sequence[Row], needed: str) -> None:
     """Refuse the first row without a label; ``needed`` says by what."""
     from tfb.data import rows as data
 
-    data.check_labels(rows, needed, "--columns label=NAME")
+    data.check_labels(rows, needed, LABEL_REMEDY)
 
 
 # --- how rows are read ----------------------------------------------------------------------------

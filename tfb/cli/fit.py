@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from tfb.cli.console import (
+    LABEL_REMEDY,
     ROWS_HELP,
     SIGNALLED,
     Base,
@@ -33,11 +34,8 @@ from tfb.cli.console import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor
 
-    from tfb.data.rows import Row
     from tfb.pretrained import TfbModel
 
 
@@ -163,6 +161,7 @@ def fit(
     from tfb.adapters.artifact import check_output_folder
     from tfb.adapters.loading import check_device
     from tfb.evaluation.decisions import check_targets
+    from tfb.pretrained import check_fit_rows
     from tfb.sampling.config import SamplingConfig
     from tfb.search.fit import check_arguments, default_objective
     from tfb.search.loss import AnchorSet
@@ -197,7 +196,8 @@ def fit(
     )
     rows = given.read(data, limit)
     decide = target_error is not None or coverage is not None
-    check_rows(rows, given.form.task, metric, decide=decide)
+    needed = f"metric {metric} needs one on every row of DATA (embedding_norm needs none)"
+    check_fit_rows(rows, given.form.task, metric, needed, LABEL_REMEDY, decide=decide)
     encoded = given.encode(rows)
     AnchorSet.of(encoded).check(metric)
     held_out = None if calibration is None else given.read(calibration, None)
@@ -247,20 +247,6 @@ def fit(
     if curve:
         print_curve(found)
     say(f"artifact: {output}")
-
-
-def check_rows(rows: Sequence[Row], task: str | None, metric: str, *, decide: bool) -> None:
-    """Refuse rows that lack what a fit needs of them, before the model is loaded."""
-    from tfb.data.rows import ANSWERS
-    from tfb.pretrained import NO_TARGETS
-    from tfb.search.loss import METRICS
-
-    if task == ANSWERS:
-        if decide:
-            raise ValueError(NO_TARGETS)
-    elif METRICS[metric].labelled:
-        needed = f"metric {metric} needs one on every row of DATA (embedding_norm needs none)"
-        check_labels(rows, needed)
 
 
 def default_output(adapter: str) -> Path:
